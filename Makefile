@@ -1,0 +1,33 @@
+# make demo     train and test on a toy data set, from a fresh machine, in minutes
+# make test     every test, with coverage, and the linter
+# make soak     the tests that take long
+# make bench    the table of speeds in README; BENCH=full for the large sizes
+
+PYTHON ?= python3
+PY = .venv/bin/python
+
+.PHONY: demo test soak bench
+
+.venv/run: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/dev: .venv/run requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: .venv/run
+	$(PY) train_img_model_xent.py -d toy_market1501 --height 96 --width 48 --pretrained none \
+	    --max-epoch 10 --stepsize 8 --workers 2 --save-dir log/demo --overwrite
+
+test: .venv/dev
+	$(PY) -m pytest -m 'not soak' --cov --cov-report=term --cov-fail-under=90
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+
+soak: .venv/dev
+	$(PY) -m pytest -m soak
+
+bench: .venv/run
+	$(PY) benchmarks/table.py $(if $(filter full,$(BENCH)),--full)

@@ -1,0 +1,8 @@
+"""What the user can mend is said in one line; what is our fault keeps its traceback."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: what is wrong, where, and what to do, in one sentence or two.
+
+    `launch.main` prints it as `error: ...` on stderr and ends the run with exit status 2.
+    """
