@@ -1,0 +1,137 @@
+"""What the experiments minimise: label smoothing, batch-hard triplets, distances to the centers.
+
+Each loss is a mean over the batch and depends on nothing but the tensors it is given. Triplets compare images with
+each other: on several processes they must be given the features and pids of the whole batch; the other two need not.
+No loss waits for the device. None holds a matrix product, so neither TF32 nor autocast can round a distance.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SMALLEST_SQUARE = 1e-12  # smaller squared distances count as it, without a gradient: the slope of sqrt at 0 is infinite
+LARGEST_SQUARE = 1e12
+
+
+class CrossEntropyLabelSmooth(nn.Module):
+    """Cross entropy against smoothed labels, (1 - epsilon) * onehot + epsilon / num_classes.
+
+    Szegedy et al., Rethinking the Inception Architecture for Computer Vision, CVPR 2016, arXiv:1512.00567.
+
+    Args:
+        num_classes: number of training identities. With one the loss is zero.
+        epsilon: share of the label that is spread evenly over all identities, 0 to 1; 0 is plain cross entropy.
+    """
+
+    def __init__(self, num_classes: int, epsilon: float = 0.1) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.epsilon = epsilon
+
+    def forward(self, logits: Tensor, pids: Tensor) -> Tensor:
+        """Mean over the batch, 0-dim, of logits (B, num_classes) and pids (B,) in 0..num_classes-1.
+
+        Raises:
+            ValueError: the shapes do not fit.
+        """
+        _check_shapes(logits, pids, self.num_classes)
+        return F.cross_entropy(_float(logits), pids, label_smoothing=self.epsilon)
+
+
+class TripletLoss(nn.Module):
+    """Batch-hard triplets: each image is an anchor once, against its farthest positive and its nearest negative.
+
+    Hermans et al., In Defense of the Triplet Loss for Person Re-Identification, 2017, arXiv:1703.07737.
+
+    Distances are Euclidean, between features that are not normalised, and at least 1e-6. Corner cases: identical
+    features have a zero gradient; when a whole batch is identical (a collapsed network) the loss is the margin and all
+    triplets are active; an anchor alone of its identity is its own positive, as in the original; a batch without a
+    triplet (one identity, or one image per identity) gives a zero that can be differentiated.
+
+    Args:
+        margin: by how much a negative must be farther than a positive, in units of the features.
+
+    Attributes:
+        active: fraction of the last call's anchors whose triplet violates the margin; a detached 0-dim tensor on the
+            device of the features, so that only reading it waits for the device.
+
+    Raises:
+        ValueError: the margin is negative.
+    """
+
+    def __init__(self, margin: float = 0.3) -> None:
+        super().__init__()
+        if margin < 0:
+            raise ValueError(f'the margin of the triplet loss must not be negative, and is {margin}')
+        self.margin = margin
+        self.active = torch.zeros(())  # not a buffer: no state of a run
+
+    def forward(self, features: Tensor, pids: Tensor) -> Tensor:
+        """Mean over the anchors, 0-dim, of features (B, D) and pids (B,).
+
+        Raises:
+            ValueError: the shapes do not fit.
+        """
+        _check_shapes(features, pids, features.shape[-1])
+        features = _float(features)  # (B, D)
+        same = pids[:, None] == pids[None, :]  # (B, B), the anchor itself included
+
+        with torch.no_grad():  # mining only chooses pairs; |a|^2 + |b|^2 - 2ab would lose small distances
+            distances = torch.cdist(features, features, compute_mode='donot_use_mm_for_euclid_dist')  # (B, B)
+            positives = distances.masked_fill(~same, -1).argmax(dim=1)  # (B,), the farthest of the same identity
+            negatives = distances.masked_fill(same, torch.inf).argmin(dim=1)  # (B,), the nearest of another identity
+            holds_triplet = (same.sum(dim=1) > 1).any() & ~same.all()  # (), two of one identity, and two identities
+
+        to_positive = _squared_distance(features, features[positives]).clamp(min=SMALLEST_SQUARE).sqrt()  # (B,)
+        to_negative = _squared_distance(features, features[negatives]).clamp(min=SMALLEST_SQUARE).sqrt()  # (B,)
+        hinge = F.relu(self.margin + to_positive - to_negative) * holds_triplet  # (B,); by a product NaN stays NaN
+        self.active = (hinge.detach() > 0).float().mean()
+        return hinge.mean()
+
+
+class CenterLoss(nn.Module):
+    """Squared distance of each feature to the center of its own identity, clamped to [1e-12, 1e12].
+
+    Wen et al., A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016. The paper takes half of
+    the square and has an update rule for the centers; here, as in the original, an optimizer of their own moves them.
+
+    Args:
+        num_classes: number of training identities.
+        feat_dim: length of a feature, D.
+
+    Attributes:
+        centers: parameter (num_classes, feat_dim), standard normal, drawn from torch's global CPU generator: the seed
+            decides it, whatever the device.
+    """
+
+    def __init__(self, num_classes: int, feat_dim: int) -> None:
+        super().__init__()
+        self.centers = nn.Parameter(torch.randn(num_classes, feat_dim, device='cpu'))
+
+    def forward(self, features: Tensor, pids: Tensor) -> Tensor:
+        """Mean over the batch, 0-dim, of features (B, feat_dim) and pids (B,) in 0..num_classes-1.
+
+        The gradient of a center is the sum of 2 (center - feature) / B over its images in the batch.
+
+        Raises:
+            ValueError: the shapes do not fit.
+        """
+        _check_shapes(features, pids, self.centers.shape[1])
+        own_centers = F.embedding(pids, self.centers)  # (B, feat_dim); centers[pids] would take -1 for the last one
+        squares = _squared_distance(_float(features), own_centers)  # (B,)
+        return squares.clamp(SMALLEST_SQUARE, LARGEST_SQUARE).mean()
+
+
+def _squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """(B, D) and (B, D) -> (B,), row by row."""
+    return (a - b).square().sum(dim=1)
+
+
+def _float(x: Tensor) -> Tensor:
+    """At least float32: the distances of a margin apart look alike in 8 bits."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _check_shapes(x: Tensor, pids: Tensor, width: int) -> None:
+    if x.ndim != 2 or x.shape[1] != width or pids.shape != x.shape[:1] or not len(pids):
+        raise ValueError(f'expected (B, {width}) and (B,), B >= 1, got {tuple(x.shape)} and {tuple(pids.shape)}')
