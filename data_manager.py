@@ -1,0 +1,307 @@
+"""What a data set is on disk: Market1501, MARS and their toys -> train, query, gallery.
+
+The scan reads file names and MARS's tables, nothing else: no image is opened or looked up on disk.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+import toy_data
+from errors import UserError
+
+Image = tuple[str, int, int]  # path, pid, camid
+Tracklet = tuple[tuple[str, ...], int, int]  # paths of the frames in order, pid, camid
+
+NUM_CAMERAS = 6  # of either data set: 1..6 on disk, camid 0..5 here
+IMAGE_TYPES = ('.jpg', '.jpeg', '.png')
+MARKET_NAME = re.compile(r'(-1|\d{1,9})_c(\d+)', re.ASCII)  # 0002_c1s1_000451_03.jpg: pid 2, camera 1
+MARS_NAME = re.compile(r'(\d{4}|00-1)C\dT\d+F\d+\.jpg', re.ASCII)  # 0001C1T0001F001.jpg: pid, camera, tracklet, frame
+
+# What a tree must hold, and what the message about a missing one says of each part.
+MARKET_PARTS = {
+    'bounding_box_train': '0002_c1s1_000451_03.jpg ...',
+    'query': '0001_c1s1_001051_00.jpg ...',
+    'bounding_box_test': '0001_c1s1_002301_00.jpg, -1_c1s1_000401_03.jpg ...',
+}
+MARS_PARTS = {
+    'bbox_train': '0001/0001C1T0001F001.jpg ...',
+    'bbox_test': '0002/0002C1T0001F001.jpg ...',
+    'info/train_name.txt': 'info/ comes from github.com/liangzheng06/MARS-evaluation',
+    'info/test_name.txt': '',
+    'info/tracks_train_info.mat': '',
+    'info/tracks_test_info.mat': '',
+    'info/query_IDX.mat': '',
+}
+# The folder as the original's README renamed it, then as the official archive unzips.
+FOLDERS = {
+    'market1501': ('market1501', 'Market-1501-v15.09.15'),
+    'mars': ('mars', 'MARS'),
+    'toy_market1501': ('toy_market1501',),
+    'toy_mars': ('toy_mars',),
+}
+
+
+class Market1501:
+    """Market1501, images of 1501 persons in 6 cameras (Zheng et al., Scalable Person Re-identification, ICCV 2015).
+
+    Found in `data_dir` as market1501 or Market-1501-v15.09.15, also nested once. Person and camera are read from the
+    file name alone. Junk (pid -1) is dropped, distractors (pid 0) stay in the gallery; files that are no images
+    (Thumbs.db) or hidden are passed over. Train pids are relabelled 0..n-1 in ascending order, those of query and
+    gallery are as on disk; camids are 0..5. Items are sorted by file name.
+
+    `name` is market1501 or toy_market1501. Raises UserError for a missing tree, a folder without images, an image
+    whose name does not parse, a camera outside 1..6 and a training set of one person.
+    """
+
+    kind = 'image'
+
+    def __init__(self, data_dir: str = 'data', name: str = 'market1501') -> None:
+        self.name = name
+        root = _find(data_dir, name, MARKET_PARTS)
+        train, query, gallery = (_scan_images(os.path.join(root, part)) for part in MARKET_PARTS)
+        self.train: list[Image] = _relabelled(train, root)
+        self.query: list[Image] = query
+        self.gallery: list[Image] = gallery
+        self.num_train_pids, self.num_query_pids, self.num_gallery_pids = map(count_pids, (self.train, query, gallery))
+
+        total = len(train) + len(query) + len(gallery)
+        _print_statistics(self, {'market1501': 'Market1501'}.get(name, name), 'images', total)
+
+
+class Mars:
+    """MARS, tracklets of 1261 persons in 6 cameras (Zheng et al., MARS: A Video Benchmark, ECCV 2016).
+
+    Found in `data_dir` as mars or MARS, also nested once. The name files and .mat tables of info/ say which frames
+    make a tracklet, of whom and in which camera; items are (paths of the frames, pid, camid), in the tables' order.
+    Train pids are relabelled 0..n-1 in ascending order, those of query and gallery are as on disk; camids are 0..5.
+
+    `official=False` is the original's protocol: queries are taken out of the gallery, which leaves 140 of the 1980
+    without a match. `official=True` is the data set's own protocol: they stay, and all 1980 count. Figures of the one
+    and the other must not be compared.
+
+    Junk tracklets (pid -1) are dropped, distractors (pid 0) stay in the gallery. A number of ids is a number of pids
+    in the list: 621 in the gallery of the original's protocol, where the original printed 622, the junk among them,
+    although its tracklets were dropped. The printed total counts every tracklet once under both protocols.
+
+    `name` is mars or toy_mars. Raises UserError for a missing tree, a table of another name, shape or type, or that
+    points outside the name file, a name that does not parse, a tracklet of two persons or two cameras, a camera
+    outside 1..6, an empty subset and a training set of one person.
+    """
+
+    kind = 'video'
+
+    def __init__(self, data_dir: str = 'data', official: bool = False, name: str = 'mars') -> None:
+        self.name = f'{name}_official' if official else name
+        self.official = official
+        root = _find(data_dir, name, MARS_PARTS)
+        train = _read_tracklets(root, 'train')
+        test = _read_tracklets(root, 'test')
+        queries = _read_query_rows(os.path.join(root, 'info', 'query_IDX.mat'), len(test))
+        taken_out = set() if official else set(queries)
+        train = [tracklet for tracklet in train if tracklet]
+        query = [test[row] for row in queries if test[row]]
+        gallery = [tracklet for row, tracklet in enumerate(test) if tracklet and row not in taken_out]
+        for subset, tracklets in ('training', train), ('query', query), ('gallery', gallery):
+            if not tracklets:
+                raise UserError(f'{root}/info: the {subset} set has no tracklet of a person; fetch info/ again')
+
+        self.train: list[Tracklet] = _relabelled(train, root)
+        self.query: list[Tracklet] = query
+        self.gallery: list[Tracklet] = gallery
+        self.num_train_pids, self.num_query_pids, self.num_gallery_pids = map(count_pids, (self.train, query, gallery))
+
+        once = train + query + [tracklet for row, tracklet in enumerate(test) if tracklet and row not in set(queries)]
+        lengths = [len(paths) for paths, _, _ in once]
+        _print_statistics(self, {'mars': 'MARS'}.get(name, name), 'tracklets', len(once), lengths)
+
+
+_DATASETS = {  # name: (kind, reader of data_dir)
+    'market1501': ('image', Market1501),
+    'mars': ('video', Mars),
+    'mars_official': ('video', lambda data_dir: Mars(data_dir, official=True)),
+    'toy_market1501': ('image', lambda data_dir: Market1501(data_dir, name='toy_market1501')),
+    'toy_mars': ('video', lambda data_dir: Mars(data_dir, name='toy_mars')),
+}
+
+
+def get_names(kind: str | None = None) -> list[str]:
+    """The names that `init_dataset` takes: all, or those of one kind, 'image' or 'video'."""
+    return [name for name, (its_kind, _) in _DATASETS.items() if kind in (None, its_kind)]
+
+
+def init_dataset(name: str, data_dir: str = 'data') -> Market1501 | Mars:
+    """Read the data set `name` under `data_dir` and print its statistics; a toy is drawn there first, once.
+
+    Raises UserError for an unknown name, for a toy that cannot be drawn and for all that the data set's class names.
+    """
+    if name not in _DATASETS:
+        raise UserError(f"there is no data set '{name}': choose one of {', '.join(get_names())}")
+    if name.startswith('toy_'):
+        draw = toy_data.draw_market1501 if name == 'toy_market1501' else toy_data.draw_mars
+        try:
+            draw(os.path.join(data_dir, name))
+        except OSError as error:
+            raise UserError(f'{name} cannot be drawn into {data_dir}: {error}; choose another --data-dir') from error
+    return _DATASETS[name][1](data_dir)
+
+
+def count_pids(items: Iterable[Image | Tracklet]) -> int:
+    """The number of persons among the items of a data set."""
+    return len({pid for _, pid, _ in items})
+
+
+def _find(data_dir: str, name: str, parts: dict[str, str]) -> str:
+    """The folder that holds all `parts`: data_dir/FOLDER or data_dir/FOLDER/FOLDER of the names it may have."""
+    folders = FOLDERS[name]
+    places = [os.path.join(data_dir, folder) for folder in folders]
+    places += [os.path.join(place, folder) for place in places for folder in folders]
+    missing = {place: [part for part in parts if not os.path.exists(os.path.join(place, part))] for place in places}
+    for place in places:
+        if not missing[place]:
+            return place
+
+    nearest = min(places, key=lambda place: len(missing[place]))
+    if len(missing[nearest]) < len(parts):
+        fault = f'{nearest} holds no {", no ".join(missing[nearest])}'
+    else:
+        fault = f"no {' or '.join(folders)} in --data-dir '{data_dir}'"
+    tree = [os.path.join(data_dir, folders[0]) + os.sep]
+    tree += [f'    {part}{"" if "." in part else os.sep}'.ljust(34) + hint for part, hint in parts.items()]
+    advice = f'data/README.md says where to get it; -d toy_{name} draws a toy of this format'
+    if name.startswith('toy_'):
+        advice = 'remove that folder, and the toy is drawn anew'
+    raise UserError('\n'.join([f'{fault}; expected:', *(line.rstrip() for line in tree), advice]))
+
+
+def _relabelled(items: list, root: str) -> list:
+    """The training items with pids 0..n-1, in ascending order of the pids on disk."""
+    labels = {pid: label for label, pid in enumerate(sorted({pid for _, pid, _ in items}))}
+    if len(labels) < 2:
+        raise UserError(f'{root}: the training set is of one person; there must be two or more to tell apart')
+    return [(paths, labels[pid], camid) for paths, pid, camid in items]
+
+
+def _print_statistics(
+    dataset: Market1501 | Mars, title: str, unit: str, total: int, lengths: Sequence[int] = ()
+) -> None:
+    """The original's table; ids in total are those of train and query."""
+    counts = [
+        ('train', dataset.num_train_pids, len(dataset.train)),
+        ('query', dataset.num_query_pids, len(dataset.query)),
+        ('gallery', dataset.num_gallery_pids, len(dataset.gallery)),
+        ('total', dataset.num_train_pids + dataset.num_query_pids, total),
+    ]
+    line = '  ' + '-' * 30
+    rows = [f'  {subset:8} | {num_pids:5d} | {num_items:8d}' for subset, num_pids, num_items in counts]
+    table = [line, f'  subset   | # ids | # {unit}', line, *rows[:3], line, rows[3]]
+    if lengths:
+        average = sum(lengths) / len(lengths)
+        table.append(f'  number of images per tracklet: {min(lengths)} ~ {max(lengths)}, average {average:.1f}')
+    print('\n'.join([f'=> {title} loaded', 'Dataset statistics:', *table, line]))
+
+
+# ---- Market1501: file names ----
+
+
+def _scan_images(folder: str) -> list[Image]:
+    """The images of one folder, sorted by name, junk left out."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f'{folder} cannot be read: {error.strerror}') from error
+    items = []
+    for name in names:
+        if name.startswith('.') or not name.lower().endswith(IMAGE_TYPES):
+            continue
+        match = MARKET_NAME.match(name)
+        if not match:
+            raise UserError(
+                f"{folder}: the name '{name}' does not parse; it must begin with person and camera, as in 0002_c1s1_"
+            )
+        pid, camera = map(int, match.groups())
+        if pid == -1:
+            continue
+        if not 1 <= camera <= NUM_CAMERAS:
+            raise UserError(f"{folder}: '{name}' is of camera {camera}, but cameras are 1 to {NUM_CAMERAS}")
+        items.append((os.path.join(folder, name), pid, camera - 1))
+    if not items:
+        kinds = ', '.join(IMAGE_TYPES)
+        raise UserError(f'{folder} holds no images of persons ({kinds}); unzip the data set there again')
+    return items
+
+
+# ---- MARS: name files and tables ----
+
+
+def _read_tracklets(root: str, subset: str) -> list[Tracklet | None]:
+    """One tracklet for each row of the table of `subset`, train or test; None for junk."""
+    names_path = os.path.join(root, 'info', f'{subset}_name.txt')
+    table_path = os.path.join(root, 'info', f'tracks_{subset}_info.mat')
+    names = _read_names(names_path)
+    table = _read_table(table_path, f'track_{subset}_info')
+    if table.ndim != 2 or table.shape[1] != 4:
+        raise UserError(f'{table_path} is a table of shape {table.shape}, but must have 4 columns; fetch info/ again')
+
+    tracklets = []
+    for row, (first, last, pid, camera) in enumerate(table.tolist(), start=1):
+        if pid == -1:
+            tracklets.append(None)
+            continue
+        track = f'{table_path}: track {row}'
+        if pid < 0:
+            raise UserError(f'{track} is of person {pid}; fetch info/ again')
+        if not 1 <= camera <= NUM_CAMERAS:
+            raise UserError(f'{track} is of camera {camera}, but cameras are 1 to {NUM_CAMERAS}; fetch info/ again')
+        if not 1 <= first <= last <= len(names):
+            raise UserError(
+                f'{track} is lines {first} to {last} of {names_path}, which has {len(names)}; fetch info/ again'
+            )
+        frames = names[first - 1 : last]
+        if not all(map(MARS_NAME.fullmatch, frames)):
+            name = next(name for name in frames if not MARS_NAME.fullmatch(name))
+            raise UserError(f"{names_path}: the name '{name}' does not parse; it must be as 0001C1T0001F001.jpg")
+        if len(begins := {name[:6] for name in frames}) > 1:  # 0001C1: person and camera
+            raise UserError(
+                f'{track}, lines {first} to {last} of {names_path}, mixes {" and ".join(sorted(begins)[:2])}, '
+                'but a tracklet is one person in one camera; fetch info/ again'
+            )
+        folder = os.path.join(root, f'bbox_{subset}', frames[0][:4], '')
+        tracklets.append((tuple([folder + name for name in frames]), pid, camera - 1))
+    return tracklets
+
+
+def _read_names(path: str) -> list[str]:
+    """The lines of a name file."""
+    try:
+        with open(path, encoding='ascii') as file:
+            return file.read().rstrip().split('\n')
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{path} cannot be read as lines of file names ({error}); fetch info/ again') from error
+
+
+def _read_query_rows(path: str, num_tracks: int) -> list[int]:
+    """The rows of the test table that are queries, from 0."""
+    rows = _read_table(path, 'query_IDX').ravel() - 1  # on disk from 1
+    for row in rows[(rows < 0) | (rows >= num_tracks)][:1]:
+        raise UserError(f'{path} points at track {row + 1}, but there are tracks 1 to {num_tracks}; fetch info/ again')
+    return rows.tolist()
+
+
+def _read_table(path: str, key: str) -> np.ndarray:
+    """The whole numbers under `key` of a .mat file, as int64 (the file's own type may be uint16, where 0 - 1 wraps)."""
+    from scipy.io import loadmat  # slow to import, and only MARS needs it
+
+    try:
+        table = loadmat(path, variable_names=[key], appendmat=False).get(key)
+    except Exception as error:  # of any type: scipy parses bytes from a stranger
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise UserError(f'{path} cannot be read as a .mat file ({reason}); fetch info/ again') from error
+    if table is None:
+        raise UserError(f"{path} holds no table '{key}'; fetch info/ again")
+    whole = isinstance(table, np.ndarray) and table.dtype.kind in 'iuf'
+    if not whole or not (np.abs(table.astype(np.float64)) < 2**31).all() or (table != np.trunc(table)).any():
+        raise UserError(f"{path}: '{key}' is no table of whole numbers; fetch info/ again")
+    return table.astype(np.int64)

@@ -1,0 +1,231 @@
+"""CMC, mAP and mINP from the ranks of the matches, or from a distance matrix.
+
+The protocol is Market-1501's (Zheng et al., Scalable Person Re-identification: A Benchmark, ICCV 2015): for each query,
+gallery items of the same pid and the same camid are dropped; the items of the same pid that remain are its matches; a
+query without a match is skipped, not scored. Items stand by distance, equal distances by place in the gallery.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from os import cpu_count
+from typing import NamedTuple
+
+import numpy as np
+
+from errors import UserError
+
+BLOCK = 1 << 20  # elements of a distance matrix that a thread ranks at a time: its copies of them stay in the cache
+
+
+class Pairs(NamedTuple):
+    """Each query with the gallery items of its pid: those of query i are at offsets[i]:offsets[i + 1], by place."""
+
+    offsets: np.ndarray  # (Q + 1,) int64
+    places: np.ndarray  # (P,) int64, in the gallery
+    dropped: np.ndarray  # (P,) bool: of the query's camid too, so not a match
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Where the matches of each query stand: those of query i are at offsets[i]:offsets[i + 1], nearest first."""
+
+    offsets: np.ndarray  # (Q + 1,) int64
+    places: np.ndarray  # (M,) int64, in the gallery
+    distances: np.ndarray  # (M,) float
+    ranks: np.ndarray  # (M,) int64, from 1, in the gallery less what the query drops
+    num_dropped: np.ndarray  # (Q,) int64, gallery items that the query drops
+
+    @property
+    def valid(self) -> np.ndarray:
+        """(Q,) bool: the queries that are scored."""
+        return np.diff(self.offsets) > 0
+
+    @property
+    def num_valid(self) -> int:
+        return int(self.valid.sum())
+
+    @property
+    def num_skipped(self) -> int:
+        return int((~self.valid).sum())
+
+    @property
+    def num_same_camera(self) -> int:
+        """Queries skipped because the gallery shows their identity in their own camera only."""
+        return int((~self.valid & (self.num_dropped > 0)).sum())
+
+    @property
+    def num_absent(self) -> int:
+        """Queries skipped because their identity is not in the gallery at all."""
+        return self.num_skipped - self.num_same_camera
+
+    def cmc(self, max_rank: int = 50) -> np.ndarray:
+        """CMC (max_rank,) of the valid queries. Raises UserError when there is none."""
+        self.check_valid()
+        return cmc(self.ranks, self.offsets, max_rank)
+
+    @property
+    def mAP(self) -> float:
+        """Mean average precision of the valid queries. Raises UserError when there is none."""
+        self.check_valid()
+        return float(np.nanmean(average_precision(self.ranks, self.offsets)))
+
+    @property
+    def mINP(self) -> float:
+        """Mean inverse negative penalty of the valid queries. Raises UserError when there is none."""
+        self.check_valid()
+        return float(np.nanmean(inverse_negative_penalty(self.ranks, self.offsets)))
+
+    def check_valid(self) -> None:
+        if self.num_valid == 0:
+            raise UserError(
+                f'none of the {self.num_skipped} queries has a match: {self.num_absent} show an identity that the '
+                f'gallery lacks, {self.num_same_camera} one that it shows in the same camera only; a query needs a '
+                'gallery item of its pid from another camera: check the pids and camids of the data set'
+            )
+
+
+def cmc(ranks: np.ndarray, offsets: np.ndarray, max_rank: int = 50) -> np.ndarray:
+    """(max_rank,) float64: the share of valid queries whose first match stands at rank 1, 2 ... max_rank or before.
+
+    `ranks` (M,) of the matches, from 1, those of query i at offsets[i]:offsets[i + 1] in ascending order. A query
+    without a match is left out; at least one must have one. Beyond the end of a small gallery the curve stays flat.
+    """
+    first = ranks[offsets[:-1][np.diff(offsets) > 0]]  # (V,)
+    return np.bincount(first[first <= max_rank] - 1, minlength=max_rank).cumsum() / len(first)
+
+
+def average_precision(ranks: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """(Q,) float64: mean of the precision at the ranks of the matches, NaN without a match; arguments as for cmc."""
+    rows, matches = rows_of(offsets), np.diff(offsets)  # (M,), (Q,)
+    hits = np.arange(1, len(ranks) + 1) - offsets[rows]  # (M,) matches of the query down to this one
+    total = np.bincount(rows, hits / ranks, minlength=len(matches))  # (Q,)
+    return np.divide(total, matches, out=np.full(len(matches), np.nan), where=matches > 0)
+
+
+def inverse_negative_penalty(ranks: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """(Q,) float64: number of matches / rank of the last one, NaN without a match; arguments as for cmc.
+
+    Ye et al., Deep Learning for Person Re-identification: A Survey and Outlook, TPAMI 2021, arXiv 2001.04193.
+    """
+    matches = np.diff(offsets)  # (Q,)
+    valid = matches > 0
+    penalty = np.full(len(matches), np.nan)
+    penalty[valid] = matches[valid] / ranks[offsets[1:][valid] - 1]
+    return penalty
+
+
+def evaluate(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 50) -> tuple[np.ndarray, float]:
+    """CMC (max_rank,) and mAP of a distance matrix (Q, G), numpy or torch; ids (Q,) and (G,), anything array-like.
+
+    Raises:
+        UserError: shapes that do not fit, a NaN distance, or no query that has a match.
+    """
+    matches = match_ranks(distmat, q_pids, g_pids, q_camids, g_camids)
+    return matches.cmc(max_rank), matches.mAP
+
+
+def match_ranks(distmat, q_pids, g_pids, q_camids, g_camids) -> Matches:
+    """The matches in a distance matrix; arguments and errors as for `evaluate`, but queries may all lack a match."""
+    q_pids, g_pids, q_camids, g_camids = check_ids(q_pids, g_pids, q_camids, g_camids)
+    if tuple(distmat.shape) != (len(q_pids), len(g_pids)):
+        raise UserError(
+            f'the distance matrix is {tuple(distmat.shape)}, but there are {len(q_pids)} queries and {len(g_pids)} '
+            'gallery items: it must be queries x gallery'
+        )
+    pairs = same_identity(q_pids, g_pids, q_camids, g_camids)
+    distances = np.empty(len(pairs.places))
+    counts = np.empty(len(pairs.places), np.int64)
+
+    def work(begin: int) -> None:
+        block = _floats(distmat[begin : begin + step])  # (B, G), a copy
+        if np.isnan(block).any():
+            raise UserError('the distance matrix holds NaN: check the features that it was made from')
+        offsets = pairs.offsets[begin : begin + len(block) + 1]
+        own = slice(offsets[0], offsets[-1])
+        rows, places = rows_of(offsets), pairs.places[own]  # (p,)
+        distances[own] = block[rows, places]
+        block[rows, places] = np.nan
+        counts[own] = count_before(block, np.sort(block, axis=1), rows, distances[own], places)
+
+    step = max(1, BLOCK // max(1, len(g_pids)))
+    with ThreadPoolExecutor(min(8, cpu_count())) as pool:
+        list(pool.map(work, range(0, len(q_pids), step)))
+    return rank_matches(pairs, distances, counts)
+
+
+def same_identity(q_pids, g_pids, q_camids, g_camids) -> Pairs:
+    """All pairs of one pid; ids as `check_ids` returns them. No step takes memory of queries x gallery."""
+    order = np.argsort(g_pids, kind='stable')
+    by_pid = g_pids[order]
+    first = np.searchsorted(by_pid, q_pids, 'left')  # (Q,)
+    offsets = np.concatenate([[0], np.cumsum(np.searchsorted(by_pid, q_pids, 'right') - first)])
+    rows = rows_of(offsets)  # (P,)
+    places = order[first[rows] + np.arange(len(rows)) - offsets[rows]]  # (P,)
+    return Pairs(offsets, places, g_camids[places] == q_camids[rows])
+
+
+def count_before(block, by_distance, rows, distances, earlier) -> np.ndarray:
+    """(p,) int64: how many items of its query stand before each of p items.
+
+    Before means nearer, or as near and earlier in the gallery.
+
+    Args:
+        block: (B, W) distances of B queries to W items in the order of the gallery; NaN or infinite where an item is
+            not to be counted (the query's own identity).
+        by_distance: (B, W) its rows sorted.
+        rows: (p,) ascending, the row of the item's query.
+        distances: (p,) of the items.
+        earlier: (p,) how many of the W stand earlier in the gallery: 0 for an item before them, W for one behind.
+    """
+    width = block.shape[1]
+    bounds = distances.astype(block.dtype)  # (p,)
+    # All that is as near stands before an item behind the block: count what is nearer than the next larger number.
+    bounds = np.where(earlier < width, bounds, np.nextafter(bounds, np.inf, dtype=block.dtype))
+    values = by_distance.ravel()
+    first, last = rows * width, rows * width + width - 1  # (p,) where the row begins and ends in values
+    nearer = first - 1  # (p,) the last value known to be nearer; a binary search of all items at once
+    for step in 1 << np.arange(width.bit_length())[::-1]:
+        probe = np.minimum(nearer + step, last)
+        nearer = np.where(values[probe] < bounds, probe, nearer)
+    counts = nearer + 1 - first
+    # An item inside the block that found its equal there: the earlier ones of its equals stand before it.
+    tied = (earlier > 0) & (earlier < width)
+    tied[tied] = by_distance[rows[tied], np.minimum(counts[tied], width - 1)] == bounds[tied]
+    for i in np.flatnonzero(tied):
+        counts[i] += np.count_nonzero(block[rows[i], : earlier[i]] == bounds[i])
+    return counts
+
+
+def rank_matches(pairs: Pairs, distances: np.ndarray, counts: np.ndarray) -> Matches:
+    """Matches, from the distances (P,) of all pairs and how many items of other pids stand before each, counts (P,)."""
+    num_queries = len(pairs.offsets) - 1
+    rows = rows_of(pairs.offsets)  # (P,)
+    keep = np.flatnonzero(~pairs.dropped)
+    keep = keep[np.lexsort((pairs.places[keep], distances[keep], rows[keep]))]  # (M,) by query, then nearest first
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(rows[keep], minlength=num_queries))])
+    hits = np.arange(1, len(keep) + 1) - offsets[rows[keep]]  # (M,) matches of the query down to this one
+    num_dropped = np.bincount(rows[pairs.dropped], minlength=num_queries)
+    return Matches(offsets, pairs.places[keep], distances[keep], counts[keep] + hits, num_dropped)
+
+
+def rows_of(offsets: np.ndarray) -> np.ndarray:
+    """The row (M,) of each element of a CSR array, from its offsets (N + 1,), which may start above 0."""
+    return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+
+
+def check_ids(q_pids, g_pids, q_camids, g_camids) -> list[np.ndarray]:
+    """The four as int64 arrays. Raises UserError when pids and camids are not of one length."""
+    ids = (q_pids, g_pids, q_camids, g_camids)
+    ids = [np.asarray(x.cpu() if hasattr(x, 'cpu') else x).astype(np.int64).reshape(-1) for x in ids]
+    for subset, pids, camids in (('query', ids[0], ids[2]), ('gallery', ids[1], ids[3])):
+        if len(pids) != len(camids):
+            raise UserError(f'the {subset} has {len(pids)} pids but {len(camids)} camids: each item needs one of each')
+    return ids
+
+
+def _floats(block) -> np.ndarray:
+    """A copy on the CPU, in its own precision, float32 at least."""
+    if hasattr(block, 'detach'):
+        block = block.detach().cpu()
+        block = (block.float() if block.itemsize < 4 else block).numpy()  # numpy has no bfloat16
+    return np.array(block, np.result_type(block, np.float32))

@@ -1,0 +1,36 @@
+"""DenseNet121."""
+
+from collections.abc import Set
+
+from torch import Tensor, nn
+from torchvision.models import DenseNet121_Weights, densenet121
+
+import weights
+
+__all__ = ['DenseNet121']
+
+
+class DenseNet121(nn.Module):
+    """DenseNet121 without its classifier; the feature is the global average of the last normalisation.
+
+    Huang et al., Densely Connected Convolutional Networks, CVPR 2017, arXiv:1608.06993. The published weights were
+    trained without the ReLU that torchvision puts behind that normalisation: features may be negative.
+
+    (B, 3, H, W) -> eval: features (B, 1024); training: logits (B, num_classes), and features unless loss is {'xent'}.
+    """
+
+    feat_dim = 1024
+
+    def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'}), pretrained: str = 'none'):
+        super().__init__()
+        self.loss = loss
+        self.base = densenet121(weights=None).features
+        self.classifier = nn.Linear(self.feat_dim, num_classes)
+        weights.pretrain(self, pretrained, DenseNet121_Weights.IMAGENET1K_V1)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        f = self.base(x).mean((2, 3))  # (B, 1024)
+        if not self.training:
+            return f
+        y = self.classifier(f)  # (B, num_classes)
+        return y if self.loss == {'xent'} else (y, f)

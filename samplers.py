@@ -1,0 +1,156 @@
+"""Which images make a batch, and the random draws that go with each.
+
+Every random number of an epoch is a function of (seed, epoch, position in the epoch): nothing is drawn in a worker, and
+no generator has a state to save. Any number of workers or processes, and a run that goes on from the middle of an
+epoch, see the same batches and the same augmentation.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from errors import UserError
+
+ORDER, INSTANCES, AUGMENTATION = range(3)  # independent streams of random numbers
+DRAWS = 4  # columns of `draws`: translate?, down, right, mirror?
+
+
+def generator(stream: int, seed: int, epoch: int) -> np.random.Generator:
+    """Random numbers of one `stream` of an epoch (>= 0); `seed` is any integer, a negative one too."""
+    return np.random.default_rng((stream, epoch, int(seed < 0), abs(seed)))
+
+
+class _EpochSampler(Sampler):
+    """What both samplers share: an epoch is a list of indices, cut into whole batches; a remainder is left out.
+
+    `draw(epoch)` is for this project's loader. Iterating, after `set_epoch`, gives single indices, the remainder
+    included, so that `DataLoader(dataset, batch_size, sampler=sampler, drop_last=True)` makes the same batches.
+    """
+
+    def __init__(self, data_source: Sequence, batch_size: int | None, seed: int):
+        self.data_source, self.batch_size, self.seed, self.epoch = data_source, batch_size, seed, 0
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f'--train-batch is {batch_size}: give the number of images in a batch, 1 or more')
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Indices of the epoch in order, int64 (len(self),)."""
+        raise NotImplementedError
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order(self.epoch).tolist())
+
+    @property
+    def num_batches(self) -> int:
+        """Whole batches in an epoch."""
+        return len(self) // self.batch_size
+
+    def draw(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """The batches of an epoch: indices int64 (num_batches, B) and draws float64 (num_batches, B, 4).
+
+        The four draws of an image are uniform in [0, 1): translate?, down, right, mirror?. They depend on (seed, epoch,
+        position) alone, the position being counted through the epoch, batch by batch.
+        """
+        shape = self.num_batches, self.batch_size
+        used = self.num_batches * self.batch_size
+        indices = self.order(epoch)[:used]  # (used,)
+        draws = generator(AUGMENTATION, self.seed, epoch).random((used, DRAWS))  # (used, 4), row by row
+        return torch.from_numpy(indices).view(shape), torch.from_numpy(draws).view(*shape, DRAWS)
+
+
+class RandomSampler(_EpochSampler):
+    """Every image once an epoch, in random order, in batches of `batch_size`; the remainder of an epoch is left out.
+
+    Args:
+        data_source: list of (anything, pid, camid).
+
+    Raises:
+        UserError: there is not one whole batch in the data.
+    """
+
+    def __init__(self, data_source: Sequence, batch_size: int, seed: int = 0):
+        super().__init__(data_source, batch_size, seed)
+        count = len(data_source)
+        if count == 0:
+            raise UserError('the training set holds no images: check --data-dir')
+        if count < batch_size:
+            raise UserError(
+                f'--train-batch is {batch_size}, but the training set holds only {count} images: '
+                f'use --train-batch {count} or less'
+            )
+
+    def __len__(self) -> int:
+        return len(self.data_source)
+
+    def order(self, epoch: int) -> np.ndarray:
+        return generator(ORDER, self.seed, epoch).permutation(len(self.data_source))
+
+
+class RandomIdentitySampler(_EpochSampler):
+    """Every identity once an epoch, K images of it side by side: batches of P identities with K images each.
+
+    Hermans, Beyer, Leibe. In Defense of the Triplet Loss for Person Re-Identification. arXiv:1703.07737.
+
+    The K images of an identity are drawn without replacement, with replacement when it has fewer than K. P is
+    batch_size / K; identities that do not fill a last batch are left out of that epoch.
+
+    Args:
+        data_source: list of (anything, pid, camid).
+        num_instances: K.
+        batch_size: P * K, of the whole run; needed for `draw`, not for iterating.
+
+    Raises:
+        UserError: no triplet could be formed. K or P is less than 2, K does not divide the batch, the data hold fewer
+            than P identities, or one image of each. The message says what to change.
+    """
+
+    def __init__(self, data_source: Sequence, num_instances: int = 4, batch_size: int | None = None, seed: int = 0):
+        super().__init__(data_source, batch_size, seed)
+        self.num_instances = num_instances
+        pids = np.array([pid for _, pid, _ in data_source], dtype=np.int64)  # (N,)
+        by_pid = np.argsort(pids, kind='stable')  # (N,)
+        self.pids, starts = np.unique(pids[by_pid], return_index=True)  # (identities,) both
+        self.images = np.split(by_pid, starts[1:])  # for each identity the indices of its images
+        self._check()
+
+    def _check(self) -> None:
+        k, batch, identities = self.num_instances, self.batch_size, len(self.pids)
+        if k < 2:
+            raise UserError(f'--num-instances is {k}: a triplet needs 2 or more images of an identity in a batch')
+        if identities < 2:
+            raise UserError(f'the training set holds {identities} identities, a triplet needs 2: check --data-dir')
+        if identities == len(self.data_source):
+            raise UserError(
+                f'each of the {identities} identities in the training set has one image, so no triplet has a positive: '
+                'add images, or train with an xent script'
+            )
+        if batch is None:
+            return
+        largest = identities * k
+        if batch % k:
+            below, above = max(batch // k, 2) * k, max(batch // k + 1, 2) * k
+            sizes = ' or '.join(str(size) for size in sorted({below, above}) if size <= largest) or str(largest)
+            raise UserError(f'--num-instances {k} does not divide --train-batch {batch}: use --train-batch {sizes}')
+        if batch < 2 * k:
+            raise UserError(
+                f'--train-batch {batch} holds one identity with --num-instances {k}, a triplet needs 2: '
+                f'use --train-batch {2 * k} or more'
+            )
+        if batch > largest:
+            raise UserError(
+                f'--train-batch {batch} holds {batch // k} identities with --num-instances {k}, but the training set '
+                f'has only {identities}: use --train-batch {largest} or less'
+            )
+
+    def __len__(self) -> int:
+        return len(self.pids) * self.num_instances
+
+    def order(self, epoch: int) -> np.ndarray:
+        k, instances = self.num_instances, generator(INSTANCES, self.seed, epoch)
+        chosen = np.stack([instances.choice(own, k, replace=len(own) < k) for own in self.images])  # (identities, K)
+        return chosen[generator(ORDER, self.seed, epoch).permutation(len(chosen))].ravel()  # (identities * K,)
