@@ -1,0 +1,89 @@
+"""What several rooms' tests need: the tiny network, tiny data sets in the real formats, and a way to run a script."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny  # registers the network
+import torch
+
+import toy_data
+
+ROOT = tiny.ROOT
+TINY = ['-a', 'tiny', '--height', '32', '--width', '16', '--workers', '0', '--use-cpu', '--precision', 'fp32']
+SCRIPTS = [path.stem for path in sorted(ROOT.glob('train_*.py'))]
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory) -> Path:
+    """Market1501 and MARS in their real formats, with few persons."""
+    folder = tmp_path_factory.mktemp('data')
+    toy_data.draw_market1501(
+        folder / 'market1501', num_train=6, num_test=5, num_distractors=2, num_images=4, height=48, width=24
+    )
+    toy_data.draw_mars(
+        folder / 'mars', num_train=4, num_test=4, num_distractors=2, num_frames=(3, 5), height=48, width=24
+    )
+    return folder
+
+
+@pytest.fixture
+def run() -> SimpleNamespace:
+    """A run of one process on the CPU, as far as the rooms below `launch` look at it."""
+    return SimpleNamespace(device=torch.device('cpu'), rank=0, world_size=1, seed=1)
+
+
+@pytest.fixture
+def python():
+    """Run `python tests/tiny.py ARGS` in a process of its own and give back the finished process."""
+
+    def start(*args, cwd=ROOT, timeout=120, check=False):
+        return subprocess.run(
+            [sys.executable, str(ROOT / 'tests' / 'tiny.py'), *map(str, args)],
+            cwd=cwd, timeout=timeout, check=check, capture_output=True, text=True,
+            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture
+def script(data_dir, monkeypatch):
+    """Run a script's `main` in this process, as from the shell: `script('train_img_model_xent', '--lr', '0.1')`.
+
+    Gives back the exit status; what was printed is for `capsys`.
+    """
+    import importlib
+
+    import launch
+
+    def start(name: str, *args) -> int:
+        module = importlib.import_module(name)
+        argv = [
+            f'{name}.py',
+            *TINY,
+            '--data-dir',
+            str(data_dir),
+            '--pretrained',
+            'none',
+            '--train-batch',
+            '8',
+            *map(str, args),
+        ]
+        monkeypatch.setattr(sys, 'argv', argv)
+        try:
+            launch.main(module.main, module.parser)
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    return start
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    """Two threads at most: tests run beside each other on small machines."""
+    torch.set_num_threads(min(2, os.cpu_count() or 1))

@@ -1,0 +1,160 @@
+import importlib
+import math
+import sys
+
+import pytest
+from conftest import ROOT, SCRIPTS
+
+import arguments
+
+DEFAULTS = {  # of the original
+    'train_img_model_xent': {'dataset': 'market1501', 'max_epoch': 60, 'stepsize': 20, 'test_batch': 32},
+    'train_img_model_xent_htri': {'dataset': 'market1501', 'max_epoch': 180, 'stepsize': 60, 'test_batch': 32,
+                                  'margin': 0.3, 'num_instances': 4},
+    'train_img_model_cent': {'dataset': 'market1501', 'max_epoch': 60, 'stepsize': 20, 'test_batch': 32,
+                             'lr_cent': 0.5, 'weight_cent': 0.0005},
+    'train_vid_model_xent': {'dataset': 'mars', 'max_epoch': 15, 'stepsize': 5, 'test_batch': 5,
+                             'seq_len': 15, 'pool': 'avg'},
+    'train_vid_model_xent_htri': {'dataset': 'mars', 'max_epoch': 500, 'stepsize': 200, 'test_batch': 5,
+                                  'seq_len': 15, 'pool': 'avg', 'margin': 0.3, 'num_instances': 4},
+}  # fmt: skip
+COMMON = {
+    'workers': 4, 'height': 256, 'width': 128, 'train_batch': 32, 'lr': 3e-4, 'gamma': 0.1, 'weight_decay': 5e-4,
+    'arch': 'resnet50', 'print_freq': 10, 'seed': 1, 'start_epoch': 0, 'eval_step': -1, 'gpu_devices': '0',
+    'resume': '', 'evaluate': False, 'use_cpu': False, 'pretrained': 'imagenet',
+}  # fmt: skip
+
+
+def parse(script, *args):
+    return importlib.import_module(script).parser.parse_args([*map(str, args)])
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_defaults_are_those_of_the_original(script):
+    args = vars(parse(script))
+    expected = {**COMMON, 'save_dir': 'log', **DEFAULTS[script]}
+    assert {name: args[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_help_shows_every_option_in_a_group_with_a_reason(script, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(script, '-h')
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for group in ('the experiment', 'data:', 'test:', 'save:', 'run:'):
+        assert group in text
+    actions = importlib.import_module(script).parser._actions
+    assert all(action.help for action in actions)
+
+
+def test_rooms_get_their_own_options():
+    args = parse('train_vid_model_xent', '--lr', '0.1', '--seq-len', '4')
+    assert args.lr == args.save.recipe['lr'] == args.save.arguments['lr'] == 0.1
+    assert args.test.seq_len == 4
+    assert not hasattr(args.run, 'lr')
+    assert 'seq_len' not in args.save.recipe
+    assert {'seed', 'lr', 'stepsize', 'gamma', 'train_batch', 'arch', 'dataset', 'height', 'width'} <= set(
+        args.save.recipe
+    )
+    assert not {'max_epoch', 'workers', 'print_freq', 'test_batch', 'eval_step'} & set(args.save.recipe)
+
+
+def test_an_option_of_a_script_belongs_to_its_recipe():
+    assert parse('train_img_model_xent_htri').save.recipe['margin'] == 0.3
+    assert parse('train_img_model_cent').save.recipe['lr_cent'] == 0.5
+
+
+def test_args_are_printed_as_in_the_original():
+    text = str(parse('train_img_model_xent').plain())
+    assert text.startswith("Namespace(arch='resnet50', data_dir='data', dataset='market1501', eval_step=-1,")
+
+
+@pytest.mark.parametrize(('text', 'value'), [('20', 20), ('0', math.inf), ('-3', math.inf)])
+def test_stepsize_of_zero_or_less_is_no_decay(text, value):
+    assert parse('train_img_model_xent', '--stepsize', text).stepsize == value
+
+
+def test_nothing_is_fetched_when_weights_are_given(tmp_path):
+    (tmp_path / 'weights.pth').touch()
+    assert parse('train_img_model_xent', '--resume', 'weights.pth').pretrained == 'none'
+
+
+MISTAKES = [
+    ('train_img_model_xent', '--train-batch 0', '--train-batch: must be a whole number of 1 or more'),
+    ('train_img_model_xent', '--train-batch x', '--train-batch: must be a whole number of 1 or more'),
+    ('train_img_model_xent', '--lr 0', '--lr/--learning-rate: must be a number above 0'),
+    ('train_img_model_xent', '--lr nan', '--lr/--learning-rate: must be a number above 0'),
+    ('train_img_model_xent', '--gamma -1', '--gamma: must be a number above 0'),
+    ('train_img_model_xent', '--weight-decay -1', '--weight-decay: must be a number of 0 or more'),
+    ('train_img_model_xent', '--stepsize x', '--stepsize: must be a whole number'),
+    ('train_img_model_xent', '--seed -1', '--seed: must be a whole number of 0 or more'),
+    ('train_img_model_xent', '--workers -1', '-j/--workers: must be a whole number of 0 or more'),
+    ('train_img_model_xent', '--height 0', '--height: must be'),
+    ('train_img_model_xent', '--max-epoch 0', '--max-epoch: must be'),
+    ('train_img_model_xent', '--print-freq 0', '--print-freq: must be'),
+    ('train_img_model_xent', '--gpu-devices a', "--gpu-devices: 'a' is not a list of GPU indices"),
+    ('train_img_model_xent', '--gpu-devices 0,0', "--gpu-devices: '0,0' is not a list of GPU indices"),
+    ('train_img_model_xent', '--precision fp8', '--precision: invalid choice'),
+    ('train_img_model_xent', '-a resnet51', '-a resnet51: no such model; choose one of'),
+    ('train_img_model_xent', '-d cuhk03', '-d cuhk03: no such data set; choose one of'),
+    ('train_img_model_xent', '-d mars', 'run train_vid_model_xent.py'),
+    ('train_vid_model_xent', '-d market1501', 'run train_img_model_xent.py'),
+    ('train_vid_model_xent', '--seq-len 0', '--seq-len: must be'),
+    ('train_vid_model_xent', '--pool sum', '--pool: invalid choice'),
+    ('train_img_model_xent', '--seq-len 4', 'unrecognized arguments: --seq-len 4'),
+    ('train_img_model_xent_htri', '--margin -0.1', '--margin: must be a number of 0 or more'),
+    ('train_img_model_xent_htri', '--num-instances 5', '--train-batch 32 is not a multiple of --num-instances 5'),
+    ('train_img_model_cent', '--weight-cent 0', '--weight-cent: must be a number above 0'),
+    ('train_img_model_cent', '--lr-cent 0', '--lr-cent: must be a number above 0'),
+    ('train_img_model_xent', '--resume nowhere.pth.tar', '--resume nowhere.pth.tar: no such file'),
+    ('train_img_model_xent', '--pretrained nowhere', '--pretrained nowhere: no such file'),
+    ('train_img_model_xent', '--resume-weights-only', '--resume-weights-only needs --resume'),
+    ('train_img_model_xent', '--start-epoch 60', '--start-epoch 60 leaves nothing of --max-epoch 60'),
+    ('train_img_model_xent', '--save-dir file/log', '--save-dir file/log: cannot be written to'),
+    ('train_img_model_xent', '--save-dir file', '--save-dir file: cannot be written to'),
+    ('train_img_model_xent', '--save-dir run', 'holds the checkpoints of a run (checkpoint_ep1.pth.tar)'),
+]
+
+
+@pytest.mark.parametrize(('script', 'options', 'message'), MISTAKES, ids=[f'{s} {o}' for s, o, _ in MISTAKES])
+def test_a_mistake_is_one_line_before_anything_is_read(script, options, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'file').touch()
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'checkpoint_ep1.pth.tar').write_text('precious')
+    monkeypatch.setattr(sys, 'argv', [f'{script}.py'])
+    with pytest.raises(SystemExit) as end:
+        parse(script, *options.split())
+    err = capsys.readouterr().err
+    assert end.value.code == 2
+    assert err.startswith('error: ')
+    assert err.count('\n') == 1
+    assert message in err
+    assert (tmp_path / 'run' / 'checkpoint_ep1.pth.tar').read_text() == 'precious'
+
+
+@pytest.mark.parametrize('options', ['--evaluate', '--overwrite', '--resume run/checkpoint_ep1.pth.tar'])
+def test_a_folder_with_checkpoints_may_be_gone_on_with(options, tmp_path):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'checkpoint_ep1.pth.tar').touch()
+    parse('train_img_model_xent', '--save-dir', 'run', *options.split())
+
+
+def test_the_real_command_line(python):
+    found = python(ROOT / 'train_img_model_xent.py', '--train-batch', '0')
+    assert (found.returncode, found.stdout) == (2, '')
+    assert found.stderr == "error: --train-batch: must be a whole number of 1 or more, not '0'\n"
+
+
+def test_a_requirement_names_the_values():
+    parser = arguments.parser('an experiment', dataset='market1501', test_batch=1)
+    parser.add_argument('--alpha', type=float, default=1.0, help='of the experiment')
+    parser.require(lambda args: args.alpha < 2, '--alpha {alpha} is too much')
+    assert parser.parse_args(['--alpha', '1.5']).save.recipe['alpha'] == 1.5
+    with pytest.raises(SystemExit):
+        parser.parse_args(['--alpha', '2.5'])

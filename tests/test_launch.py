@@ -1,0 +1,117 @@
+import random
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import launch
+from errors import UserError
+
+
+def options(**changes):
+    return SimpleNamespace(
+        **{'seed': 1, 'use_cpu': True, 'gpu_devices': '0', 'precision': 'auto', 'width': 128, **changes}
+    )
+
+
+class Parser:
+    """A parser of no options, for `launch.main`."""
+
+    def __init__(self, save_dir):
+        self.args = SimpleNamespace(save_dir=save_dir, evaluate=False, plain=lambda: 'Namespace()')
+
+    def parse_args(self):
+        return self.args
+
+
+def test_main_logs_what_is_printed(tmp_path, capsys):
+    launch.main(lambda args: print('hello'), Parser(tmp_path))
+    out = capsys.readouterr().out
+    assert out.startswith(
+        '==========\nArgs:Namespace()\n==========\nhello\nFinished. Total elapsed time (h:m:s): 0:00:0'
+    )
+    assert (tmp_path / 'log_train.txt').read_text() == out
+
+
+@pytest.mark.parametrize(
+    ('exception', 'status', 'text'),
+    [
+        (UserError('what, where, what to do'), 2, 'error: what, where, what to do\n'),
+        (ValueError('our fault'), 1, 'Traceback'),
+    ],
+)
+def test_mistakes_are_one_line_and_faults_a_traceback(tmp_path, capsys, exception, status, text):
+    def experiment(args):
+        raise exception
+
+    with pytest.raises(SystemExit) as end:
+        launch.main(experiment, Parser(tmp_path))
+    assert end.value.code == status
+    err = capsys.readouterr().err
+    assert err.startswith(text)
+    assert (tmp_path / 'log_train.txt').read_text().endswith(err)
+    assert sys.stdout is not None and not isinstance(sys.stdout, launch.Logger)
+
+
+def test_start_seeds_everything():
+    drawn = []
+    for _ in range(2):
+        launch.start(options(seed=5))
+        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))  # noqa: NPY002
+    assert drawn[0] == drawn[1]
+    launch.start(options(seed=6))
+    assert torch.rand(()).item() != drawn[0][2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='this machine has CUDA')
+def test_gpus_that_are_not_there(capsys):
+    assert launch.start(options(use_cpu=False)).device.type == 'cpu'
+    assert 'Currently using CPU (GPU is highly recommended)' in capsys.readouterr().out
+    with pytest.raises(UserError, match='--gpu-devices 0,1: this machine has 0 CUDA devices'):
+        launch.start(options(use_cpu=False, gpu_devices='0,1'))
+
+
+def test_precision(monkeypatch):
+    monkeypatch.setattr(launch, '_has_bf16', lambda device: True)
+    run = launch.start(options())
+    assert (run.precision, run.test_precision) == ('bf16', 'fp32')
+    assert launch.start(options(precision='bf16')).test_precision == 'bf16'
+    assert launch.start(options(width=32)).precision == 'fp32'
+    with pytest.raises(UserError, match='--precision bf16 with --width 32'):
+        launch.start(options(precision='bf16', width=32))
+    with pytest.raises(UserError, match='tf32 is for CUDA'):
+        launch.start(options(precision='tf32'))
+    monkeypatch.setattr(launch, '_has_bf16', lambda device: False)
+    assert launch.start(options()).precision == 'fp32'
+
+
+def test_autocast_is_for_the_model_call():
+    weight = torch.ones(2, 2)
+    run = launch.Run(torch.device('cpu'), 'bf16', 'fp32', 1)
+    with run.autocast():
+        assert (weight @ weight).dtype == torch.bfloat16
+    with run.autocast(testing=True):
+        assert (weight @ weight).dtype == torch.float32
+
+
+@pytest.mark.parametrize('optimizer', [torch.optim.Adam, torch.optim.SGD])
+def test_a_loss_that_is_not_finite_steps_nothing(optimizer):
+    run = launch.Run(torch.device('cpu'), 'fp32', 'fp32', 1)
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = optimizer([weight], lr=0.1, fused=True)
+
+    def step(loss):
+        optimizer.zero_grad()
+        loss.backward()
+        run.guard(loss, optimizer)
+        optimizer.step()
+
+    step(weight.sum())
+    after_one = weight.detach().clone()
+    assert (after_one < 1).all()
+    step(weight.sum() * float('nan'))
+    assert torch.equal(weight, after_one)
+    step(weight.sum())
+    assert (weight < after_one).all()

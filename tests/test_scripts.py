@@ -1,0 +1,133 @@
+"""Each script from the outside: trained, resumed, evaluated; and what a copy of one can do."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, TINY
+
+EPOCHS = 3
+
+
+def weights_of(path):
+    return torch.load(path, weights_only=True)['state_dict']
+
+
+def equal(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one | other)
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_train_resume_evaluate(name, script, tmp_path, capsys):
+    """A run that is resumed after its first epoch ends with the weights of the one that was not interrupted."""
+    options = ['--max-epoch', EPOCHS, '--eval-step', 1, '--stepsize', 2, '--print-freq', 2]
+    assert script(name, *options, '--save-dir', tmp_path / 'whole') == 0
+    out = capsys.readouterr().out
+    assert 'Model size: 0.00' in out
+    assert f'==> Epoch {EPOCHS}/{EPOCHS}' in out
+    assert out.count('==> Test') == EPOCHS
+    assert 'Finished. Total elapsed time (h:m:s): 0:00:' in out
+    assert (tmp_path / 'whole' / 'log_train.txt').read_text() in out
+    files = {path.name for path in (tmp_path / 'whole').glob('*.pth.tar')}
+    assert files == {'best_model.pth.tar', *(f'checkpoint_ep{epoch + 1}.pth.tar' for epoch in range(EPOCHS))}
+
+    resumed = [*options, '--save-dir', tmp_path / 'resumed', '--resume', tmp_path / 'whole' / 'checkpoint_ep1.pth.tar']
+    assert script(name, *resumed) == 0
+    assert '==> Epoch 1/' not in capsys.readouterr().out
+    last = f'checkpoint_ep{EPOCHS}.pth.tar'
+    one, other = (torch.load(tmp_path / folder / last, weights_only=True) for folder in ('whole', 'resumed'))
+    assert equal(one['state_dict'], other['state_dict'])
+    assert (one['epoch'], one['best_rank1']) == (other['epoch'], other['best_rank1'])
+
+    results = json.loads((tmp_path / 'whole' / 'results.json').read_text())
+    assert script(name, '--evaluate', '--resume', tmp_path / 'whole' / last, '--save-dir', tmp_path / 'test') == 0
+    out = capsys.readouterr().out
+    assert 'Loading checkpoint from' in out and 'Evaluate only' in out and '==> Epoch' not in out
+    tested = json.loads((tmp_path / 'test' / 'results.json').read_text())
+    assert tested['mAP'] == results['mAP']
+    assert (tmp_path / 'test' / 'log_test.txt').exists()
+
+
+@pytest.mark.parametrize('name', ['train_img_model_xent_htri', 'train_vid_model_xent'])
+def test_workers_change_nothing(name, script, tmp_path):
+    for workers in (0, 2):
+        assert script(name, '--max-epoch', 2, '--workers', workers, '--save-dir', tmp_path / str(workers)) == 0
+    none, two = (weights_of(tmp_path / str(workers) / 'checkpoint_ep2.pth.tar') for workers in (0, 2))
+    assert equal(none, two)
+
+
+def test_another_seed_is_another_run(script, tmp_path):
+    for seed in (1, 1, 2):
+        options = ['--max-epoch', 1, '--seed', seed, '--save-dir', tmp_path / str(seed), '--overwrite']
+        assert script('train_img_model_xent', *options) == 0
+    one, two = (weights_of(tmp_path / str(seed) / 'checkpoint_ep1.pth.tar') for seed in (1, 2))
+    assert not equal(one, two)
+
+
+def test_the_learning_rate_decays_by_epochs(script, tmp_path):
+    for stepsize, expected in ((1, 3e-6), (0, 3e-4)):
+        folder = tmp_path / str(stepsize)
+        assert script('train_img_model_xent', '--max-epoch', 2, '--stepsize', stepsize, '--save-dir', folder) == 0
+        state = torch.load(folder / 'checkpoint_ep2.pth.tar', weights_only=True)['state']
+        assert state['optimizer']['param_groups'][0]['lr'] == pytest.approx(expected)
+
+
+def test_resume_with_another_recipe_is_one_line(script, tmp_path, capsys):
+    assert script('train_img_model_xent', '--max-epoch', 1, '--save-dir', tmp_path) == 0
+    resume = ['--resume', tmp_path / 'checkpoint_ep1.pth.tar', '--save-dir', tmp_path, '--max-epoch', 2]
+    capsys.readouterr()
+    assert script('train_img_model_xent', *resume, '--lr', '0.1') == 2
+    err = capsys.readouterr().err
+    assert err.startswith('error: --resume') and err.count('\n') == 1 and '--lr was 0.0003, is 0.1' in err
+    assert script('train_img_model_xent_htri', *resume, '--stepsize', 20) == 2
+    assert '--margin was not an option, is 0.3' in capsys.readouterr().err
+    assert script('train_img_model_xent', *resume, '--workers', 1, '--test-batch', 3) == 0
+
+
+def test_a_loss_that_is_not_finite_saves_nothing(script, tmp_path, capsys):
+    assert script('train_img_model_xent', '--max-epoch', 9, '--lr', '1e38', '--save-dir', tmp_path) == 2
+    assert 'not finite' in capsys.readouterr().err
+    assert not list(tmp_path.glob('*.pth.tar'))
+
+
+def test_a_missing_data_set_is_one_message(script, tmp_path, capsys):
+    assert script('train_img_model_xent', '--data-dir', tmp_path / 'nowhere', '--save-dir', tmp_path / 'log') == 2
+    err = capsys.readouterr().err
+    assert err.startswith('error: ') and 'bounding_box_train' in err and 'toy_market1501' in err
+
+
+def test_from_another_folder(python, data_dir, tmp_path):
+    found = python(
+        ROOT / 'train_img_model_xent.py', *TINY, '--pretrained', 'none', '--data-dir', data_dir, '--max-epoch', 1,
+        '--train-batch', 8, cwd=tmp_path,
+    )  # fmt: skip
+    assert (found.returncode, found.stderr) == (0, '')
+    assert (tmp_path / 'log' / 'checkpoint_ep1.pth.tar').exists()
+
+
+def test_a_copy_with_another_loss_trains_and_resumes(python, data_dir, tmp_path):
+    """How people start an experiment of their own."""
+    text = (ROOT / 'train_img_model_xent.py').read_text()
+    option = "parser.add_argument('--scale', type=float, default=2.0, help='of the loss')\n"
+    for old, new in (
+        ('parser.set_defaults(', option + 'parser.set_defaults('),
+        ('criterion_xent(logits.float(), pids)', '2.0 * nn.functional.multi_margin_loss(logits.float(), pids)'),
+        ('from torch.optim import Adam\n', 'from torch import nn\nfrom torch.optim import Adam\n'),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    copy = tmp_path / 'my_experiment.py'
+    copy.write_text(f'import sys\nsys.path.insert(0, {str(ROOT)!r})\n' + text)
+    options = [*TINY, '--pretrained', 'none', '--data-dir', data_dir, '--train-batch', 8, '--eval-step', 1]
+    assert python(copy, *options, '--max-epoch', 2, '--save-dir', tmp_path / 'a').returncode == 0
+    resume = ['--resume', tmp_path / 'a' / 'checkpoint_ep1.pth.tar', '--max-epoch', 2, '--save-dir', tmp_path / 'b']
+    assert python(copy, *options, *resume).returncode == 0
+    one, other = (weights_of(tmp_path / folder / 'checkpoint_ep2.pth.tar') for folder in 'ab')
+    assert equal(one, other)
+    refused = python(copy, *options, *resume, '--scale', '3')
+    assert refused.returncode == 2 and '--scale was 2.0, is 3.0' in refused.stderr
+
+
+def test_the_interpreter_is_new_enough():
+    assert sys.version_info >= (3, 11)

@@ -1,0 +1,162 @@
+"""Each script takes the steps that the original took: its `main` beside a textbook written from the papers' formulas.
+
+`main` runs as from the shell, with its own defaults; only what comes before a batch (files, augmentation) and after the
+last step (test, checkpoint) is replaced. So the losses and their weights, the optimizers with their learning rates and
+the schedule are all held here.
+
+The tiny network takes its three steps on either side alone and must end at the same weights, to 1e-6. ResNet50 cannot:
+Adam's first step is nearly the sign of the gradient, so where a gradient is of the size of its rounding error float32
+leaves the direction open. Some 220 of 23.5 million weights then go another way, and a random network with BatchNorm
+makes millions of them in two more steps. So there the textbook takes each of the three steps from the script's weights,
+with moments of its own, and weights whose gradients all were that small may differ, if they are few.
+"""
+
+import copy
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import textbook
+import torch
+from torch import Tensor, nn
+
+NUM_PIDS = 6
+EPOCHS = [2, 1]  # steps in each; the learning rate is halved in between
+LR, WEIGHT_DECAY, LR_CENT, WEIGHT_CENT = 3e-4, 5e-4, 0.5, 5e-4  # the original's
+SIZES = {'tiny': (32, 16), 'resnet50': (64, 32)}  # height, width
+LOSSES = {
+    'train_img_model_xent': 'xent',
+    'train_img_model_xent_htri': 'htri',
+    'train_img_model_cent': 'cent',
+    'train_vid_model_xent': 'xent',
+    'train_vid_model_xent_htri': 'htri',
+}
+TOLERANCE = 1e-6
+ROUNDING = 1e-4  # gradients of this share of their tensor's largest may be rounding errors
+UNDECIDED = {'tiny': 0, 'resnet50': 5e-5}  # share of weights that rounding may send elsewhere; 1e-5 was seen
+
+
+class Record:
+    """Stands for the checkpoint: hands out fixed batches, and copies all weights before each of them and at the end."""
+
+    def __init__(self, options, model, criterion_cent=None, **others):
+        self.modules = nn.ModuleDict({'model': model})
+        if criterion_cent is not None:
+            self.modules['cent'] = criterion_cent
+        self.snapshots = []
+
+    def epochs(self, max_epoch):
+        yield from range(max_epoch)
+        self.snapshots.append(copy.deepcopy(self.modules))
+
+    def batches(self, loader, epoch):
+        for batch in loader[epoch]:
+            self.snapshots.append(copy.deepcopy(self.modules))
+            yield batch
+
+
+def fixed_batches(arch: str) -> list[list[tuple[Tensor, Tensor, None]]]:
+    """Per epoch its batches: images (8, 3, H, W), pids (8,) of 2 identities with 4 images each, no draws."""
+    generator = torch.Generator().manual_seed(5)
+    epochs = []
+    for steps in EPOCHS:
+        epochs.append([])
+        for _ in range(steps):
+            pids = torch.randperm(NUM_PIDS, generator=generator)[:2].repeat_interleave(4)
+            images = torch.randn(8, 3, *SIZES[arch], generator=generator) + pids.view(-1, 1, 1, 1) / NUM_PIDS
+            epochs[-1].append((images.contiguous(memory_format=torch.channels_last), pids, None))
+    return epochs
+
+
+def run_script(name: str, arch: str, epochs: list, save_dir, monkeypatch) -> tuple[list[nn.ModuleDict], list[Tensor]]:
+    """`main` over the fixed batches: its model and centers before each step and after the last; its losses."""
+    module = importlib.import_module(name)
+    train = [((f'{i}.jpg',) if '_vid_' in name else f'{i}.jpg', i // 4, i % 2) for i in range(4 * NUM_PIDS)]
+    dataset = SimpleNamespace(train=train, num_train_pids=NUM_PIDS)
+    records, losses = [], []
+
+    def record(*args, **parts):
+        records.append(Record(*args, **parts))
+        return records[-1]
+
+    update = module.LossMeter.update
+    monkeypatch.setattr(module.LossMeter, 'update', lambda *a, **all: losses.append(all['loss']) or update(*a, **all))
+    monkeypatch.setattr(module.data_manager, 'init_dataset', lambda *_: dataset)
+    monkeypatch.setattr(module, 'train_loader', lambda *_: epochs)
+    monkeypatch.setattr(module, 'TrainTransform', lambda *_: lambda images, draws: images)
+    monkeypatch.setattr(module, 'Test', lambda *_: SimpleNamespace(is_due=lambda epoch: False))
+    monkeypatch.setattr(module, 'Checkpoint', record)
+    height, width = SIZES[arch]
+    options = f'--use-cpu --precision fp32 --pretrained none -a {arch} --height {height} --width {width}'
+    options += f' --train-batch 8 --max-epoch {len(EPOCHS)} --stepsize 1 --gamma 0.5 --save-dir {save_dir}'
+    module.main(module.parser.parse_args(options.split()))
+    return records[0].snapshots, losses
+
+
+def objective_and_gradients(loss: str, modules: nn.ModuleDict, images: Tensor, pids: Tensor):
+    """The objective, its gradients by the model's parameters, and that of the unweighted center loss by the centers."""
+    model = modules['model'].train()
+    logits, features = (model(images), None) if loss == 'xent' else model(images)
+    objective, centers_grad = textbook.cross_entropy_label_smooth(logits.double(), pids, epsilon=0.1), None
+    if loss == 'htri':
+        htri, active = textbook.triplet(features.double(), pids, margin=0.3)
+        assert active > 0  # else the triplets are not held
+        objective = objective + htri
+    if loss == 'cent':
+        cent = textbook.center(features.double(), modules['cent'].centers.double(), pids)
+        (centers_grad,) = torch.autograd.grad(cent, modules['cent'].centers, retain_graph=True)
+        objective = objective + WEIGHT_CENT * cent
+    return objective, torch.autograd.grad(objective, list(model.parameters())), centers_grad
+
+
+class Adam:
+    """Kingma & Ba, arXiv:1412.6980, algorithm 1, the gradient with that of an L2 penalty."""
+
+    def __init__(self, params: list[Tensor]):
+        self.t = 0
+        self.moments = [(torch.zeros_like(param), torch.zeros_like(param)) for param in params]
+        self.largest = [
+            torch.zeros_like(param) for param in params
+        ]  # |gradient| / the tensor's largest, over the steps
+
+    def step(self, params: list[Tensor], grads: tuple[Tensor, ...], lr: float) -> None:
+        self.t += 1
+        for param, grad, (m, v), largest in zip(params, grads, self.moments, self.largest, strict=True):
+            grad = grad + WEIGHT_DECAY * param
+            m.copy_(0.9 * m + (1 - 0.9) * grad)
+            v.copy_(0.999 * v + (1 - 0.999) * grad**2)
+            param -= lr * (m / (1 - 0.9**self.t)) / ((v / (1 - 0.999**self.t)).sqrt() + 1e-8)
+            torch.maximum(largest, grad.abs() / grad.abs().max(), out=largest)
+
+
+@pytest.mark.parametrize(
+    ('script', 'arch'),
+    [*((script, 'tiny') for script in LOSSES), *((script, 'resnet50') for script in LOSSES if '_img_' in script)],
+)
+def test_three_steps_are_the_textbook_s(script, arch, tmp_path, monkeypatch):
+    torch.set_num_threads(1)  # two wait for each other when the machine is busy, and cost ten times as much
+    epochs = fixed_batches(arch)
+    snapshots, losses = run_script(script, arch, epochs, tmp_path, monkeypatch)
+    steps = [(images, pids, LR * 0.5**epoch) for epoch, batches in enumerate(epochs) for images, pids, _ in batches]
+    assert len(snapshots) == len(steps) + 1 and len(losses) == len(steps)
+
+    modules = copy.deepcopy(snapshots[0])
+    params = list(modules['model'].parameters())
+    adam = Adam(params)
+    for (images, pids, lr), before, after, loss in zip(steps, snapshots, snapshots[1:], losses, strict=False):
+        if arch != 'tiny':
+            modules.load_state_dict(before.state_dict())
+        objective, grads, centers_grad = objective_and_gradients(LOSSES[script], modules, images, pids)
+        torch.testing.assert_close(loss.double(), objective, rtol=TOLERANCE, atol=TOLERANCE)
+        with torch.no_grad():
+            adam.step(params, grads, lr)
+            if centers_grad is not None:
+                modules['cent'].centers -= LR_CENT * centers_grad
+                torch.testing.assert_close(after['cent'].centers, modules['cent'].centers, rtol=0, atol=TOLERANCE)
+
+        differ = [(a - b).abs() > TOLERANCE for a, b in zip(after['model'].parameters(), params, strict=True)]
+        small = [largest < ROUNDING for largest in adam.largest]
+        assert not any((d & ~s).any() for d, s in zip(differ, small, strict=True))
+        assert sum(int(d.sum()) for d in differ) <= UNDECIDED[arch] * sum(d.numel() for d in differ)
+        for buffer, expected in zip(after['model'].buffers(), modules['model'].buffers(), strict=True):
+            torch.testing.assert_close(buffer, expected, rtol=TOLERANCE, atol=TOLERANCE)

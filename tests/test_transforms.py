@@ -1,0 +1,231 @@
+"""The batch against the per-image pipeline of PIL and torchvision, given the same draws."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import transforms as T
+
+SIZES = [  # source -> target, (height, width)
+    ((128, 64), (256, 128)),  # Market1501
+    ((256, 128), (256, 128)),  # MARS
+    ((128, 64), (96, 48)),
+    ((300, 141), (96, 48)),
+    ((60, 31), (256, 128)),
+    ((450, 350), (64, 32)),
+    ((17, 200), (256, 128)),
+    ((1, 1), (32, 16)),
+    ((257, 129), (256, 128)),
+]
+NORMALISE = T.Normalize(T.IMAGENET_MEAN, T.IMAGENET_STD)
+
+
+def noise(count: int, height: int, width: int, seed: int = 0) -> np.ndarray:
+    """The hardest images to resize: every pixel for itself, many at the ends of the range."""
+    pixels = np.random.default_rng(seed).integers(-60, 316, (count, height, width, 3))
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+def group(pixels: np.ndarray) -> list:
+    return [(torch.arange(len(pixels)), torch.from_numpy(pixels))]
+
+
+def every_kind(count: int, seed: int = 0) -> torch.Tensor:
+    """Draws (count, 4) among which are the four kinds of images and the corners of the range."""
+    draws = np.random.default_rng(seed).random((count, 4))
+    draws[:4, 0], draws[:4, 3] = [0.1, 0.1, 0.9, 0.9], [0.1, 0.9, 0.1, 0.9]
+    draws[2:4, 1:3] = [[0, np.nextafter(1, 0)], [np.nextafter(1, 0), 0]]
+    return torch.from_numpy(draws)
+
+
+def resized(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Pillow's resize with the horizontal pass first, as every Pillow before 12.3 does it."""
+    return image.resize((width, image.height), Image.BILINEAR).resize((width, height), Image.BILINEAR)
+
+
+def reference(pixels: np.ndarray, draws: torch.Tensor, height: int, width: int, resize=resized) -> torch.Tensor:
+    """One image after the other, through PIL, ToTensor and Normalize."""
+    out = []
+    for image, (translate, down, right, mirror) in zip(map(Image.fromarray, pixels), draws.tolist(), strict=True):
+        if translate < 0.5:
+            image = resize(image, height, width)
+        else:
+            tall, wide = round(height * 1.125), round(width * 1.125)
+            left, top = round(right * (wide - width)), round(down * (tall - height))
+            image = resize(image, tall, wide).crop((left, top, left + width, top + height))
+        if mirror < 0.5:
+            image = image.transpose(Image.FLIP_LEFT_RIGHT)
+        out.append(NORMALISE(T.ToTensor()(image)))
+    return torch.stack(out)
+
+
+def in_255ths(batch: torch.Tensor) -> torch.Tensor:
+    """Before normalisation, in steps of the 8-bit range."""
+    return (batch * torch.tensor(T.IMAGENET_STD)[:, None, None] + torch.tensor(T.IMAGENET_MEAN)[:, None, None]) * 255
+
+
+@pytest.mark.parametrize(('source', 'target'), SIZES)
+def test_augmentation_is_the_per_image_pipeline_to_the_bit(source, target):
+    pixels, draws = noise(8, *source), every_kind(8)
+    batch = T.TrainTransform(*target)(group(pixels), draws)
+    assert torch.equal(batch, reference(pixels, draws, *target))
+    assert batch.shape == (8, 3, *target) and batch.dtype == torch.float32
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(('source', 'target'), SIZES)
+def test_preparation_is_the_per_image_pipeline_to_the_bit(source, target):
+    pixels, plain = noise(5, *source), torch.ones(5, 4) * torch.tensor([0, 0, 0, 0.9])
+    batch = T.TestTransform(*target)(group(pixels))
+    assert torch.equal(batch, reference(pixels, plain, *target))
+    assert batch.shape == (5, 3, *target) and batch.dtype == torch.float32
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(('source', 'target'), SIZES)
+def test_whatever_order_of_passes_the_installed_pillow_chooses_it_is_close(source, target):
+    def resize(image, height, width):
+        return image.resize((width, height), Image.BILINEAR)
+
+    pixels, draws = noise(8, *source), every_kind(8)
+    expected = reference(pixels, draws, *target, resize=resize)
+    difference = in_255ths(T.TrainTransform(*target)(group(pixels), draws)).sub(in_255ths(expected)).abs()
+    assert difference.mean() < 0.5
+    assert difference.max() < 1.01
+
+
+@pytest.mark.parametrize('source', [(128, 64), (256, 128), (64, 32)])
+def test_for_the_proportions_of_the_data_sets_every_pillow_agrees(source):
+    pixels = noise(4, *source)
+    expected = [NORMALISE(T.ToTensor()(Image.fromarray(image).resize((128, 256), Image.BILINEAR))) for image in pixels]
+    assert torch.equal(T.TestTransform(256, 128)(group(pixels)), torch.stack(expected))
+
+
+def test_a_batch_of_mixed_sizes_is_each_image_in_its_place():
+    sizes = [(128, 64), (50, 30), (128, 64), (300, 141), (50, 30), (128, 64)]
+    images = [noise(1, *size, seed=index) for index, size in enumerate(sizes)]
+    draws = every_kind(6, seed=1)
+    groups = [
+        (torch.tensor(places), torch.from_numpy(np.concatenate([images[place] for place in places])))
+        for places in ([0, 2, 5], [1, 4], [3])
+    ]
+    augmented = T.TrainTransform(96, 48)(groups, draws)
+    prepared = T.TestTransform(96, 48)(groups)
+    for place, image in enumerate(images):
+        assert torch.equal(augmented[place : place + 1], reference(image, draws[place : place + 1], 96, 48))
+        assert torch.equal(prepared[place : place + 1], T.TestTransform(96, 48)(group(image)))
+    assert augmented.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize('at_once', [1, 3 * 32 * 16, 1 << 30])
+def test_how_many_are_worked_on_at_once_changes_nothing(at_once, monkeypatch):
+    pixels, draws = noise(8, 40, 20), every_kind(8)
+    expected = T.TrainTransform(32, 16)(group(pixels), draws)
+    monkeypatch.setitem(T.AT_ONCE, 'cpu', at_once)
+    assert torch.equal(T.TrainTransform(32, 16)(group(pixels), draws), expected)
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    pixels, draws = noise(8, 40, 20), every_kind(8)
+    whole = T.TrainTransform(32, 16)(group(pixels), draws)
+    for place in range(8):
+        alone = T.TrainTransform(32, 16)(group(pixels[place : place + 1]), draws[place : place + 1])
+        assert torch.equal(alone[0], whole[place])
+
+
+def test_every_crop_can_come_and_half_of_the_images_are_translated_or_mirrored():
+    columns = np.zeros((1, 32, 16, 3), np.uint8)
+    columns[0, :, :8] = 255  # left half white
+    draws = torch.from_numpy(np.random.default_rng(0).random((4000, 4)))
+    top, left = T._window(draws[:, 0], draws[:, 1], 32, 36), T._window(draws[:, 0], draws[:, 2], 16, 18)
+    assert set(top[:, 0].tolist()) == {0, *range(32, 37)}
+    assert set(left[:, 0].tolist()) == {0, *range(16, 19)}
+    assert abs((top[:, 0] == 0).double().mean() - 0.5) < 0.03
+    batch = T.TrainTransform(32, 16)(
+        [(torch.arange(400), torch.from_numpy(columns).expand(400, -1, -1, -1))], draws[:400]
+    )
+    mirrored = batch[:, 0, 0, 0] < batch[:, 0, 0, -1]
+    assert torch.equal(mirrored, draws[:400, 3] < 0.5)
+
+
+def test_constant_images_stay_constant():
+    for value in (0, 1, 127, 254, 255):
+        pixels = np.full((4, 37, 23, 3), value, np.uint8)
+        batch = in_255ths(T.TrainTransform(64, 32)(group(pixels), every_kind(4)))
+        assert (batch - value).abs().max() < 1e-4
+
+
+def test_neither_the_images_nor_the_draws_are_changed():
+    pixels, draws = noise(4, 40, 20), every_kind(4)
+    images, kept = group(pixels), draws.clone()
+    T.TrainTransform(32, 16)(images, draws)
+    assert torch.equal(images[0][1], torch.from_numpy(noise(4, 40, 20))) and torch.equal(draws, kept)
+
+
+def test_a_test_in_inference_mode_does_not_spoil_the_training_after_it():
+    T._taps.cache_clear()
+    T._statistics.cache_clear()
+    pixels, draws = noise(4, 40, 20), every_kind(4)
+    with torch.inference_mode():
+        T.TestTransform(32, 16)(group(pixels))
+        T.TrainTransform(32, 16)(group(pixels), draws)
+    weight = torch.ones(1, requires_grad=True)
+    (T.TrainTransform(32, 16)(group(pixels), draws) * weight).sum().backward()
+    assert torch.isfinite(weight.grad).all()
+
+
+@pytest.mark.parametrize('source', [1, 2, 31, 64, 141, 700])
+def test_weights_add_up_and_stay_inside(source):
+    device = torch.device('cpu')
+    for target in (16, 64, 128, 144):
+        taps, weights = T._taps(source, (target,), device)
+        assert (weights >= 0).all() and ((taps >= 0) & (taps < source)).all()
+        assert (weights.sum(0) - (1 << T.BITS)).abs().max() <= len(weights)  # each is rounded
+
+
+def test_the_class_of_the_original_draws_in_the_order_of_the_original(monkeypatch):
+    image = Image.fromarray(noise(1, 128, 64)[0])
+    random.seed(4)
+    draws = [(random.random(), random.random(), random.random()) for _ in range(12)]
+    for translate, right, down in draws:
+        numbers = iter([translate, right, down])
+        monkeypatch.setattr(random, 'random', lambda numbers=numbers: next(numbers))
+        monkeypatch.setattr(random, 'uniform', lambda low, high: low + (high - low) * random.random())
+        augmented = np.asarray(T.Random2DTranslation(64, 32)(image))
+        batch = reference(np.asarray(image)[None], torch.tensor([[translate, down, right, 0.9]]).double(), 64, 32)
+        assert torch.equal(NORMALISE(T.ToTensor()(augmented.copy())), batch[0])
+
+
+def test_the_class_of_the_original_takes_a_probability():
+    image = Image.fromarray(noise(1, 40, 20)[0])
+    plain = np.asarray(image.resize((16, 32), Image.BILINEAR))
+    assert all((np.asarray(T.Random2DTranslation(32, 16, p=0)(image)) == plain).all() for _ in range(20))
+    assert not any((np.asarray(T.Random2DTranslation(32, 16, p=1)(image)) == plain).all() for _ in range(20))
+    nearest = T.Random2DTranslation(32, 16, 0, interpolation=Image.NEAREST)(image)
+    assert (np.asarray(nearest) == np.asarray(image.resize((16, 32), Image.NEAREST))).all()
+
+
+def test_the_classes_of_the_original_compose():
+    pipeline = T.Compose([T.Random2DTranslation(32, 16), T.RandomHorizontalFlip(), T.ToTensor(), NORMALISE])
+    assert pipeline(Image.fromarray(noise(1, 40, 20)[0])).shape == (3, 32, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+@pytest.mark.parametrize(('source', 'target'), SIZES)
+def test_a_gpu_computes_the_same_pixels_without_waiting(source, target):
+    pixels, draws = noise(8, *source), every_kind(8)
+    images = [(positions, image.cuda()) for positions, image in group(pixels)]
+    train, test, draws_there = T.TrainTransform(*target), T.TestTransform(*target), draws.cuda()
+    train(images, draws_there), test(images)  # fills the tables
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        augmented, prepared = train(images, draws_there), test(images)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    assert torch.allclose(augmented.cpu(), train(group(pixels), draws), atol=1e-6)
+    assert torch.allclose(prepared.cpu(), test(group(pixels)), atol=1e-6)
+    assert augmented.is_contiguous(memory_format=torch.channels_last)

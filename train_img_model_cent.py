@@ -1,0 +1,97 @@
+"""Train an image re-ID model with cross entropy and center loss (Wen et al., ECCV 2016).
+
+Center loss draws the feature of an image to the center of its identity. The centers are learned beside the model, by
+SGD with a learning rate of their own. An epoch is every training image once.
+"""
+
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import StepLR
+
+import arguments
+import data_manager
+import launch
+import models
+from checkpoint import Checkpoint
+from dataset_loader import ImageDataset, train_loader
+from evaluation import Test
+from losses import CenterLoss, CrossEntropyLabelSmooth
+from meters import LossMeter
+from samplers import RandomSampler
+from transforms import TrainTransform
+
+parser = arguments.parser(__doc__, dataset='market1501', test_batch=32)
+parser.set_defaults(max_epoch=60, stepsize=20)
+parser.add_argument('--lr-cent', type=arguments.positive_float, default=0.5, help='learning rate of the centers')
+parser.add_argument('--weight-cent', type=arguments.positive_float, default=0.0005, help='weight of the center loss')
+
+
+def main(args):
+    run = launch.start(args.run)
+
+    dataset = data_manager.init_dataset(args.dataset, args.data_dir)
+    sampler = RandomSampler(dataset.train, args.train_batch, args.seed)
+    trainloader = train_loader(ImageDataset(dataset.train), sampler, args.data, run)
+    augment = TrainTransform(args.height, args.width)
+
+    model = models.init_model(args.arch, dataset.num_train_pids, loss={'xent', 'cent'}, pretrained=args.pretrained)
+    model = run.place(model)
+    criterion_xent = CrossEntropyLabelSmooth(dataset.num_train_pids)
+    criterion_cent = run.place(CenterLoss(dataset.num_train_pids, model.feat_dim))
+    optimizer = Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
+    optimizer_cent = SGD(criterion_cent.parameters(), args.lr_cent, fused=True)
+    scheduler = StepLR(optimizer, args.stepsize, args.gamma)
+
+    test = Test(dataset, args.test, run)
+    checkpoint = Checkpoint(
+        args.save,
+        model=model,
+        criterion_cent=criterion_cent,
+        optimizer=optimizer,
+        optimizer_cent=optimizer_cent,
+        scheduler=scheduler,
+    )
+    if args.evaluate:
+        return test(model)
+
+    replica, replica_cent = run.replicate(model), run.replicate(criterion_cent)
+    meter = LossMeter(args.show, len(trainloader))
+    for epoch in checkpoint.epochs(args.max_epoch):
+        batches = meter.watch(checkpoint.batches(trainloader, epoch), epoch)
+        train(
+            batches,
+            replica,
+            augment,
+            criterion_xent,
+            replica_cent,
+            args.weight_cent,
+            optimizer,
+            optimizer_cent,
+            meter,
+            run,
+        )
+        scheduler.step()
+        if test.is_due(epoch):
+            checkpoint.tested(epoch, test(model))
+
+
+def train(batches, model, augment, criterion_xent, criterion_cent, weight_cent, optimizer, optimizer_cent, meter, run):
+    model.train()
+    for imgs, pids, draws in batches:
+        with run.autocast():
+            logits, features = model(augment(imgs, draws))  # (B, num_train_pids), (B, feat_dim)
+        xent = criterion_xent(logits.float(), pids)
+        cent = criterion_cent(features.float(), pids)
+        loss = xent + weight_cent * cent
+        optimizer.zero_grad()
+        optimizer_cent.zero_grad()
+        loss.backward()
+        for param in criterion_cent.parameters():
+            param.grad /= weight_cent  # the centers follow the unweighted gradient
+        run.guard(loss, optimizer, optimizer_cent)  # a loss that is not finite changes nothing
+        optimizer.step()
+        optimizer_cent.step()
+        meter.update(loss=loss, xent=xent, cent=cent)
+
+
+if __name__ == '__main__':
+    launch.main(main, parser)

@@ -1,0 +1,78 @@
+"""Train an image re-ID model with cross entropy and the batch-hard triplet loss (Hermans et al., arXiv:1703.07737).
+
+A batch holds P identities with K images each, and an epoch every identity once. The triplet loss sees the pooled
+features of the whole batch, on any number of processes.
+"""
+
+from torch.optim import Adam
+from torch.optim.lr_scheduler import StepLR
+
+import arguments
+import data_manager
+import launch
+import models
+from checkpoint import Checkpoint
+from dataset_loader import ImageDataset, train_loader
+from evaluation import Test
+from losses import CrossEntropyLabelSmooth, TripletLoss
+from meters import LossMeter
+from samplers import RandomIdentitySampler
+from transforms import TrainTransform
+
+parser = arguments.parser(__doc__, dataset='market1501', test_batch=32)
+parser.set_defaults(max_epoch=180, stepsize=60)
+parser.add_argument('--margin', type=arguments.nonnegative_float, default=0.3, help='margin of the triplet loss')
+parser.add_argument('--num-instances', type=arguments.positive_int, default=4, help='K, images per identity in a batch')
+parser.require(
+    lambda args: args.train_batch % args.num_instances == 0,
+    '--train-batch {train_batch} is not a multiple of --num-instances {num_instances} (P identities x K images)',
+)
+
+
+def main(args):
+    run = launch.start(args.run)
+
+    dataset = data_manager.init_dataset(args.dataset, args.data_dir)
+    sampler = RandomIdentitySampler(dataset.train, args.num_instances, args.train_batch, args.seed)
+    trainloader = train_loader(ImageDataset(dataset.train), sampler, args.data, run)
+    augment = TrainTransform(args.height, args.width)
+
+    model = models.init_model(args.arch, dataset.num_train_pids, loss={'xent', 'htri'}, pretrained=args.pretrained)
+    model = run.place(model)
+    criterion_xent = CrossEntropyLabelSmooth(dataset.num_train_pids)
+    criterion_htri = TripletLoss(args.margin)
+    optimizer = Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
+    scheduler = StepLR(optimizer, args.stepsize, args.gamma)
+
+    test = Test(dataset, args.test, run)
+    checkpoint = Checkpoint(args.save, model=model, optimizer=optimizer, scheduler=scheduler)
+    if args.evaluate:
+        return test(model)
+
+    replica = run.replicate(model)
+    meter = LossMeter(args.show, len(trainloader))
+    for epoch in checkpoint.epochs(args.max_epoch):
+        batches = meter.watch(checkpoint.batches(trainloader, epoch), epoch)
+        train(batches, replica, augment, criterion_xent, criterion_htri, optimizer, meter, run)
+        scheduler.step()
+        if test.is_due(epoch):
+            checkpoint.tested(epoch, test(model))
+
+
+def train(batches, model, augment, criterion_xent, criterion_htri, optimizer, meter, run):
+    model.train()
+    for imgs, pids, draws in batches:
+        with run.autocast():
+            logits, features = model(augment(imgs, draws))  # (B, num_train_pids), (B, feat_dim)
+        xent = criterion_xent(logits.float(), pids)
+        htri = criterion_htri(*run.gather(features.float(), pids))  # the hardest of the whole batch
+        loss = xent + htri
+        optimizer.zero_grad()
+        loss.backward()
+        run.guard(loss, optimizer)  # a loss that is not finite changes nothing
+        optimizer.step()
+        meter.update(loss=loss, xent=xent, htri=htri, active=criterion_htri.active)
+
+
+if __name__ == '__main__':
+    launch.main(main, parser)
