@@ -22,7 +22,7 @@ import models
 
 # What each room is given. An option may serve two of them.
 ROOMS = {
-    'run': 'seed use_cpu gpu_devices precision width',
+    'run': 'seed use_cpu gpu_devices precision compile width',
     'data': 'workers',
     'test': 'dataset arch height width workers test_batch eval_step max_epoch resume evaluate save_dir',
     'save': 'save_dir resume resume_weights_only overwrite start_epoch evaluate',
@@ -138,6 +138,9 @@ def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
     add('--precision', choices=['auto', 'fp32', 'tf32', 'bf16'], default='auto',
         help='of the network; weights, losses and statistics are float32 always. auto: bf16 where the device '
              'multiplies it in hardware, and fp32 for the test, so that published figures come out')  # fmt: skip
+    add('--compile', action='store_true',
+        help='compile the network with CUDA graphs: small batches are bound by launches otherwise; costs a minute at '
+             'the start')  # fmt: skip
     add('--print-freq', type=positive_int, default=10, help='batches between two lines')
     return parser
 

@@ -57,6 +57,7 @@ class Run:
     precision: str  # of training: fp32, tf32 or bf16
     test_precision: str  # of extraction: fp32 unless another one was asked for, so that published figures come out
     seed: int
+    compiled: bool = False
     rank: int = 0
     world_size: int = 1
 
@@ -72,8 +73,8 @@ class Run:
         return module.to(self.device, memory_format=torch.channels_last)
 
     def replicate(self, module: nn.Module) -> nn.Module:
-        """The copy of `module` to train with; `module` itself is what is saved and tested."""
-        return module
+        """The copy of `module` to train with, compiled with --compile; `module` itself is what is saved and tested."""
+        return torch.compile(module, mode='reduce-overhead') if self.compiled else module
 
     def gather(self, features: Tensor, pids: Tensor) -> tuple[Tensor, Tensor]:
         """The features (B, D) and pids (B,) of the whole batch, over all processes."""
@@ -94,7 +95,7 @@ def start(options) -> Run:
     """Choose device and precision and seed what is drawn once, at the start: weights and centers.
 
     Raises:
-        UserError: a GPU that is not there; a precision that the device does not have.
+        UserError: a GPU that is not there; a precision that the device does not have; --compile on a CPU.
     """
     device = _device(options)
     precision = _precision(options, device)
@@ -104,7 +105,9 @@ def start(options) -> Run:
     random.seed(options.seed)
     np.random.seed(options.seed % 2**32)  # noqa: NPY002 (for code of the user's that draws from it)
     torch.manual_seed(options.seed)
-    return Run(device, precision, test_precision, options.seed)
+    if options.compile and device.type != 'cuda':
+        raise UserError('--compile is for CUDA devices; leave it out on the CPU')
+    return Run(device, precision, test_precision, options.seed, options.compile)
 
 
 def _device(options) -> torch.device:

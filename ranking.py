@@ -23,6 +23,7 @@ NEAREST = 10  # gallery items listed for each query
 TILE = (1120, 2304)  # queries x gallery items of one product: it stays in the cache while it is counted
 OWN = 64  # queries, ordered by pid, that are multiplied with all gallery items of their pids
 BINS = 1 << 15  # of the histograms: the upper half of a positive float32, 128 bins for each doubling of the distance
+STRIP = 1120
 INFINITE = 0x7F80  # the bin of infinity
 NONE = np.iinfo(np.int64).max  # the key of no item, behind all others
 
@@ -149,10 +150,17 @@ def count(queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, di
         block = squared_distances(queries[rows], gallery[columns])  # (B, W)
         offsets = pairs.offsets[top : top + len(block) + 1]
         own = slice(offsets[0], offsets[-1])  # p of P
-        found = tally(block, places[columns], rows_of(offsets), pairs.places[own], distances[own], nearest[rows])
-        with lock:
-            total = Tally(counts[own], nearest[rows], histogram) + found
-            counts[own], nearest[rows], histogram[:] = total.counts, total.nearest, total.histogram
+        own = slice(offsets[0], offsets[-1])  # p of P
+        rows = rows_of(offsets)
+        for i in range(0, len(block), STRIP):
+            strip = block[i:i+STRIP]
+            o = pairs.offsets[top + i : top + i + len(strip) + 1]
+            own = slice(o[0], o[-1])
+            rows = slice(top + i, top + i + len(strip))
+            found = tally(strip, places[columns], rows_of(o), pairs.places[own], distances[own], nearest[rows])
+            with lock:
+                total = Tally(counts[own], nearest[rows], histogram) + found
+                counts[own], nearest[rows], histogram[:] = total.counts, total.nearest, total.histogram
 
     corners = [(top, left) for top in range(0, len(queries), tile[0]) for left in range(0, len(gallery), tile[1])]
     _in_threads(work, corners, gallery.features.device)
@@ -185,12 +193,11 @@ def squared_distances(queries: Points, gallery: Points) -> Tensor:
     """(B, W) float32: |q|^2 + |g|^2 - 2 q.g, which rounding may leave a little below 0."""
     if gallery.features.device.type != 'cpu':
         products = queries.features @ gallery.features.t()  # (B, W)
-        return products.mul_(-2).add_(gallery.norms).add_(queries.norms[:, None])
-    if 4 * len(queries) < len(gallery):
-        products = _products(gallery.features, -2 * queries.features).t()
+    elif 4 * len(queries) < len(gallery):
+        products = _products(gallery.features, queries.features).t()
     else:
-        products = _products(-2 * queries.features, gallery.features)
-    return products.add_(gallery.norms).add_(queries.norms[:, None])
+        products = _products(queries.features, gallery.features)
+    return products.mul_(-2).add_(gallery.norms).add_(queries.norms[:, None])
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:

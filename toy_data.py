@@ -26,6 +26,7 @@ SKIN: list[Colour] = [(236, 196, 168), (204, 156, 120), (146, 100, 72), (96, 64,
 HAIR: list[Colour] = [(34, 28, 26), (92, 60, 38), (196, 158, 92), (150, 146, 142)]
 
 NUM_CAMERAS = 6
+STOUT = 1.15  # breadth of the figures, so that 48 pixels show enough of them
 OVERSAMPLING = 3  # pictures are drawn this much larger and averaged down
 SCENE = 3  # a camera's scene is this many pictures wide
 
@@ -70,7 +71,7 @@ CHOICES = {  # of a person's attributes; what stands there twice is twice as fre
     'bag_colour': CLOTHES,
     'girth': (0.88, 1.0, 1.14),
 }
-LOOK_APART = 6  # any two persons differ in at least this many attributes
+LOOK_APART = 7  # any two persons differ in at least this many attributes
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class View:
     screen_x: float  # where it stands
 
 
-SCREENED = 0.12
+SCREENED = 0.1
 
 
 def draw_market1501(
@@ -288,7 +289,7 @@ def _view(rng: Generator) -> View:
         x=rng.uniform(-0.04, 0.04),
         y=rng.uniform(-0.02, 0.02),
         scale=rng.uniform(0.88, 0.98),
-        light=rng.uniform(0.85, 1.15),
+        light=rng.uniform(0.88, 1.12),
         warmth=rng.uniform(-0.04, 0.04),
         shade_x=rng.uniform(-0.2, 0.2),
         shade_y=rng.uniform(-0.2, 0.2),
@@ -354,20 +355,20 @@ def _draw_figure(image: Image.Image, person: Person, view: View) -> None:
     axis = image.width / 2 + view.x * image.height
     soles = image.height * (0.98 + view.y)
     front, side = math.cos(view.yaw), math.sin(view.yaw)  # towards the viewer, towards the right of the picture
-    breadth = person.girth * math.hypot(front, 0.62 * side)  # a body is flatter than broad
+    breadth = person.girth * math.hypot(front, 0.75 * side)  # a body is flatter than broad
 
     def at(x: float, y: float) -> Point:
-        return axis + (x + view.lean * (1 - y)) * size, soles - (1 - y) * size
+        return axis + (STOUT * x + view.lean * (1 - y)) * size, soles - (1 - y) * size
 
     def fill(points: Iterable[Point], colour: Colour) -> None:
         draw.polygon([at(x, y) for x, y in points], fill=colour)
 
     def disc(x: float, y: float, radius_x: float, radius_y: float, colour: Colour) -> None:
-        (x0, y0), (x1, y1) = at(x, y), (radius_x * size, radius_y * size)
+        (x0, y0), (x1, y1) = at(x, y), (STOUT * radius_x * size, radius_y * size)
         draw.ellipse((x0 - x1, y0 - y1, x0 + x1, y0 + y1), fill=colour)
 
     def limb(points: list[Point], thickness: float, colour: Colour) -> None:
-        draw.line([at(x, y) for x, y in points], fill=colour, width=max(1, round(thickness * size)), joint='curve')
+        draw.line([at(x, y) for x, y in points], fill=colour, width=max(1, round(STOUT * thickness * size)), joint='curve')
         for x, y in points[0], points[-1]:
             disc(x, y, thickness / 2, thickness / 2, colour)
 
@@ -454,9 +455,9 @@ def _draw_figure(image: Image.Image, person: Person, view: View) -> None:
             band(0.16, 0.31, -1, 1, second)
         if person.pattern == 'sash':
             turn = 1 if front > 0 else -1
-            for middle in np.linspace(-0.8, 0.8, 9):
+            for middle in np.linspace(-0.9, 0.9, 31):
                 y = 0.345 + 0.16 * middle
-                band(y - 0.055, y + 0.055, turn * middle - 0.13, turn * middle + 0.13, second)
+                band(y - 0.055, y + 0.055, turn * middle - 0.06, turn * middle + 0.06, second)
         shadow = 1 if side > 0 else -1  # the side away from the walking direction lies in the shade
         band(0.17, hem, -shadow * 1.0, -shadow * 0.93, _darker(person.top, 0.6))
 
@@ -542,14 +543,14 @@ def _draw_screen(image: Image.Image, view: View) -> None:
 
 def _camera(kind: int, height: int, width: int, rng: Generator) -> Camera:
     """One of NUM_CAMERAS cameras with a scene of its own."""
-    gains = rng.uniform(0.85, 1.15) * (1 + rng.uniform(-0.08, 0.08, size=3))
+    gains = rng.uniform(0.88, 1.12) * (1 + rng.uniform(-0.06, 0.06, size=3))
     return Camera(
         scene=_scene(kind, height, width, rng),
         gains=gains.astype(np.float32),
         gamma=rng.uniform(0.85, 1.2),
-        haze=rng.uniform(0, 0.12),
+        haze=rng.uniform(0, 0.1),
         blur=rng.uniform(0, 0.7),
-        noise=rng.uniform(1, 4),
+        noise=rng.uniform(1, 3.5),
         quality=int(rng.integers(70, 93)),
     )
 

@@ -7,12 +7,21 @@ import pytest
 import torch
 
 import launch
+import models
 from errors import UserError
 
 
 def options(**changes):
     return SimpleNamespace(
-        **{'seed': 1, 'use_cpu': True, 'gpu_devices': '0', 'precision': 'auto', 'width': 128, **changes}
+        **{
+            'seed': 1,
+            'use_cpu': True,
+            'gpu_devices': '0',
+            'precision': 'auto',
+            'compile': False,
+            'width': 128,
+            **changes,
+        }
     )
 
 
@@ -83,6 +92,8 @@ def test_precision(monkeypatch):
         launch.start(options(precision='bf16', width=32))
     with pytest.raises(UserError, match='tf32 is for CUDA'):
         launch.start(options(precision='tf32'))
+    with pytest.raises(UserError, match='--compile is for CUDA'):
+        launch.start(options(compile=True))
     monkeypatch.setattr(launch, '_has_bf16', lambda device: False)
     assert launch.start(options()).precision == 'fp32'
 
@@ -115,3 +126,22 @@ def test_a_loss_that_is_not_finite_steps_nothing(optimizer):
     assert torch.equal(weight, after_one)
     step(weight.sum())
     assert (weight < after_one).all()
+
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    return models.init_model('resnet50', 2).eval().to(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(not launch._has_bf16(torch.device('cpu')), reason='this CPU has no bf16 instructions')
+@pytest.mark.parametrize(('height', 'width'), [(96, 48), (256, 128)])
+def test_features_of_bf16_are_those_of_fp32(model, height, width):
+    images = torch.randn(2, 3, height, width).contiguous(memory_format=torch.channels_last)
+    features = []
+    for precision in ('fp32', 'bf16'):
+        run = launch.Run(torch.device('cpu'), precision, precision, 1)
+        with torch.inference_mode(), run.autocast(testing=True):
+            features.append(model(images).float())
+    full, half = features
+    assert ((full - half).norm(dim=1) / full.norm(dim=1)).max() < 0.02  # 8 bits of mantissa through 50 layers

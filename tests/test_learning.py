@@ -1,0 +1,66 @@
+"""Whether the experiments learn: trainings of the real network on the toy data, minutes each. `make soak` runs them."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, SCRIPTS
+
+pytestmark = pytest.mark.soak
+
+MAKEFILE = (ROOT / 'Makefile').read_text()
+SMALL = ['--height', '96', '--width', '48', '--pretrained', 'none', '--workers', '2']
+DEMO = shlex.split(re.search(r'train_img_model_xent\.py((?:[^\n]*\\\n)*[^\n]*)', MAKEFILE)[1].replace('\\\n', ' '))
+EPOCHS = {  # that fit into three minutes on 2 cores
+    'train_img_model_cent': 5,
+    'train_img_model_xent': 5,
+    'train_img_model_xent_htri': 10,
+    'train_vid_model_xent': 4,
+    'train_vid_model_xent_htri': 20,
+}
+
+
+@pytest.fixture(scope='module')
+def toys(tmp_path_factory):
+    return tmp_path_factory.mktemp('toys')
+
+
+def results(name, save_dir, *args) -> dict:
+    """What a script's last test wrote, run from the shell."""
+    command = [sys.executable, ROOT / f'{name}.py', *args, '--save-dir', save_dir]
+    subprocess.run([*map(str, command)], check=True, capture_output=True)
+    return json.loads((save_dir / 'results.json').read_text())
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_a_script_at_least_doubles_the_map_of_its_untrained_self(name, toys, tmp_path, capsys):
+    data = ['-d', 'toy_mars' if 'vid' in name else 'toy_market1501', '--data-dir', toys]
+    before = results(name, tmp_path / 'before', *data, *SMALL, '--evaluate')
+    begun = time.monotonic()
+    after = results(name, tmp_path / 'after', *data, *SMALL, '--max-epoch', EPOCHS[name])
+    took = time.monotonic() - begun
+    with capsys.disabled():
+        print(f'\n{name}: mAP {before["mAP"]:.1%} -> {after["mAP"]:.1%}, Rank-1 {after["cmc"][0]:.1%}, {took:.0f} s')
+    assert after['mAP'] >= 2 * before['mAP']
+    assert took <= 180
+
+
+@pytest.mark.parametrize('seed', [1, 2, 3])
+def test_the_demo(seed, toys, tmp_path, capsys):
+    """The command of `make demo`, but for the folder."""
+    seeded = [*DEMO, '--data-dir', toys, '--seed', seed]
+    before = results('train_img_model_xent', tmp_path / 'before', *seeded, '--evaluate')
+    begun = time.monotonic()
+    after = results('train_img_model_xent', tmp_path / 'after', *seeded)
+    took = time.monotonic() - begun
+    with capsys.disabled():
+        print(
+            f'\nseed {seed}: mAP {before["mAP"]:.1%} -> {after["mAP"]:.1%}, Rank-1 {after["cmc"][0]:.1%}, {took:.0f} s'
+        )
+    assert after['mAP'] >= 0.8 and after['cmc'][0] >= 0.9
+    assert before['mAP'] < after['mAP'] / 4
+    assert took <= 240
