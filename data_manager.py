@@ -100,7 +100,8 @@ class Mars:
         train = _read_tracklets(root, 'train')
         test = _read_tracklets(root, 'test')
         queries = _read_query_rows(os.path.join(root, 'info', 'query_IDX.mat'), len(test))
-        taken_out = set() if official else set(queries)
+        queried = set(queries)
+        taken_out = set() if official else queried
         train = [tracklet for tracklet in train if tracklet]
         query = [test[row] for row in queries if test[row]]
         gallery = [tracklet for row, tracklet in enumerate(test) if tracklet and row not in taken_out]
@@ -113,7 +114,7 @@ class Mars:
         self.gallery: list[Tracklet] = gallery
         self.num_train_pids, self.num_query_pids, self.num_gallery_pids = map(count_pids, (self.train, query, gallery))
 
-        once = train + query + [tracklet for row, tracklet in enumerate(test) if tracklet and row not in set(queries)]
+        once = train + query + [tracklet for row, tracklet in enumerate(test) if tracklet and row not in queried]
         lengths = [len(paths) for paths, _, _ in once]
         _print_statistics(self, {'mars': 'MARS'}.get(name, name), 'tracklets', len(once), lengths)
 

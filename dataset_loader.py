@@ -270,7 +270,7 @@ class _Decoder:
                 "device, as transforms.TrainTransform does, or use torch's DataLoader"
             )
         self.tasks, self.device = _Tasks(dataset), device
-        self.workers: Callable = lambda: None  # weakly, the iterator that has them
+        self.end: weakref.finalize | None = None  # of the workers
         self.loader = DataLoader(
             _Files(),
             batch_size=None,
@@ -286,9 +286,13 @@ class _Decoder:
     def batches(self, items: Sequence[Sequence[int]]) -> Iterator[Images]:
         self.tasks.items = items
         blocks = iter(self.loader)
-        if self.loader.num_workers and self.workers() is not blocks:
-            self.workers = weakref.ref(blocks)
-            atexit.register(_end_workers, self.workers)
+        if self.loader.num_workers and not (self.end and self.loader.persistent_workers):
+            if self.end:
+                self.end()
+            self.end = weakref.finalize(self, _end_workers, blocks)
+            atexit.register(
+                self.end
+            )  # before those that torch has just registered, which would wait for SIGTERM to work
         return _ahead(blocks, self.device) if self.device.type == 'cuda' else map(_unpack, blocks)
 
 
@@ -323,10 +327,11 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _end_workers(blocks: weakref.ref) -> None:
-    """At exit, if the loader still lives: it would wait for workers to heed the SIGTERM that they ignore."""
-    if (loader := blocks()) is not None:
-        loader._shutdown_workers()
+def _end_workers(blocks: Any) -> None:
+    """In an orderly way, as long as the iterator is whole: once it is being collected, only SIGTERM would be left."""
+    blocks._shutdown_workers()
+    for worker in blocks._workers:
+        worker.kill()  # one that hangs in a read
 
 
 def _by_size(images: Sequence[np.ndarray | Tensor]) -> dict[tuple[int, ...], list[int]]:

@@ -24,6 +24,11 @@ class Pairs(NamedTuple):
     places: np.ndarray  # (P,) int64, in the gallery
     dropped: np.ndarray  # (P,) bool: of the query's camid too, so not a match
 
+    def among(self, queries: slice) -> tuple[slice, np.ndarray]:
+        """The pairs of these queries, p of P, and which of the queries, from 0, each is of, (p,)."""
+        offsets = self.offsets[queries.start : queries.stop + 1]
+        return slice(offsets[0], offsets[-1]), rows_of(offsets)
+
 
 @dataclass(frozen=True)
 class Matches:
@@ -137,12 +142,12 @@ def match_ranks(distmat, q_pids, g_pids, q_camids, g_camids) -> Matches:
     counts = np.empty(len(pairs.places), np.int64)
 
     def work(begin: int) -> None:
-        block = _floats(distmat[begin : begin + step])  # (B, G), a copy
+        queries = slice(begin, begin + step)
+        block = _floats(distmat[queries])  # (B, G), a copy
         if np.isnan(block).any():
             raise UserError('the distance matrix holds NaN: check the features that it was made from')
-        offsets = pairs.offsets[begin : begin + len(block) + 1]
-        own = slice(offsets[0], offsets[-1])
-        rows, places = rows_of(offsets), pairs.places[own]  # (p,)
+        own, rows = pairs.among(queries)
+        places = pairs.places[own]  # (p,)
         distances[own] = block[rows, places]
         block[rows, places] = np.nan
         counts[own] = count_before(block, np.sort(block, axis=1), rows, distances[own], places)

@@ -19,8 +19,8 @@ Colour = tuple[int, int, int]  # RGB
 Point = tuple[float, float]
 
 BLACK, WHITE, GREY, RED = (40, 40, 46), (222, 220, 214), (126, 128, 132), (176, 46, 48)
-BLUE, GREEN, SAND = (50, 76, 144), (60, 120, 78), (204, 166, 86)
-CLOTHES: list[Colour] = [BLACK, WHITE, GREY, RED, BLUE, GREEN, SAND]
+BLUE, GREEN, SAND, PURPLE = (50, 76, 144), (60, 120, 78), (204, 166, 86), (126, 78, 142)
+CLOTHES: list[Colour] = [BLACK, WHITE, GREY, RED, BLUE, GREEN, SAND, PURPLE]
 SHOES: list[Colour] = [BLACK, WHITE, RED, (120, 84, 54)]
 SKIN: list[Colour] = [(236, 196, 168), (204, 156, 120), (146, 100, 72), (96, 64, 48)]
 HAIR: list[Colour] = [(34, 28, 26), (92, 60, 38), (196, 158, 92), (150, 146, 142)]
@@ -71,7 +71,8 @@ CHOICES = {  # of a person's attributes; what stands there twice is twice as fre
     'bag_colour': CLOTHES,
     'girth': (0.88, 1.0, 1.14),
 }
-LOOK_APART = 7  # any two persons differ in at least this many attributes
+LOOK_APART = 8  # any two persons differ in at least this many attributes
+PATIENCE = 300  # persons that are refused in a row before fewer attributes must do
 
 
 @dataclass(frozen=True)
@@ -108,15 +109,15 @@ class View:
     screen_x: float  # where it stands
 
 
-SCREENED = 0.1
+SCREENED = 0.08
 
 
 def draw_market1501(
     folder: str | os.PathLike,
     *,
     num_train: int = 96,
-    num_test: int = 48,
-    num_distractors: int = 24,
+    num_test: int = 40,
+    num_distractors: int = 20,
     num_images: int = 8,
     height: int = 96,
     width: int = 48,
@@ -181,8 +182,6 @@ def draw_mars(
 
     Complete or absent, and equal for equal arguments, as `draw_market1501`. Raises OSError where it cannot write.
     """
-    from scipy.io import savemat  # slow to import
-
     rng = np.random.default_rng([seed, 1261])
 
     def draw(root: str) -> None:
@@ -228,10 +227,10 @@ def draw_mars(
             names, table = draw_subset(f'bbox_{subset}', tracks)
             with open(os.path.join(root, 'info', f'{subset}_name.txt'), 'w', encoding='ascii') as file:
                 file.write('\n'.join(names) + '\n')
-            table = {f'track_{subset}_info': np.array(table, dtype=np.int32)}  # (number of tracklets, 4)
-            savemat(os.path.join(root, 'info', f'tracks_{subset}_info.mat'), table)
+            table = np.array(table, dtype=np.int32)  # (number of tracklets, 4)
+            _save_table(os.path.join(root, 'info', f'tracks_{subset}_info.mat'), f'track_{subset}_info', table)
         query_idx = np.array([queries], dtype=np.uint16)  # (1, number of queries)
-        savemat(os.path.join(root, 'info', 'query_IDX.mat'), {'query_IDX': query_idx})
+        _save_table(os.path.join(root, 'info', 'query_IDX.mat'), 'query_IDX', query_idx)
 
     _once(folder, draw)
 
@@ -253,6 +252,15 @@ def _once(folder: str | os.PathLike, draw: Callable[[str], None]) -> None:
                 raise
 
 
+def _save_table(path: str, key: str, table: np.ndarray) -> None:
+    """Write a .mat file of MATLAB 5 with one table."""
+    from scipy.io import savemat  # slow to import, and only MARS needs it
+
+    savemat(path, {key: table})
+    with open(path, 'r+b') as file:
+        file.write(b'MATLAB 5.0 MAT-file'.ljust(116))  # in place of the header's text, which holds the time of day
+
+
 def _some_cameras(number: int, rng: Generator) -> list[int]:
     """Different cameras in ascending order."""
     return sorted(rng.choice(NUM_CAMERAS, size=number, replace=False).tolist())
@@ -262,8 +270,10 @@ def _some_cameras(number: int, rng: Generator) -> list[int]:
 
 
 def _persons(number: int, rng: Generator) -> list[Person]:
-    """Persons of whom any two differ in LOOK_APART attributes or more."""
-    persons: list[tuple] = []
+    """Persons of whom any two differ in LOOK_APART attributes or more; in a crowd of many hundreds, in fewer."""
+    persons: list[Person] = []
+    apart, refused = LOOK_APART, 0
+    codes = np.empty((number, len(CHOICES)), dtype=np.int8)  # which of the choices each one has
     while len(persons) < number:
         looks = {key: values[rng.integers(len(values))] for key, values in CHOICES.items()}
         second_shows = looks['pattern'] != 'plain' or looks['sleeves'] == 'contrast' or looks['legwear'] == 'striped'
@@ -273,10 +283,16 @@ def _persons(number: int, rng: Generator) -> list[Person]:
         looks['hair'] = HAIR[0] if looks['haircut'] == 'bald' else looks['hair']
         looks['hat_colour'] = BLACK if looks['hat'] == 'none' else looks['hat_colour']
         looks['bag_colour'] = BLACK if looks['bag'] == 'none' else looks['bag_colour']
-        candidate = tuple(looks.values())
-        if all(sum(a != b for a, b in zip(candidate, other, strict=True)) >= LOOK_APART for other in persons):
-            persons.append(candidate)
-    return [Person(*person) for person in persons]
+        code = [CHOICES[key].index(value) for key, value in looks.items()]
+        if ((codes[: len(persons)] != code).sum(axis=1) < apart).any():
+            refused += 1
+            if refused == PATIENCE:
+                apart, refused = apart - 1, 0
+            continue
+        codes[len(persons)] = code
+        persons.append(Person(**looks))
+        refused = 0
+    return persons
 
 
 def _view(rng: Generator) -> View:
@@ -368,7 +384,9 @@ def _draw_figure(image: Image.Image, person: Person, view: View) -> None:
         draw.ellipse((x0 - x1, y0 - y1, x0 + x1, y0 + y1), fill=colour)
 
     def limb(points: list[Point], thickness: float, colour: Colour) -> None:
-        draw.line([at(x, y) for x, y in points], fill=colour, width=max(1, round(STOUT * thickness * size)), joint='curve')
+        draw.line(
+            [at(x, y) for x, y in points], fill=colour, width=max(1, round(STOUT * thickness * size)), joint='curve'
+        )
         for x, y in points[0], points[-1]:
             disc(x, y, thickness / 2, thickness / 2, colour)
 
@@ -383,12 +401,12 @@ def _draw_figure(image: Image.Image, person: Person, view: View) -> None:
         fill([(left * edge(y), y) for y in levels] + [(right * edge(y), y) for y in reversed(levels)], colour)
 
     def back_bag() -> None:
-        half, middle = math.hypot(0.098 * front, 0.055 * side), -0.115 * side
+        half, middle = math.hypot(0.08 * front, 0.05 * side), -0.11 * side
         colour = person.bag_colour
         limb([(middle - half * 0.5, 0.24), (middle + half * 0.5, 0.24)], half, colour)
-        fill([(middle - half, 0.24), (middle + half, 0.24), (middle + half, 0.45), (middle - half, 0.45)], colour)
-        pocket = [(middle - half * 0.7, 0.36), (middle + half * 0.7, 0.36)]
-        fill(pocket + [(x, 0.43) for x, _ in reversed(pocket)], _darker(colour, 0.7))
+        fill([(middle - half, 0.24), (middle + half, 0.24), (middle + half, 0.41), (middle - half, 0.41)], colour)
+        pocket = [(middle - half * 0.7, 0.34), (middle + half * 0.7, 0.34)]
+        fill(pocket + [(x, 0.39) for x, _ in reversed(pocket)], _darker(colour, 0.7))
 
     def hip_bag() -> None:
         middle = -0.125 * front * person.girth
@@ -473,7 +491,7 @@ def _draw_figure(image: Image.Image, person: Person, view: View) -> None:
             turned = 0.6 + 0.4 * max(0.0, front)
             disc(0.018 * side, 0.088, 0.048 * turned + 0.004, 0.055, person.skin)
         if person.haircut == 'long' and front <= -0.2:
-            limb([(-0.03 * side, 0.08), (-0.045 * side, 0.2)], 0.115, person.hair)
+            limb([(-0.03 * side, 0.08), (-0.045 * side, 0.17)], 0.115, person.hair)
         if capped:
             dome = [(0.062 * math.cos(angle), 0.058 - 0.062 * math.sin(angle)) for angle in np.linspace(0, math.pi, 9)]
             fill(dome, person.hat_colour)
@@ -522,9 +540,9 @@ def _draw_screen(image: Image.Image, view: View) -> None:
     kind = rng.integers(4)
     tone = tuple(rng.integers(50, 150, size=3).tolist())
     if kind == 0:
-        draw.rectangle((middle - 0.035 * height, 0, middle + 0.035 * height, height), fill=tone)
+        draw.rectangle((middle - 0.028 * height, 0, middle + 0.028 * height, height), fill=tone)
     elif kind == 1:
-        top = height * rng.uniform(0.66, 0.8)
+        top = height * rng.uniform(0.76, 0.88)
         for x in np.linspace(0, width, 12):
             radius = height * rng.uniform(0.04, 0.08)
             draw.ellipse(
@@ -543,12 +561,12 @@ def _draw_screen(image: Image.Image, view: View) -> None:
 
 def _camera(kind: int, height: int, width: int, rng: Generator) -> Camera:
     """One of NUM_CAMERAS cameras with a scene of its own."""
-    gains = rng.uniform(0.88, 1.12) * (1 + rng.uniform(-0.06, 0.06, size=3))
+    gains = rng.uniform(0.9, 1.1) * (1 + rng.uniform(-0.05, 0.05, size=3))
     return Camera(
         scene=_scene(kind, height, width, rng),
         gains=gains.astype(np.float32),
-        gamma=rng.uniform(0.85, 1.2),
-        haze=rng.uniform(0, 0.1),
+        gamma=rng.uniform(0.88, 1.14),
+        haze=rng.uniform(0, 0.08),
         blur=rng.uniform(0, 0.7),
         noise=rng.uniform(1, 3.5),
         quality=int(rng.integers(70, 93)),

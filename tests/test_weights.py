@@ -38,6 +38,7 @@ import models
 import weights
 from errors import UserError
 
+LONGER = ('base.6.6.conv1.weight', 'base.denseblock4.denselayer17.norm1.weight')  # ResNet101, DenseNet169
 KEYS = {'resnet50': 267, 'resnet50m': 538, 'densenet121': 606}  # in a file of PyTorch 0.3
 
 
@@ -302,6 +303,7 @@ def test_architecture_is_guessed(model):
             other = models.init_model(arch, 5)
         with pytest.raises(UserError, match=f'it looks like a {model.arch}: try --arch {model.arch}$'):
             load(other, found)
+    assert weights.arch_of({**found, **dict.fromkeys(LONGER, torch.zeros(1))}) is None
     del found['classifier.bias']
     with pytest.raises(
         UserError, match=f'missing classifier.bias; it looks like another {model.arch} than the one of this'
@@ -537,7 +539,7 @@ REFUSED = {
     'a legacy file cut short': (legacy(GOOD_LEGACY)[:-1], r'is cut short: its tensors need 24 bytes, 23 are there'),
     'a zip file cut short': (zipped(GOOD)[:-9], r'is damaged, cut short or no checkpoint \(BadZipFile'),
     'a flipped bit': (flipped(), r'is damaged: its record archive/data/0 fails its checksum'),
-    'a wrong count of elements': (legacy(GOOD_LEGACY, data=struct.pack('<q', 3) + DATA), r'is damaged, cut short or no'),
+    'a wrong count of elements': (legacy(GOOD_LEGACY, data=struct.pack('<q', 3) + DATA), r'is damaged, cut short or'),
     'a list': (zipped(b']'), r'holds no weights but a list'),
     'an empty dict': (legacy(b'}', keys=()), r'holds no weights but a dict'),
     'a dict of numbers': (zipped(b'}' + text('lr') + b'K\x01s'), r'holds no weights: lr is a int, not a tensor'),
