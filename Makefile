@@ -19,7 +19,7 @@ PY = .venv/bin/python
 
 demo: .venv/run
 	$(PY) train_img_model_xent.py -d toy_market1501 --height 96 --width 48 --pretrained none \
-	    --max-epoch 10 --stepsize 8 --workers 2 --save-dir log/demo --overwrite
+	    --train-batch 16 --lr 0.0006 --max-epoch 12 --stepsize 9 --workers 1 --save-dir log/demo --overwrite
 
 test: .venv/dev
 	$(PY) -m pytest -m 'not soak' --cov --cov-report=term --cov-fail-under=90

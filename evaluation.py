@@ -62,7 +62,10 @@ class Test:
 
     def _print(self, result) -> None:
         cmc = result.cmc(MAX_RANK)
-        print(f'Queries: {result.num_valid} valid, {result.num_skipped} skipped (without a match in another camera)')
+        print(
+            f'Queries: {result.num_valid} valid, {result.num_skipped} skipped ({result.num_same_camera} with a match in '
+            f'their own camera only, {result.num_absent} with none in the gallery)'
+        )
         print('Results ----------')
         print(f'mAP: {result.mAP:.1%}')
         print('CMC curve')
@@ -73,10 +76,15 @@ class Test:
     def _summary(self, result) -> dict:
         options, dataset = self.options, self.dataset
         return {
-            'mAP': float(result.mAP),
-            'mINP': float(result.mINP),
-            'cmc': [float(share) for share in result.cmc(MAX_RANK)],
-            'queries': {'all': len(dataset.query), 'valid': result.num_valid, 'skipped': result.num_skipped},
+            'mAP': result.mAP,
+            'mINP': result.mINP,
+            'cmc': result.cmc(MAX_RANK).tolist(),
+            'queries': {
+                'all': len(dataset.query),
+                'valid': result.num_valid,
+                'match in the same camera only': result.num_same_camera,
+                'not in the gallery': result.num_absent,
+            },
             'gallery': len(dataset.gallery),
             'dataset': dataset.name,
             'arch': options.arch,
