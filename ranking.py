@@ -107,7 +107,8 @@ def rerank(
         own, rows = pairs.among(queried)
         distances[own] = block[rows, pairs.places[own]]
         found = _tally_host(block, places, rows, pairs.places[own], distances[own], tally.nearest[queried])
-        tally.counts[own], tally.nearest[queried] = found.counts, found.nearest
+        tally.counts[own] = found.counts
+        tally.nearest[queried] = _nearer(tally.nearest[queried], found.nearest)
         with lock:
             tally.histogram[:] += found.histogram
 
@@ -466,12 +467,15 @@ def _tiles(height: int, width: int, tile: tuple[int, int]) -> list[tuple[slice, 
 def _in_threads(work: Callable, tasks: Iterable, device: torch.device) -> None:
     """Do work(*task) for all tasks; on the CPU in as many threads as torch would use, with products of one thread."""
     threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+
+    @torch.inference_mode()  # a setting of the thread, as autocast is, which is off in there
+    def do(task: tuple) -> None:
+        work(*task)
+
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        with ThreadPoolExecutor(
-            threads if _is_host(device) else 1, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-            for _ in pool.map(lambda task: work(*task), tasks):
+        with ThreadPoolExecutor(threads if _is_host(device) else 1, None, torch.set_num_threads, (1,)) as pool:
+            for _ in pool.map(do, tasks):
                 pass
     finally:
         torch.set_num_threads(threads)  # the number set last, anywhere, is that of threads to come

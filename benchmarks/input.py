@@ -71,8 +71,11 @@ def seconds(batches) -> float:
     return time.process_time() - begin
 
 
-def compare(items: list, pairs: int, exact: bool) -> list[dict]:
-    """A row for each of TARGETS: median rates, and the median of the ratios of their turns."""
+def compare(items: list, pairs: int) -> list[dict]:
+    """A row for each of TARGETS: median rates, and the median of the ratios of their turns.
+
+    Both sides' pixels agree to 2/255, on average to a tenth of that, see `transforms`.
+    """
     sampler, augment = RandomSampler(items, BATCH), TrainTransform(HEIGHT, WIDTH)
     loaders = {
         cache: train_loader(ImageDataset(items), sampler, SimpleNamespace(workers=0, cache=cache), RUN)
@@ -83,7 +86,8 @@ def compare(items: list, pairs: int, exact: bool) -> list[dict]:
         epoch(loaders['ram'], augment), epoch(loaders['none'], augment), plain_epoch(items, sampler), strict=True
     ):
         assert torch.equal(cached, decoded)
-        assert torch.equal(decoded, plain) if exact else ((decoded - plain) * std * 255).abs().max() < 1.01
+        difference = ((decoded - plain) * std * 255).abs()
+        assert difference.max() < 2.01 and difference.mean() < 0.2
 
     def bare():
         for path, _, _ in items[: len(loaders['none']) * BATCH]:
@@ -122,12 +126,12 @@ def rows(full: bool) -> list[dict]:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             toy_data.draw_market1501(Path(folder) / 'market1501', num_train=32, num_images=8, height=128, width=64)
             items = data_manager.init_dataset('market1501', folder).train
-            table = compare(items, pairs=15 if full else 5, exact=True)
+            table = compare(items, pairs=15 if full else 5)
             sizes = np.random.default_rng(0).permutation(len(items))
             for (path, _, _), size in zip(items, sizes, strict=True):  # 64 widths x 4 heights, 128x64 on average
                 image = Image.open(path).resize((32 + size % 64, 116 + 8 * (size // 64 % 4)), Image.BICUBIC)
                 image.save(path, quality=90)
-            mixed = compare(items, pairs=15 if full else 5, exact=False)
+            mixed = compare(items, pairs=15 if full else 5)
     finally:
         torch.set_num_threads(threads)
     return table + [{**row, 'what': f'{row["what"]}, mixed sizes', 'target': row['target'] / 2} for row in mixed]

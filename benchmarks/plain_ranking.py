@@ -1,7 +1,6 @@
 """The original's way to test, written straightforwardly: whole matrices, argsort, a loop over queries."""
 
 import numpy as np
-import torch
 from torch import Tensor
 
 

@@ -2,10 +2,10 @@
 
     python benchmarks/ranking.py [--full]
 
-Features have 2048 dimensions, sizes are queries x gallery, and ids are dealt as in Market1501. Sides work in turn in one
-process; a ratio is the median of those of the turns. The limit is the product that a distance matrix takes, alone, into
-memory that is there: by torch.mm ("limit"), and as this project makes it ("own limit"). Peak memory is what a process of
-its own needed above the features.
+Features have 2048 dimensions, sizes are queries x gallery, and ids are dealt as in Market1501. Sides work in turn in
+one process; a ratio is the median of those of the turns. The limit is the product that a distance matrix takes, alone,
+into memory that is there: by torch.mm ("limit"), and as this project makes it ("own limit"). Peak memory is what a
+process of its own needed above the features.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import plain_ranking as plain  # noqa: E402
 import torch  # noqa: E402
 
 import ranking  # noqa: E402
-from eval_metrics import evaluate  # noqa: E402
+from eval_metrics import average_precision, evaluate  # noqa: E402
 
 DIM = 2048
 MARKET1501, MSMT17, DISTRACTORS = (3368, 15913), (11659, 82161), (3368, 515913)
@@ -61,11 +61,12 @@ def seconds(work: Callable) -> float:
 
 def bare(rows: torch.Tensor, columns: torch.Tensor) -> Callable:
     """Their product by torch.mm, in parts that fit into 1 GB."""
-    out = torch.empty(len(rows), min(len(columns), (1 << 28) // len(rows)))
+    width = min(len(columns), (1 << 28) // len(rows))
+    memory = torch.empty(len(rows) * width)
 
     def work():
-        for part in columns.split(out.size(1)):
-            torch.mm(rows, part.t(), out=out[:, : len(part)] if len(part) == out.size(1) else None)
+        for part in columns.split(width):
+            torch.mm(rows, part.t(), out=memory[: len(rows) * len(part)].view(len(rows), -1))
 
     return work
 
@@ -113,7 +114,7 @@ def same_as_textbook(result: ranking.Ranking, data: tuple, number: int) -> None:
     _, textbook = plain.evaluate_tightly(
         plain.distance_matrix(q_features[some], g_features), q_pids[some], g_pids, q_camids[some], g_camids
     )
-    precisions = ranking.average_precision(result.ranks, result.offsets)[some]
+    precisions = average_precision(result.ranks, result.offsets)[some]
     assert abs(np.nanmean(precisions) - textbook) < 1e-5, (np.nanmean(precisions), textbook)
 
 
@@ -129,3 +130,95 @@ def ranked(size: tuple[int, int], turns: int, target: str) -> dict:
     row = compare('distances, CMC, mAP and mINP, {} x {}'.format(*size), turns, target, ours, **sides)
     same_as_textbook(result[0], data, 64)
     return {**row, 'peak MB': peak('rank', *size)}
+
+
+def evaluated(size: tuple[int, int], turns: int) -> list[dict]:
+    """Rows for `evaluate` of a whole distance matrix, and for all of the original's test."""
+    data = draw(*size)
+    distmat = plain.distance_matrix(*data[:2])
+    (cmc, mean), (cmc_tight, mean_tight) = evaluate(distmat, *data[2:]), plain.evaluate_tightly(distmat, *data[2:])
+    assert np.allclose(cmc, cmc_tight, atol=1e-12)
+    assert abs(mean - mean_tight) < 1e-12
+    found = []
+    what = 'evaluate(distmat), {} x {}'.format(*size)
+    rows = [
+        compare(
+            what,
+            turns,
+            'plain / ours >= 20',
+            lambda: evaluate(distmat, *data[2:]),
+            plain=lambda: found.append(plain.evaluate(distmat, *data[2:])),
+        ),
+        compare(
+            what,
+            5,
+            'tight loop / ours >= 3',
+            lambda: evaluate(distmat, *data[2:]),
+            **{'tight loop': lambda: plain.evaluate_tightly(distmat, *data[2:])},
+        ),
+    ]
+    assert np.allclose(found[0][0], cmc, atol=1e-3)  # the original leaves the order of ties open
+    assert abs(found[0][1] - mean) < 1e-5
+    return rows
+
+
+def reranked(size: tuple[int, int], turns: int) -> dict:
+    data = draw(*size)
+    everyone = torch.cat(data[:2])
+    row = compare(
+        're-ranking, {} x {}; limit: its product of all by all'.format(*size),
+        turns,
+        'ours / limit <= 1.5, peak MB <= 1024',
+        lambda: ranking.rerank(*data).mAP,
+        **{'limit': bare(everyone, everyone), 'own limit': own(everyone, everyone)},
+    )
+    return {**row, 'peak MB': peak('rerank', *size)}
+
+
+def reranked_densely(size: tuple[int, int], turns: int) -> dict:
+    data = draw(*size)
+    queries, gallery = ranking.points(*data[:2], *size)
+    dense = []
+
+    def ours():
+        return ranking.rerank(*data)
+
+    row = compare(
+        're-ranking, {} x {}'.format(*size),
+        turns,
+        'plain / ours >= 8',
+        ours,
+        plain=lambda: dense.append(plain.rerank(*(some.numpy() for some in data[:2]))),
+    )
+    distances = ranking.reranked(queries, gallery)
+    assert (
+        max(np.abs(distances(slice(i, i + 100)) - dense[0][i : i + 100]).max() for i in range(0, size[0], 100)) < 1e-5
+    )
+    assert abs(ours().mAP - evaluate(dense[0], *data[2:])[1]) < 1e-5
+    return row
+
+
+def rows(full: bool) -> list[dict]:
+    """The table; `full` adds the large sizes and takes more turns."""
+    table = [ranked(MARKET1501, 7, 'ours / limit <= 1.4, peak MB <= 256')]
+    if full:
+        table += [ranked(size, 5, 'ours / limit <= 1.25, peak MB <= 256') for size in (MSMT17, DISTRACTORS)]
+    table += evaluated(MARKET1501, turns=3 if full else 1)
+    table += [reranked(MARKET1501, turns=5 if full else 3), reranked_densely((1000, 5000), turns=3 if full else 1)]
+    return table
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--full', action='store_true', help='large sizes too, 11 GB of memory')
+    parser.add_argument('--peak', nargs=3, metavar=('WHAT', 'QUERIES', 'GALLERY'), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        measure_peak(options.peak[0], *map(int, options.peak[1:]))
+    else:
+        for row in rows(options.full):
+            print(
+                ', '.join(
+                    f'{key} {value:.2f}' if isinstance(value, float) else str(value) for key, value in row.items()
+                )
+            )

@@ -1,5 +1,6 @@
 """Reading images, right or refused; tracklets; and loaders that give the same batches however they are run."""
 
+import contextlib
 import gc
 import os
 import struct
@@ -569,6 +570,26 @@ def test_a_run_that_waits_for_images_is_told_of_the_cache_once(loader, images, m
     monkeypatch.setattr(dataset_loader, '_free_memory', lambda device: 10)
     epoch_of(loader(images))
     assert capsys.readouterr().out == ''
+
+
+def test_one_batch_is_copied_ahead_of_the_computation(mixed, monkeypatch):
+    """The order of things on a GPU, with streams that only write down what they are asked."""
+    said = []
+    stream = SimpleNamespace(wait_stream=lambda other: said.append('wait'))
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda device: stream)
+    monkeypatch.setattr(torch.cuda, 'stream', lambda _: contextlib.nullcontext(said.append('copy')))
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: stream)
+    monkeypatch.setattr(torch.Tensor, 'record_stream', lambda pixels, _: said.append('keep'))
+    pictures = [np.asarray(read_image(path)) for path, _, _ in mixed[:6:3]]
+    blocks = [dataset_loader._pack([picture]) for picture in pictures]
+    batches = dataset_loader._ahead(blocks, torch.device('cpu'))
+    for picture in pictures:
+        assert (in_order(next(batches))[0].numpy() == picture).all()
+        said.append('compute')
+    assert next(batches, None) is None
+    assert said == ['copy', 'wait', 'keep', 'copy', 'compute', 'wait', 'keep', 'copy', 'compute']
+    with pytest.raises(UserError, match='cannot read'):
+        next(dataset_loader._ahead(['cannot read the image'], torch.device('cpu')))
 
 
 # On a GPU

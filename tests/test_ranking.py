@@ -1,0 +1,285 @@
+import numpy as np
+import pytest
+import torch
+from test_eval_metrics import draw_ids, figures, textbook
+
+import ranking
+from errors import UserError
+from eval_metrics import match_ranks, same_identity
+
+gpu = pytest.mark.gpu
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+
+
+@pytest.fixture(params=['host', 'device'])
+def path(request, monkeypatch):
+    """Both ways to count, the one for CUDA on CPU tensors."""
+    monkeypatch.setattr(ranking, '_is_host', lambda device: request.param == 'host')
+    if request.param == 'device':
+        monkeypatch.setattr(ranking, '_tile', lambda device: (64, 48))
+
+
+def draw_integers(rng, num_queries, num_gallery, dim, high):
+    """Features whose squared distances float32 holds exactly, with many ties."""
+    return [
+        torch.from_numpy(rng.integers(-high, high + 1, (size, dim)).astype(np.float32))
+        for size in (num_queries, num_gallery)
+    ]
+
+
+def draw_persons(rng, pids, camids, dim=64, noise=1.0):
+    """Features as of a trained network: near each other by person and, less so, by camera."""
+    persons, cameras = np.random.default_rng(5).standard_normal((2, 100, dim))
+    features = persons[pids] + 0.5 * cameras[camids] + noise * rng.standard_normal((len(pids), dim))
+    return torch.from_numpy(np.maximum(features, 0).astype(np.float32))
+
+
+def exact_distances(queries, gallery):
+    return (queries.double()[:, None] - gallery.double()).square().sum(2).numpy()  # (Q, G)
+
+
+def check(result: ranking.Ranking, distmat, ids):
+    """Everything in a ranking against the distance matrix."""
+    expected = match_ranks(distmat, *ids)
+    for field in ('offsets', 'places', 'distances', 'ranks', 'num_dropped'):
+        np.testing.assert_array_equal(getattr(result, field), getattr(expected, field), field)
+    assert [list(part) for part in np.split(result.ranks, result.offsets[1:-1])] == textbook(distmat, *ids)
+    q_pids, g_pids, q_camids, g_camids = ids
+    same = q_pids[:, None] == g_pids  # (Q, G)
+    dropped = same & (q_camids[:, None] == g_camids)
+    for query, distances in enumerate(distmat):
+        order = [place for place in np.argsort(distances, kind='stable') if not dropped[query, place]][:10]
+        rest = 10 - len(order)
+        np.testing.assert_array_equal(result.nearest[query], order + [-1] * rest)
+        np.testing.assert_array_equal(result.nearest_distances[query], [*distances[order], *[np.nan] * rest])
+    for histogram, pairs in ((result.match_histogram, same & ~dropped), (result.other_histogram, ~same)):
+        assert histogram.sum() == pairs.sum()
+        if len(histogram):
+            np.testing.assert_array_equal(histogram, np.histogram(distmat[pairs], result.edges.astype(float))[0])
+
+
+@pytest.mark.parametrize('seed', range(12))
+def test_equals_the_textbook_under_any_tiles(seed, path, monkeypatch):
+    rng = np.random.default_rng(seed)
+    monkeypatch.setattr(ranking, 'OWN', int(rng.integers(1, 9)))
+    num_queries, num_gallery, dim = rng.integers(1, 30), rng.integers(1, 80), int(rng.integers(1, 12))
+    ids = draw_ids(rng, num_queries, num_gallery, *rng.integers(1, [9, 4]))
+    features = draw_integers(rng, num_queries, num_gallery, dim, rng.integers(1, 6))
+    for tile in ((1, 1), (3, 7), (16, 32), (5, 100), None):
+        check(ranking.rank(*features, *ids, tile=tile), exact_distances(*features), ids)
+
+
+@pytest.mark.parametrize('high', [0, 1])  # everything tied, nearly everything tied
+def test_collapsed_features(high, path):
+    rng = np.random.default_rng(0)
+    ids = draw_ids(rng, 20, 150, 5, 3)
+    features = draw_integers(rng, 20, 150, 2, high)
+    check(ranking.rank(*features, *ids, tile=(7, 16)), exact_distances(*features), ids)
+
+
+def test_empty_sides():
+    ids = [np.array([1, 2]), np.zeros(0, int), np.array([0, 0]), np.zeros(0, int)]
+    result = ranking.rank(torch.ones(2, 4), torch.ones(0, 4), *ids)
+    assert (result.nearest == -1).all()
+    with pytest.raises(UserError, match=r'none of the 2 queries has a match: 2 .* lacks'):
+        result.cmc()
+    result = ranking.rank(torch.ones(0, 4), torch.ones(2, 4), ids[1], ids[0], ids[3], ids[2])
+    assert (result.num_valid, result.num_skipped, len(result.edges)) == (0, 0, 1)
+
+
+def test_real_features_score_as_the_whole_matrix():
+    rng = np.random.default_rng(3)
+    ids = draw_ids(rng, 300, 2500, 100, 6)
+    queries, gallery = draw_persons(rng, ids[0], ids[2]), draw_persons(rng, ids[1], ids[3])
+    whole = queries.square().sum(1, keepdim=True) + gallery.square().sum(1)
+    whole.addmm_(queries, gallery.t(), alpha=-2)  # (Q, G), in float32
+    curve, mean, penalty = figures(textbook(whole.numpy(), *ids))
+    assert 0.2 < mean < 0.9
+    for tile in ((64, 300), None):
+        result = ranking.rank(queries, gallery, *ids, tile=tile)
+        np.testing.assert_allclose(result.cmc(), curve, atol=1e-9)
+        assert (result.mAP, result.mINP) == pytest.approx((mean, penalty), abs=1e-6)
+
+
+def test_a_copy_under_another_pid_is_a_tie():
+    """Equal features are equally far, in whatever product they were: their places decide."""
+    rng = np.random.default_rng(4)
+    queries, some = torch.randn(64, 512), torch.randn(300, 512)
+    gallery = torch.cat([some, some, some])
+    g_pids = np.repeat([1, 2, 3], 300)
+    g_pids[300:600] = rng.permutation(300) + 10  # the second copies are the matches
+    ids = [rng.integers(10, 310, 64), g_pids, np.zeros(64, int), np.ones(900, int)]
+    result = ranking.rank(queries, gallery, *ids, tile=(32, 130))
+    order = np.argsort(match_ranks(exact_distances(queries, some), ids[0], g_pids[300:600], ids[2], ids[3][:300]).ranks)
+    ranks = match_ranks(exact_distances(queries, some), ids[0], g_pids[300:600], ids[2], ids[3][:300]).ranks
+    np.testing.assert_array_equal(result.ranks[order], 3 * ranks[order] - 1)
+
+
+@pytest.mark.parametrize('deal', ['in turn', 'in one piece', 'with nothing for one'])
+def test_shards_of_the_gallery_add_up(deal, path):
+    rng = np.random.default_rng(6)
+    ids = draw_ids(rng, 25, 90, 6, 3)
+    features = draw_integers(rng, 25, 90, 4, 3)
+    everything = np.arange(90)
+    shards = {
+        'in turn': [everything[rank::3] for rank in range(3)],
+        'in one piece': np.split(everything, [20, 70]),
+        'with nothing for one': [everything, everything[:0]],
+    }[deal]
+    pairs = same_identity(*ids)
+    parts = [(*ranking.points(features[0], features[1][places], 25, len(places)), places, pairs) for places in shards]
+    distances = sum(ranking.measure(*part) for part in parts)
+    tallies = [ranking.count(*part, distances, (8, 16)) for part in parts]
+    check(ranking.assemble(pairs, distances, sum(tallies[1:], tallies[0])), exact_distances(*features), ids)
+
+
+def test_no_product_is_larger_than_a_tile(monkeypatch):
+    shapes = []
+    original = ranking.squared_distances
+
+    def spy(queries, gallery):
+        shapes.append((len(queries), len(gallery)))
+        return original(queries, gallery)
+
+    monkeypatch.setattr(ranking, 'squared_distances', spy)
+    rng = np.random.default_rng(0)
+    ids = [np.ones(200, int), np.ones(700, int), np.zeros(200, int), np.ones(700, int)]  # all of one identity
+    ranking.rank(*draw_integers(rng, 200, 700, 4, 3), *ids, tile=(80, 128))
+    assert len(shapes) > 20
+    assert max(height for height, _ in shapes) <= 80
+    assert max(width for _, width in shapes) <= 128
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float16, torch.bfloat16])
+def test_other_types_and_layouts(dtype):
+    rng = np.random.default_rng(7)
+    ids = draw_ids(rng, 20, 50, 5, 3)
+    queries, gallery = draw_integers(rng, 20, 50, 16, 3)
+    expected = ranking.rank(queries, gallery, *ids)
+    with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16):
+        found = ranking.rank(queries.to(dtype), gallery.to(dtype).t().contiguous().t(), *map(torch.from_numpy, ids))
+    for field, value in vars(expected).items():
+        np.testing.assert_array_equal(getattr(found, field), value, field)
+    found = ranking.rank(queries.requires_grad_(), gallery.double().numpy(), *map(list, ids))
+    np.testing.assert_array_equal(found.ranks, expected.ranks)
+
+
+def test_settings_of_torch_are_left_as_they_were():
+    def settings():
+        return torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+
+    before, cpu, seen = torch.backends.cuda.matmul.allow_tf32, torch.device('cpu'), []
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        outside = settings()
+        ranking._in_threads(lambda: seen.append(settings()), [()], cpu)
+        with pytest.raises(ZeroDivisionError):
+            ranking._in_threads(lambda: 1 / 0, [()] * 100, cpu)
+        assert seen == [(1, False)]
+        assert settings() == outside
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), 1e20])
+@pytest.mark.parametrize('side', ['query', 'gallery'])
+def test_features_that_are_not_finite_are_refused(side, value):
+    features = {'query': torch.ones(3, 4), 'gallery': torch.ones(200, 4)}
+    features[side][2, 1] = value
+    with pytest.raises(UserError, match=rf'1 of \d+ {side} features are not finite .* first at 2'):
+        ranking.rank(*features.values(), [1] * 3, [1] * 200, [0] * 3, [1] * 200)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match=r'query features are \(2, 5\): they must be \(2, 4\)'):
+        ranking.rank(torch.ones(2, 5), torch.ones(3, 4), [1] * 2, [1] * 3, [0] * 2, [1] * 3)
+    with pytest.raises(UserError, match=r'gallery features are \(3, 4\): they must be \(5, 4\)'):
+        ranking.rank(torch.ones(2, 4), torch.ones(3, 4), [1] * 2, [1] * 5, [0] * 2, [1] * 5)
+    with pytest.raises(UserError, match='query has 2 pids but 1 camids'):
+        ranking.rank(torch.ones(2, 4), torch.ones(3, 4), [1] * 2, [1] * 3, [0], [1] * 3)
+
+
+def reranked_densely(distances, num_queries, k1, k2, lambda_value):
+    """The k-reciprocal distances (Q, G) by the paper's definition; distances (N, N) float, queries first."""
+    distances = distances / distances.max(1, keepdims=True)
+    order = np.argsort(distances, axis=1, kind='stable')
+    number = len(distances)
+
+    def reciprocal(item, k):
+        return {near for near in order[item, : k + 1] if item in order[near, : k + 1]}
+
+    encoding = np.zeros((number, number))
+    for item in range(number):
+        members = set(reciprocal(item, k1))
+        for neighbour in reciprocal(item, k1):
+            others = reciprocal(neighbour, round(k1 / 2))
+            if len(others & reciprocal(item, k1)) > 2 / 3 * len(others):
+                members |= others
+        for member in members:
+            encoding[item, member] = np.exp(-distances[item, member])
+    encoding /= np.maximum(encoding.sum(1, keepdims=True), 1e-30)
+    if k2 > 1:
+        encoding = np.stack([encoding[order[item, :k2]].mean(0) for item in range(number)])
+    smaller = np.stack([np.minimum(row, encoding).sum(1) for row in encoding])
+    larger = np.stack([np.maximum(row, encoding).sum(1) for row in encoding])
+    jaccard = 1 - smaller / np.maximum(larger, 1e-30)
+    return ((1 - lambda_value) * jaccard + lambda_value * distances)[:num_queries, num_queries:]
+
+
+def reranked(queries, gallery, *parameters):
+    points = ranking.points(queries, gallery, len(queries), len(gallery))
+    distances = ranking.reranked(*points, *parameters)
+    return np.concatenate([distances(slice(top, top + 9)) for top in range(0, len(queries), 9)])
+
+
+@pytest.mark.parametrize('listed', [1, 4])
+@pytest.mark.parametrize(
+    ('num_queries', 'num_gallery', 'k1', 'k2', 'lambda_value'),
+    [(30, 120, 20, 6, 0.3), (40, 90, 7, 1, 0.0), (1, 60, 5, 3, 1.0), (10, 100, 3, 8, 0.5), (3, 4, 20, 6, 0.3)],
+)
+def test_reranking_equals_the_dense_definition(
+    num_queries, num_gallery, k1, k2, lambda_value, listed, path, monkeypatch
+):
+    monkeypatch.setattr(ranking, 'LISTED', listed)
+    rng = np.random.default_rng(k1)
+    parameters = k1, k2, lambda_value
+    pids, camids = rng.integers(0, 12, num_queries + num_gallery), rng.integers(0, 3, num_queries + num_gallery)
+    for everyone in (draw_persons(rng, pids, camids), draw_integers(rng, 0, len(pids), 4, 3)[1]):
+        queries, gallery = everyone[:num_queries], everyone[num_queries:]
+        found = reranked(queries, gallery, *parameters)
+        expected = reranked_densely(exact_distances(everyone, everyone), num_queries, *parameters)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    ids = pids[:num_queries], pids[num_queries:], camids[:num_queries], camids[num_queries:]
+    check(ranking.rerank(queries, gallery, *ids, *parameters), found, ids)
+
+
+def test_reranking_helps():
+    rng = np.random.default_rng(8)
+    ids = draw_ids(rng, 60, 800, 40, 6)
+    features = draw_persons(rng, ids[0], ids[2]), draw_persons(rng, ids[1], ids[3])
+    assert ranking.rerank(*features, *ids).mAP > ranking.rank(*features, *ids).mAP + 0.05
+
+
+def test_reranking_of_collapsed_features_is_defined():
+    result = ranking.rerank(torch.ones(3, 4), torch.ones(9, 4), [1] * 3, [1] * 9, [0] * 3, [1] * 9)
+    assert result.ranks.tolist() == [*range(1, 10)] * 3
+
+
+@pytest.mark.parametrize('parameters', [(0, 6, 0.3), (20, 0, 0.3), (20, 6, 1.5)])
+def test_reranking_refuses_odd_parameters(parameters):
+    with pytest.raises(UserError, match='re-ranking needs'):
+        ranking.rerank(torch.ones(3, 4), torch.ones(9, 4), [1] * 3, [1] * 9, [0] * 3, [1] * 9, *parameters)
+
+
+@gpu
+@needs_cuda
+def test_cuda_equals_cpu():
+    rng = np.random.default_rng(9)
+    ids = draw_ids(rng, 300, 2000, 40, 4)
+    features = draw_integers(rng, 300, 2000, 32, 3)
+    on_gpu = [some.cuda() for some in features]
+    for how in (ranking.rank, ranking.rerank):
+        found, expected = how(*on_gpu, *ids), how(*features, *ids)
+        np.testing.assert_array_equal(found.ranks, expected.ranks)
+        np.testing.assert_array_equal(found.nearest, expected.nearest)
+    check(ranking.rank(*on_gpu, *ids, tile=(70, 333)), exact_distances(*features), ids)
