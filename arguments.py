@@ -23,7 +23,7 @@ import models
 # What each room is given. An option may serve two of them.
 ROOMS = {
     'run': 'seed use_cpu gpu_devices precision compile width',
-    'data': 'workers',
+    'data': 'workers cache',
     'test': 'dataset arch height width workers test_batch eval_step max_epoch resume evaluate save_dir',
     'save': 'save_dir resume resume_weights_only overwrite start_epoch evaluate',
     'show': 'print_freq',
@@ -113,6 +113,8 @@ def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
     add = parser.add_argument_group('data').add_argument
     add('--data-dir', default='data', help='folder that holds the data sets, see data/README.md')
     add('-j', '--workers', type=nonnegative_int, default=4, help='processes that decode images')
+    add('--cache', choices=['none', 'ram', 'device'], default='none',
+        help='decode training images once, keep their pixels in memory or on the GPU; workers then rest')  # fmt: skip
 
     add = parser.add_argument_group('test').add_argument
     add('--evaluate', action='store_true', help='test only')

@@ -183,10 +183,10 @@ class TrainLoader:
     def __init__(self, dataset: ImageDataset, sampler: Any, args_data: Any, run: Any):
         if len(sampler.data_source) != len(dataset):
             raise ValueError(f'the sampler draws from {len(sampler.data_source)} images, there are {len(dataset)}')
-        self.dataset, self.sampler, self.workers, self.run = dataset, sampler, args_data.workers, run
+        self.dataset, self.sampler, self.run = dataset, sampler, run
         self.cache = getattr(args_data, 'cache', 'none')
         self.pids = torch.tensor([pid for _, pid, _ in dataset.dataset])  # (N,)
-        self.source = _Decoder(dataset, self.workers, run.device, persistent=self.cache == 'none')
+        self.source = _Decoder(dataset, args_data.workers, run.device, persistent=self.cache == 'none')
         self.advised = False
 
     def __len__(self) -> int:
@@ -290,9 +290,8 @@ class _Decoder:
             if self.end:
                 self.end()
             self.end = weakref.finalize(self, _end_workers, blocks)
-            atexit.register(
-                self.end
-            )  # before those that torch has just registered, which would wait for SIGTERM to work
+            # Called before what torch has just registered, which would wait for workers to heed a SIGTERM.
+            atexit.register(self.end)
         return _ahead(blocks, self.device) if self.device.type == 'cuda' else map(_unpack, blocks)
 
 

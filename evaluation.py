@@ -63,8 +63,8 @@ class Test:
     def _print(self, result) -> None:
         cmc = result.cmc(MAX_RANK)
         print(
-            f'Queries: {result.num_valid} valid, {result.num_skipped} skipped ({result.num_same_camera} with a match in '
-            f'their own camera only, {result.num_absent} with none in the gallery)'
+            f'Queries: {result.num_valid} valid, {result.num_skipped} skipped ({result.num_same_camera} with a match '
+            f'in their own camera only, {result.num_absent} with none in the gallery)'
         )
         print('Results ----------')
         print(f'mAP: {result.mAP:.1%}')

@@ -398,10 +398,10 @@ def _nearer(some: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _keys(distances, places):
-    """int64 that sort as (distance, place) do. float32 distances, places below 2^32, both tensors or both arrays."""
+    """int64 that sort as (distance, place) do. distances float32, never -0, places below 2^32; tensors or arrays."""
     if isinstance(distances, np.ndarray):
         return _keys(torch.from_numpy(distances), torch.from_numpy(places)).numpy()
-    bits = (distances + 0.0).view(torch.int32).long()  # no -0, which would sort before 0
+    bits = distances.view(torch.int32).long()
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32 | places
 
 

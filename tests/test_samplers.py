@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from errors import UserError
-from samplers import RandomIdentitySampler, RandomSampler
+from samplers import AUGMENTATION, INSTANCES, ORDER, RandomIdentitySampler, RandomSampler, generator
 
 
 def images(*counts: int) -> list:
@@ -84,6 +84,10 @@ def test_seeds_of_any_size_and_sign_differ():
     seeds = [0, 1, -1, 2**31, -(2**31), 2**32, 2**64 + 1, -(2**64) - 1]
     epochs = {tuple(samplers(seed)[0].draw(0)[1].flatten().tolist()) for seed in seeds}
     assert len(epochs) == len(seeds)
+
+
+def test_streams_of_random_numbers_are_independent():
+    assert len({generator(stream, 1, 0).random() for stream in (ORDER, INSTANCES, AUGMENTATION)}) == 3
 
 
 def test_the_draws_of_a_position_depend_on_nothing_else():
