@@ -130,7 +130,10 @@ def evaluate(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 50) ->
 
 
 def match_ranks(distmat, q_pids, g_pids, q_camids, g_camids) -> Matches:
-    """The matches in a distance matrix; arguments and errors as for `evaluate`, but queries may all lack a match."""
+    """The matches in a distance matrix, which is ranked as one tile of `ranking.count` is.
+
+    Arguments and errors as for `evaluate`, but all queries may lack a match.
+    """
     q_pids, g_pids, q_camids, g_camids = check_ids(q_pids, g_pids, q_camids, g_camids)
     if tuple(distmat.shape) != (len(q_pids), len(g_pids)):
         raise UserError(

@@ -141,7 +141,9 @@ def points(q_features, g_features, num_queries: int, num_gallery: int) -> tuple[
 def measure(queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, tile=None) -> np.ndarray:
     """(P,) float32: squared distances of the pairs; 0 for those whose gallery item is not in this part of the gallery.
 
-    `places` (G,) ascending: where the items of `gallery` stand in the whole gallery, of which `pairs` speak.
+    `places` (G,) ascending: where the items of `gallery` stand in the whole gallery, of which `pairs` speak. These are
+    bit for bit the distances in the tiles of `count`, since products sum in one order (see `_products`); and what a
+    query has in common with a tile is counted by place, so no match is ever compared with itself.
     """
     distances = np.zeros(len(pairs.places), np.float32)
     _, width = tile or _tile(gallery.features.device)
@@ -233,6 +235,7 @@ def reranked(
         raise UserError(
             f're-ranking needs k1 and k2 of 1 or more and 0 <= lambda <= 1, not {k1}, {k2} and {lambda_value}'
         )
+    lambda_value = float(lambda_value)  # numpy's own would make float64 of float32
     everyone = Points(torch.cat([queries.features, gallery.features]), torch.cat([queries.norms, gallery.norms]))
     keys, farthest = neighbours(everyone, max(LISTED * (k1 + 1), k2))  # (N, k), (N,)
     places = keys & 0xFFFFFFFF  # (N, k)

@@ -148,9 +148,13 @@ def draw_market1501(
         persons = _persons(num_train + num_test + 2 * num_distractors, rng)
         for index, person in enumerate(persons[: num_train + num_test]):
             pid = 2 * index + 2 - index % 3 // 2  # with gaps, as the real ones
-            parts = ['bounding_box_train'] * 2 if index < num_train else ['query'] + ['bounding_box_test'] * 2
+            if index < num_train:
+                cameras_of_person = np.resize(rng.permutation(NUM_CAMERAS), num_images)
+                for camera in sorted(cameras_of_person.tolist()):
+                    shoot('bounding_box_train', pid, person, camera, _view(rng))
+                continue
             for camera in _some_cameras(num_images // 2, rng):
-                for part in parts:
+                for part in 'query', 'bounding_box_test', 'bounding_box_test':
                     shoot(part, pid, person, camera, _view(rng))
         for index, person in enumerate(persons[num_train + num_test :]):
             pid, view = -(index % 2), _view(rng)

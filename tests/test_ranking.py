@@ -94,11 +94,15 @@ def test_real_features_score_as_the_whole_matrix():
     whole = queries.square().sum(1, keepdim=True) + gallery.square().sum(1)
     whole.addmm_(queries, gallery.t(), alpha=-2)  # (Q, G), in float32
     curve, mean, penalty = figures(textbook(whole.numpy(), *ids))
+    tile = ranking.squared_distances(*ranking.points(queries, gallery, 300, 2500)).numpy()  # (Q, G), all in one
+    expected = match_ranks(tile, *ids)
     assert 0.2 < mean < 0.9
     for tile in ((64, 300), None):
         result = ranking.rank(queries, gallery, *ids, tile=tile)
         np.testing.assert_allclose(result.cmc(), curve, atol=1e-9)
         assert (result.mAP, result.mINP) == pytest.approx((mean, penalty), abs=1e-6)
+        for field in ('ranks', 'places', 'distances'):  # bit for bit, whatever the tiles
+            np.testing.assert_array_equal(getattr(result, field), getattr(expected, field), field)
 
 
 def test_a_copy_under_another_pid_is_a_tie():
@@ -248,7 +252,13 @@ def reranked(queries, gallery, *parameters):
 @pytest.mark.parametrize('listed', [1, 4])
 @pytest.mark.parametrize(
     ('num_queries', 'num_gallery', 'k1', 'k2', 'lambda_value'),
-    [(30, 120, 20, 6, 0.3), (40, 90, 7, 1, 0.0), (1, 60, 5, 3, 1.0), (10, 100, 3, 8, 0.5), (3, 4, 20, 9, 0.3)],
+    [
+        (30, 120, 20, 6, 0.3),
+        (40, 90, 7, 1, 0.0),
+        (1, 60, 5, 3, np.float64(1)),
+        (10, 100, 3, 8, 0.5),
+        (3, 4, 20, 9, 0.3),
+    ],
 )
 def test_reranking_equals_the_dense_definition(
     num_queries, num_gallery, k1, k2, lambda_value, listed, path, monkeypatch
