@@ -12,7 +12,15 @@ from errors import UserError
 
 def options(**changes):
     return SimpleNamespace(
-        **{'seed': 1, 'use_cpu': True, 'gpu_devices': '0', 'precision': 'auto', 'width': 128, **changes}
+        **{
+            'seed': 1,
+            'use_cpu': True,
+            'gpu_devices': '0',
+            'precision': 'auto',
+            'sync_bn': False,
+            'width': 128,
+            **changes,
+        }
     )
 
 
@@ -20,7 +28,7 @@ class Parser:
     """A parser of no options, for `launch.main`."""
 
     def __init__(self, save_dir):
-        self.args = SimpleNamespace(save_dir=save_dir, evaluate=False, plain=lambda: 'Namespace()')
+        self.args = SimpleNamespace(save_dir=save_dir, evaluate=False, run=options(), plain=lambda: 'Namespace()')
 
     def parse_args(self):
         return self.args
