@@ -1,4 +1,8 @@
-"""The test: features of query and gallery, their ranking, the printed figures and results.json."""
+"""The test: features of query and gallery, their ranking, the printed figures and results.json.
+
+Several processes share it: each extracts its part of the images, and counts in its part of the gallery. Every image is
+extracted once; no feature of the gallery leaves its process.
+"""
 
 import platform
 import sys
@@ -44,20 +48,19 @@ class Test:
             UserError: no query has a match in the gallery, or features are not finite.
         """
         print('Evaluate only' if self.options.evaluate else '==> Test')
-        features = {}
+        self.run.unify(model)
+        extracted = []
         for subset in ('query', 'gallery'):
-            features[subset] = extract(model, getattr(self.dataset, subset), self.options, self.run)
-            height, width = features[subset].shape
-            print(f'Extracted features for {subset} set, obtained {height}-by-{width} matrix')
+            items = getattr(self.dataset, subset)
+            features, indices = extract(model, items, self.options, self.run)  # (n, D), (n,)
+            print(f'Extracted features for {subset} set, obtained {len(items)}-by-{features.size(1)} matrix')
+            extracted.append((features, indices))
         print('Computing distance matrix')
         print('Computing CMC and mAP')
-        result = ranking.rank(
-            features['query'],
-            features['gallery'],
-            *_ids(self.dataset.query, self.dataset.gallery),
-        )
+        result = rank(*extracted, self.dataset, self.run)
         self._print(result)
-        write_json(self._summary(result), Path(self.options.save_dir) / 'results.json')
+        if self.run.rank == 0:
+            write_json(self._summary(result), Path(self.options.save_dir) / 'results.json')
         return float(result.cmc(MAX_RANK)[0])
 
     def _print(self, result) -> None:
@@ -95,28 +98,61 @@ class Test:
 
 
 @torch.inference_mode()
-def extract(model: nn.Module, items: list, options, run) -> Tensor:
-    """Features (N, feat_dim), float32, on the run's device, of N images or tracklets, in their order.
+def extract(model: nn.Module, items: list, options, run) -> tuple[Tensor, Tensor]:
+    """Features of images or tracklets and which of the items they are of: those that this process has to see to.
 
     A tracklet's feature is the mean or maximum over `--seq-len` of its frames. The shape of each batch is taken from
     the batch, so any --test-batch gives the same figures. The model is left in the mode it was in.
+
+    Returns:
+        Features (n, feat_dim), float32, on the run's device, and indices (n,) int64, ascending: of one process all N
+        in their order, of several a part each, of more processes than items nothing for some.
     """
     tracklets = isinstance(items[0][0], tuple)
     dataset = VideoDataset(items, options.seq_len, 'evenly') if tracklets else ImageDataset(items)
     prepare = TestTransform(options.height, options.width)
-    features = None
+    loader = test_loader(dataset, options.test_batch, options.workers, run)
+    own = torch.tensor([item for batch in loader.items for item in batch], dtype=torch.int64)  # (n,)
+    features = torch.empty(len(own), model.feat_dim, device=run.device)  # (n, feat_dim)
     was_training = model.training
     model.eval()
-    for images, indices, counts in test_loader(dataset, options.test_batch, options.workers, run):
+    done = 0
+    for images, _, counts in loader:
         with run.autocast(testing=True):
             found = model(prepare(images)).float()  # (frames, feat_dim)
         if tracklets:
             found = pool(found, counts, options.pool)  # (b, feat_dim)
-        if features is None:
-            features = found.new_empty(len(items), found.size(1))
-        features[indices.to(found.device)] = found
+        features[done : done + len(found)] = found
+        done += len(found)
     model.train(was_training)
-    return features
+    return features, own
+
+
+def rank(query: tuple[Tensor, Tensor], gallery: tuple[Tensor, Tensor], dataset, run) -> ranking.Ranking:
+    """The ranking of the whole gallery, in every process, from what `extract` gave to each.
+
+    All get the features of all queries. What each process counts in its part of the gallery adds up to the exact ranks.
+    """
+    q_pids, g_pids, q_camids, g_camids = _ids(dataset.query, dataset.gallery)
+    (own, indices), (features, places) = query, gallery  # (n, D), (n,), (m, D), (m,)
+    everyone = own.new_zeros(len(q_pids), own.size(1))  # (Q, D)
+    everyone[indices.to(own.device)] = own
+    queries = ranking.points(run.sum(everyone), len(q_pids), 'query')
+    items, places = ranking.points(features, len(places), 'gallery'), places.numpy()
+    pairs = ranking.same_identity(q_pids, g_pids, q_camids, g_camids)
+    distances = _sum(
+        ranking.measure(queries, items, places, pairs), run
+    )  # (P,), each from the process that has the item
+    tally = ranking.count(queries, items, places, pairs, distances)
+    nearest = run.stack(torch.from_numpy(tally.nearest)).transpose(0, 1).flatten(1)  # (Q, W * NEAREST)
+    nearest = nearest.sort(1).values[:, : ranking.NEAREST].numpy()  # (Q, NEAREST)
+    return ranking.assemble(
+        pairs, distances, ranking.Tally(_sum(tally.counts, run), nearest, _sum(tally.histogram, run))
+    )
+
+
+def _sum(values: np.ndarray, run) -> np.ndarray:
+    return run.sum(torch.from_numpy(values)).numpy()
 
 
 def pool(features: Tensor, counts: Tensor, how: str) -> Tensor:

@@ -209,6 +209,8 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
 def find(places: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How many of `places` (W,), which ascend, are below each of `wanted` (p,), and whether it is among them."""
     below = np.searchsorted(places, wanted)
+    if not len(places):
+        return below, np.zeros(len(wanted), bool)
     return below, places[np.minimum(below, len(places) - 1)] == wanted
 
 

@@ -78,7 +78,7 @@ def test_results_are_those_of_the_textbook(dataset, model, cpu, tmp_path):
     test = evaluation.Test(dataset, options(tmp_path), cpu)
     test(model)
     results = json.loads((tmp_path / 'results.json').read_text())
-    features = [evaluation.extract(model, items, test.options, cpu) for items in (dataset.query, dataset.gallery)]
+    features = [evaluation.extract(model, items, test.options, cpu)[0] for items in (dataset.query, dataset.gallery)]
     distmat = torch.cdist(*features).square().numpy()
     ids = [
         np.array([item[column] for item in items]) for column in (1, 2) for items in (dataset.query, dataset.gallery)
