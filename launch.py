@@ -29,7 +29,9 @@ from errors import UserError
 from utils import Logger
 
 NARROWEST_BF16 = 33  # pixels; below, the CPU's bf16 convolution of ResNet50's last stage returns garbage
-ENVIRONMENT = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')  # by torchrun
+ENVIRONMENT = ['RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT']  # of torchrun
+LAUNCHER_NOTICES = 1  # second after which the launcher has ended the others of a process that was killed
+
 # One option under two names: that of torch 2.6, and that for which the newest lets it go.
 SYNC_BUFFERS = next(
     name
@@ -341,6 +343,8 @@ def _agree(status: int, text: str) -> tuple[int, str]:
     """
     if _store is None:
         return status, text
+    if status == 1:
+        time.sleep(LAUNCHER_NOTICES)  # if another was killed and this one misses it, it is ended here, and silent
     mine = f'{status} {os.environ["RANK"]}'
     with contextlib.suppress(RuntimeError):  # the store went with the process that held it
         first = _store.compare_set('failed', '', mine).decode()
