@@ -24,7 +24,7 @@ import models
 ROOMS = {
     'run': 'seed use_cpu gpu_devices precision sync_bn width',
     'data': 'workers',
-    'test': 'dataset arch height width workers test_batch eval_step max_epoch resume evaluate save_dir',
+    'test': 'dataset arch height width workers test_batch eval_step max_epoch resume evaluate save_dir save_features',
     'save': 'save_dir resume resume_weights_only overwrite start_epoch evaluate',
     'show': 'print_freq',
 }
@@ -125,6 +125,8 @@ def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
         default=test_batch,
         help=f'{things} in a batch, on all GPUs; changes no result',
     )
+    add('--save-features', action='store_true',
+        help='write the features of query and gallery into --save-dir, for `python ranking.py`')  # fmt: skip
     add('--eval-step', type=int, default=-1, help='epochs between two tests; -1: after the last one only')
     if kind == 'video':
         add('--seq-len', type=positive_int, default=15, help='frames that are taken from a tracklet, evenly')

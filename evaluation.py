@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import ranking
 from dataset_loader import ImageDataset, VideoDataset, test_loader
+from errors import UserError
 from transforms import TestTransform
-from utils import write_json
+from utils import mkdir_if_missing, write_json
 
 MAX_RANK = 50
-PRINTED_RANKS = (1, 5, 10, 20)
 
 
 class Test:
@@ -52,26 +52,31 @@ class Test:
         extracted = []
         for subset in ('query', 'gallery'):
             items = getattr(self.dataset, subset)
-            features, indices = extract(model, items, self.options, self.run)  # (n, D), (n,)
+            file = self._features_file(subset, items, model.feat_dim) if self.options.save_features else None
+            features, indices = extract(model, items, self.options, self.run, file)  # (n, D), (n,)
             print(f'Extracted features for {subset} set, obtained {len(items)}-by-{features.size(1)} matrix')
             extracted.append((features, indices))
         print('Computing distance matrix')
         print('Computing CMC and mAP')
         result = rank(*extracted, self.dataset, self.run)
-        self._print(result)
+        ranking.show(result)
         if self.run.rank == 0:
             write_json(self._summary(result), Path(self.options.save_dir) / 'results.json')
         return float(result.cmc(MAX_RANK)[0])
 
-    def _print(self, result) -> None:
-        cmc = result.cmc(MAX_RANK)
-        print(f'Queries: {result.num_valid} valid, {result.num_skipped} skipped (without a match in another camera)')
-        print('Results ----------')
-        print(f'mAP: {result.mAP:.1%}')
-        print('CMC curve')
-        for rank in PRINTED_RANKS:
-            print(f'Rank-{rank:<3}: {cmc[rank - 1]:.1%}')
-        print('------------------')
+    def _features_file(self, subset: str, items: list, feat_dim: int) -> np.ndarray:
+        """features.npy (N, feat_dim) in memory-mapped form, pids.npy and camids.npy beside it; every process has it."""
+        folder = Path(self.options.save_dir) / 'features' / subset
+        path = folder / 'features.npy'
+        if self.run.rank == 0:
+            mkdir_if_missing(folder)
+            for column, name in ((1, 'pids'), (2, 'camids')):
+                np.save(folder / f'{name}.npy', np.array([item[column] for item in items]))
+            np.lib.format.open_memmap(path, 'w+', np.float32, (len(items), feat_dim))
+        self.run.sum(torch.zeros(1))  # the others wait until it is there
+        if not path.exists():
+            raise UserError(f'--save-features: {path} cannot be seen from every host; use a folder that they share')
+        return np.load(path, mmap_mode='r+')
 
     def _summary(self, result) -> dict:
         options, dataset = self.options, self.dataset
@@ -98,11 +103,12 @@ class Test:
 
 
 @torch.inference_mode()
-def extract(model: nn.Module, items: list, options, run) -> tuple[Tensor, Tensor]:
+def extract(model: nn.Module, items: list, options, run, file: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
     """Features of images or tracklets and which of the items they are of: those that this process has to see to.
 
     A tracklet's feature is the mean or maximum over `--seq-len` of its frames. The shape of each batch is taken from
-    the batch, so any --test-batch gives the same figures. The model is left in the mode it was in.
+    the batch, so any --test-batch gives the same figures. The model is left in the mode it was in. Each batch is also
+    written into its rows of `file` (N, feat_dim), if there is one.
 
     Returns:
         Features (n, feat_dim), float32, on the run's device, and indices (n,) int64, ascending: of one process all N
@@ -117,13 +123,15 @@ def extract(model: nn.Module, items: list, options, run) -> tuple[Tensor, Tensor
     was_training = model.training
     model.eval()
     done = 0
-    for images, _, counts in loader:
+    for images, indices, counts in loader:
         with run.autocast(testing=True):
             found = model(prepare(images)).float()  # (frames, feat_dim)
         if tracklets:
             found = pool(found, counts, options.pool)  # (b, feat_dim)
         features[done : done + len(found)] = found
         done += len(found)
+        if file is not None:
+            file[indices.numpy()] = found.cpu().numpy()
     model.train(was_training)
     return features, own
 

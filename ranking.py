@@ -4,11 +4,18 @@ Nothing of the size queries x gallery is held. Between equal distances the place
 those of a stable sort of the whole distance matrix. First each query is measured against its own identity (its matches
 and what it drops): `measure`. Then the gallery streams by and what stands before them is counted: `count`. Both take any
 ascending part of the gallery, so that several processes can each do their shard and add up.
+
+    python ranking.py log/features/query log/features/gallery
+
+ranks features that --save-features has left on disk, in bounded memory whatever their number.
 """
 
+import argparse
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 
 import numpy as np
@@ -114,7 +121,9 @@ def measure(queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, 
     distances = np.zeros(len(pairs.places), np.float32)
     sizes = np.diff(pairs.offsets)  # (Q,)
     order = np.flatnonzero(sizes)
-    order = order[np.argsort(pairs.places[pairs.offsets[order]], kind='stable')]  # by pid: its first place stands for it
+    order = order[
+        np.argsort(pairs.places[pairs.offsets[order]], kind='stable')
+    ]  # by pid: its first place stands for it
 
     def work(begin: int) -> None:
         block = order[begin : begin + OWN]  # (B,)
@@ -294,3 +303,58 @@ def _in_threads(work: Callable, tasks: Iterable, device: torch.device) -> None:
     finally:
         torch.set_num_threads(threads)  # the last number set anywhere is that of threads to come
         torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+# The figures, and the command
+
+
+PRINTED_RANKS = (1, 5, 10, 20)
+
+
+def show(result: Ranking) -> None:
+    """Print the figures of the original."""
+    cmc = result.cmc(max(PRINTED_RANKS))
+    print(f'Queries: {result.num_valid} valid, {result.num_skipped} skipped (without a match in another camera)')
+    print('Results ----------')
+    print(f'mAP: {result.mAP:.1%}')
+    print('CMC curve')
+    for place in PRINTED_RANKS:
+        print(f'Rank-{place:<3}: {cmc[place - 1]:.1%}')
+    print('------------------')
+
+
+def read(folder: str | Path) -> list[np.ndarray]:
+    """features (N, D), pids (N,) and camids (N,) that --save-features wrote; the features stay on disk.
+
+    Raises:
+        UserError: a file is missing or no array of numbers.
+    """
+    arrays = []
+    for name, kinds in (('features', 'f'), ('pids', 'iu'), ('camids', 'iu')):
+        path = Path(folder) / f'{name}.npy'
+        try:
+            array = np.load(path, mmap_mode='c')
+        except (OSError, ValueError) as problem:
+            reason = getattr(problem, 'strerror', None) or ' '.join(str(problem).split())
+            raise UserError(f'{path} cannot be read ({reason}); write it with --evaluate --save-features') from None
+        if array.dtype.kind not in kinds:
+            raise UserError(f'{path} holds {array.dtype}; write it with --evaluate --save-features')
+        arrays.append(array)
+    return arrays
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='Rank saved features from disk, in bounded memory.')
+    parser.add_argument('query', help='folder with features.npy (N, D), pids.npy and camids.npy (N,)')
+    parser.add_argument('gallery', help='another one')
+    args = parser.parse_args()
+    try:
+        (queries, q_pids, q_camids), (gallery, g_pids, g_camids) = read(args.query), read(args.gallery)
+        show(rank(queries, gallery, q_pids, g_pids, q_camids, g_camids))
+    except UserError as mistake:
+        sys.stderr.write(f'error: {mistake}\n')
+        sys.exit(2)
+
+
+if __name__ == '__main__':
+    main()

@@ -97,7 +97,7 @@ def tests(run, dataset, folder):
     """What the test prints, with statistics of BatchNorm that only the first process has right, and exact rankings."""
     options = SimpleNamespace(
         dataset='market1501', arch='tiny', height=32, width=16, workers=0, test_batch=5, eval_step=-1, max_epoch=1,
-        resume='', save_dir=str(folder), evaluate=True,
+        resume='', save_dir=str(folder), evaluate=True, save_features=True,
     )  # fmt: skip
     torch.manual_seed(4)
     model = tiny.Tiny(5)

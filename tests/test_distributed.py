@@ -14,6 +14,7 @@ from conftest import ROOT, SCRIPTS, TINY
 from torch import nn
 
 import launch
+import ranking
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'}
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
@@ -89,6 +90,13 @@ def test_rankings_are_exactly_those_of_one_process(found, number):
             assert mine.keys() == theirs.keys()
             for name in mine:
                 np.testing.assert_array_equal(mine[name], theirs[name], strict=True)
+
+
+@several
+def test_saved_features_are_those_of_one_process(found, number):
+    one, many = (ranking.read(found[0] / str(processes) / 'features' / 'gallery') for processes in (1, number))
+    np.testing.assert_allclose(many[0], one[0], atol=1e-5)
+    np.testing.assert_array_equal(many[1:], one[1:])
 
 
 @several
