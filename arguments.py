@@ -22,9 +22,9 @@ import models
 
 # What each room is given. An option may serve two of them.
 ROOMS = {
-    'run': 'seed use_cpu gpu_devices precision compile width',
+    'run': 'seed use_cpu gpu_devices precision compile sync_bn width',
     'data': 'workers cache',
-    'test': 'dataset arch height width workers test_batch eval_step max_epoch resume evaluate save_dir',
+    'test': 'dataset arch height width workers test_batch eval_step max_epoch resume evaluate save_dir save_features',
     'save': 'save_dir resume resume_weights_only overwrite start_epoch evaluate',
     'show': 'print_freq',
 }
@@ -51,7 +51,8 @@ class Parser(argparse.ArgumentParser):
         self.requirements: list[tuple[Callable[[argparse.Namespace], bool], str]] = []
 
     def error(self, message: str):
-        sys.stderr.write(f'error: {message.removeprefix("argument ")}\n')
+        if 'LOCAL_RANK' not in os.environ or os.environ.get('RANK') == '0':  # the first process of a run speaks
+            sys.stderr.write(f'error: {message.removeprefix("argument ")}\n')
         sys.exit(2)
 
     def require(self, holds: Callable[[argparse.Namespace], bool], message: str) -> None:
@@ -66,6 +67,7 @@ class Parser(argparse.ArgumentParser):
             if not holds(parsed):
                 self.error(message.format(**vars(parsed)))
         _check_names(self, parsed)
+        _check_batch(self, parsed)
         _check_files(self, parsed)
         plain = vars(parsed.plain())
         recipe = {action.dest for action in self._optionals._group_actions}.difference(FREE.split())
@@ -97,7 +99,7 @@ def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
              'Not looked at when --resume is given')  # fmt: skip
     add('--height', type=positive_int, default=256, help='of an image, in pixels')
     add('--width', type=positive_int, default=128, help='of an image, in pixels')
-    add('--train-batch', type=positive_int, default=32, help='images in a batch')
+    add('--train-batch', type=positive_int, default=32, help='images in a batch of the whole run, on all GPUs')
     add('--max-epoch', type=positive_int, default=60, help='epochs to train for')
     add('--lr', '--learning-rate', type=positive_float, default=0.0003, help='first learning rate of Adam')
     add(
@@ -112,14 +114,21 @@ def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
 
     add = parser.add_argument_group('data').add_argument
     add('--data-dir', default='data', help='folder that holds the data sets, see data/README.md')
-    add('-j', '--workers', type=nonnegative_int, default=4, help='processes that decode images')
+    add('-j', '--workers', type=nonnegative_int, default=4, help='processes that decode images, for each GPU')
     add('--cache', choices=['none', 'ram', 'device'], default='none',
         help='decode training images once, keep their pixels in memory or on the GPU; workers then rest')  # fmt: skip
 
     add = parser.add_argument_group('test').add_argument
     add('--evaluate', action='store_true', help='test only')
     things = 'tracklets' if kind == 'video' else 'images'
-    add('--test-batch', type=positive_int, default=test_batch, help=f'{things} in a batch; changes no result')
+    add(
+        '--test-batch',
+        type=positive_int,
+        default=test_batch,
+        help=f'{things} in a batch, on all GPUs; changes no result',
+    )
+    add('--save-features', action='store_true',
+        help='write the features of query and gallery into --save-dir, for `python ranking.py`')  # fmt: skip
     add('--eval-step', type=int, default=-1, help='epochs between two tests; -1: after the last one only')
     if kind == 'video':
         add('--seq-len', type=positive_int, default=15, help='frames that are taken from a tracklet, evenly')
@@ -136,7 +145,12 @@ def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
 
     add = parser.add_argument_group('run').add_argument
     add('--use-cpu', action='store_true', help='even where there is a GPU')
-    add('--gpu-devices', type=gpu_list, default='0', help='index of the GPU')
+    add('--gpu-devices', type=gpu_list, default='0',
+        help='index of the GPU, or a list such as 0,1,2,3: one process is started for each, and they share each batch. '
+             'Under torchrun it may be left out')  # fmt: skip
+    add('--sync-bn', action='store_true',
+        help='BatchNorm over the images of all GPUs, not of each alone; worth its waiting where a GPU has few of them, '
+             'less than 16 or so, or few identities')  # fmt: skip
     add('--precision', choices=['auto', 'fp32', 'tf32', 'bf16'], default='auto',
         help='of the network; weights, losses and statistics are float32 always. auto: bf16 where the device '
              'multiplies it in hardware, and fp32 for the test, so that published figures come out')  # fmt: skip
@@ -163,6 +177,21 @@ def _check_names(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f'-a {args.arch}: no such model; choose one of {", ".join(models.get_names())}')
     if args.pretrained not in ('imagenet', 'none') and not Path(args.pretrained).is_file():
         parser.error(f'--pretrained {args.pretrained}: no such file; give a path, imagenet or none')
+
+
+def _check_batch(parser: Parser, args: argparse.Namespace) -> None:
+    """Whether each process of the run has the same part of a batch, of 2 images or more: BatchNorm needs two."""
+    listed = 1 if args.use_cpu else args.gpu_devices.count(',') + 1
+    processes = int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else listed  # torchrun's, or to come
+    if args.evaluate or processes == 1 or (args.train_batch % processes == 0 and args.train_batch >= 2 * processes):
+        return
+    step = math.lcm(processes, getattr(args, 'num_instances', 1))  # P x K batches hold whole identities as well
+    least = -(-2 * processes // step) * step
+    below = max(args.train_batch // step * step, least)
+    parser.error(
+        f'--train-batch {args.train_batch} cannot be shared by {processes} processes, each with the same number of '
+        f'images, 2 or more: use {below} or {below + step}'
+    )
 
 
 def _check_files(parser: Parser, args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+import launch
 import weights
 from errors import UserError
 from utils import save_checkpoint
@@ -77,7 +78,7 @@ class Checkpoint:
                 f'--resume {self.options.resume} has finished epoch {self.start_epoch} of --max-epoch {max_epoch}: '
                 f'there is nothing left to train; raise --max-epoch'
             )
-        if self.options.overwrite and not self.options.resume:
+        if self.options.overwrite and not self.options.resume and launch.is_first():
             for path in Path(self.options.save_dir).glob('*.pth.tar'):
                 path.unlink()
         for epoch in range(self.start_epoch, max_epoch):
@@ -89,9 +90,14 @@ class Checkpoint:
         return loader.epoch(epoch)
 
     def tested(self, epoch: int, rank1: float) -> None:
-        """Write `checkpoint_ep{N}.pth.tar`, N counted from 1, and `best_model.pth.tar` if Rank-1 is the best so far."""
+        """Write `checkpoint_ep{N}.pth.tar`, N counted from 1, and `best_model.pth.tar` if Rank-1 is the best so far.
+
+        The first process writes. All hold the same state, and any number of them can go on from it.
+        """
         is_best = rank1 > self.best_rank1
         self.best_rank1 = max(rank1, self.best_rank1)
+        if not launch.is_first():
+            return
         state = {
             'format': FORMAT,
             'state_dict': self.model.state_dict(),

@@ -1,4 +1,8 @@
-"""The test: features of query and gallery, their ranking, the printed figures and results.json."""
+"""The test: features of query and gallery, their ranking, the printed figures and results.json.
+
+Several processes share it: each extracts its part of the images, and counts in its part of the gallery. Every image is
+extracted once; no feature of the gallery leaves its process.
+"""
 
 import platform
 import sys
@@ -11,11 +15,11 @@ from torch import Tensor, nn
 
 import ranking
 from dataset_loader import ImageDataset, VideoDataset, test_loader
+from errors import UserError
 from transforms import TestTransform
-from utils import write_json
+from utils import mkdir_if_missing, write_json
 
 MAX_RANK = 50
-PRINTED_RANKS = (1, 5, 10, 20)
 
 
 class Test:
@@ -44,34 +48,35 @@ class Test:
             UserError: no query has a match in the gallery, or features are not finite.
         """
         print('Evaluate only' if self.options.evaluate else '==> Test')
-        features = {}
+        self.run.unify(model)
+        extracted = []
         for subset in ('query', 'gallery'):
-            features[subset] = extract(model, getattr(self.dataset, subset), self.options, self.run)
-            height, width = features[subset].shape
-            print(f'Extracted features for {subset} set, obtained {height}-by-{width} matrix')
+            items = getattr(self.dataset, subset)
+            file = self._features_file(subset, items, model.feat_dim) if self.options.save_features else None
+            features, indices = extract(model, items, self.options, self.run, file)  # (n, D), (n,)
+            print(f'Extracted features for {subset} set, obtained {len(items)}-by-{features.size(1)} matrix')
+            extracted.append((features, indices))
         print('Computing distance matrix')
         print('Computing CMC and mAP')
-        result = ranking.rank(
-            features['query'],
-            features['gallery'],
-            *_ids(self.dataset.query, self.dataset.gallery),
-        )
-        self._print(result)
-        write_json(self._summary(result), Path(self.options.save_dir) / 'results.json')
+        result = rank(*extracted, self.dataset, self.run)
+        ranking.show(result)
+        if self.run.rank == 0:
+            write_json(self._summary(result), Path(self.options.save_dir) / 'results.json')
         return float(result.cmc(MAX_RANK)[0])
 
-    def _print(self, result) -> None:
-        cmc = result.cmc(MAX_RANK)
-        print(
-            f'Queries: {result.num_valid} valid, {result.num_skipped} skipped ({result.num_same_camera} with a match '
-            f'in their own camera only, {result.num_absent} with none in the gallery)'
-        )
-        print('Results ----------')
-        print(f'mAP: {result.mAP:.1%}')
-        print('CMC curve')
-        for rank in PRINTED_RANKS:
-            print(f'Rank-{rank:<3}: {cmc[rank - 1]:.1%}')
-        print('------------------')
+    def _features_file(self, subset: str, items: list, feat_dim: int) -> np.ndarray:
+        """features.npy (N, feat_dim) in memory-mapped form, pids.npy and camids.npy beside it; every process has it."""
+        folder = Path(self.options.save_dir) / 'features' / subset
+        path = folder / 'features.npy'
+        if self.run.rank == 0:
+            mkdir_if_missing(folder)
+            for column, name in ((1, 'pids'), (2, 'camids')):
+                np.save(folder / f'{name}.npy', np.array([item[column] for item in items]))
+            np.lib.format.open_memmap(path, 'w+', np.float32, (len(items), feat_dim))
+        self.run.sum(torch.zeros(1))  # the others wait until it is there
+        if not path.exists():
+            raise UserError(f'--save-features: {path} cannot be seen from every host; use a folder that they share')
+        return np.load(path, mmap_mode='r+')
 
     def _summary(self, result) -> dict:
         options, dataset = self.options, self.dataset
@@ -103,28 +108,62 @@ class Test:
 
 
 @torch.inference_mode()
-def extract(model: nn.Module, items: list, options, run) -> Tensor:
-    """Features (N, feat_dim), float32, on the run's device, of N images or tracklets, in their order.
+def extract(model: nn.Module, items: list, options, run, file: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+    """Features of images or tracklets and which of the items they are of: those that this process has to see to.
 
     A tracklet's feature is the mean or maximum over `--seq-len` of its frames. The shape of each batch is taken from
-    the batch, so any --test-batch gives the same figures. The model is left in the mode it was in.
+    the batch, so any --test-batch gives the same figures. The model is left in the mode it was in. Each batch is also
+    written into its rows of `file` (N, feat_dim), if there is one.
+
+    Returns:
+        Features (n, feat_dim), float32, on the run's device, and indices (n,) int64, ascending: of one process all N
+        in their order, of several a part each, of more processes than items nothing for some.
     """
     tracklets = isinstance(items[0][0], tuple)
     dataset = VideoDataset(items, options.seq_len, 'evenly') if tracklets else ImageDataset(items)
     prepare = TestTransform(options.height, options.width)
-    features = None
+    loader = test_loader(dataset, options.test_batch, options.workers, run)
+    own = torch.tensor([item for batch in loader.items for item in batch], dtype=torch.int64)  # (n,)
+    features = torch.empty(len(own), model.feat_dim, device=run.device)  # (n, feat_dim)
     was_training = model.training
     model.eval()
-    for images, indices, counts in test_loader(dataset, options.test_batch, options.workers, run):
+    done = 0
+    for images, indices, counts in loader:
         with run.autocast(testing=True):
             found = model(prepare(images)).float()  # (frames, feat_dim)
         if tracklets:
             found = pool(found, counts, options.pool)  # (b, feat_dim)
-        if features is None:
-            features = found.new_empty(len(items), found.size(1))
-        features[indices.to(found.device)] = found
+        features[done : done + len(found)] = found
+        done += len(found)
+        if file is not None:
+            file[indices.numpy()] = found.cpu().numpy()
     model.train(was_training)
-    return features
+    return features, own
+
+
+def rank(query: tuple[Tensor, Tensor], gallery: tuple[Tensor, Tensor], dataset, run) -> ranking.Ranking:
+    """The ranking of the whole gallery, in every process, from what `extract` gave to each.
+
+    All get the features of all queries. What each process counts in its part of the gallery adds up to the exact ranks.
+    """
+    q_pids, g_pids, q_camids, g_camids = _ids(dataset.query, dataset.gallery)
+    (own, indices), (features, places) = query, gallery  # (n, D), (n,), (m, D), (m,)
+    everyone = own.new_zeros(len(q_pids), own.size(1))  # (Q, D)
+    everyone[indices.to(own.device)] = own
+    places = places.numpy()
+    queries, items = ranking.points(run.sum(everyone), features, len(q_pids), len(places))
+    pairs = ranking.same_identity(q_pids, g_pids, q_camids, g_camids)
+    distances = _sum(ranking.measure(queries, items, places, pairs), run)  # (P,), each by the process that has the item
+    tally = ranking.count(queries, items, places, pairs, distances)
+    nearest = run.stack(torch.from_numpy(tally.nearest)).transpose(0, 1).flatten(1)  # (Q, W * NEAREST)
+    nearest = nearest.sort(1).values[:, : ranking.NEAREST].numpy()  # (Q, NEAREST)
+    return ranking.assemble(
+        pairs, distances, ranking.Tally(_sum(tally.counts, run), nearest, _sum(tally.histogram, run))
+    )
+
+
+def _sum(values: np.ndarray, run) -> np.ndarray:
+    return run.sum(torch.from_numpy(values)).numpy()
 
 
 def pool(features: Tensor, counts: Tensor, how: str) -> Tensor:

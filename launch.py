@@ -1,52 +1,94 @@
 """Processes and devices: an experiment is started here and runs on what the machine has.
 
 The only room that knows which device is used, in which precision, and that there could be more than one process.
+Several processes are a group of torchrun's, on one host or many, or the same group started by `--gpu-devices 0,1`. Each
+does its share of a batch; gradients, the features that are mined and the losses that are shown are those of the whole.
 """
 
 import contextlib
 import datetime
+import inspect
+import logging
+import os
 import random
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from errors import UserError
 from utils import Logger
 
 NARROWEST_BF16 = 33  # pixels; below, the CPU's bf16 convolution of ResNet50's last stage returns garbage
+ENVIRONMENT = ['RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT']  # of torchrun
+LAUNCHER_NOTICES = 1  # second after which the launcher has ended the others of a process that was killed
+
+# One option under two names: that of torch 2.6, and that for which the newest lets it go.
+SYNC_BUFFERS = next(
+    name
+    for name in ('forward_sync_buffers', 'broadcast_buffers')
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
+
+_store: dist.Store | None = None  # what the processes of a run share beside the collectives
 
 
 def main(experiment: Callable, parser) -> None:
     """Run `experiment(args)` with the arguments of the command line, under a log file in `--save-dir`.
 
+    With several `--gpu-devices` this process only starts one for each, with the same command. The first one of them
+    prints and logs.
+
     A mistake of the user (`UserError`) is one line on stderr and exit status 2; a fault of ours keeps its traceback and
-    exits with 1. Both stand in the log.
+    exits with 1. Both stand in the log. Of several processes the first that fails says so, and all end with its status.
     """
     args = parser.parse_args()
     started = time.time()
-    with Logger(Path(args.save_dir) / ('log_test.txt' if args.evaluate else 'log_train.txt')) as log:
-        print(f'==========\nArgs:{args.plain()}\n==========')
+    path = Path(args.save_dir) / ('log_test.txt' if args.evaluate else 'log_train.txt')
+    status, text = 0, ''
+    with Logger(path) if is_first() else _silence():
         try:
-            experiment(args)
+            if _starts_others(args.run):
+                status, text = _start_others(args.run)
+            else:
+                print(f'==========\nArgs:{args.plain()}\n==========')
+                experiment(args)
+                _leave()
+                elapsed = datetime.timedelta(seconds=round(time.time() - started))
+                print(f'Finished. Total elapsed time (h:m:s): {elapsed}')
         except UserError as mistake:
-            status, text = 2, f'error: {mistake}\n'
+            status, text = _agree(2, f'error: {mistake}\n')
         except Exception:
-            status, text = 1, traceback.format_exc()
-        else:
-            elapsed = datetime.timedelta(seconds=round(time.time() - started))
-            print(f'Finished. Total elapsed time (h:m:s): {elapsed}')
-            return
-        log.flush()
-        log.file.write(text)
+            status, text = _agree(1, traceback.format_exc())
+    if text:
         sys.stderr.write(text)
-    sys.exit(status)
+        with open(path, 'a', encoding='utf-8') as log:
+            log.write(text)
+    if status:
+        sys.exit(status)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return 'LOCAL_RANK' not in os.environ or os.environ.get('RANK', '0') == '0'
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean of `values` over all processes, each of which calls this."""
+    if not dist.is_initialized():
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values / dist.get_world_size()
 
 
 @dataclass(frozen=True)
@@ -60,6 +102,7 @@ class Run:
     compiled: bool = False
     rank: int = 0
     world_size: int = 1
+    sync_bn: bool = False
 
     @contextlib.contextmanager
     def autocast(self, testing: bool = False) -> Iterator[None]:
@@ -73,33 +116,93 @@ class Run:
         return module.to(self.device, memory_format=torch.channels_last)
 
     def replicate(self, module: nn.Module) -> nn.Module:
-        """The copy of `module` to train with, compiled with --compile; `module` itself is what is saved and tested."""
-        return torch.compile(module, mode='reduce-overhead') if self.compiled else module
+        """The copy of `module` to train with, compiled with --compile; `module` itself is what is saved and tested.
+
+        The gradients of a replica are means over all processes. Its BatchNorm takes its statistics from the images of
+        its own process, or with --sync-bn of all. Running statistics are not exchanged while training, which does not
+        look at them: those of the first process are saved, and tested with (`unify`).
+        """
+        replica = module
+        if self.world_size > 1:
+            if self.sync_bn:
+                replica = nn.SyncBatchNorm.convert_sync_batchnorm(replica)  # the same parameters, buffers and keys
+            devices = [self.device.index] if self.device.type == 'cuda' else None
+            replica = DistributedDataParallel(replica, devices, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})
+        return torch.compile(replica, mode='reduce-overhead') if self.compiled else replica
 
     def gather(self, features: Tensor, pids: Tensor) -> tuple[Tensor, Tensor]:
-        """The features (B, D) and pids (B,) of the whole batch, over all processes."""
-        return features, pids
+        """The features (B, D) and pids (B,) of the whole batch, over all processes, in the batch's order.
+
+        Gradients flow back to the process that a feature came from, as many times as there are processes: each computes
+        the loss of the whole batch, and `replicate` takes the mean.
+        """
+        if self.world_size == 1:
+            return features, pids
+        return _Gather.apply(features), self.stack(pids).transpose(0, 1).flatten()
+
+    def stack(self, tensor: Tensor) -> Tensor:
+        """`tensor` (...) of every process, (world_size, ...); it has the same shape in all."""
+        if self.world_size == 1:
+            return tensor[None]
+        parts = [torch.empty_like(tensor, device=self.device) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor.to(self.device).contiguous())
+        return torch.stack(parts).to(tensor.device)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over all processes; it has the same shape in all."""
+        if self.world_size == 1:
+            return tensor
+        total = tensor.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def unify(self, model: nn.Module) -> None:
+        """Give every process the buffers of the first one, the running statistics of BatchNorm."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
 
     def guard(self, loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
-        """Make the next step of the (fused) optimizers do nothing if `loss` is not finite.
+        """Make the next step of the (fused) optimizers do nothing if `loss` is not finite, in any process.
 
         The decision stays on the device: nobody waits for it. Weights and moments are then as they were, and the meter
         ends the run when it reads the loss.
         """
         non_finite = (~torch.isfinite(loss.detach())).float()  # ()
+        if self.world_size > 1:
+            dist.all_reduce(non_finite, dist.ReduceOp.MAX)
         for optimizer in optimizers:
             optimizer.found_inf = non_finite
 
 
+class _Gather(torch.autograd.Function):
+    """Features (b, D) of each process -> (B, D) of the batch, of which process r of W holds rows r, r + W, ..."""
+
+    @staticmethod
+    def forward(ctx, features: Tensor) -> Tensor:
+        parts = [torch.empty_like(features) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, features.contiguous())
+        return torch.stack(parts, 1).flatten(0, 1)  # (b, W, D) -> (B, D)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # (B, D)
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank() :: dist.get_world_size()]  # (b, D)
+
+
 def start(options) -> Run:
-    """Choose device and precision and seed what is drawn once, at the start: weights and centers.
+    """Join the group of processes, choose device and precision, and seed what is drawn once: weights and centers.
 
     Raises:
-        UserError: a GPU that is not there; a precision that the device does not have; --compile on a CPU.
+        UserError: a GPU that is not there; a precision that the device does not have; --sync-bn or --compile on a CPU.
     """
+    rank, world_size = _find_others()
     device = _device(options)
     precision = _precision(options, device)
     test_precision = 'fp32' if options.precision == 'auto' else precision
+    if options.sync_bn and device.type == 'cpu':
+        raise UserError('--sync-bn is for CUDA devices: leave it out on the CPU')
     for allow in (torch.backends.cuda.matmul, torch.backends.cudnn):
         allow.allow_tf32 = precision == 'tf32'
     random.seed(options.seed)
@@ -107,27 +210,57 @@ def start(options) -> Run:
     torch.manual_seed(options.seed)
     if options.compile and device.type != 'cuda':
         raise UserError('--compile is for CUDA devices; leave it out on the CPU')
-    return Run(device, precision, test_precision, options.seed, options.compile)
+    if _store and not dist.is_initialized():
+        on_gpu = device.type == 'cuda'
+        dist.init_process_group(
+            'nccl' if on_gpu else 'gloo',
+            store=_store,
+            rank=rank,
+            world_size=world_size,
+            device_id=device if on_gpu else None,
+        )
+    return Run(
+        device,
+        precision,
+        test_precision,
+        options.seed,
+        compiled=options.compile,
+        rank=rank,
+        world_size=world_size,
+        sync_bn=options.sync_bn,
+    )
 
 
 def _device(options) -> torch.device:
-    indices = [int(index) for index in options.gpu_devices.split(',')]
-    if options.use_cpu or (len(indices) == 1 and not torch.cuda.is_available()):
+    if options.use_cpu or (',' not in options.gpu_devices and not torch.cuda.is_available()):
         print('Currently using CPU (GPU is highly recommended)')
         return torch.device('cpu')
+    local_rank, processes = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    indices = _gpus(options, processes)
+    if len(indices) != processes:
+        raise UserError(
+            f'--gpu-devices {options.gpu_devices}: {len(indices)} GPUs for {processes} processes on this host; with '
+            f'torchrun, list as many as --nproc-per-node says'
+        )
+    print(f'Currently using GPU {",".join(map(str, indices))}')
+    device = torch.device('cuda', indices[local_rank])
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    return device
+
+
+def _gpus(options, processes: int = 1) -> list[int]:
+    """The indices that were listed; of one alone, which is the default, as many from 0 on as there are processes."""
+    indices = [int(index) for index in options.gpu_devices.split(',')]
+    if len(indices) == 1 < processes:
+        indices = list(range(processes))
     missing = [str(index) for index in indices if index >= torch.cuda.device_count()]
     if missing:
         raise UserError(
             f'--gpu-devices {options.gpu_devices}: this machine has {torch.cuda.device_count()} CUDA devices, '
             f'and none of index {", ".join(missing)}; list fewer, or pass --use-cpu'
         )
-    if len(indices) > 1:
-        raise UserError(f'--gpu-devices {options.gpu_devices}: training on several GPUs is not there yet; name one')
-    print(f'Currently using GPU {options.gpu_devices}')
-    device = torch.device('cuda', indices[0])
-    torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = True  # every batch has the same shape
-    return device
+    return indices
 
 
 def _precision(options, device: torch.device) -> str:
@@ -152,3 +285,87 @@ def _has_bf16(device: torch.device) -> bool:
         flags = Path('/proc/cpuinfo').read_text(encoding='ascii', errors='replace').split()
         return 'avx512_bf16' in flags or 'amx_bf16' in flags
     return False
+
+
+# Several processes
+
+
+def _starts_others(options) -> bool:
+    """Whether this is a plain command that asks for several GPUs."""
+    return ',' in options.gpu_devices and not options.use_cpu and 'LOCAL_RANK' not in os.environ
+
+
+def _start_others(options) -> tuple[int, str]:
+    """Run this very command once for each listed GPU, as torchrun does; the exit status, and what is left to say."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    number = len(_gpus(options))
+    os.environ.setdefault('OMP_NUM_THREADS', str(max((os.cpu_count() or 1) // number, 1)))
+    logging.disable()  # what its processes have to say they say themselves
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=number,
+        run_id='reid',
+        rdzv_backend='c10d',
+        rdzv_endpoint='localhost:0',  # any free port
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*sys.orig_argv[1:])
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode < 0:
+            return 128 - failure.exitcode, f'error: process {rank} of the run was ended by signal {-failure.exitcode}\n'
+        return failure.exitcode, ''
+    except SignalException as signal:
+        return 128 + signal.sigval, ''
+    return 0, ''
+
+
+def _find_others() -> tuple[int, int]:
+    """Rank and number of the processes of torchrun's group, to which this one may belong; 0 and 1 if it does not."""
+    global _store
+    if 'LOCAL_RANK' not in os.environ:
+        return 0, 1
+    missing = [name for name in ENVIRONMENT if name not in os.environ]
+    if missing:
+        raise UserError(f'LOCAL_RANK is in the environment, but {", ".join(missing)} is not: start with torchrun')
+    rank, world_size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+    if world_size > 1 and _store is None:
+        _store, *_ = next(dist.rendezvous('env://'))
+        print(f'{world_size} processes')
+    return rank, world_size
+
+
+def _leave() -> None:
+    """End the group once every process has come here, so that none closes a connection that another still reads."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _agree(status: int, text: str) -> tuple[int, str]:
+    """Exit status and text of a process that fails: of several the first one's status, and its text alone.
+
+    The others fail because they lost it, so what they could tell is no news.
+    """
+    if _store is None:
+        return status, text
+    if status == 1:
+        time.sleep(LAUNCHER_NOTICES)  # if another was killed and this one misses it, it is ended here, and silent
+    mine = f'{status} {os.environ["RANK"]}'
+    with contextlib.suppress(RuntimeError):  # the store went with the process that held it
+        first = _store.compare_set('failed', '', mine).decode()
+        return (status, text) if first == mine else (int(first.split()[0]), '')
+    return status, ''
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Print nothing and warn of nothing: the first process does."""
+    warnings.simplefilter('ignore')
+    with open(os.devnull, 'w', encoding='utf-8') as nowhere, contextlib.redirect_stdout(nowhere):
+        yield

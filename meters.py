@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+import launch
 from errors import UserError
 from utils import AverageMeter
 
@@ -18,7 +19,7 @@ class LossMeter:
             meter.update(loss=loss, xent=xent, htri=htri)
 
     The first name is the loss that is minimised. Values stay on the device until their line is printed, so no step
-    waits for the one before.
+    waits for the one before, nor for another process: what is shown is the mean over all.
     """
 
     def __init__(self, options, num_batches: int):
@@ -50,7 +51,8 @@ class LossMeter:
         if not self.unread:
             return
         names = list(self.unread[0])
-        rows = torch.stack([torch.stack([row[name].float() for name in names]) for row in self.unread]).tolist()
+        rows = torch.stack([torch.stack([row[name].float() for name in names]) for row in self.unread])
+        rows = launch.mean(rows).tolist()
         for batch, row in enumerate(rows, count - len(rows) + 1):
             for name, value in zip(names, row, strict=True):
                 self.means.setdefault(name, AverageMeter()).update(value)

@@ -5,11 +5,18 @@ are those of a stable sort of the whole distance matrix. First each query is mea
 matches, and what it drops): `measure`. Then the gallery streams by, and what stands before them is counted: `count`.
 Both take any ascending part of the gallery, so several processes can each do their shard and add up: distances first,
 then tallies.
+
+    python ranking.py log/features/query log/features/gallery
+
+ranks features that --save-features has left on disk, in bounded memory whatever their number.
 """
 
+import argparse
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 
 import numpy as np
@@ -483,3 +490,61 @@ def _in_threads(work: Callable, tasks: Iterable, device: torch.device) -> None:
     finally:
         torch.set_num_threads(threads)  # the number set last, anywhere, is that of threads to come
         torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+# The figures, and the command
+
+
+PRINTED_RANKS = (1, 5, 10, 20)
+
+
+def show(result: Ranking) -> None:
+    """Print the figures of the original."""
+    cmc = result.cmc(max(PRINTED_RANKS))
+    print(
+        f'Queries: {result.num_valid} valid, {result.num_skipped} skipped ({result.num_same_camera} with a match in '
+        f'their own camera only, {result.num_absent} with none in the gallery)'
+    )
+    print('Results ----------')
+    print(f'mAP: {result.mAP:.1%}')
+    print('CMC curve')
+    for place in PRINTED_RANKS:
+        print(f'Rank-{place:<3}: {cmc[place - 1]:.1%}')
+    print('------------------')
+
+
+def read(folder: str | Path) -> list[np.ndarray]:
+    """features (N, D), pids (N,) and camids (N,) that --save-features wrote; the features stay on disk.
+
+    Raises:
+        UserError: a file is missing or no array of numbers.
+    """
+    arrays = []
+    for name, kinds in (('features', 'f'), ('pids', 'iu'), ('camids', 'iu')):
+        path = Path(folder) / f'{name}.npy'
+        try:
+            array = np.load(path, mmap_mode='c')
+        except (OSError, ValueError) as problem:
+            reason = getattr(problem, 'strerror', None) or ' '.join(str(problem).split())
+            raise UserError(f'{path} cannot be read ({reason}); write it with --evaluate --save-features') from None
+        if array.dtype.kind not in kinds:
+            raise UserError(f'{path} holds {array.dtype}; write it with --evaluate --save-features')
+        arrays.append(array)
+    return arrays
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='Rank saved features from disk, in bounded memory.')
+    parser.add_argument('query', help='folder with features.npy (N, D), pids.npy and camids.npy (N,)')
+    parser.add_argument('gallery', help='another one')
+    args = parser.parse_args()
+    try:
+        (queries, q_pids, q_camids), (gallery, g_pids, g_camids) = read(args.query), read(args.gallery)
+        show(rank(queries, gallery, q_pids, g_pids, q_camids, g_camids))
+    except UserError as mistake:
+        sys.stderr.write(f'error: {mistake}\n')
+        sys.exit(2)
+
+
+if __name__ == '__main__':
+    main()

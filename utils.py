@@ -31,13 +31,13 @@ class AverageMeter:
 class Logger:
     """A standard output that also goes to a file: `with Logger('log/log_train.txt'): print(...)`.
 
-    The file is appended to, so that the log of a run that goes on, or of a mistake, destroys none.
+    The file is appended to, line by line, so that the log of a run that goes on, or of a mistake, destroys none.
     """
 
     def __init__(self, fpath: str | Path):
         self.console = sys.stdout
         mkdir_if_missing(Path(fpath).parent)
-        self.file = open(fpath, 'a', encoding='utf-8')  # noqa: SIM115 (closed by __exit__)
+        self.file = open(fpath, 'a', buffering=1, encoding='utf-8')  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> 'Logger':
         sys.stdout = self

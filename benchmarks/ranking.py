@@ -9,6 +9,7 @@ process of its own needed above the features.
 """
 
 import argparse
+import ctypes
 import gc
 import statistics
 import subprocess
@@ -102,6 +103,7 @@ def measure_peak(what: str, num_queries: int, num_gallery: int) -> None:
         return int(Path('/proc/self/status').read_text().split(field + ':')[1].split()[0])  # kB
 
     data = draw(num_queries, num_gallery)
+    ctypes.CDLL(None).malloc_trim(0)  # give back what drawing freed
     before = memory('VmRSS')
     getattr(ranking, what)(*data).mAP  # noqa: B018
     print((memory('VmHWM') - before) / 1024)

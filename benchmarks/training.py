@@ -45,7 +45,7 @@ PAIRS = 5
 
 def start(precision: str, compiled: bool = False) -> launch.Run:
     options = SimpleNamespace(
-        seed=1, use_cpu=False, gpu_devices='0', precision=precision, width=WIDTH, compile=compiled
+        seed=1, use_cpu=False, gpu_devices='0', precision=precision, width=WIDTH, compile=compiled, sync_bn=False
     )
     with contextlib.redirect_stdout(io.StringIO()):
         return launch.start(options)

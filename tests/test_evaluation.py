@@ -10,6 +10,7 @@ import data_manager
 import eval_metrics
 import evaluation
 import launch
+import ranking
 from errors import UserError
 
 
@@ -18,7 +19,7 @@ def options(save_dir, **changes):
         **{
             'dataset': 'market1501', 'arch': 'tiny', 'height': 32, 'width': 16, 'workers': 0, 'test_batch': 5,
             'eval_step': -1, 'max_epoch': 3, 'resume': '', 'save_dir': str(save_dir), 'evaluate': True,
-            'seq_len': 4, 'pool': 'avg', **changes,
+            'save_features': False, 'seq_len': 4, 'pool': 'avg', **changes,
         }
     )  # fmt: skip
 
@@ -78,7 +79,7 @@ def test_results_are_those_of_the_textbook(dataset, model, cpu, tmp_path):
     test = evaluation.Test(dataset, options(tmp_path), cpu)
     test(model)
     results = json.loads((tmp_path / 'results.json').read_text())
-    features = [evaluation.extract(model, items, test.options, cpu) for items in (dataset.query, dataset.gallery)]
+    features = [evaluation.extract(model, items, test.options, cpu)[0] for items in (dataset.query, dataset.gallery)]
     distmat = torch.cdist(*features).square().numpy()
     ids = [
         np.array([item[column] for item in items]) for column in (1, 2) for items in (dataset.query, dataset.gallery)
@@ -124,3 +125,24 @@ def test_queries_without_a_match(data_dir, model, cpu, tmp_path):
     with pytest.raises(UserError, match='gallery'):
         evaluation.Test(dataset, options(tmp_path), cpu)(model)
     assert not (tmp_path / 'results.json').exists()
+
+
+def test_saved_features_are_ranked_from_disk(dataset, model, cpu, tmp_path, capsys, monkeypatch):
+    test = evaluation.Test(dataset, options(tmp_path, save_features=True), cpu)
+    test(model)
+    figures = printed(capsys)[-9:]
+    folders = [tmp_path / 'features' / subset for subset in ('query', 'gallery')]
+    features, pids, camids = ranking.read(folders[1])
+    assert isinstance(features, np.memmap)
+    np.testing.assert_array_equal(features, evaluation.extract(model, dataset.gallery, test.options, cpu)[0])
+    assert list(zip(pids, camids, strict=True)) == [item[1:] for item in dataset.gallery]
+    monkeypatch.setattr('sys.argv', ['ranking.py', *map(str, folders)])
+    ranking.main()
+    assert printed(capsys) == figures
+
+    for spoil in (lambda path: path.write_bytes(b'no array'), lambda path: path.unlink()):
+        spoil(folders[0] / 'pids.npy')
+        with pytest.raises(SystemExit) as end:
+            ranking.main()
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and err.count('\n') == 1 and 'pids.npy cannot be read' in err

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny import Tiny
 
 import launch
 import models
@@ -19,6 +20,7 @@ def options(**changes):
             'gpu_devices': '0',
             'precision': 'auto',
             'compile': False,
+            'sync_bn': False,
             'width': 128,
             **changes,
         }
@@ -29,7 +31,7 @@ class Parser:
     """A parser of no options, for `launch.main`."""
 
     def __init__(self, save_dir):
-        self.args = SimpleNamespace(save_dir=save_dir, evaluate=False, plain=lambda: 'Namespace()')
+        self.args = SimpleNamespace(save_dir=save_dir, evaluate=False, run=options(), plain=lambda: 'Namespace()')
 
     def parse_args(self):
         return self.args
@@ -145,3 +147,39 @@ def test_features_of_bf16_are_those_of_fp32(model, height, width):
             features.append(model(images).float())
     full, half = features
     assert ((full - half).norm(dim=1) / full.norm(dim=1)).max() < 0.02  # 8 bits of mantissa through 50 layers
+
+
+def test_sync_bn_keeps_parameters_and_keys(monkeypatch):
+    with pytest.raises(UserError, match='--sync-bn is for CUDA'):
+        launch.start(options(sync_bn=True))
+    monkeypatch.setattr(launch, 'DistributedDataParallel', lambda module, *args, **kwargs: module)
+    model = Tiny(3)
+    keys, params = list(model.state_dict()), list(model.parameters())
+    run = launch.Run(torch.device('cpu'), 'fp32', 'fp32', 1, world_size=2, sync_bn=True)
+    replica = run.replicate(model)
+    assert sum(isinstance(module, torch.nn.SyncBatchNorm) for module in replica.modules()) == 2
+    assert list(model.state_dict()) == list(replica.state_dict()) == keys
+    assert all(mine is theirs for mine, theirs in zip(replica.parameters(), params, strict=True))
+    assert model.eval()(torch.rand(2, 3, 32, 16)).shape == (2, 16)  # a test on the CPU
+
+
+def test_an_environment_of_half_a_group(monkeypatch):
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match='RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not'):
+        launch.start(options())
+
+
+def test_which_gpu_a_process_takes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    taken = []
+    monkeypatch.setattr(torch.cuda, 'set_device', taken.append)
+    for local_rank, processes, listed in ((0, 1, '2'), (1, 2, '0'), (1, 2, '2,3')):
+        monkeypatch.setenv('LOCAL_RANK', str(local_rank))
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
+        launch._device(options(use_cpu=False, gpu_devices=listed))
+    assert [device.index for device in taken] == [2, 1, 3]
+    with pytest.raises(UserError, match='0,1,2: 3 GPUs for 2 processes on this host'):
+        launch._device(options(use_cpu=False, gpu_devices='0,1,2'))

@@ -1,5 +1,6 @@
 """README's commands are run, at tiny size, and its tables name every row once."""
 
+import importlib
 import re
 import shlex
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS, TINY
 from tiny import Tiny
+from torch.distributed.run import get_args_parser
 
 README = (ROOT / 'README.md').read_text()
 BLOCKS = [line.strip() for block in re.findall(r'```\w*\n(.*?)```', README, re.S) for line in block.splitlines()]
@@ -38,12 +40,20 @@ def test_each_row_of_the_originals_tables_has_its_command():
 
 
 def test_the_rows_options_are_good(tmp_path, monkeypatch):
-    import importlib
-
     monkeypatch.chdir(tmp_path)
     for command in ROWS:
         name, *args = shlex.split(command)[1:]
         importlib.import_module(name.removesuffix('.py')).parser.parse_args(args)
+
+
+def test_torchruns_options_are_good(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [line for line in BLOCKS if 'torchrun ' in line]
+    assert lines
+    for line in lines:
+        launcher, name, args = re.fullmatch(r'.*?torchrun (.*?) (train_\w+)\.py (.*)', line).groups()
+        get_args_parser().parse_args([*launcher.split(), f'{name}.py'])
+        importlib.import_module(name).parser.parse_args(args.split())
 
 
 def test_commands_of_make_exist():

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     'models': {'weights'},
     'ranking': {'eval_metrics', 'launch'},
     'dataset_loader': {'launch'},
-    'meters': {'utils'},
+    'meters': {'launch', 'utils'},
     'checkpoint': {'weights', 'launch', 'utils'},
     'evaluation': {'dataset_loader', 'transforms', 'ranking', 'eval_metrics', 'launch', 'utils'},
     'arguments': {'data_manager', 'models'},

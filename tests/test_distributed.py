@@ -1,0 +1,267 @@
+"""Several processes on the CPU: the result of one, and no process that is left behind."""
+
+import importlib
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, TINY
+from torch import nn
+
+import launch
+import ranking
+
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'}
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
+
+
+def torchrun(number, *command, timeout=120, **options):
+    """`command` in `number` processes, finished."""
+    launcher = [*TORCHRUN, '--standalone', '--nproc-per-node', str(number)]
+    return finished([*launcher, *map(str, command)], timeout, **options)
+
+
+def finished(command, timeout=120, env=ENV, **options):
+    return subprocess.run(command, timeout=timeout, env=env, capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope='module')
+def found(data_dir, tmp_path_factory):
+    """What each process of 1, 2 and 3 found, and the folder with what the scripts wrote."""
+    folder = tmp_path_factory.mktemp('processes')
+    found = {}
+    for number in (1, 2, 3):
+        command = [ROOT / 'tests' / 'processes.py', folder, data_dir]
+        alone = finished([sys.executable, *map(str, command)]) if number == 1 else torchrun(number, *command)
+        assert (alone.returncode, alone.stderr) == (0, ''), alone.stderr
+        found[number] = [torch.load(folder / str(number) / f'{rank}.pt', weights_only=False) for rank in range(number)]
+    return folder, found
+
+
+several = pytest.mark.parametrize('number', [2, 3])
+
+
+@several
+def test_losses_gradients_and_weights_are_those_of_one_process(found, number):
+    """Cross entropy, gathered triplets and replicated centers, in float64."""
+    (one,), many = found[1][1], found[1][number]
+    for name in ('losses', 'gradients', 'weights'):
+        for process in many:
+            torch.testing.assert_close(process['steps'][name], one['steps'][name], rtol=0, atol=1e-9)
+    assert len(one['steps']['gradients']) == 5 and min(one['steps']['losses']) > 0
+
+
+@several
+def test_a_loss_that_is_not_finite_in_one_process_steps_none(found, number):
+    assert all(process['steps']['kept'] for process in (*found[1][1], *found[1][number]))
+
+
+@several
+def test_the_batches_together_are_those_of_one_process(found, number):
+    one, many = found[1][1][0]['batches'], [process['batches'] for process in found[1][number]]
+    assert len(one) == 2
+    for batch, (images, pids) in enumerate(one):
+        for part in (0, 1):
+            parts = [process[batch][part] for process in many]
+            assert torch.equal(torch.stack(parts, 1).flatten(0, 1), (images, pids)[part])
+        assert all(len(process[batch][1].unique()) == len(pids.unique()) for process in many)  # 4 images of each
+
+
+@several
+def test_each_image_is_extracted_once(found, number):
+    for part, everything in enumerate(found[1][1][0]['tests']['seen']):
+        for subset in (0, 1):
+            parts = [process['tests']['seen'][part][subset] for process in found[1][number]]
+            assert sorted(index for own in parts for index in own) == everything[subset]
+            assert all(own == sorted(own) for own in parts)
+    assert [] in [own for process in found[1][number] for own in process['tests']['seen'][1]]  # one item for them all
+
+
+@several
+def test_rankings_are_exactly_those_of_one_process(found, number):
+    one = found[1][1][0]['tests']['rankings']
+    for process in found[1][number]:
+        for mine, theirs in zip(process['tests']['rankings'], one, strict=True):
+            assert mine.keys() == theirs.keys()
+            for name in mine:
+                np.testing.assert_array_equal(mine[name], theirs[name], strict=True)
+
+
+@several
+def test_saved_features_are_those_of_one_process(found, number):
+    one, many = (ranking.read(found[0] / str(processes) / 'features' / 'gallery') for processes in (1, number))
+    np.testing.assert_allclose(many[0], one[0], atol=1e-5)
+    np.testing.assert_array_equal(many[1:], one[1:])
+
+
+@several
+def test_figures_are_those_of_one_process(found, number):
+    """Whatever the other processes hold as running statistics."""
+    one = found[1][1][0]['tests']
+    assert 'mAP: ' in one['printed']
+    for process in found[1][number]:
+        assert (process['tests']['printed'], process['tests']['rank1']) == (one['printed'], one['rank1'])
+
+
+def weights_of(folder, number, name):
+    state = torch.load(folder / str(number) / name / 'checkpoint_ep2.pth.tar', weights_only=True)
+    return {**state['state_dict'], **state['state'].get('criterion_cent', {})}
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_each_script_trains_as_in_one_process(name, found):
+    folder, found = found
+    one, two = (found[number][0]['lines'][name] for number in (1, 2))
+    assert len(one) >= 3
+    for mine, theirs in zip(two, one, strict=True):
+        numbers = [[float(number) for number in re.findall(r'\d+\.\d+', line)] for line in (mine, theirs)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=2e-4)  # printed with 4 digits
+    torch.testing.assert_close(weights_of(folder, 2, name), weights_of(folder, 1, name), rtol=0, atol=1e-5)
+
+
+def test_a_script_that_forgets_the_gather_is_noticed(found):
+    one, two = (weights_of(found[0], number, 'without_gather') for number in (1, 2))
+    torch.testing.assert_close(one, weights_of(found[0], 1, 'train_img_model_xent_htri'))
+    assert max((one[key] - two[key]).abs().max() for key in one if one[key].is_floating_point()) > 1e-4
+
+
+def on_two_gpus(name, *options, fault=None, timeout=60):
+    """A script as a plain command with --gpu-devices 0,1."""
+    command = [
+        ROOT / 'tests' / 'two_gpus.py',
+        ROOT / f'{name}.py',
+        *TINY,
+        '--gpu-devices',
+        '0,1',
+        '--pretrained',
+        'none',
+    ]
+    command = [sys.executable, *map(str, [*command, '--train-batch', 8, *options])]
+    command.remove('--use-cpu')
+    return finished(command, timeout, env={**ENV, 'FAULT': fault} if fault else ENV)
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_one_process_per_listed_gpu(name, data_dir, tmp_path, script, capsys):
+    """Two go on from where one stopped, and one from there; all that is printed and written is so once."""
+    one, two, last = tmp_path / 'one', tmp_path / 'two', tmp_path / 'last'
+    options = ['--eval-step', 1, '--data-dir', data_dir]
+    assert script(name, *options, '--max-epoch', 1, '--save-dir', one) == 0
+    resume = ['--resume', one / 'checkpoint_ep1.pth.tar', '--max-epoch', 3]
+    run = on_two_gpus(name, *options, *resume, '--save-dir', two)
+    assert (run.returncode, run.stderr) == (0, '')
+    once = ('2 processes', 'Args:', 'Going on after epoch 1', '==> Epoch 2/3', '==> Epoch 3/3', 'Finished')
+    assert [run.stdout.count(text) for text in once] == [1] * len(once)
+    assert run.stdout.count('==> Test') == 2 and '==> Epoch 1/' not in run.stdout
+    assert (two / 'log_train.txt').read_text() == run.stdout
+    files = {'checkpoint_ep2.pth.tar', 'checkpoint_ep3.pth.tar', 'log_train.txt', 'results.json'}
+    assert {path.name for path in two.iterdir()} - {'best_model.pth.tar'} == files
+
+    capsys.readouterr()
+    assert script(name, *options, '--save-dir', last, '--resume', two / 'checkpoint_ep2.pth.tar', '--max-epoch', 3) == 0
+    assert 'Going on after epoch 2' in capsys.readouterr().out
+    mine, theirs = (torch.load(folder / 'checkpoint_ep3.pth.tar', weights_only=True) for folder in (two, last))
+    assert mine['state_dict'].keys() == theirs['state_dict'].keys()
+    assert mine['best_rank1'] >= torch.load(one / 'best_model.pth.tar', weights_only=True)['best_rank1']
+
+
+@pytest.mark.parametrize(
+    ('fault', 'status', 'text'),
+    [
+        ('mistake', 2, r'error: what the second process says\n'),
+        ('fault', 1, r'Traceback (?:(?!Traceback).)*\nValueError: what the second process says\n'),
+        ('killed', 137, r'error: process 1 of the run was ended by signal 9\n'),
+    ],
+)
+def test_a_process_that_fails_ends_the_run(fault, status, text, data_dir, tmp_path):
+    """In seconds, with the first error once and its exit status."""
+    run = on_two_gpus(
+        'train_img_model_xent_htri', '--data-dir', data_dir, '--save-dir', tmp_path, fault=fault, timeout=30
+    )
+    assert run.returncode == status
+    assert re.fullmatch(text, run.stderr, re.DOTALL), run.stderr
+    log = (tmp_path / 'log_train.txt').read_text()
+    assert log.endswith(run.stderr) and log.count('what the second') == run.stderr.count('what the second')
+
+
+def test_a_mistake_of_all_processes_is_told_once(tmp_path):
+    run = on_two_gpus('train_img_model_xent', '--data-dir', tmp_path, '--save-dir', tmp_path)
+    assert run.returncode == 2
+    assert run.stderr.startswith('error: ') and run.stderr.count('bounding_box_train') == 1
+
+
+@pytest.mark.parametrize(
+    ('options', 'told'),
+    [
+        (['--train-batch', 9], 'error: --train-batch 9 cannot be shared by 2 processes, each with the same number of '
+                               'images, 2 or more: use 8 or 10\n'),
+        (['--train-batch', 2], 'use 4 or 6\n'),
+        (['--gpu-devices', '0,1,3'], 'error: --gpu-devices 0,1,3: this machine has 2 CUDA devices, and none of '),
+    ],
+)  # fmt: skip
+def test_mistakes_that_are_seen_before_a_process_is_started(options, told, data_dir, tmp_path, monkeypatch, capsys):
+    module = importlib.import_module('train_img_model_xent')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    tiny = [option for option in TINY if option != '--use-cpu']
+    argv = ['x.py', *tiny, '--gpu-devices', '0,1', '--train-batch', 12, '--save-dir', tmp_path, *options]
+    monkeypatch.setattr(sys, 'argv', [str(arg) for arg in argv])
+    with pytest.raises(SystemExit) as end:
+        launch.main(module.main, module.parser)
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert told in err and err.count('\n') == 1
+
+
+def test_batches_of_whole_identities_are_proposed(monkeypatch, capsys):
+    module = importlib.import_module('train_img_model_xent_htri')
+    with pytest.raises(SystemExit):
+        module.parser.parse_args(['--gpu-devices', '0,1,2', '--train-batch', '32', '--num-instances', '4'])
+    assert 'use 24 or 36' in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+def test_sync_bn_takes_its_statistics_from_all_gpus(tmp_path):
+    alone = nn.BatchNorm2d(3).cuda()
+    imgs = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)).cuda()
+    out = alone(imgs)
+    out.square().mul(imgs).mean().backward()
+    run = torchrun(2, ROOT / 'tests' / 'sync_bn.py', tmp_path)
+    assert run.returncode == 0, run.stderr
+    parts = [torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1)]
+    torch.testing.assert_close(torch.stack([part['out'] for part in parts], 1).flatten(0, 1), out.detach().cpu())
+    for part in parts:
+        torch.testing.assert_close(part['mean'], alone.running_mean.cpu())
+        torch.testing.assert_close(part['gradient'], alone.weight.grad.cpu())
+
+
+@pytest.mark.soak
+def test_fifty_runs_end_in_order(data_dir, tmp_path):
+    for _ in range(50):
+        options = ['--max-epoch', 1, '--data-dir', data_dir, '--save-dir', tmp_path, '--overwrite']
+        run = on_two_gpus('train_img_model_xent_htri', *options)
+        assert (run.returncode, run.stderr) == (0, '')
+
+
+@pytest.mark.soak
+def test_two_hosts_train_as_one_process(found, data_dir, tmp_path):
+    """Two agents that meet over the loopback, with one process each."""
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    meet = ['--nnodes', '2', '--nproc-per-node', '1', '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'localhost:{port}']
+    command = [*TORCHRUN, *meet, ROOT / 'tests' / 'processes.py', tmp_path, data_dir]
+    hosts = [subprocess.Popen([str(arg) for arg in command], env=ENV, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [host.wait(timeout=120) for host in hosts] == [0, 0]
+    one = found[1][1][0]
+    for rank in (0, 1):
+        process = torch.load(tmp_path / '2' / f'{rank}.pt', weights_only=False)
+        torch.testing.assert_close(process['steps']['weights'], one['steps']['weights'], rtol=0, atol=1e-9)
+        assert process['tests']['printed'] == one['tests']['printed']
+    for name in SCRIPTS:
+        torch.testing.assert_close(weights_of(tmp_path, 2, name), weights_of(found[0], 1, name), rtol=0, atol=1e-5)
