@@ -26,7 +26,7 @@ SKIN: list[Colour] = [(236, 196, 168), (204, 156, 120), (146, 100, 72), (96, 64,
 HAIR: list[Colour] = [(34, 28, 26), (92, 60, 38), (196, 158, 92), (150, 146, 142)]
 
 NUM_CAMERAS = 6
-STOUT = 1.2  # breadth of the figures, so that 48 pixels show enough of them
+STOUT = 1.15  # breadth of the figures, so that 48 pixels show enough of them
 OVERSAMPLING = 3  # pictures are drawn this much larger and averaged down
 SCENE = 3  # a camera's scene is this many pictures wide
 
@@ -148,13 +148,9 @@ def draw_market1501(
         persons = _persons(num_train + num_test + 2 * num_distractors, rng)
         for index, person in enumerate(persons[: num_train + num_test]):
             pid = 2 * index + 2 - index % 3 // 2  # with gaps, as the real ones
-            if index < num_train:
-                cameras_of_person = np.resize(rng.permutation(NUM_CAMERAS), num_images)
-                for camera in sorted(cameras_of_person.tolist()):
-                    shoot('bounding_box_train', pid, person, camera, _view(rng))
-                continue
+            parts = ['bounding_box_train'] * 2 if index < num_train else ['query'] + ['bounding_box_test'] * 2
             for camera in _some_cameras(num_images // 2, rng):
-                for part in 'query', 'bounding_box_test', 'bounding_box_test':
+                for part in parts:
                     shoot(part, pid, person, camera, _view(rng))
         for index, person in enumerate(persons[num_train + num_test :]):
             pid, view = -(index % 2), _view(rng)
@@ -306,10 +302,10 @@ def _view(rng: Generator) -> View:
         phase=rng.uniform(0, 2 * math.pi),
         stride=rng.uniform(0.1, 0.55),
         lean=rng.uniform(-0.06, 0.06),
-        x=rng.uniform(-0.05, 0.05),
-        y=rng.uniform(-0.03, 0.03),
-        scale=rng.uniform(0.82, 0.98),
-        light=rng.uniform(0.85, 1.15),
+        x=rng.uniform(-0.04, 0.04),
+        y=rng.uniform(-0.02, 0.02),
+        scale=rng.uniform(0.88, 0.98),
+        light=rng.uniform(0.88, 1.12),
         warmth=rng.uniform(-0.04, 0.04),
         shade_x=rng.uniform(-0.2, 0.2),
         shade_y=rng.uniform(-0.2, 0.2),
@@ -565,14 +561,14 @@ def _draw_screen(image: Image.Image, view: View) -> None:
 
 def _camera(kind: int, height: int, width: int, rng: Generator) -> Camera:
     """One of NUM_CAMERAS cameras with a scene of its own."""
-    gains = rng.uniform(0.85, 1.15) * (1 + rng.uniform(-0.08, 0.08, size=3))
+    gains = rng.uniform(0.9, 1.1) * (1 + rng.uniform(-0.05, 0.05, size=3))
     return Camera(
         scene=_scene(kind, height, width, rng),
         gains=gains.astype(np.float32),
-        gamma=rng.uniform(0.85, 1.2),
-        haze=rng.uniform(0, 0.12),
+        gamma=rng.uniform(0.88, 1.14),
+        haze=rng.uniform(0, 0.08),
         blur=rng.uniform(0, 0.7),
-        noise=rng.uniform(1, 4),
+        noise=rng.uniform(1, 3.5),
         quality=int(rng.integers(70, 93)),
     )
 
@@ -635,4 +631,4 @@ def _scene(kind: int, height: int, width: int, rng: Generator) -> Image.Image:
             x, y = rng.uniform(0, wide), rng.uniform(horizon, high)
             draw.line((x, y, x + 2, y - unit / 40), fill=tone((96, 124, 76), 26), width=2)
     veil = Image.new('RGB', image.size, (136, 138, 136))
-    return Image.blend(image.filter(ImageFilter.GaussianBlur(unit / 80)), veil, 0.3)  # far away, behind the person
+    return Image.blend(image.filter(ImageFilter.GaussianBlur(unit / 80)), veil, 0.45)  # far away, behind the person
