@@ -1,7 +1,7 @@
 # make demo     train and test on a toy data set, from a fresh machine, in minutes
 # make test     every test, with coverage, and the linter
 # make soak     the tests that take long
-# make bench    the table of speeds in README; BENCH=full for the large sizes
+# make bench    speeds against the original's way, in ratios; BENCH=full for the large sizes
 
 PYTHON ?= python3
 PY = .venv/bin/python
@@ -30,4 +30,7 @@ soak: .venv/dev
 	$(PY) -m pytest -m soak
 
 bench: .venv/run
-	$(PY) benchmarks/table.py $(if $(filter full,$(BENCH)),--full)
+	for part in input training ranking; do \
+	    $(PY) benchmarks/$$part.py $(if $(filter full,$(BENCH)),--full) || exit 1; \
+	done
+	$(PY) benchmarks/distributed.py
