@@ -9,7 +9,9 @@ ResNet50 with cross entropy and the triplet loss, whose features are gathered, o
 - On several GPUs each process takes a batch of 64. Efficiency is the time of one alone over that of all at once; the
   target is 95% on 4 GPUs of one host. [gpu]
 
-The kinds of steps take turns, so that a noisy machine slows all; the figures are medians of the turns' ratios.
+The kinds of steps take turns; the figures are medians of the turns' ratios. That does not help on CPUs that others use
+too: the threads of the 1 process wait for each other spinning, and were seen to need 4 times the CPU time for the same
+step. The load is therefore taken at the start, and told when it makes the comparison worthless.
 """
 
 import contextlib
@@ -78,6 +80,7 @@ def main() -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         run = launch.start(options)
     on_cpu = run.device.type == 'cpu'
+    busy = os.getloadavg()[0]  # of the last minute; starting up is less than 1 of it
     alone = launch.Run(run.device, run.precision, run.test_precision, run.seed)
     cores, many, steps = os.cpu_count() or 1, run.world_size, 1 if on_cpu else 50
     share = 32 // many if on_cpu else 64
@@ -90,6 +93,8 @@ def main() -> None:
         torch.set_num_threads(max(cores // many, 1) if on_cpu else 1)
         turns.append((one, seconds(together, run, steps).max(), seconds(apart, run, steps).mean()))
     if run.rank == 0:
+        if on_cpu and busy > 1:
+            print(f'NOT VALID against 1 process: others use these {cores} cores (load {busy:.1f} at the start)')
         report([tuple(map(float, turn)) for turn in turns[WARM:]], many, on_cpu, run.precision)
     launch._leave()
 
