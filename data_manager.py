@@ -140,6 +140,7 @@ def init_dataset(name: str, data_dir: str = 'data') -> Market1501 | Mars:
     """
     if name not in _DATASETS:
         raise UserError(f"there is no data set '{name}': choose one of {', '.join(get_names())}")
+    print(f'Initializing dataset {name}')
     if name.startswith('toy_'):
         draw = toy_data.draw_market1501 if name == 'toy_market1501' else toy_data.draw_mars
         try:

@@ -81,6 +81,7 @@ def test_market1501_is_read_from_names_alone(tmp_path, capsys):
     assert (dataset.name, dataset.kind) == ('market1501', 'image')
     assert (dataset.num_train_pids, dataset.num_query_pids, dataset.num_gallery_pids) == (2, 2, 2)
     assert capsys.readouterr().out == (
+        'Initializing dataset market1501\n'
         '=> Market1501 loaded\n'
         'Dataset statistics:\n'
         '  ------------------------------\n'
@@ -135,6 +136,7 @@ def test_mars_in_the_originals_protocol(tmp_path, capsys, place):
     assert (dataset.name, dataset.kind) == ('mars', 'video')
     assert (dataset.num_train_pids, dataset.num_query_pids, dataset.num_gallery_pids) == (2, 2, 2)
     assert capsys.readouterr().out == (
+        'Initializing dataset mars\n'
         '=> MARS loaded\n'
         'Dataset statistics:\n'
         '  ------------------------------\n'
