@@ -237,4 +237,4 @@ def test_colours_alone_do_not_solve_it(market):
     distmat = (query**2).sum(1)[:, None] + (gallery**2).sum(1)[None] - 2 * query @ gallery.T
     ids = [np.array([item[column] for item in items]) for column in (1, 2) for items in (market.query, market.gallery)]
     _, mean_ap = evaluate(distmat, *ids)
-    assert 0.05 < mean_ap < 0.4
+    assert 0.05 < mean_ap < 0.45  # 0.39 seen; the demo's network reaches twice that
