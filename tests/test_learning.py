@@ -18,9 +18,9 @@ DEMO = shlex.split(re.search(r'train_img_model_xent\.py((?:[^\n]*\\\n)*[^\n]*)',
 EPOCHS = {  # that fit into three minutes on 2 cores
     'train_img_model_cent': 5,
     'train_img_model_xent': 5,
-    'train_img_model_xent_htri': 10,
+    'train_img_model_xent_htri': 26,
     'train_vid_model_xent': 4,
-    'train_vid_model_xent_htri': 20,
+    'train_vid_model_xent_htri': 45,
 }
 
 
