@@ -1,7 +1,6 @@
 """Each script from the outside: trained, resumed, evaluated; and what a copy of one can do."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -127,7 +126,3 @@ def test_a_copy_with_another_loss_trains_and_resumes(python, data_dir, tmp_path)
     assert equal(one, other)
     refused = python(copy, *options, *resume, '--scale', '3')
     assert refused.returncode == 2 and '--scale was 2.0, is 3.0' in refused.stderr
-
-
-def test_the_interpreter_is_new_enough():
-    assert sys.version_info >= (3, 11)
