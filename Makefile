@@ -19,7 +19,7 @@ PY = .venv/bin/python
 
 demo: .venv/run
 	$(PY) train_img_model_xent.py -d toy_market1501 --height 96 --width 48 --pretrained none \
-	    --train-batch 16 --lr 0.0006 --max-epoch 12 --stepsize 9 --workers 1 --save-dir log/demo --overwrite
+	    --train-batch 16 --lr 0.0006 --max-epoch 15 --stepsize 11 --workers 1 --save-dir log/demo --overwrite
 
 test: .venv/dev
 	$(PY) -m pytest -m 'not soak' --cov --cov-report=term --cov-fail-under=90
@@ -30,7 +30,4 @@ soak: .venv/dev
 	$(PY) -m pytest -m soak
 
 bench: .venv/run
-	for part in input training ranking; do \
-	    $(PY) benchmarks/$$part.py $(if $(filter full,$(BENCH)),--full) || exit 1; \
-	done
-	$(PY) benchmarks/distributed.py
+	$(PY) benchmarks/table.py $(if $(filter full,$(BENCH)),--full)

@@ -24,7 +24,8 @@ import models
 ROOMS = {
     'run': 'seed use_cpu gpu_devices precision compile sync_bn width',
     'data': 'workers cache',
-    'test': 'dataset arch height width workers test_batch eval_step max_epoch resume evaluate save_dir save_features',
+    'test': 'dataset arch height width workers test_batch eval_step max_epoch resume evaluate save_dir save_features '
+    'rerank k1 k2 lambda_value',
     'save': 'save_dir resume resume_weights_only overwrite start_epoch evaluate',
     'show': 'print_freq',
 }
@@ -129,6 +130,13 @@ def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
     )
     add('--save-features', action='store_true',
         help='write the features of query and gallery into --save-dir, for `python ranking.py`')  # fmt: skip
+    add('--rerank', action='store_true',
+        help='rank by k-reciprocal re-ranking (Zhong et al., CVPR 2017), which looks at the neighbours of neighbours: '
+             'better figures, which must not be compared with those without')  # fmt: skip
+    add('--k1', type=positive_int, default=20, help='of --rerank: nearest items that may be reciprocal neighbours')
+    add('--k2', type=positive_int, default=6, help='of --rerank: nearest items over which neighbourhoods are averaged')
+    add('--lambda', dest='lambda_value', type=fraction, default=0.3,
+        help='of --rerank: weight of the Euclidean distance, 0 to 1, beside that of the neighbourhoods')  # fmt: skip
     add('--eval-step', type=int, default=-1, help='epochs between two tests; -1: after the last one only')
     if kind == 'video':
         add('--seq-len', type=positive_int, default=15, help='frames that are taken from a tracklet, evenly')
@@ -234,6 +242,10 @@ def nonnegative_float(text: str) -> float:
     return _number(text, float, 0.0, 'a number of 0 or more')
 
 
+def fraction(text: str) -> float:
+    return _number(text, float, 0.0, 'a number from 0 to 1', most=1.0)
+
+
 def epochs_or_never(text: str) -> int | float:
     """A number of epochs; infinite for 0 or less."""
     try:
@@ -250,11 +262,11 @@ def gpu_list(text: str) -> str:
     return text
 
 
-def _number(text: str, kind: type, least: float, expected: str):
+def _number(text: str, kind: type, least: float, expected: str, most: float = math.inf):
     try:
         value = kind(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value >= least):
+    if not (math.isfinite(value) and least <= value <= most):
         raise argparse.ArgumentTypeError(f'must be {expected}, not {text!r}')
     return value

@@ -58,11 +58,17 @@ class Test:
             extracted.append((features, indices))
         print('Computing distance matrix')
         print('Computing CMC and mAP')
-        result = rank(*extracted, self.dataset, self.run)
-        ranking.show(result)
+        if self.options.rerank:
+            print('Re-ranking with k1 {k1}, k2 {k2}, lambda {lambda_value}'.format(**vars(self.options)))
+            result = rerank(*extracted, self.dataset, self.options, self.run)
+        else:
+            result = rank(*extracted, self.dataset, self.run)
+        rank1 = 0.0
         if self.run.rank == 0:
+            ranking.show(result)
             write_json(self._summary(result), Path(self.options.save_dir) / 'results.json')
-        return float(result.cmc(MAX_RANK)[0])
+            rank1 = result.cmc(MAX_RANK)[0]
+        return float(self.run.sum(torch.tensor(rank1, dtype=torch.float64)))
 
     def _features_file(self, subset: str, items: list, feat_dim: int) -> np.ndarray:
         """features.npy (N, feat_dim) in memory-mapped form, pids.npy and camids.npy beside it; every process has it."""
@@ -92,6 +98,7 @@ class Test:
             },
             'gallery': len(dataset.gallery),
             'dataset': dataset.name,
+            'rerank': options.rerank and {name: getattr(options, name) for name in ('k1', 'k2', 'lambda_value')},
             'arch': options.arch,
             'checkpoint': options.resume or None,
             'height': options.height,
@@ -147,11 +154,8 @@ def rank(query: tuple[Tensor, Tensor], gallery: tuple[Tensor, Tensor], dataset, 
     All get the features of all queries. What each process counts in its part of the gallery adds up to the exact ranks.
     """
     q_pids, g_pids, q_camids, g_camids = _ids(dataset.query, dataset.gallery)
-    (own, indices), (features, places) = query, gallery  # (n, D), (n,), (m, D), (m,)
-    everyone = own.new_zeros(len(q_pids), own.size(1))  # (Q, D)
-    everyone[indices.to(own.device)] = own
-    places = places.numpy()
-    queries, items = ranking.points(run.sum(everyone), features, len(q_pids), len(places))
+    features, places = gallery[0], gallery[1].numpy()  # (m, D), (m,)
+    queries, items = ranking.points(_collect(*query, len(q_pids), run), features, len(q_pids), len(places))
     pairs = ranking.same_identity(q_pids, g_pids, q_camids, g_camids)
     distances = _sum(ranking.measure(queries, items, places, pairs), run)  # (P,), each by the process that has the item
     tally = ranking.count(queries, items, places, pairs, distances)
@@ -160,6 +164,22 @@ def rank(query: tuple[Tensor, Tensor], gallery: tuple[Tensor, Tensor], dataset, 
     return ranking.assemble(
         pairs, distances, ranking.Tally(_sum(tally.counts, run), nearest, _sum(tally.histogram, run))
     )
+
+
+def rerank(query, gallery, dataset, options, run) -> ranking.Ranking | None:
+    """The re-ranked gallery in the first process, which gets all features from the others; None in these."""
+    ids = _ids(dataset.query, dataset.gallery)
+    features = [_collect(*own, len(pids), run) for own, pids in zip((query, gallery), ids, strict=False)]
+    if run.rank:
+        return None
+    return ranking.rerank(*features, *ids, options.k1, options.k2, options.lambda_value)
+
+
+def _collect(own: Tensor, indices: Tensor, number: int, run) -> Tensor:
+    """Features (number, D) of all, in every process, from the rows (n, D) at `indices` (n,) that each one has."""
+    everyone = own.new_zeros(number, own.size(1))
+    everyone[indices.to(own.device)] = own
+    return run.sum(everyone)
 
 
 def _sum(values: np.ndarray, run) -> np.ndarray:

@@ -561,7 +561,7 @@ def _draw_screen(image: Image.Image, view: View) -> None:
 
 def _camera(kind: int, height: int, width: int, rng: Generator) -> Camera:
     """One of NUM_CAMERAS cameras with a scene of its own."""
-    gains = rng.uniform(0.9, 1.1) * (1 + rng.uniform(-0.05, 0.05, size=3))
+    gains = rng.uniform(0.9, 1.1) * (1 + rng.uniform(-0.07, 0.07, size=3))
     return Camera(
         scene=_scene(kind, height, width, rng),
         gains=gains.astype(np.float32),
@@ -578,8 +578,8 @@ def _scene(kind: int, height: int, width: int, rng: Generator) -> Image.Image:
     unit = height * OVERSAMPLING  # a picture's height
     wide, high = SCENE * width * OVERSAMPLING, round(1.25 * unit)
     horizon = round(unit * rng.uniform(0.42, 0.62))
-    wall = rng.integers(95, 190, size=3) // 2 + int(rng.integers(50, 90))
-    ground = rng.integers(85, 165) + rng.integers(-12, 12, size=3)
+    wall = rng.integers(55, 230, size=3) // 2 + int(rng.integers(50, 90))
+    ground = rng.integers(85, 165) + rng.integers(-30, 30, size=3)
     image = Image.new('RGB', (wide, high), tuple(ground.tolist()))
     draw = ImageDraw.Draw(image)
 
@@ -631,4 +631,4 @@ def _scene(kind: int, height: int, width: int, rng: Generator) -> Image.Image:
             x, y = rng.uniform(0, wide), rng.uniform(horizon, high)
             draw.line((x, y, x + 2, y - unit / 40), fill=tone((96, 124, 76), 26), width=2)
     veil = Image.new('RGB', image.size, (136, 138, 136))
-    return Image.blend(image.filter(ImageFilter.GaussianBlur(unit / 80)), veil, 0.45)  # far away, behind the person
+    return Image.blend(image.filter(ImageFilter.GaussianBlur(unit / 80)), veil, 0.2)  # far away, behind the person

@@ -1,30 +1,24 @@
-"""What it costs to share a batch: steps of one process against those of several, on the device that is there.
-
-    python benchmarks/distributed.py
+"""What it costs to share a batch: steps of one process against those of several. Rows of `table.py`.
 
 ResNet50 with cross entropy and the triplet loss, whose features are gathered, on resident batches of 256x128.
 
-- On CPUs 2 processes with half of the cores each share the batch of 32 that 1 process takes with all of them. Lost is
-  what they need more; communication and waiting is what they need more than without exchanging anything.
-- On several GPUs each process takes a batch of 64. Efficiency is the time of one alone over that of all at once; the
-  target is 95% on 4 GPUs of one host. [gpu]
+- On CPUs 2 processes with half of the cores each share the batch of 32 that 1 process takes with all of them.
+- On several GPUs each process takes a batch of 64. The limit is the time of one alone: 1.05 times that on 4 GPUs of one
+  host is a scaling efficiency of 95%.
 
-The kinds of steps take turns; the figures are medians of the turns' ratios. That does not help on CPUs that others use
-too: the threads of the 1 process wait for each other spinning, and were seen to need 4 times the CPU time for the same
-step. The load is therefore taken at the start, and told when it makes the comparison worthless.
+Communication and waiting is what a step needs more than without exchanging anything. On CPUs that others use too the
+1 process suffers most: its threads wait for each other spinning.
 """
 
 import contextlib
 import io
+import json
 import os
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch.optim import Adam
@@ -33,6 +27,7 @@ import launch
 import models
 import train_img_model_xent_htri as script
 from losses import CrossEntropyLabelSmooth, TripletLoss
+from table import Row, row
 
 HEIGHT, WIDTH, CLASSES = 256, 128, 751
 TURNS, WARM = 7, 2
@@ -80,7 +75,6 @@ def main() -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         run = launch.start(options)
     on_cpu = run.device.type == 'cpu'
-    busy = os.getloadavg()[0]  # of the last minute; starting up is less than 1 of it
     alone = launch.Run(run.device, run.precision, run.test_precision, run.seed)
     cores, many, steps = os.cpu_count() or 1, run.world_size, 1 if on_cpu else 50
     share = 32 // many if on_cpu else 64
@@ -93,30 +87,31 @@ def main() -> None:
         torch.set_num_threads(max(cores // many, 1) if on_cpu else 1)
         turns.append((one, seconds(together, run, steps).max(), seconds(apart, run, steps).mean()))
     if run.rank == 0:
-        if on_cpu and busy > 1:
-            print(f'NOT VALID against 1 process: others use these {cores} cores (load {busy:.1f} at the start)')
-        report([tuple(map(float, turn)) for turn in turns[WARM:]], many, on_cpu, run.precision)
+        names = ('one', 'together', 'apart')
+        times = {name: [float(turn[index]) for turn in turns[WARM:]] for index, name in enumerate(names)}
+        print(json.dumps({'times': times, 'batch': share * many, 'many': many}))
     launch._leave()
 
 
-def report(turns: list[tuple], many: int, on_cpu: bool, precision: str) -> None:
-    one, together, apart = (statistics.median(column) for column in zip(*turns, strict=True))
-    print(f'{"CPU, gloo" if on_cpu else "GPU, NCCL"}, {many} processes, {precision}, resnet50 {HEIGHT}x{WIDTH}')
-    print(f'step: {one:.3f} s in 1 process, {together:.3f} s in {many}, {apart:.3f} s in {many} without exchange')
-    exchange = statistics.median(1 - apart / together for _, together, apart in turns)
-    ratio = statistics.median(one / together for one, together, _ in turns)
-    if on_cpu:
-        print(f'lost against 1 process: {1 - ratio:.1%}; communication and waiting: {exchange:.1%} of a step')
-    else:
-        print(f'scaling efficiency: {ratio:.1%}; communication and waiting: {exchange:.1%} of a step')
+def rows(full: bool) -> list[Row]:
+    gpus = torch.cuda.device_count()
+    if gpus == 1:
+        return [Row('a batch shared by several GPUs: needs two or more')]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(gpus or 2)]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+    ended = subprocess.run(
+        [*command, __file__], check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONPATH': path}
+    )
+    found = json.loads(ended.stdout.splitlines()[-1])
+    times, what = found['times'], f'step shared by {found["many"]} {"GPUs" if gpus else "processes"}'
+    target = {'limit_target': 1.05} if gpus == 4 else {}
+    sides = {'ours': times['together'], 'limit': times['one']}
+    exchange = {'ours': times['together'], 'limit': times['apart']}
+    return [
+        row(f'{what}; limit: {"one alone" if gpus else "the whole batch in one"}', sides, found['batch'], **target),
+        row('the same; limit: without communication', exchange, found['batch']),
+    ]
 
 
 if __name__ == '__main__':
-    if 'LOCAL_RANK' in os.environ:
-        main()
-    else:
-        gpus = torch.cuda.device_count()
-        if gpus == 1:
-            sys.exit('one GPU alone: there is nothing to compare')
-        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(gpus or 2)]
-        sys.exit(subprocess.run([*command, __file__]).returncode)
+    main()

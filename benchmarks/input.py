@@ -1,41 +1,33 @@
-"""Images per second and CPU core from JPEG files to the network's input: this project against the original's way.
+"""Images per second and CPU core, from JPEG files to the network's input: rows of `table.py`.
 
-    python benchmarks/input.py [--full]
-
-The original's way, "plain", is one image after the other through PIL: decode, Random2DTranslation, flip, ToTensor,
-Normalize. Images are 128x64, as those of Market1501, and become 256x128; in the mixed rows no two sizes are equal. Both
-sides work in turn in one process and one thread, and what is counted is CPU time; what batches cost on their way from
-worker to run (plain's are 16 times as large) is left out. "Host work" is what is left to the CPU when a GPU augments.
-The limit is Pillow's bare decoding.
+The original's way is one image after the other through PIL: decode, Random2DTranslation, flip, ToTensor, Normalize.
+Images are 128x64, as those of Market1501, and become 256x128; in the mixed rows no two sizes are equal. The sides work
+in one process and one thread, and what is counted is CPU time; what batches cost on their way from worker to run
+(plain's are 16 times as large) is left out. Decoding is what is left to the CPU when a GPU augments. The limit is
+Pillow's bare decoding.
 """
 
-import argparse
 import contextlib
 import io
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import numpy as np
+import torch
+from PIL import Image
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-
-import data_manager  # noqa: E402
-import toy_data  # noqa: E402
-from dataset_loader import ImageDataset, train_loader  # noqa: E402
-from samplers import RandomSampler  # noqa: E402
-from transforms import IMAGENET_MEAN, IMAGENET_STD, Normalize, ToTensor, TrainTransform  # noqa: E402
+import data_manager
+import toy_data
+from dataset_loader import ImageDataset, train_loader
+from samplers import RandomSampler
+from table import Row, row, take_turns
+from transforms import IMAGENET_MEAN, IMAGENET_STD, Normalize, ToTensor, TrainTransform
 
 BATCH, HEIGHT, WIDTH = 32, 256, 128
 RUN = SimpleNamespace(device=torch.device('cpu'), rank=0, world_size=1)
-TARGETS = {'host work': 4, 'host work and augmentation': 2, 'the same with --cache ram': 3}  # times plain
 
 
 def plain_image(path: str, draw: list[float]) -> torch.Tensor:
@@ -64,18 +56,15 @@ def epoch(loader, augment: Callable = lambda images, draws: None):
         yield augment(images, draws)
 
 
-def seconds(batches) -> float:
+def cpu_seconds(batches: Callable) -> float:
     begin = time.process_time()
-    for _ in batches:
+    for _ in batches():
         pass
     return time.process_time() - begin
 
 
-def compare(items: list, pairs: int) -> list[dict]:
-    """A row for each of TARGETS: median rates, and the median of the ratios of their turns.
-
-    Both sides' pixels agree to 2/255, on average to a tenth of that, see `transforms`.
-    """
+def compare(items: list, turns: int, mixed: bool = False) -> list[Row]:
+    """Both sides' pixels agree to 2/255, on average to a tenth of that, see `transforms`."""
     sampler, augment = RandomSampler(items, BATCH), TrainTransform(HEIGHT, WIDTH)
     loaders = {
         cache: train_loader(ImageDataset(items), sampler, SimpleNamespace(workers=0, cache=cache), RUN)
@@ -94,31 +83,30 @@ def compare(items: list, pairs: int) -> list[dict]:
             with Image.open(path) as image:
                 yield image.load()
 
-    sides = {
-        'plain': lambda: plain_epoch(items, sampler),
-        'limit': bare,
-        'host work': lambda: epoch(loaders['none']),
-        'host work and augmentation': lambda: epoch(loaders['none'], augment),
-        'the same with --cache ram': lambda: epoch(loaders['ram'], augment),
-    }
-    turns = [{name: seconds(side()) for name, side in sides.items()} for _ in range(pairs)]
-    count = len(loaders['none']) * BATCH
-    rate = {name: count / statistics.median(turn[name] for turn in turns) for name in sides}
+    times = take_turns(
+        turns,
+        cpu_seconds,
+        plain=lambda: plain_epoch(items, sampler),
+        limit=bare,
+        host=lambda: epoch(loaders['none']),
+        both=lambda: epoch(loaders['none'], augment),
+        cached=lambda: epoch(loaders['ram'], augment),
+    )
+
+    def found(what: str, ours: str, target: float, **kwargs) -> Row:
+        what, target = f'{what}, mixed sizes' if mixed else what, target / 2 if mixed else target
+        chosen = {'ours': times[ours], 'plain': times['plain'], **kwargs}
+        count = len(loaders['none']) * BATCH
+        return row(what, chosen, count, plain_target=target, unit='images/s of a core')
+
     return [
-        {
-            'what': name,
-            'unit': 'images/s per core',
-            'ours': rate[name],
-            'plain': rate['plain'],
-            'limit': None if 'cache' in name else rate['limit'],
-            'ratio': statistics.median(turn['plain'] / turn[name] for turn in turns),
-            'target': target,
-        }
-        for name, target in TARGETS.items()
+        found('decoding', 'host', 4, limit=times['limit']),
+        found('decoding and augmentation', 'both', 2, limit=times['limit']),
+        found('augmentation, --cache ram', 'cached', 3),
     ]
 
 
-def rows(full: bool) -> list[dict]:
+def rows(full: bool) -> list[Row]:
     """Six rows: images of one size, then of mixed sizes. `full` takes more turns."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -126,21 +114,12 @@ def rows(full: bool) -> list[dict]:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             toy_data.draw_market1501(Path(folder) / 'market1501', num_train=32, num_images=8, height=128, width=64)
             items = data_manager.init_dataset('market1501', folder).train
-            table = compare(items, pairs=15 if full else 5)
+            table = compare(items, turns=15 if full else 5)
             sizes = np.random.default_rng(0).permutation(len(items))
             for (path, _, _), size in zip(items, sizes, strict=True):  # 64 widths x 4 heights, 128x64 on average
                 image = Image.open(path).resize((32 + size % 64, 116 + 8 * (size // 64 % 4)), Image.BICUBIC)
                 image.save(path, quality=90)
-            mixed = compare(items, pairs=15 if full else 5)
+            table += compare(items, turns=15 if full else 5, mixed=True)
     finally:
         torch.set_num_threads(threads)
-    return table + [{**row, 'what': f'{row["what"]}, mixed sizes', 'target': row['target'] / 2} for row in mixed]
-
-
-if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--full', action='store_true', help='more turns')
-    for row in rows(parser.parse_args().full):
-        print(
-            ', '.join(f'{name} {value:.2f}' if isinstance(value, float) else str(value) for name, value in row.items())
-        )
+    return table

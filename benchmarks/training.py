@@ -1,46 +1,36 @@
-"""Images per second of training and extraction: this project against the original's way, on the device that is there.
+"""Images per second of training and extraction, on the device that is there: rows of `table.py`.
 
-    python benchmarks/training.py [--full]
-
-Both sides work on one resident batch of 32 images of 256x128, ResNet50, in turn, so that a noisy machine slows both; a
-row is the median of its pairs. The original's way, "plain", is float32, NCHW, eager, Adam as torch gives it. "End to
-end" is this project's whole loop (decoding workers, copy, augmentation, step, meter) against its bare step.
-
-On a CUDA device the same command also measures the compiled step, and with --full the original's recipe: 60 epochs over
-12936 images. Without one it says so.
+The sides work on one resident batch of 32 images of 256x128, ResNet50. The original's way is float32, NCHW, eager, Adam
+as torch gives it. "From files" is this project's whole loop (decoding workers, copy, augmentation, step, meter).
 """
 
-import argparse
 import contextlib
 import io
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+from torch.nn import functional as F
+from torch.optim import Adam
+
+import data_manager
+import launch
+import models
+import toy_data
+import train_img_model_xent as script
+from dataset_loader import ImageDataset, train_loader
+from losses import CrossEntropyLabelSmooth
+from meters import LossMeter
+from samplers import RandomSampler
+from table import Row, row, seconds, take_turns
+from transforms import TrainTransform
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-from torch.optim import Adam  # noqa: E402
-
-import data_manager  # noqa: E402
-import launch  # noqa: E402
-import models  # noqa: E402
-import toy_data  # noqa: E402
-import train_img_model_xent as script  # noqa: E402
-from dataset_loader import ImageDataset, train_loader  # noqa: E402
-from losses import CrossEntropyLabelSmooth  # noqa: E402
-from meters import LossMeter  # noqa: E402
-from samplers import RandomSampler  # noqa: E402
-from transforms import TrainTransform  # noqa: E402
-
 BATCH, HEIGHT, WIDTH, CLASSES = 32, 256, 128, 751
-PAIRS = 5
+TURNS = 7
 
 
 def start(precision: str, compiled: bool = False) -> launch.Run:
@@ -115,26 +105,23 @@ def extractor(images, precision):
     return step
 
 
-def seconds(step, device) -> float:
-    begin = time.perf_counter()
-    step()
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+def waiting(step, device, repeats: int = 1):
+    """`step`, so many times, until the device has done it."""
+
+    def work():
+        for _ in range(repeats):
+            step()
+        if device.type == 'cuda':
+            torch.cuda.synchronize()
+
+    return work
 
 
-def compare(what, ours, plain, device, repeats=1) -> dict:
-    """A row: the median rate of both sides, and the median of the ratios of their turns."""
-    times = []
-    for step in (plain, ours):
-        for _ in range(2):  # warm up
-            seconds(step, device)
-    for _ in range(PAIRS):
-        times.append([sum(seconds(step, device) for _ in range(repeats)) for step in (ours, plain)])
-    mine, others = (statistics.median(column) for column in zip(*times, strict=True))
-    ratio = statistics.median(other / own for own, other in times)
-    rate = BATCH * repeats
-    return {'what': what, 'unit': 'images/s', 'ours': rate / mine, 'plain': rate / others, 'ratio': ratio}
+def compare(device, repeats: int = 1, **sides) -> dict:
+    """Seconds of the sides, after two steps to warm up."""
+    for step in sides.values():
+        take_turns(2, step=waiting(step, device))
+    return take_turns(TURNS, **{name: waiting(step, device, repeats) for name, step in sides.items()})
 
 
 def agree(ours, plain, tolerance):
@@ -144,15 +131,18 @@ def agree(ours, plain, tolerance):
     )
 
 
-def end_to_end(device) -> dict:
+def from_files(device, limit_target: float, compiled: bool = False, cache: str = 'none') -> Row:
     """This project's whole loop against its bare step on a resident batch, in turns of an epoch."""
-    run = start('auto')
+    run = start('auto', compiled)
+    workers = 2 if device.type == 'cpu' else 8
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        toy_data.draw_market1501(Path(folder) / 'market1501', num_train=32, num_images=8, height=128, width=64)
+        persons = 32 if device.type == 'cpu' else 1617
+        toy_data.draw_market1501(Path(folder) / 'market1501', num_train=persons, num_images=8, height=128, width=64)
         dataset = data_manager.init_dataset('market1501', folder)
         sampler = RandomSampler(dataset.train, BATCH, 1)
-        loader = train_loader(ImageDataset(dataset.train), sampler, SimpleNamespace(workers=2), run)
+        loader = train_loader(ImageDataset(dataset.train), sampler, SimpleNamespace(workers=workers, cache=cache), run)
         model = run.place(network())
+        replica = run.replicate(model)
         optimizer = Adam(model.parameters(), 3e-4, weight_decay=5e-4, fused=True)
         criterion, augment = CrossEntropyLabelSmooth(CLASSES), TrainTransform(HEIGHT, WIDTH)
         meter = LossMeter(SimpleNamespace(print_freq=10), len(loader))
@@ -163,22 +153,17 @@ def end_to_end(device) -> dict:
         def whole():
             epoch = next(epochs)
             batches = meter.watch(loader.epoch(epoch), epoch)
-            script.train(batches, model, augment, criterion, optimizer, meter, run)
+            script.train(batches, replica, augment, criterion, optimizer, meter, run)
 
         def bare():
             batches = ((resident, pids, None) for _ in range(len(loader)))
             quiet = SimpleNamespace(update=lambda loss: None)
-            script.train(batches, model, lambda imgs, _: imgs, criterion, optimizer, quiet, run)
+            script.train(batches, replica, lambda imgs, _: imgs, criterion, optimizer, quiet, run)
 
-        row = compare(f'training end to end, {run.precision}', whole, bare, device)
-    count = len(loader)
-    return {
-        **row,
-        'ours': row['ours'] * count,
-        'limit': row.pop('plain') * count,
-        'plain': None,
-        'share': row.pop('ratio'),
-    }
+        times = compare(device, ours=whole, limit=bare)
+    how = f'{run.precision}{", compiled" * compiled}, --cache {cache}'
+    what = f'training from files, {how}; limit: the step on a resident batch'
+    return row(what, times, things=len(loader) * BATCH, limit_target=limit_target)
 
 
 def rows(full: bool) -> list[dict]:
@@ -189,25 +174,25 @@ def rows(full: bool) -> list[dict]:
     pids = torch.arange(BATCH, device=device)
     agree(trainer(images, pids, 'fp32')(), plain_trainer(images, pids)(), 1e-4)
     agree(extractor(images, 'fp32')(), plain_extractor(images)(), 1e-3)
+    on_cpu = device.type == 'cpu'
     table = []
-    for precision in ('fp32', 'bf16'):
-        plain = plain_trainer(images, pids)
-        table.append(compare(f'training step, {precision}', trainer(images, pids, precision), plain, device))
-    for precision in ('fp32', 'bf16'):
-        plain = plain_extractor(images)
-        table.append(compare(f'extraction, {precision}', extractor(images, precision), plain, device))
-    table.append(end_to_end(device))
-    if device.type == 'cuda':
-        ours = trainer(images, pids, 'auto', compiled=True)
-        table.append(compare('training step, compiled', ours, plain_trainer(images, pids), device, repeats=20))
-        if full:
-            table.append(recipe())
-    else:
-        table.append({'what': 'CUDA: no device here; this command measures the compiled step and the recipe on one'})
-    return table
+    for precision, target in (('fp32', None), ('bf16', 2.6 if on_cpu else None)):
+        times = compare(device, ours=trainer(images, pids, precision), plain=plain_trainer(images, pids))
+        table.append(row(f'training step, {precision}', times, BATCH, plain_target=target))
+    for precision, target in (('fp32', 1.5), ('bf16', 4)):
+        times = compare(device, ours=extractor(images, precision), plain=plain_extractor(images))
+        table.append(row(f'extraction, {precision}', times, BATCH, plain_target=target if on_cpu else None))
+    table.append(from_files(device, limit_target=1.05))
+    if on_cpu:
+        return [*table, Row('compiled step, from files against it, and 60 epochs of 12936 images: need a CUDA device')]
+    ours, plain = trainer(images, pids, 'auto', compiled=True), plain_trainer(images, pids)
+    times = compare(device, repeats=20, ours=ours, plain=plain)
+    table.append(row('training step, compiled', times, 20 * BATCH, plain_target=3))
+    table += [from_files(device, 1.11, compiled=True, cache=cache) for cache in ('none', 'device')]
+    return [*table, recipe()] if full else table
 
 
-def recipe() -> dict:
+def recipe() -> Row:
     """The original's 60 epochs over 12936 images (it reported 1:57:44), from the shell, all told."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / 'data'
@@ -217,15 +202,5 @@ def recipe() -> dict:
             sys.executable, str(ROOT / 'train_img_model_xent.py'), '--data-dir', str(data), '--pretrained', 'none',
             '--save-dir', str(Path(folder) / 'log'), '--compile', '--cache', 'device',
         ]  # fmt: skip
-        begin = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        return {'what': '60 epochs over 12936 images', 'unit': 'minutes', 'ours': (time.perf_counter() - begin) / 60}
-
-
-if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--full', action='store_true', help='the recipe of 60 epochs too, on a CUDA device')
-    for row in rows(parser.parse_args().full):
-        print(
-            ', '.join(f'{name} {value:.2f}' if isinstance(value, float) else str(value) for name, value in row.items())
-        )
+        took = seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
+    return Row('60 epochs over 12936 images, from the shell', 's', took, target='≤ 300 s', met=took <= 300)

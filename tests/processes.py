@@ -97,7 +97,7 @@ def tests(run, dataset, folder):
     """What the test prints, with statistics of BatchNorm that only the first process has right, and exact rankings."""
     options = SimpleNamespace(
         dataset='market1501', arch='tiny', height=32, width=16, workers=0, test_batch=5, eval_step=-1, max_epoch=1,
-        resume='', save_dir=str(folder), evaluate=True, save_features=True,
+        resume='', save_dir=str(folder), evaluate=True, save_features=True, rerank=False, k1=6, k2=3, lambda_value=0.3,
     )  # fmt: skip
     torch.manual_seed(4)
     model = tiny.Tiny(5)
@@ -105,7 +105,9 @@ def tests(run, dataset, folder):
         buffer += run.rank
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        rank1 = evaluation.Test(dataset, options, run)(model)
+        rank1 = [evaluation.Test(dataset, options, run)(model)]
+        options.rerank = True
+        rank1.append(evaluation.Test(dataset, options, run)(model))
     few = SimpleNamespace(query=dataset.query[:1], gallery=[])
     few.gallery = [item for item in dataset.gallery if item[1] == few.query[0][1] and item[2] != few.query[0][2]][:1]
     rankings, seen = [], []

@@ -108,6 +108,8 @@ MISTAKES = [
     ('train_vid_model_xent', '-d market1501', 'run train_img_model_xent.py'),
     ('train_vid_model_xent', '--seq-len 0', '--seq-len: must be'),
     ('train_vid_model_xent', '--pool sum', '--pool: invalid choice'),
+    ('train_img_model_xent', '--k1 0', '--k1: must be a whole number of 1 or more'),
+    ('train_vid_model_xent', '--lambda 1.1', '--lambda: must be a number from 0 to 1'),
     ('train_img_model_xent', '--seq-len 4', 'unrecognized arguments: --seq-len 4'),
     ('train_img_model_xent_htri', '--margin -0.1', '--margin: must be a number of 0 or more'),
     ('train_img_model_xent_htri', '--num-instances 5', '--train-batch 32 is not a multiple of --num-instances 5'),

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_ranking import reranked_densely
 from tiny import Tiny
 
 import data_manager
@@ -19,7 +20,8 @@ def options(save_dir, **changes):
         **{
             'dataset': 'market1501', 'arch': 'tiny', 'height': 32, 'width': 16, 'workers': 0, 'test_batch': 5,
             'eval_step': -1, 'max_epoch': 3, 'resume': '', 'save_dir': str(save_dir), 'evaluate': True,
-            'save_features': False, 'seq_len': 4, 'pool': 'avg', **changes,
+            'save_features': False, 'rerank': False, 'k1': 20, 'k2': 6, 'lambda_value': 0.3,
+            'seq_len': 4, 'pool': 'avg', **changes,
         }
     )  # fmt: skip
 
@@ -92,6 +94,21 @@ def test_results_are_those_of_the_textbook(dataset, model, cpu, tmp_path):
     assert sum(results['queries'].values()) == 2 * len(dataset.query)  # all, and how each of them fared
     assert results['dataset'] == dataset.name
     assert results['versions']['torch'] == torch.__version__
+
+
+def test_reranked(dataset, model, cpu, tmp_path, capsys):
+    test = evaluation.Test(dataset, options(tmp_path, rerank=True, k1=4, k2=2, lambda_value=0.1), cpu)
+    rank1 = test(model)
+    assert 'Re-ranking with k1 4, k2 2, lambda 0.1' in printed(capsys)
+    results = json.loads((tmp_path / 'results.json').read_text())
+    features = [evaluation.extract(model, items, test.options, cpu)[0] for items in (dataset.query, dataset.gallery)]
+    ids = evaluation._ids(dataset.query, dataset.gallery)
+    everyone = torch.cat(features)
+    expected = reranked_densely(torch.cdist(everyone, everyone).square().numpy(), len(dataset.query), 4, 2, 0.1)
+    cmc, mean_ap = eval_metrics.evaluate(expected, *ids)
+    assert results['mAP'] == pytest.approx(mean_ap, abs=1e-4)
+    assert rank1 == results['cmc'][0] == pytest.approx(cmc[0])
+    assert results['rerank'] == {'k1': 4, 'k2': 2, 'lambda_value': 0.1}
 
 
 def test_every_test_batch_prints_the_same(dataset, model, cpu, tmp_path, capsys):

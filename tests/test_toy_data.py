@@ -221,14 +221,21 @@ def test_every_look_can_be_drawn(tmp_path):
     assert len(pictures) == 80
 
 
-def test_colours_alone_do_not_solve_it(market):
-    """Colour histograms of six horizontal stripes, people's best features before deep ones, are well below 50% mAP."""
+@pytest.mark.parametrize(('balanced', 'bound'), [(False, 0.35), (True, 0.65)])  # 0.29 and 0.60 seen
+def test_colours_alone_do_not_solve_it(balanced, bound, market):
+    """Colour histograms of six horizontal stripes, people's best features before deep ones, also after white balance.
+
+    The demo's network reaches 0.85.
+    """
     from eval_metrics import evaluate
 
     def histograms(items):
         features = []
         for path, _, _ in items:
-            bins = np.asarray(Image.open(path).resize((24, 48))) // 64  # (48, 24, 3)
+            pixels = np.asarray(Image.open(path).resize((24, 48)))  # (48, 24, 3)
+            if balanced:  # so that the mean of each channel is 110
+                pixels = (pixels * (110 / pixels.mean((0, 1)))).clip(0, 255).astype(int)
+            bins = pixels // 64
             bins = (bins * [16, 4, 1]).sum(axis=2)[:, 4:20].reshape(6, -1)  # (6 stripes, pixels)
             features.append(np.concatenate([np.bincount(stripe, minlength=64) for stripe in bins]))
         return np.sqrt(np.array(features, dtype=np.float32))  # Hellinger
@@ -237,4 +244,4 @@ def test_colours_alone_do_not_solve_it(market):
     distmat = (query**2).sum(1)[:, None] + (gallery**2).sum(1)[None] - 2 * query @ gallery.T
     ids = [np.array([item[column] for item in items]) for column in (1, 2) for items in (market.query, market.gallery)]
     _, mean_ap = evaluate(distmat, *ids)
-    assert 0.05 < mean_ap < 0.45  # 0.39 seen; the demo's network reaches twice that
+    assert 0.05 < mean_ap < bound

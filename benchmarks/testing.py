@@ -1,0 +1,173 @@
+"""Seconds and memory of the test's ranking: rows of `table.py`.
+
+Features have 2048 dimensions, sizes are queries x gallery, and ids are dealt as in Market1501. The limit is the product
+of all features alone, into memory that is there: by torch.mm, and in a row of its own as this project makes it. Peak
+memory is what a process of its own needed above the features.
+"""
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import plain
+import ranking
+from eval_metrics import average_precision, evaluate
+from table import Row, in_a_fresh_process, row, take_turns
+
+DIM = 2048
+MARKET1501, MSMT17, DISTRACTORS = (3368, 15913), (11659, 82161), (3368, 515913)
+
+
+def draw(num_queries: int, num_gallery: int, seed: int = 0):
+    """Features and ids that score about as a trained network does: one part of the gallery shows nobody's pid."""
+    rng = np.random.default_rng(seed)
+    num_pids = num_queries // 4
+    pids = rng.integers(1, num_pids, num_queries), rng.integers(1, num_pids, num_gallery)
+    pids[1][min(num_gallery * 4 // 5, 17 * num_pids) :] = 0
+    camids = rng.integers(0, 6, num_queries), rng.integers(0, 6, num_gallery)
+    torch.manual_seed(seed)
+    persons, cameras = 0.35 * torch.randn(num_pids, DIM), 0.15 * torch.randn(6, DIM)
+    features = []
+    for whose, where in zip(pids, camids, strict=True):
+        some = torch.empty(len(whose), DIM)
+        for rows in torch.arange(len(whose)).split(1000):
+            person = persons[whose[rows]]
+            person[torch.from_numpy(whose[rows] == 0)] = 0.35 * torch.randn(int((whose[rows] == 0).sum()), DIM)
+            some[rows] = (person + cameras[where[rows]] + 0.75 * torch.randn(len(rows), DIM)).relu_()
+        features.append(some)
+    return *features, *pids, *camids
+
+
+def bare(rows: torch.Tensor, columns: torch.Tensor) -> Callable:
+    """Their product by torch.mm, in parts that fit into 1 GB."""
+    width = min(len(columns), (1 << 28) // len(rows))
+    memory = torch.empty(len(rows) * width, device=rows.device)
+
+    def work():
+        for part in columns.split(width):
+            torch.mm(rows, part.t(), out=memory[: len(rows) * len(part)].view(len(rows), -1))
+
+    return work
+
+
+def own(rows: torch.Tensor, columns: torch.Tensor) -> Callable:
+    """The same product as this project makes it, tile by tile and thread by thread."""
+    device = rows.device
+    tiles = ranking._tiles(len(rows), len(columns), ranking._tile(device))
+    return lambda: ranking._in_threads(lambda i, j: ranking._products(rows[i], columns[j]), tiles, device)
+
+
+def peak(what: str, num_queries: int, num_gallery: int) -> float:
+    """MB above the features that `ranking.rank` or `ranking.rerank` needs, in a process that did nothing else."""
+
+    def memory(field: str) -> int:
+        return int(Path('/proc/self/status').read_text().split(field + ':')[1].split()[0])  # kB
+
+    data = draw(num_queries, num_gallery)
+    ctypes.CDLL(None).malloc_trim(0)  # give back what drawing freed
+    before = memory('VmRSS')
+    getattr(ranking, what)(*data).mAP  # noqa: B018
+    return (memory('VmHWM') - before) / 1024
+
+
+def same_as_textbook(result: ranking.Ranking, data: tuple, number: int) -> None:
+    """Whether some queries have the AP that a stable sort of their distances gives."""
+    q_features, g_features, q_pids, g_pids, q_camids, g_camids = data
+    some = np.random.default_rng(1).choice(len(q_features), number, replace=False)
+    distmat = np.hstack([plain.distance_matrix(q_features[some], part) for part in g_features.split(20000)])
+    _, textbook = plain.evaluate_tightly(distmat, q_pids[some], g_pids, q_camids[some], g_camids)
+    precisions = average_precision(result.ranks, result.offsets)[some]
+    assert abs(np.nanmean(precisions) - textbook) < 1e-5, (np.nanmean(precisions), textbook)
+
+
+def limits(one: torch.Tensor, other: torch.Tensor) -> dict[str, Callable]:
+    """The bare product, on CPUs by two libraries."""
+    both = {'torch.mm': bare(one, other)}
+    return {**both, 'our product': own(one, other)} if one.device.type == 'cpu' else both
+
+
+def ranked(size: tuple[int, int], turns: int, target: float, device: str = 'cpu') -> list[Row]:
+    data = draw(*size)
+    on_device = [some.to(device) for some in data[:2]]
+    result = []
+
+    def ours():
+        found = ranking.rank(*on_device, *data[2:])
+        result[:] = [found, found.cmc(), found.mAP, found.mINP]
+
+    def done(work: Callable) -> Callable:
+        return lambda: (work(), torch.cuda.synchronize() if device == 'cuda' else None)
+
+    sides = {name: done(side) for name, side in {'ours': ours, **limits(*on_device)}.items()}
+    if device == 'cuda':
+        take_turns(1, **sides)
+    times = take_turns(turns, **sides)
+    same_as_textbook(result[0], data, 64)
+    what = 'distances, CMC, mAP, mINP, {} x {}{}'.format(*size, ' on CUDA' * (device == 'cuda'))
+    memory = {} if device == 'cuda' else {'peak_mb': in_a_fresh_process('testing', 'peak', 'rank', *size)}
+    rows = [row(f'{what}; limit: torch.mm', times, limit='torch.mm', limit_target=target, **memory, peak_target=256)]
+    return rows if device == 'cuda' else [*rows, row('the same; limit: our product', times, limit='our product')]
+
+
+def evaluated(size: tuple[int, int], turns: int) -> list[Row]:
+    """Rows for `evaluate` of a whole distance matrix, against the original's loop and a lean one."""
+    data = draw(*size)
+    distmat = plain.distance_matrix(*data[:2])
+    found = []
+    times = take_turns(turns, original=lambda: found.append(plain.evaluate(distmat, *data[2:])))
+    times |= take_turns(
+        5,
+        ours=lambda: found.append(evaluate(distmat, *data[2:])),
+        lean=lambda: found.append(plain.evaluate_tightly(distmat, *data[2:])),
+    )
+    assert all(np.allclose(cmc, found[-1][0], atol=1e-3) for cmc, _ in found)  # the original leaves open how ties stand
+    assert all(abs(mean - found[-1][1]) < 1e-5 for _, mean in found)
+    what = 'evaluate(distmat), {} x {}'.format(*size)
+    sides = {'ours': times['ours'][:turns], 'plain': times['original']}
+    lean = {'ours': times['ours'], 'plain': times['lean']}
+    return [
+        row(what, sides, plain_target=20),
+        row('the same; plain: a lean loop, stable argsort per row', lean, plain_target=3),
+    ]
+
+
+def reranked(size: tuple[int, int], turns: int) -> list[Row]:
+    data = draw(*size)
+    everyone = torch.cat(data[:2])
+    times = take_turns(turns, ours=lambda: ranking.rerank(*data).mAP, **limits(everyone, everyone))
+    peak_mb = in_a_fresh_process('testing', 'peak', 'rerank', *size)
+    what = 're-ranking, {} x {}; limit: product of all by all, torch.mm'.format(*size)
+    return [
+        row(what, times, limit='torch.mm', limit_target=1.5, peak_mb=peak_mb, peak_target=1024),
+        row('the same; limit: our product', times, limit='our product'),
+    ]
+
+
+def reranked_densely(size: tuple[int, int], turns: int) -> Row:
+    data = draw(*size)
+    found, dense = [], []
+    times = take_turns(
+        turns,
+        ours=lambda: found.append(ranking.rerank(*data)),
+        plain=lambda: dense.append(plain.rerank(*(some.numpy() for some in data[:2]))),
+    )
+    distances = ranking.reranked(*ranking.points(*data[:2], *size))
+    blocks = [(distances(slice(top, top + 100)), dense[0][top : top + 100]) for top in range(0, size[0], 100)]
+    assert max(np.abs(ours - theirs).max() for ours, theirs in blocks) < 1e-5
+    assert abs(found[0].mAP - evaluate(dense[0], *data[2:])[1]) < 1e-5
+    return row('re-ranking, {} x {}; plain: dense'.format(*size), times, plain_target=8)
+
+
+def rows(full: bool) -> list[Row]:
+    """`full` adds the large sizes and takes more turns."""
+    table = ranked(MARKET1501, 9, 1.4)
+    for size in (MSMT17, DISTRACTORS) if full else ():
+        table += ranked(size, 5, 1.25)
+    if torch.cuda.is_available():
+        for size in (MARKET1501, MSMT17, DISTRACTORS):
+            table += ranked(size, 5, 1.4 if size == MARKET1501 else 1.25, 'cuda')
+    table += evaluated(MARKET1501, turns=3 if full else 1)
+    return [*table, *reranked(MARKET1501, turns=5 if full else 3), reranked_densely((1000, 5000), 3 if full else 1)]
