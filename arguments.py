@@ -22,11 +22,11 @@ import models
 
 # What each room is given. An option may serve two of them.
 ROOMS = {
-    'run': 'seed use_cpu gpu_devices precision compile sync_bn width',
+    'run': 'seed use_cpu gpu_devices precision compile sync_bn width deterministic max_restarts',
     'data': 'workers cache',
     'test': 'dataset arch height width workers test_batch eval_step max_epoch resume evaluate save_dir save_features '
     'rerank k1 k2 lambda_value',
-    'save': 'save_dir resume resume_weights_only overwrite start_epoch evaluate',
+    'save': 'save_dir resume auto_resume resume_weights_only overwrite start_epoch evaluate save_minutes keep',
     'show': 'print_freq',
 }
 TEST_OF_TRACKLETS = ' seq_len pool'
@@ -62,6 +62,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None) -> Arguments:
         parsed = super().parse_args(args, namespace or Arguments())
+        if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):  # one of --max-restarts
+            parsed.auto_resume, parsed.overwrite = True, False
         if parsed.resume:  # nothing is fetched when weights are given
             parsed.pretrained = 'none'
         for holds, message in self.requirements:
@@ -76,6 +78,9 @@ class Parser(argparse.ArgumentParser):
             if room == 'test' and self.kind == 'video':
                 names += TEST_OF_TRACKLETS
             setattr(parsed, room, argparse.Namespace(**{name: plain[name] for name in names.split()}))
+        step, last = parsed.eval_step, parsed.max_epoch - 1
+        tested = {last, *range(step - 1, last, step)} if step > 0 else {last}
+        parsed.test.test_epochs = parsed.save.test_epochs = tested  # epochs (from 0) that a test follows
         parsed.save.arguments = plain
         parsed.save.recipe = {name: plain[name] for name in sorted(recipe)}
         return parsed
@@ -146,6 +151,12 @@ def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
     add('--save-dir', default='log', help='folder of logs, checkpoints and results')
     add('--resume', default='', metavar='PATH',
         help='go on from this checkpoint, or, with --evaluate, test it; published weights are read too')  # fmt: skip
+    add('--auto-resume', action='store_true',
+        help='go on from the newest whole checkpoint in --save-dir, or else begin: one command for the first start and '
+             'for each one after an interruption')  # fmt: skip
+    add('--save-minutes', type=positive_float, default=5,
+        help='save resume_{epoch}_{batch}.pth.tar as often, so that no more than that is lost')  # fmt: skip
+    add('--keep', type=positive_int, default=3, help='how many of these are kept; checkpoints of tests always are')
     add('--resume-weights-only', action='store_true',
         help='take the weights of --resume alone and begin a run of its own with them, at --start-epoch')  # fmt: skip
     add('--start-epoch', type=nonnegative_int, default=0, help='first epoch of a run that starts from weights alone')
@@ -165,6 +176,11 @@ def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
     add('--compile', action='store_true',
         help='compile the network with CUDA graphs: small batches are bound by launches otherwise; costs a minute at '
              'the start')  # fmt: skip
+    add('--deterministic', action='store_true',
+        help='deterministic algorithms only, for equal weights from equal runs on a GPU too; there it costs speed, and '
+             'an operation without one is an error. On the CPU runs are equal without it')  # fmt: skip
+    add('--max-restarts', type=nonnegative_int, default=0,
+        help='start again, as with --auto-resume, when a process is killed or fails, so many times')  # fmt: skip
     add('--print-freq', type=positive_int, default=10, help='batches between two lines')
     return parser
 
@@ -206,17 +222,19 @@ def _check_files(parser: Parser, args: argparse.Namespace) -> None:
     """Whether the checkpoint is there and the folder can be written to; nothing of an earlier run is touched."""
     if args.resume and not Path(args.resume).is_file():
         parser.error(f'--resume {args.resume}: no such file')
+    if args.overwrite and args.auto_resume:
+        parser.error('--overwrite removes what --auto-resume would go on from: give one of them')
     if args.resume_weights_only and not args.resume:
         parser.error('--resume-weights-only needs --resume PATH, the file to take the weights from')
     if args.start_epoch >= args.max_epoch and not args.evaluate:
         parser.error(f'--start-epoch {args.start_epoch} leaves nothing of --max-epoch {args.max_epoch} epochs to train')
     save_dir = Path(args.save_dir)
     held = sorted(save_dir.glob('*.pth.tar')) if save_dir.is_dir() else []
-    goes_on = args.evaluate or args.overwrite or (args.resume and not args.resume_weights_only)
+    goes_on = args.evaluate or args.overwrite or args.auto_resume or (args.resume and not args.resume_weights_only)
     if held and not goes_on:
         parser.error(
-            f'--save-dir {save_dir} holds the checkpoints of a run ({held[0].name}): go on from one with --resume, '
-            f'remove them with --overwrite, or name another folder'
+            f'--save-dir {save_dir} holds the checkpoints of a run ({held[0].name}): go on with --auto-resume '
+            f'or --resume, remove them with --overwrite, or name another folder'
         )
     try:
         save_dir.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,19 @@
-"""The state of a run: what is saved, what a resume restores, and the epochs and batches that are left."""
+"""The state of a run: what is saved and when, what a resume restores, and the epochs and batches that are left."""
 
+import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 import launch
 import weights
+from data_manager import fingerprint
 from errors import UserError
+from files import excused
 from utils import save_checkpoint
 
 FORMAT = 'deep-person-reid 1'
@@ -18,55 +22,79 @@ FORMAT = 'deep-person-reid 1'
 class Checkpoint:
     """The files of a run and its place in them.
 
-        checkpoint = Checkpoint(args.save, model=model, optimizer=optimizer, scheduler=scheduler)
+        checkpoint = Checkpoint(dataset, args.save, run, model=model, optimizer=optimizer, scheduler=scheduler)
         for epoch in checkpoint.epochs(args.max_epoch):
-            ...
+            for imgs, pids, draws in checkpoint.batches(trainloader, epoch, meter):
+                ...
             checkpoint.tested(epoch, rank1)
 
     Everything that has a `state_dict` and changes while training is named here: `model` first of all, then optimizers,
-    schedulers and criteria with parameters. With `--resume` their state is restored on construction.
+    schedulers and criteria with parameters. With `--resume` or `--auto-resume` their state is restored on construction.
 
     A file is a dict of tensors, numbers, strings and plain containers. `state_dict`, `rank1` (Rank-1 in 0..1) and
-    `epoch` (index of the epoch just finished, from 0) mean what they mean in the original's files; `state` holds the
-    other parts, `best_rank1` the best of all tests so far, `arguments` every option, `recipe` those that a resume must
-    repeat.
+    `epoch` (index of the epoch just finished, from 0) mean what they mean in the original's files; `batch` is how many
+    batches of the next epoch are done as well, `state` holds the other parts, `best_rank1` the best of all tests so
+    far, `arguments` every option, `recipe` those that a resume must repeat, and `provenance` what made the file.
 
     Raises:
         UserError: the file cannot be read or does not fit the model, or its recipe is another one.
     """
 
-    def __init__(self, options, *, model: torch.nn.Module, **parts):
-        self.options = options
-        self.model = model
-        self.parts = parts
-        self.start_epoch = options.start_epoch
+    def __init__(self, dataset: Any, options: Any, run: Any, *, model: torch.nn.Module, **parts: Any):
+        self.options, self.run, self.model, self.parts = options, run, model, parts
+        self.provenance = {**run.provenance(), 'dataset_fingerprint': fingerprint(dataset)}
+        self.start_epoch, self.start_batch = options.start_epoch, 0
         self.best_rank1 = -1.0
-        if options.resume:
-            print(f"Loading checkpoint from '{options.resume}'")
-            self._load(weights.read(options.resume))
+        self.saved = time.monotonic()
+        self.path, found = self._newest() if options.auto_resume else (None, None)
+        goes_on = found is not None
+        if options.resume and not goes_on:
+            self.path, found = options.resume, weights.read(options.resume)
+            goes_on = found.state is not None and not (options.evaluate or options.resume_weights_only)
+        if found:
+            print(f"Loading checkpoint from '{self.path}'")
+            self._load(found, goes_on and not options.evaluate)
 
-    def _load(self, found: weights.Weights) -> None:
-        options = self.options
-        weights_only = options.evaluate or options.resume_weights_only
-        goes_on = found.state is not None and not weights_only
+    def _newest(self) -> tuple[Path | None, weights.Weights | None]:
+        """The checkpoint in --save-dir that was written last and is whole."""
+        for path in sorted(Path(self.options.save_dir).glob('*_*.pth.tar'), key=_age):
+            if path.name == 'best_model.pth.tar':
+                continue
+            try:
+                found = weights.read(path)
+            except UserError as damage:
+                print(f'Passed over: {damage}')
+                continue
+            if found.state is not None:
+                return path, found
+        print(f'No checkpoint in {self.options.save_dir}: beginning')
+        return None, None
+
+    def _load(self, found: weights.Weights, goes_on: bool) -> None:
         if goes_on:
-            _check_recipe(found.state['recipe'], options.recipe, options.resume)
-        notices = weights.load_into(
-            self.model, found.state_dict, allow_other_classifier=weights_only, where=options.resume
-        )
-        for notice in notices:
+            _check_recipe(found.state['recipe'], self.options.recipe, self.path)
+        weights_only = self.options.evaluate or self.options.resume_weights_only
+        for notice in weights.load_into(
+            self.model, found.state_dict, allow_other_classifier=weights_only, where=str(self.path)
+        ):
             print(notice)
         print(f'Loaded {found.layout}')
-        if options.start_epoch and not goes_on:
+        if not goes_on:
             for part in self.parts.values():
                 if isinstance(part, LRScheduler):
-                    _advance(part, options.start_epoch)
-        if goes_on:
-            for name, part in self.parts.items():
-                _restore(part, name, found.state['state'], options.resume)
-            self.start_epoch = found.epoch + 1
-            self.best_rank1 = found.state['best_rank1']
-            print(f'Going on after epoch {self.start_epoch}; best Rank-1 so far {max(self.best_rank1, 0):.1%}')
+                    _advance(part, self.options.start_epoch)
+            return
+        for name, part in self.parts.items():
+            _restore(part, name, found.state['state'], self.path)
+        self.start_epoch, self.start_batch = found.epoch + 1, found.state.get('batch', 0)
+        self.best_rank1 = found.state['best_rank1']
+        theirs = found.state.get('provenance', {}).get('dataset_fingerprint')
+        if theirs not in (None, self.provenance['dataset_fingerprint']):
+            print('The data set has changed since this checkpoint was written: the run goes on with other files')
+        where = f'after epoch {self.start_epoch}'
+        if self.start_batch:
+            where = f'in epoch {self.start_epoch + 1} after batch {self.start_batch}'
+        print(f'Going on {where}; best Rank-1 so far {max(self.best_rank1, 0):.1%}')
 
     def epochs(self, max_epoch: int) -> Iterator[int]:
         """The epochs that are left, counted from 0.
@@ -74,46 +102,98 @@ class Checkpoint:
         A run that starts from weights alone at `--start-epoch` has the learning rate of that epoch.
         """
         if self.start_epoch >= max_epoch:
+            if self.options.auto_resume:
+                print(f'{self.path} has finished all of --max-epoch {max_epoch} epochs')
+                return
             raise UserError(
                 f'--resume {self.options.resume} has finished epoch {self.start_epoch} of --max-epoch {max_epoch}: '
                 f'there is nothing left to train; raise --max-epoch'
             )
-        if self.options.overwrite and not self.options.resume and launch.is_first():
+        if self.options.overwrite and not self.options.resume and self.run.rank == 0:
             for path in Path(self.options.save_dir).glob('*.pth.tar'):
                 path.unlink()
+        self.saved = time.monotonic()
         for epoch in range(self.start_epoch, max_epoch):
+            launch.hold_signals()
             print(f'==> Epoch {epoch + 1}/{max_epoch}')
             yield epoch
+        launch.release_signals()
 
-    def batches(self, loader, epoch: int) -> Iterable[tuple]:
-        """The batches of the epoch that are left."""
-        return loader.epoch(epoch)
+    def batches(self, loader: Any, epoch: int, meter: Any) -> Iterator[tuple]:
+        """The batches of the epoch that are left.
+
+        After the step on each of them the run stops if a signal asked for it, and what is needed to go on from here is
+        saved: then, every --save-minutes, and before a test. From there until the next epoch a signal ends it at once.
+        """
+        start, self.start_batch = self.start_batch, 0
+        tested = epoch in self.options.test_epochs
+        if start == len(loader):  # all steps were taken before the interruption; the scheduler's is next
+            warnings.filterwarnings('ignore', 'Detected call of `lr_scheduler.step')
+        for done, batch in enumerate(meter.watch(loader, epoch, start), start + 1):
+            yield batch
+            last = done == len(loader)
+            stop = self.run.stopping(last)
+            saved = None
+            if stop or (last and tested):
+                meter.read()  # which ends the run if a loss was not finite
+                saved = self._save_position(epoch, done)
+            elif self.run.rank == 0 and time.monotonic() - self.saved > 60 * self.options.save_minutes:
+                self._save_position(epoch, done)
+            if stop:
+                raise launch.Stopped(stop, saved, together=True)
+        if tested:
+            launch.release_signals()
+
+    def _save_position(self, epoch: int, done: int) -> Path | None:
+        """Write resume_{epoch}_{batch}.pth.tar, both counted from 1; then drop older ones than the newest --keep."""
+        path = Path(self.options.save_dir) / f'resume_{epoch + 1}_{done}.pth.tar'
+        if self.run.rank or not self.run.is_healthy():
+            return None
+        with excused(path):
+            save_checkpoint(self._state(epoch - 1, done, max(self.best_rank1, 0.0)), False, path)
+            for old in sorted(path.parent.glob('resume_*_*.pth.tar'), key=_age)[self.options.keep :]:
+                old.unlink()
+        self.saved = time.monotonic()
+        return path if path.exists() else None
 
     def tested(self, epoch: int, rank1: float) -> None:
         """Write `checkpoint_ep{N}.pth.tar`, N counted from 1, and `best_model.pth.tar` if Rank-1 is the best so far.
 
         The first process writes. All hold the same state, and any number of them can go on from it.
         """
+        launch.hold_signals()
         is_best = rank1 > self.best_rank1
         self.best_rank1 = max(rank1, self.best_rank1)
-        if not launch.is_first():
+        if self.run.rank:
             return
-        state = {
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in self.model.state_dict().values()):
+            raise UserError(f'weights are not finite after epoch {epoch + 1}; nothing was saved. Try a lower --lr')
+        path = Path(self.options.save_dir) / f'checkpoint_ep{epoch + 1}.pth.tar'
+        with excused(path):
+            save_checkpoint(self._state(epoch, 0, rank1), is_best, path)
+        self.saved = time.monotonic()
+
+    def _state(self, epoch: int, batch: int, rank1: float) -> dict:
+        return {
             'format': FORMAT,
             'state_dict': self.model.state_dict(),
             'rank1': rank1,
             'epoch': epoch,
+            'batch': batch,
             'best_rank1': self.best_rank1,
             'state': {name: part.state_dict() for name, part in self.parts.items()},
             'arguments': self.options.arguments,
             'recipe': self.options.recipe,
+            'provenance': self.provenance,
         }
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in state['state_dict'].values()):
-            raise UserError(f'weights are not finite after epoch {epoch + 1}; nothing was saved. Try a lower --lr')
-        save_checkpoint(state, is_best, Path(self.options.save_dir) / f'checkpoint_ep{epoch + 1}.pth.tar')
 
 
-def _check_recipe(theirs: dict, ours: dict, where: str) -> None:
+def _age(path: Path) -> tuple:
+    """Sorts the newest first."""
+    return -path.stat().st_mtime_ns, path.name
+
+
+def _check_recipe(theirs: dict, ours: dict, where: str | Path) -> None:
     """Refuse to go on with another learning rate, seed, data set ... than the run began with."""
     differences = [
         f'--{name.replace("_", "-")} was {theirs.get(name, "not an option")}, is {ours.get(name, "not an option")}'
@@ -127,7 +207,7 @@ def _check_recipe(theirs: dict, ours: dict, where: str) -> None:
         )
 
 
-def _restore(part, name: str, states: dict, where: str) -> None:
+def _restore(part, name: str, states: dict, where: str | Path) -> None:
     if name not in states:
         raise UserError(f'--resume {where} has no state for {name!r}: it was written by another script')
     try:

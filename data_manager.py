@@ -3,9 +3,11 @@
 The scan reads file names and MARS's tables, nothing else: no image is opened or looked up on disk.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -307,3 +309,13 @@ def _read_table(path: str, key: str) -> np.ndarray:
     if not whole or not (np.abs(table.astype(np.float64)) < 2**31).all() or (table != np.trunc(table)).any():
         raise UserError(f"{path}: '{key}' is no table of whole numbers; fetch info/ again")
     return table.astype(np.int64)
+
+
+def fingerprint(dataset: Any) -> str:
+    """16 hexadecimal digits that differ between data sets with other files, pids or camids, wherever they lie."""
+    digest = hashlib.sha256()
+    for items in (dataset.train, dataset.query, dataset.gallery):
+        for paths, pid, camid in items:
+            names = [os.path.basename(path) for path in ([paths] if isinstance(paths, str) else paths)]
+            digest.update(f'{pid} {camid} {" ".join(names)}\n'.encode(errors='surrogateescape'))
+    return digest.hexdigest()[:16]

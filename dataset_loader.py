@@ -212,6 +212,11 @@ class TrainLoader:
             self._advise(waited, waited / (time.perf_counter() - began))
             self.advised = True
 
+    def paths(self, epoch: int, batch: int) -> list[str]:
+        """The files of a batch, of all processes."""
+        indices, _ = self.sampler.draw(epoch)  # (batches, B)
+        return [path for index in indices[batch].tolist() for path in self.dataset.paths(index)]
+
     def _advise(self, seconds: float, share: float) -> None:
         """Says so when a cache would pay, because the run waited for images, and would fit."""
         if seconds > 1 and share > 0.05 and (size := _size(self.dataset)) < ROOM * _free_memory(torch.device('cpu')):

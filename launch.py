@@ -3,33 +3,47 @@
 The only room that knows which device is used, in which precision, and that there could be more than one process.
 Several processes are a group of torchrun's, on one host or many, or the same group started by `--gpu-devices 0,1`. Each
 does its share of a batch; gradients, the features that are mined and the losses that are shown are those of the whole.
+
+A run that is asked to stop, by SIGTERM or SIGINT, finishes its step and saves; all its processes after the same step.
 """
 
 import contextlib
 import datetime
+import errno
+import fcntl
+import functools
 import inspect
 import logging
 import os
+import platform
 import random
+import shlex
+import signal
+import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from errors import UserError
-from utils import Logger
+from files import unwritten
+from utils import Logger, mkdir_if_missing
 
 NARROWEST_BF16 = 33  # pixels; below, the CPU's bf16 convolution of ResNet50's last stage returns garbage
 ENVIRONMENT = ['RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT']  # of torchrun
+PASSED_ON = 1  # second within which a launcher passes a signal on that its processes may have had as well
 LAUNCHER_NOTICES = 1  # second after which the launcher has ended the others of a process that was killed
 
 # One option under two names: that of torch 2.6, and that for which the newest lets it go.
@@ -49,29 +63,47 @@ def main(experiment: Callable, parser) -> None:
     prints and logs.
 
     A mistake of the user (`UserError`) is one line on stderr and exit status 2; a fault of ours keeps its traceback and
-    exits with 1. Both stand in the log. Of several processes the first that fails says so, and all end with its status.
+    exits with 1; a signal ends with 128 + its number. All stand in the log. Of several processes the first that fails
+    says so, and all end with its status. What could not be written while the run went on makes its status 2.
     """
     args = parser.parse_args()
     started = time.time()
     path = Path(args.save_dir) / ('log_test.txt' if args.evaluate else 'log_train.txt')
     status, text = 0, ''
-    with Logger(path) if is_first() else _silence():
+    others = _starts_others(args.run)
+    with contextlib.ExitStack() as stack:
         try:
-            if _starts_others(args.run):
+            if is_first() and not others and not args.evaluate:
+                stack.enter_context(_alone_in(args.save_dir))
+        except UserError as mistake:  # the log belongs to the other run
+            sys.stderr.write(f'error: {mistake}\n')
+            sys.exit(2)
+        stack.enter_context(Logger(path) if is_first() else _silence())
+        try:
+            if others:
                 status, text = _start_others(args.run)
             else:
+                stack.enter_context(_heeding_signals())
                 print(f'==========\nArgs:{args.plain()}\n==========')
                 experiment(args)
                 _leave()
                 elapsed = datetime.timedelta(seconds=round(time.time() - started))
                 print(f'Finished. Total elapsed time (h:m:s): {elapsed}')
+                if unwritten:
+                    status, text = 2, f'error: {len(unwritten)} files could not be written, first {unwritten[0]}\n'
         except UserError as mistake:
             status, text = _agree(2, f'error: {mistake}\n')
+        except Stopped as stopped:
+            status = 128 + stopped.signal
+            print(stopped)
+            if stopped.together:
+                _leave()
         except Exception:
             status, text = _agree(1, traceback.format_exc())
+        unwritten.clear()
     if text:
         sys.stderr.write(text)
-        with open(path, 'a', encoding='utf-8') as log:
+        with contextlib.suppress(OSError), open(path, 'a', encoding='utf-8') as log:
             log.write(text)
     if status:
         sys.exit(status)
@@ -103,6 +135,7 @@ class Run:
     rank: int = 0
     world_size: int = 1
     sync_bn: bool = False
+    flags: deque = field(default_factory=lambda: deque(maxlen=2), repr=False)  # (2,) of the last steps, see `guard`
 
     @contextlib.contextmanager
     def autocast(self, testing: bool = False) -> Iterator[None]:
@@ -163,16 +196,51 @@ class Run:
                 dist.broadcast(buffer, 0)
 
     def guard(self, loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
-        """Make the next step of the (fused) optimizers do nothing if `loss` is not finite, in any process.
+        """Make this and all further steps of the (fused) optimizers do nothing if `loss` is not finite, in any process.
 
-        The decision stays on the device: nobody waits for it. Weights and moments are then as they were, and the meter
-        ends the run when it reads the loss.
+        The decision stays on the device: nobody waits for it. Weights and moments are then as they were, nothing is
+        saved any more (`is_healthy`), and the meter ends the run when it reads the loss. A signal to stop, which any of
+        several processes was sent, travels with it.
         """
         non_finite = (~torch.isfinite(loss.detach())).float()  # ()
+        flags = torch.stack([non_finite, torch.full_like(non_finite, _stop.signal)])  # (2,)
+        if self.flags:
+            flags[0] = torch.maximum(flags[0], self.flags[-1][0])  # once not finite, it remains so
         if self.world_size > 1:
-            dist.all_reduce(non_finite, dist.ReduceOp.MAX)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        self.flags.append(flags)
         for optimizer in optimizers:
-            optimizer.found_inf = non_finite
+            optimizer.found_inf = flags[0]
+
+    def is_healthy(self) -> bool:
+        """Whether the losses of all steps so far were finite, in every process. This waits for the device."""
+        return not self.flags or not bool(self.flags[-1][0])
+
+    def stopping(self, last: bool = False) -> int:
+        """The signal for which all processes stop after this very step; 0 to go on.
+
+        Several processes go by what they exchanged in the step before, so that none waits for a GPU that is still busy
+        with this one; by this one after the `last` step of an epoch.
+        """
+        if self.world_size == 1:
+            return _stop.signal
+        return int(self.flags[-1 if last else 0][1]) if self.flags else 0
+
+    def provenance(self) -> dict:
+        """Where results come from: seed, devices, versions, command, and the revision of this code, if git knows it."""
+        return {
+            'seed': self.seed,
+            'device': torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else 'CPU',
+            'processes': self.world_size,
+            'versions': {
+                'python': platform.python_version(),
+                'torch': str(torch.__version__),
+                'torchvision': str(torchvision.__version__),
+                'numpy': np.__version__,
+            },
+            'revision': _revision(),
+            'command': list(sys.argv),
+        }
 
 
 class _Gather(torch.autograd.Function):
@@ -203,6 +271,10 @@ def start(options) -> Run:
     test_precision = 'fp32' if options.precision == 'auto' else precision
     if options.sync_bn and device.type == 'cpu':
         raise UserError('--sync-bn is for CUDA devices: leave it out on the CPU')
+    if options.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # without which cuBLAS is refused
+        torch.backends.cudnn.benchmark = False  # it might choose another algorithm each time
+        torch.use_deterministic_algorithms(True)
     for allow in (torch.backends.cuda.matmul, torch.backends.cudnn):
         allow.allow_tf32 = precision == 'tf32'
     random.seed(options.seed)
@@ -245,7 +317,7 @@ def _device(options) -> torch.device:
     print(f'Currently using GPU {",".join(map(str, indices))}')
     device = torch.device('cuda', indices[local_rank])
     torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    torch.backends.cudnn.benchmark = not options.deterministic  # every batch has the same shape
     return device
 
 
@@ -291,8 +363,9 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def _starts_others(options) -> bool:
-    """Whether this is a plain command that asks for several GPUs."""
-    return ',' in options.gpu_devices and not options.use_cpu and 'LOCAL_RANK' not in os.environ
+    """Whether this is a plain command that asks for several GPUs, or to be started again when it is killed."""
+    several = ',' in options.gpu_devices and not options.use_cpu
+    return (several or options.max_restarts > 0) and 'LOCAL_RANK' not in os.environ
 
 
 def _start_others(options) -> tuple[int, str]:
@@ -301,7 +374,7 @@ def _start_others(options) -> tuple[int, str]:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    number = len(_gpus(options))
+    number = len(_gpus(options)) if ',' in options.gpu_devices and not options.use_cpu else 1
     os.environ.setdefault('OMP_NUM_THREADS', str(max((os.cpu_count() or 1) // number, 1)))
     logging.disable()  # what its processes have to say they say themselves
     config = LaunchConfig(
@@ -311,7 +384,7 @@ def _start_others(options) -> tuple[int, str]:
         run_id='reid',
         rdzv_backend='c10d',
         rdzv_endpoint='localhost:0',  # any free port
-        max_restarts=0,
+        max_restarts=options.max_restarts,
     )
     try:
         elastic_launch(config, sys.executable)(*sys.orig_argv[1:])
@@ -361,6 +434,102 @@ def _agree(status: int, text: str) -> tuple[int, str]:
         first = _store.compare_set('failed', '', mine).decode()
         return (status, text) if first == mine else (int(first.split()[0]), '')
     return status, ''
+
+
+# Signals
+
+
+class Stopped(BaseException):  # as KeyboardInterrupt: no `except Exception` may take it for a fault
+    """The run was asked to stop. `together`: all its processes stop here, after the same step."""
+
+    def __init__(self, number: int, saved: Path | None = None, together: bool = False):
+        self.signal, self.together = number, together
+        command = [word for word in sys.argv if word not in ('--overwrite', '--auto-resume')]
+        text = f'Stopped by {signal.Signals(number).name}'
+        if saved:
+            text += f' after saving {saved}. Go on with:\n{shlex.join(["python", *command, "--auto-resume"])}'
+        super().__init__(text)
+
+
+@dataclass
+class _Stop:
+    """The signal that came, and whether it has to wait for the end of a step."""
+
+    signal: int = 0
+    time: float = 0.0
+    held: bool = False
+
+
+_stop = _Stop()
+
+
+def hold_signals() -> None:
+    """From now on a signal to stop waits until somebody asks for it: `Run.stopping`, or `release_signals`."""
+    _stop.held = True
+
+
+def release_signals() -> None:
+    """From now on a signal ends the run wherever it is; one that waits does so here."""
+    _stop.held = False
+    if _stop.signal:
+        raise Stopped(_stop.signal)
+
+
+@contextlib.contextmanager
+def _heeding_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT end the run with `Stopped`, at once or when it is ready; a second SIGINT always at once."""
+    _stop.signal, _stop.held = 0, False
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, _heed) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _heed(number: int, _) -> None:
+    again = _stop.signal and time.monotonic() - _stop.time > PASSED_ON
+    if not _stop.signal:
+        _stop.signal, _stop.time = number, time.monotonic()
+    if not _stop.held or (again and number == signal.SIGINT):
+        raise Stopped(number)
+
+
+@contextlib.contextmanager
+def _alone_in(save_dir: str) -> Iterator[None]:
+    """Keep other trainings out of `save_dir`. The lock goes with the process, however it ends."""
+    mkdir_if_missing(save_dir)
+    with open(Path(save_dir) / '.lock', 'a', encoding='ascii') as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which workers of a killed run would keep
+        except OSError as problem:
+            if problem.errno not in (errno.EACCES, errno.EAGAIN):  # else there are no locks on that file system
+                yield
+                return
+            owner = Path(file.name).read_text(encoding='ascii') or 'of another host'
+            raise UserError(
+                f'--save-dir {save_dir}: another training run writes there (process {owner}); name another folder'
+            ) from None
+        file.truncate(0)
+        file.write(f'{os.getpid()} on {platform.node()}')
+        file.flush()
+        yield
+
+
+@functools.cache
+def _revision() -> str | None:
+    """The commit of this code; `+` behind it when files differ from it."""
+    git = ['git', '-C', str(Path(__file__).parent)]
+    try:
+        commit, changes = (
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            for command in (['rev-parse', 'HEAD'], ['status', '--porcelain', '--untracked-files=no'])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f'{commit}{"+" if changes else ""}'
 
 
 @contextlib.contextmanager

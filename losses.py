@@ -38,6 +38,17 @@ class CrossEntropyLabelSmooth(nn.Module):
         return F.cross_entropy(_float(logits), pids, label_smoothing=self.epsilon)
 
 
+def collapsed(features: Tensor) -> Tensor:
+    """1 where the features (B, D) are all but equal, else 0: a detached 0-dim float on their device.
+
+    All but equal: none lies farther from their mean than a thousandth of its length. One image is never collapsed.
+    """
+    features = features.detach().float()
+    mean = features.mean(0)  # (D,)
+    farthest = (features - mean).norm(dim=1).max()  # ()
+    return ((farthest <= 1e-3 * mean.norm()) & (len(features) > 1)).float()
+
+
 class TripletLoss(nn.Module):
     """Batch-hard triplets: each image is an anchor once, against its farthest positive and its nearest negative.
 
@@ -54,6 +65,7 @@ class TripletLoss(nn.Module):
     Attributes:
         active: fraction of the last call's anchors whose triplet violates the margin; a detached 0-dim tensor on the
             device of the features, so that only reading it waits for the device.
+        collapsed: as of `collapsed`, and 1 also where all triplets are active and the loss sits at the margin.
 
     Raises:
         ValueError: the margin is negative.
@@ -64,7 +76,7 @@ class TripletLoss(nn.Module):
         if margin < 0:
             raise ValueError(f'the margin of the triplet loss must not be negative, and is {margin}')
         self.margin = margin
-        self.active = torch.zeros(())  # not a buffer: no state of a run
+        self.active = self.collapsed = torch.zeros(())  # not buffers: no state of a run
 
     def forward(self, features: Tensor, pids: Tensor) -> Tensor:
         """Mean over the anchors, 0-dim, of features (B, D) and pids (B,).
@@ -85,8 +97,11 @@ class TripletLoss(nn.Module):
         to_positive = _squared_distance(features, features[positives]).clamp(min=SMALLEST_SQUARE).sqrt()  # (B,)
         to_negative = _squared_distance(features, features[negatives]).clamp(min=SMALLEST_SQUARE).sqrt()  # (B,)
         hinge = F.relu(self.margin + to_positive - to_negative) * holds_triplet  # (B,); by a product NaN stays NaN
+        loss = hinge.mean()
         self.active = (hinge.detach() > 0).float().mean()
-        return hinge.mean()
+        at_margin = (loss.detach() - self.margin).abs() < 0.01 * self.margin
+        self.collapsed = torch.maximum(collapsed(features), (at_margin & (self.active == 1)).float())
+        return loss
 
 
 class CenterLoss(nn.Module):

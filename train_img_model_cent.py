@@ -14,7 +14,7 @@ import models
 from checkpoint import Checkpoint
 from dataset_loader import ImageDataset, train_loader
 from evaluation import Test
-from losses import CenterLoss, CrossEntropyLabelSmooth
+from losses import CenterLoss, CrossEntropyLabelSmooth, collapsed
 from meters import LossMeter
 from samplers import RandomSampler
 from transforms import TrainTransform
@@ -43,7 +43,9 @@ def main(args):
 
     test = Test(dataset, args.test, run)
     checkpoint = Checkpoint(
+        dataset,
         args.save,
+        run,
         model=model,
         criterion_cent=criterion_cent,
         optimizer=optimizer,
@@ -54,9 +56,9 @@ def main(args):
         return test(model)
 
     replica, replica_cent = run.replicate(model), run.replicate(criterion_cent)
-    meter = LossMeter(args.show, len(trainloader))
+    meter = LossMeter(args.show)
     for epoch in checkpoint.epochs(args.max_epoch):
-        batches = meter.watch(checkpoint.batches(trainloader, epoch), epoch)
+        batches = checkpoint.batches(trainloader, epoch, meter)
         train(
             batches,
             replica,
@@ -90,7 +92,7 @@ def train(batches, model, augment, criterion_xent, criterion_cent, weight_cent, 
         run.guard(loss, optimizer, optimizer_cent)  # a loss that is not finite changes nothing
         optimizer.step()
         optimizer_cent.step()
-        meter.update(loss=loss, xent=xent, cent=cent)
+        meter.update(loss=loss, xent=xent, cent=cent, collapsed=collapsed(features))
 
 
 if __name__ == '__main__':

@@ -37,14 +37,14 @@ def main(args):
     scheduler = StepLR(optimizer, args.stepsize, args.gamma)
 
     test = Test(dataset, args.test, run)
-    checkpoint = Checkpoint(args.save, model=model, optimizer=optimizer, scheduler=scheduler)
+    checkpoint = Checkpoint(dataset, args.save, run, model=model, optimizer=optimizer, scheduler=scheduler)
     if args.evaluate:
         return test(model)
 
     replica = run.replicate(model)
-    meter = LossMeter(args.show, len(trainloader))
+    meter = LossMeter(args.show)
     for epoch in checkpoint.epochs(args.max_epoch):
-        batches = meter.watch(checkpoint.batches(trainloader, epoch), epoch)
+        batches = checkpoint.batches(trainloader, epoch, meter)
         train(batches, replica, augment, criterion_xent, optimizer, meter, run)
         scheduler.step()
         if test.is_due(epoch):

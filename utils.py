@@ -1,13 +1,14 @@
-"""The few helpers that people know from the original: a mean, a log file, JSON and whole files on disk."""
+"""The few helpers that people know from the original: a mean, a log file, JSON, and saving a checkpoint."""
 
+import contextlib
 import json
-import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from files import note_unwritten, unwritten, write_whole
 
 
 class AverageMeter:
@@ -45,11 +46,16 @@ class Logger:
 
     def __exit__(self, *_) -> None:
         sys.stdout = self.console
-        self.file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take
+            self.file.close()
 
     def write(self, text: str) -> None:
         self.console.write(text)
-        self.file.write(text)
+        try:
+            self.file.write(text)
+        except OSError as problem:  # a full disk must not end a training
+            if not any(line.startswith(self.file.name) for line in unwritten):
+                note_unwritten(self.file.name, problem, 'the run goes on without its log')
 
     def flush(self) -> None:
         self.console.flush()
@@ -71,31 +77,18 @@ def write_json(obj: object, fpath: str | Path) -> None:
     write_whole(fpath, lambda path: path.write_text(json.dumps(obj, indent=2) + '\n', encoding='utf-8'))
 
 
-def write_whole(fpath: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `fpath`, then rename it: what has that name is always whole.
-
-    The data reach the disk before the name does, and the name before this returns: a power loss leaves the old file
-    or the new one.
-    """
-    fpath = Path(fpath)
-    mkdir_if_missing(fpath.parent)
-    temporary = fpath.with_name(f'.{fpath.name}.{os.getpid()}')
-    try:
-        write(temporary)
-        with open(temporary, 'rb') as file:
-            os.fsync(file.fileno())
-        temporary.replace(fpath)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(fpath.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def save_checkpoint(state: dict, is_best: bool, fpath: str | Path) -> None:
     """Write `state` to `fpath`, whole or not at all, and to `best_model.pth.tar` beside it when it is the best."""
-    write_whole(fpath, lambda path: torch.save(state, path))
+
+    def write(path: Path) -> None:
+        try:
+            with open(path, 'wb') as file:
+                torch.save(state, file)
+        except RuntimeError as problem:  # what torch makes of a full disk
+            if isinstance(problem.__context__, OSError):
+                raise problem.__context__ from None
+            raise
+
+    write_whole(fpath, write)
     if is_best:
         write_whole(Path(fpath).with_name('best_model.pth.tar'), lambda path: shutil.copyfile(fpath, path))

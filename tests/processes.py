@@ -96,7 +96,7 @@ def batches(run, dataset):
 def tests(run, dataset, folder):
     """What the test prints, with statistics of BatchNorm that only the first process has right, and exact rankings."""
     options = SimpleNamespace(
-        dataset='market1501', arch='tiny', height=32, width=16, workers=0, test_batch=5, eval_step=-1, max_epoch=1,
+        dataset='market1501', arch='tiny', height=32, width=16, workers=0, test_batch=5,
         resume='', save_dir=str(folder), evaluate=True, save_features=True, rerank=False, k1=6, k2=3, lambda_value=0.3,
     )  # fmt: skip
     torch.manual_seed(4)
@@ -150,7 +150,15 @@ class _NoTest:
 def main(folder, data_dir):
     torch.set_num_threads(1)
     options = SimpleNamespace(
-        seed=1, use_cpu=True, gpu_devices='0', precision='fp32', sync_bn=False, compile=False, width=16
+        seed=1,
+        use_cpu=True,
+        gpu_devices='0',
+        precision='fp32',
+        sync_bn=False,
+        compile=False,
+        width=16,
+        deterministic=False,
+        max_restarts=0,
     )
     run = launch.start(options)
     folder = Path(folder) / str(run.world_size)

@@ -73,12 +73,18 @@ def test_an_option_of_a_script_belongs_to_its_recipe():
 
 def test_args_are_printed_as_in_the_original():
     text = str(parse('train_img_model_xent').plain())
-    assert re.match(r"Namespace\(arch='resnet50', .*dataset='market1501', eval_step=-1, .*workers=4\)$", text)
+    assert re.match(r"Namespace\(arch='resnet50', .*dataset='market1501', .*eval_step=-1, .*workers=4\)$", text)
 
 
 @pytest.mark.parametrize(('text', 'value'), [('20', 20), ('0', math.inf), ('-3', math.inf)])
 def test_stepsize_of_zero_or_less_is_no_decay(text, value):
     assert parse('train_img_model_xent', '--stepsize', text).stepsize == value
+
+
+@pytest.mark.parametrize(('eval_step', 'due'), [(-1, [5]), (0, [5]), (2, [1, 3, 5]), (4, [3, 5]), (9, [5])])
+def test_tests_are_due_every_step_and_at_the_end(eval_step, due):
+    args = parse('train_img_model_xent', '--eval-step', eval_step, '--max-epoch', 6)
+    assert sorted(args.test.test_epochs) == sorted(args.save.test_epochs) == due
 
 
 def test_nothing_is_fetched_when_weights_are_given(tmp_path):

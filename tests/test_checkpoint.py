@@ -9,6 +9,7 @@ from tiny import Tiny
 from torch.optim import Adam
 from torch.optim.lr_scheduler import StepLR
 
+import launch
 import weights
 from checkpoint import Checkpoint
 from errors import UserError
@@ -19,9 +20,18 @@ def options(save_dir, **changes):
     return SimpleNamespace(
         **{
             'save_dir': str(save_dir), 'resume': '', 'resume_weights_only': False, 'overwrite': False, 'start_epoch': 0,
-            'evaluate': False, 'recipe': recipe, 'arguments': {**recipe, 'workers': 2}, **changes,
+            'evaluate': False, 'auto_resume': False, 'save_minutes': 5, 'keep': 3, 'test_epochs': {2}, 'recipe': recipe,
+            'arguments': {**recipe, 'workers': 2}, **changes,
         }
     )  # fmt: skip
+
+
+DATA = SimpleNamespace(train=[('a.jpg', 0, 0)], query=[], gallery=[])
+
+
+def begin(options, **state):
+    run = launch.Run(torch.device('cpu'), 'fp32', 'fp32', 1)
+    return Checkpoint(DATA, options, run, **state)
 
 
 def parts(num_classes=3):
@@ -45,7 +55,7 @@ def train(model, optimizer, scheduler, epochs=1):
 def saved(tmp_path, epoch=0, rank1=0.5):
     state = parts()
     train(**state)
-    Checkpoint(options(tmp_path), **state).tested(epoch, rank1)
+    begin(options(tmp_path), **state).tested(epoch, rank1)
     return state, tmp_path / f'checkpoint_ep{epoch + 1}.pth.tar'
 
 
@@ -64,7 +74,7 @@ def test_a_file_holds_plain_things_and_the_originals_keys(tmp_path):
 def test_a_resumed_run_has_the_state_of_the_saved_one(tmp_path):
     state, path = saved(tmp_path)
     resumed = parts()
-    checkpoint = Checkpoint(options(tmp_path, resume=str(path)), **resumed)
+    checkpoint = begin(options(tmp_path, resume=str(path)), **resumed)
     assert list(checkpoint.epochs(3)) == [1, 2]
     assert checkpoint.best_rank1 == 0.5
     train(**state, epochs=2)
@@ -78,7 +88,7 @@ def test_moments_take_the_layout_of_their_weight(tmp_path):
     state, path = saved(tmp_path)
     resumed = parts()
     resumed['model'].to(memory_format=torch.channels_last)
-    Checkpoint(options(tmp_path, resume=str(path)), **resumed)
+    begin(options(tmp_path, resume=str(path)), **resumed)
     for param, moments in resumed['optimizer'].state.items():
         assert moments['exp_avg'].stride() == param.stride()
     train(**state, epochs=2)
@@ -89,7 +99,7 @@ def test_moments_take_the_layout_of_their_weight(tmp_path):
 
 def test_best_model_is_the_best_also_after_a_resume(tmp_path):
     _, path = saved(tmp_path, epoch=0, rank1=0.5)
-    checkpoint = Checkpoint(options(tmp_path, resume=str(path)), **parts())
+    checkpoint = begin(options(tmp_path, resume=str(path)), **parts())
     best = tmp_path / 'best_model.pth.tar'
     for epoch, rank1, expected in ((1, 0.4, 0), (2, 0.6, 2), (3, 0.6, 2)):
         checkpoint.tested(epoch, rank1)
@@ -101,7 +111,7 @@ def test_another_recipe_is_refused_and_listed(tmp_path):
     _, path = saved(tmp_path)
     other = options(tmp_path, resume=str(path), recipe={'lr': 0.02, 'margin': 0.3, 'seed': 1})
     with pytest.raises(UserError) as refusal:
-        Checkpoint(other, **parts())
+        begin(other, **parts())
     text = str(refusal.value)
     assert '--lr was 0.01, is 0.02' in text
     assert '--margin was not an option, is 0.3' in text
@@ -113,7 +123,7 @@ def test_weights_alone_begin_a_run_of_their_own(tmp_path):
     state, path = saved(tmp_path)
     fresh = parts()
     begun = options(tmp_path, resume=str(path), resume_weights_only=True, recipe={'lr': 1.0}, start_epoch=2)
-    checkpoint = Checkpoint(begun, **fresh)
+    checkpoint = begin(begun, **fresh)
     assert equal(fresh['model'].state_dict(), state['model'].state_dict())
     assert list(checkpoint.epochs(4)) == [2, 3]
     assert not fresh['optimizer'].state
@@ -123,7 +133,7 @@ def test_weights_alone_begin_a_run_of_their_own(tmp_path):
 def test_a_foreign_file_starts_from_its_weights(tmp_path):
     state = parts()
     torch.save(state['model'].state_dict(), tmp_path / 'foreign.pth')
-    checkpoint = Checkpoint(options(tmp_path, resume=str(tmp_path / 'foreign.pth')), **parts())
+    checkpoint = begin(options(tmp_path, resume=str(tmp_path / 'foreign.pth')), **parts())
     assert equal(checkpoint.model.state_dict(), state['model'].state_dict())
     assert list(checkpoint.epochs(2)) == [0, 1]
 
@@ -132,26 +142,26 @@ def test_another_classifier(tmp_path, capsys):
     _, path = saved(tmp_path)
     with pytest.raises(UserError, match=r'classifier'):
         torch.save(weights.read(path).state_dict, tmp_path / 'foreign.pth')
-        Checkpoint(options(tmp_path, resume=str(tmp_path / 'foreign.pth')), **parts(num_classes=5))
-    Checkpoint(options(tmp_path, resume=str(path), evaluate=True), **parts(num_classes=5))
+        begin(options(tmp_path, resume=str(tmp_path / 'foreign.pth')), **parts(num_classes=5))
+    begin(options(tmp_path, resume=str(path), evaluate=True), **parts(num_classes=5))
     assert 'classifier' in capsys.readouterr().out
 
 
 def test_a_finished_run_has_nothing_left(tmp_path):
     _, path = saved(tmp_path, epoch=1)
     with pytest.raises(UserError, match='nothing left to train; raise --max-epoch'):
-        next(Checkpoint(options(tmp_path, resume=str(path)), **parts()).epochs(2))
+        next(begin(options(tmp_path, resume=str(path)), **parts()).epochs(2))
 
 
 def test_a_file_of_another_script_is_refused(tmp_path):
     _, path = saved(tmp_path)
     extra = parts()
     with pytest.raises(UserError, match="has no state for 'criterion_cent'"):
-        Checkpoint(options(tmp_path, resume=str(path)), **extra, criterion_cent=torch.nn.Linear(1, 1))
+        begin(options(tmp_path, resume=str(path)), **extra, criterion_cent=torch.nn.Linear(1, 1))
     other = parts()
     other['optimizer'].add_param_group({'params': [torch.nn.Parameter(torch.ones(1))]})
     with pytest.raises(UserError, match="its state of 'optimizer' does not fit"):
-        Checkpoint(options(tmp_path, resume=str(path)), **other)
+        begin(options(tmp_path, resume=str(path)), **other)
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
@@ -159,14 +169,14 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with torch.no_grad():
         state['model'].classifier.weight[0, 0] = float('nan')
     with pytest.raises(UserError, match='weights are not finite after epoch 1'):
-        Checkpoint(options(tmp_path), **state).tested(0, 0.5)
+        begin(options(tmp_path), **state).tested(0, 0.5)
     assert not list(tmp_path.iterdir())
 
 
 def test_overwrite_removes_the_old_run_when_the_new_one_begins(tmp_path):
     saved(tmp_path, epoch=7)
     (tmp_path / 'log_train.txt').touch()
-    checkpoint = Checkpoint(options(tmp_path, overwrite=True), **copy.copy(parts()))
+    checkpoint = begin(options(tmp_path, overwrite=True), **copy.copy(parts()))
     assert (tmp_path / 'checkpoint_ep8.pth.tar').exists()
     next(checkpoint.epochs(1))
     assert [path.name for path in tmp_path.iterdir()] == ['log_train.txt']

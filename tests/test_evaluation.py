@@ -19,7 +19,7 @@ def options(save_dir, **changes):
     return SimpleNamespace(
         **{
             'dataset': 'market1501', 'arch': 'tiny', 'height': 32, 'width': 16, 'workers': 0, 'test_batch': 5,
-            'eval_step': -1, 'max_epoch': 3, 'resume': '', 'save_dir': str(save_dir), 'evaluate': True,
+            'test_epochs': {2}, 'resume': '', 'save_dir': str(save_dir), 'evaluate': True,
             'save_features': False, 'rerank': False, 'k1': 20, 'k2': 6, 'lambda_value': 0.3,
             'seq_len': 4, 'pool': 'avg', **changes,
         }
@@ -44,12 +44,6 @@ def dataset(request, data_dir):
 
 def printed(capsys):
     return capsys.readouterr().out.splitlines()
-
-
-@pytest.mark.parametrize(('eval_step', 'due'), [(-1, [5]), (0, [5]), (2, [1, 3, 5]), (4, [3, 5])])
-def test_is_due_every_step_and_at_the_end(eval_step, due, tmp_path):
-    test = evaluation.Test(None, options(tmp_path, eval_step=eval_step, max_epoch=6), None)
-    assert [epoch for epoch in range(6) if test.is_due(epoch)] == due
 
 
 def test_prints_the_lines_of_the_original(dataset, model, cpu, tmp_path, capsys):
