@@ -25,9 +25,9 @@ ROOMS = {
     'run': 'seed use_cpu gpu_devices precision compile sync_bn width deterministic max_restarts',
     'data': 'workers cache',
     'test': 'dataset arch height width workers test_batch eval_step max_epoch resume evaluate save_dir save_features '
-    'rerank k1 k2 lambda_value',
+    'rerank k1 k2 lambda_value no_report',
     'save': 'save_dir resume auto_resume resume_weights_only overwrite start_epoch evaluate save_minutes keep',
-    'show': 'print_freq',
+    'show': 'print_freq quiet tensorboard save_dir train_batch max_epoch',
 }
 TEST_OF_TRACKLETS = ' seq_len pool'
 
@@ -142,6 +142,7 @@ def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
     add('--k2', type=positive_int, default=6, help='of --rerank: nearest items over which neighbourhoods are averaged')
     add('--lambda', dest='lambda_value', type=fraction, default=0.3,
         help='of --rerank: weight of the Euclidean distance, 0 to 1, beside that of the neighbourhoods')  # fmt: skip
+    add('--no-report', action='store_true', help='leave out report.html, the page of a test')
     add('--eval-step', type=int, default=-1, help='epochs between two tests; -1: after the last one only')
     if kind == 'video':
         add('--seq-len', type=positive_int, default=15, help='frames that are taken from a tracklet, evenly')
@@ -181,7 +182,9 @@ def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
              'an operation without one is an error. On the CPU runs are equal without it')  # fmt: skip
     add('--max-restarts', type=nonnegative_int, default=0,
         help='start again, as with --auto-resume, when a process is killed or fails, so many times')  # fmt: skip
-    add('--print-freq', type=positive_int, default=10, help='batches between two lines')
+    add('--print-freq', type=positive_int, default=10, help='batches between two lines, and two rows of metrics.csv')
+    add('--quiet', action='store_true', help='neither lines nor a bar of the losses on the screen; the log has them')
+    add('--tensorboard', action='store_true', help="write TensorBoard's event files into --save-dir")
     return parser
 
 

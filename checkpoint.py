@@ -26,7 +26,7 @@ class Checkpoint:
         for epoch in checkpoint.epochs(args.max_epoch):
             for imgs, pids, draws in checkpoint.batches(trainloader, epoch, meter):
                 ...
-            checkpoint.tested(epoch, rank1)
+            checkpoint.tested(epoch, test(model))
 
     Everything that has a `state_dict` and changes while training is named here: `model` first of all, then optimizers,
     schedulers and criteria with parameters. With `--resume` or `--auto-resume` their state is restored on construction.
@@ -46,6 +46,7 @@ class Checkpoint:
         self.start_epoch, self.start_batch = options.start_epoch, 0
         self.best_rank1 = -1.0
         self.saved = time.monotonic()
+        self.meter = None
         self.path, found = self._newest() if options.auto_resume else (None, None)
         goes_on = found is not None
         if options.resume and not goes_on:
@@ -110,8 +111,9 @@ class Checkpoint:
                 f'there is nothing left to train; raise --max-epoch'
             )
         if self.options.overwrite and not self.options.resume and self.run.rank == 0:
-            for path in Path(self.options.save_dir).glob('*.pth.tar'):
-                path.unlink()
+            for pattern in ('*.pth.tar', 'metrics.csv', 'events.out.tfevents.*'):
+                for path in Path(self.options.save_dir).glob(pattern):
+                    path.unlink()
         self.saved = time.monotonic()
         for epoch in range(self.start_epoch, max_epoch):
             launch.hold_signals()
@@ -125,11 +127,11 @@ class Checkpoint:
         After the step on each of them the run stops if a signal asked for it, and what is needed to go on from here is
         saved: then, every --save-minutes, and before a test. From there until the next epoch a signal ends it at once.
         """
-        start, self.start_batch = self.start_batch, 0
+        start, self.start_batch, self.meter = self.start_batch, 0, meter
         tested = epoch in self.options.test_epochs
         if start == len(loader):  # all steps were taken before the interruption; the scheduler's is next
             warnings.filterwarnings('ignore', 'Detected call of `lr_scheduler.step')
-        for done, batch in enumerate(meter.watch(loader, epoch, start), start + 1):
+        for done, batch in enumerate(meter.watch(loader, epoch, start, self._lr()), start + 1):
             yield batch
             last = done == len(loader)
             stop = self.run.stopping(last)
@@ -156,16 +158,23 @@ class Checkpoint:
         self.saved = time.monotonic()
         return path if path.exists() else None
 
-    def tested(self, epoch: int, rank1: float) -> None:
+    def _lr(self) -> float:
+        optimizers = (part for part in self.parts.values() if isinstance(part, torch.optim.Optimizer))
+        return next(optimizers).param_groups[0]['lr']
+
+    def tested(self, epoch: int, figures: dict[str, float]) -> None:
         """Write `checkpoint_ep{N}.pth.tar`, N counted from 1, and `best_model.pth.tar` if Rank-1 is the best so far.
 
         The first process writes. All hold the same state, and any number of them can go on from it.
         """
         launch.hold_signals()
+        rank1 = figures['rank1']
         is_best = rank1 > self.best_rank1
         self.best_rank1 = max(rank1, self.best_rank1)
         if self.run.rank:
             return
+        if self.meter:
+            self.meter.tested(epoch, figures)
         if not all(bool(torch.isfinite(tensor).all()) for tensor in self.model.state_dict().values()):
             raise UserError(f'weights are not finite after epoch {epoch + 1}; nothing was saved. Try a lower --lr')
         path = Path(self.options.save_dir) / f'checkpoint_ep{epoch + 1}.pth.tar'

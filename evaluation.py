@@ -1,28 +1,32 @@
-"""The test: features of query and gallery, their ranking, the printed figures and results.json.
+"""The test: features of query and gallery, their ranking, the printed figures, and the files that tell of it.
 
 Several processes share it: each extracts its part of the images, and counts in its part of the gallery. Every image is
 extracted once; no feature of the gallery leaves its process.
 """
 
+import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import ranking
+import results
 from data_manager import fingerprint
 from dataset_loader import ImageDataset, VideoDataset, test_loader
 from errors import UserError
-from files import excused
+from eval_metrics import average_precision
 from transforms import TestTransform
-from utils import mkdir_if_missing, write_json
+from utils import mkdir_if_missing
 
 MAX_RANK = 50
+EMBEDDED, EMBEDDED_ROWS = 12, 400  # identities and images whose features are kept for a plot
 
 
 class Test:
-    """The test of an experiment: `rank1 = test(model)`.
+    """The test of an experiment: `figures = test(model)`, a dict of mAP, mINP, rank1, rank5 and rank10 (0..1).
 
     Args:
         dataset: what `data_manager.init_dataset` gives.
@@ -39,8 +43,8 @@ class Test:
         """Whether a test follows this epoch (from 0): every --eval-step, and after the last one."""
         return epoch in self.options.test_epochs
 
-    def __call__(self, model: nn.Module) -> float:
-        """Print the figures of the original, write results.json into --save-dir, and return Rank-1 (0..1).
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Print the figures of the original; write results.json, results.csv, ranking.npz and the page of them.
 
         Raises:
             UserError: no query has a match in the gallery, or features are not finite.
@@ -61,14 +65,16 @@ class Test:
             result = rerank(*extracted, self.dataset, self.options, self.run)
         else:
             result = rank(*extracted, self.dataset, self.run)
-        rank1 = 0.0
+        cameras = {} if self.options.rerank else by_camera(*extracted, self.dataset, self.run)
+        shown = sample(*extracted, self.dataset, self.run)
+        figures = dict.fromkeys(('mAP', 'mINP', 'rank1', 'rank5', 'rank10'), 0.0)
         if self.run.rank == 0:
             ranking.show(result)
-            path = Path(self.options.save_dir) / 'results.json'
-            with excused(path):
-                write_json(self._summary(result), path)
-            rank1 = result.cmc(MAX_RANK)[0]
-        return float(self.run.sum(torch.tensor(rank1, dtype=torch.float64)))
+            cmc = result.cmc(MAX_RANK)
+            figures = {'mAP': result.mAP, 'mINP': result.mINP, 'rank1': cmc[0], 'rank5': cmc[4], 'rank10': cmc[9]}
+            results.write(self.options.save_dir, self._summary(result), self.dataset, result, {**cameras, **shown})
+        values = torch.tensor(list(figures.values()), dtype=torch.float64)
+        return dict(zip(figures, self.run.sum(values).tolist(), strict=True))
 
     def _features_file(self, subset: str, items: list, feat_dim: int) -> np.ndarray:
         """features.npy (N, feat_dim) in memory-mapped form, pids.npy and camids.npy beside it; every process has it."""
@@ -97,6 +103,7 @@ class Test:
                 'not in the gallery': result.num_absent,
             },
             'gallery': len(dataset.gallery),
+            'date': datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
             'dataset': dataset.name,
             'rerank': options.rerank and {name: getattr(options, name) for name in ('k1', 'k2', 'lambda_value')},
             'arch': options.arch,
@@ -159,6 +166,52 @@ def rank(query: tuple[Tensor, Tensor], gallery: tuple[Tensor, Tensor], dataset, 
     return ranking.assemble(
         pairs, distances, ranking.Tally(_sum(tally.counts, run), nearest, _sum(tally.histogram, run))
     )
+
+
+def sample(query, gallery, dataset, run) -> dict[str, np.ndarray]:
+    """Features of the EMBEDDED identities with most images, in every process: what a plot of them needs."""
+    q_pids, g_pids, q_camids, g_camids = _ids(dataset.query, dataset.gallery)
+    pids, camids = np.concatenate([q_pids, g_pids]), np.concatenate([q_camids, g_camids])
+    known, sizes = np.unique(pids[np.isin(pids, q_pids)], return_counts=True)
+    chosen = known[np.argsort(-sizes, kind='stable')[:EMBEDDED]]
+    rows = np.flatnonzero(np.isin(pids, chosen))[:EMBEDDED_ROWS]  # (n,) of the queries, then the gallery
+    features = torch.zeros(len(rows), query[0].size(1))
+    for (own, indices), first in ((query, 0), (gallery, len(q_pids))):
+        held = indices.numpy() + first  # (m,) ascending, the rows that this process has
+        here = np.isin(held, rows)
+        features[np.searchsorted(rows, held[here])] = own[torch.from_numpy(here).to(own.device)].cpu()
+    return {
+        'embedding_features': run.sum(features).half().numpy(),
+        'embedding_pids': pids[rows],
+        'embedding_camids': camids[rows],
+        'embedding_is_query': rows < len(q_pids),
+    }
+
+
+def by_camera(query, gallery, dataset, run) -> dict[str, np.ndarray]:
+    """mAP of the queries of each camera against the gallery of each camera alone, and how many count: (C, C) both."""
+    *_, q_camids, g_camids = _ids(dataset.query, dataset.gallery)
+    number = 1 + max(q_camids.max(initial=0), g_camids.max(initial=0))
+    means, counts = np.full((number, number), np.nan), np.zeros((number, number), np.int64)
+    features, places = gallery[0], gallery[1].numpy()  # (m, D), (m,)
+    for camid in range(number):
+        items = np.flatnonzero(g_camids == camid)  # (n,) of the gallery
+        if not len(items):
+            continue
+        here = np.flatnonzero(np.isin(places, items))
+        own = (
+            features[torch.from_numpy(here).to(features.device)],
+            torch.from_numpy(np.searchsorted(items, places[here])),
+        )
+        some = SimpleNamespace(query=dataset.query, gallery=[dataset.gallery[item] for item in items])
+        result = rank(query, own, some, run)
+        precisions = average_precision(result.ranks, result.offsets)  # (Q,)
+        for of in range(number):
+            valid = precisions[(q_camids == of) & result.valid]
+            counts[of, camid] = len(valid)
+            if len(valid):
+                means[of, camid] = valid.mean()
+    return {'camera_map': means, 'camera_queries': counts}
 
 
 def rerank(query, gallery, dataset, options, run) -> ranking.Ranking | None:

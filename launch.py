@@ -428,6 +428,7 @@ def _agree(status: int, text: str) -> tuple[int, str]:
     if _store is None:
         return status, text
     if status == 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no more to save
         time.sleep(LAUNCHER_NOTICES)  # if another was killed and this one misses it, it is ended here, and silent
     mine = f'{status} {os.environ["RANK"]}'
     with contextlib.suppress(RuntimeError):  # the store went with the process that held it

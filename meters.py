@@ -1,50 +1,74 @@
-"""What is shown while training: the lines of the losses."""
+"""What is shown while training: the lines of the losses, a bar on terminals, metrics.csv and TensorBoard's files."""
 
+import csv
+import importlib.util
 import math
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import launch
 from errors import UserError
+from files import excused
 from utils import AverageMeter
+
+FIGURES = ('mAP', 'mINP', 'rank1', 'rank5', 'rank10')  # of a test, 0..1
+HIDDEN = 'collapsed'  # is not shown, but said
 
 
 class LossMeter:
-    """The losses of a run by name, printed every `print_freq` batches.
+    """The losses of a run by name, told every `print_freq` batches.
 
         for imgs, pids, draws in meter.watch(trainloader, epoch):
             ...
             meter.update(loss=loss, xent=xent, htri=htri)
 
-    The first name is the loss that is minimised. Values stay on the device until their line is printed, so no step
-    waits for the one before, nor for another process: what is shown is the mean over all. `collapsed`, which is 1 where
-    the features of a batch are all but equal, is not shown, but said once when it holds for a whole epoch.
+    The first name is the loss that is minimised. Values stay on the device until they are told, so no step waits for
+    the one before, nor for another process: what is shown is the mean over all. `collapsed`, which is 1 where the
+    features of a batch are all but equal, is not shown, but said once when it holds for a whole epoch.
+
+    On a terminal a bar stands for the lines, which then go to the log alone; `quiet` keeps both off the screen.
+    metrics.csv has a row for each line, for the rest of an epoch, and for each test.
+
+    Raises:
+        UserError: TensorBoard is asked for and not installed.
     """
 
     def __init__(self, options: Any):
-        self.print_freq = options.print_freq
-        self.loader, self.epoch, self.count = None, 0, 0
+        self.options = options
+        self.loader, self.epoch, self.count, self.lr = None, 0, 0, math.nan
         self.unread: list[dict[str, Tensor]] = []
         self.means: dict[str, AverageMeter] = {}
         self.warned = False
+        self.table = _Table(Path(options.save_dir) / 'metrics.csv')
+        if options.tensorboard and not importlib.util.find_spec('tensorboard'):
+            raise UserError('--tensorboard needs the package tensorboard: pip install tensorboard, or leave it out')
+        self.board = None
 
-    def watch(self, loader: Any, epoch: int, start: int = 0) -> Iterator[tuple]:
-        """The batches start, start + 1, ... of an epoch; a line after every `print_freq`-th has been trained on.
+    def watch(self, loader: Any, epoch: int, start: int = 0, lr: float = math.nan) -> Iterator[tuple]:
+        """The batches start, start + 1, ... of an epoch; after every `print_freq`-th of them its losses are told.
 
         Raises:
             UserError: see `read`.
         """
-        self.loader, self.epoch, self.means, self.unread = loader, epoch, {}, []
-        for self.count, batch in enumerate(loader.epoch(epoch, start), start + 1):
-            yield batch
-            if self.count % self.print_freq == 0:
-                self.read()
-                print(f'Batch {self.count}/{len(loader)}\t {self}')
-        self.read()
-        if 'collapsed' in self.means and self.means['collapsed'].avg == 1 and not self.warned:
+        self.loader, self.epoch, self.lr, self.means, self.unread = loader, epoch, lr, {}, []
+        if (epoch, start) == (0, 0) and launch.is_first():
+            self.table.path.unlink(missing_ok=True)  # of a run before this one
+        clock = _Clock()
+        with self._bar(start) as bar:
+            for self.count, batch in enumerate(clock.waiting(loader.epoch(epoch, start)), start + 1):
+                yield batch
+                bar.update()
+                if self.count % self.options.print_freq == 0:
+                    self._tell(self.read(), clock, bar)
+        self._record_losses(self.read(), clock, bar)
+        if HIDDEN in self.means and self.means[HIDDEN].avg == 1 and not self.warned:
             self.warned = True
             print(
                 f'Collapse: the network gave all images of a batch all but equal features, through epoch {epoch + 1}. '
@@ -55,15 +79,17 @@ class LossMeter:
         """Take in the 0-dim losses of a batch."""
         self.unread.append({name: value.detach() for name, value in losses.items()})
 
-    def read(self) -> None:
-        """Fetch the losses of the batches so far from the device; every process has to.
+    def read(self) -> dict[str, float]:
+        """Fetch the losses of the batches since the last time from the device, and give their means.
+
+        Every process has to.
 
         Raises:
             UserError: one of them was not finite, in any process. It names epoch, batch and images; the weights are
                 those before that batch, and all steps since then did nothing.
         """
         if not self.unread:
-            return
+            return {}
         names = list(self.unread[0])
         rows = torch.stack([torch.stack([row[name].float() for name in names]) for row in self.unread])
         rows, self.unread = launch.mean(rows).tolist(), []
@@ -77,10 +103,95 @@ class LossMeter:
                     f'nothing was saved from it. Try a lower --lr, or --precision fp32. Its images: '
                     f'{", ".join(self.loader.paths(self.epoch, batch - 1))}'
                 )
+        return {name: sum(column) / len(rows) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+
+    def tested(self, epoch: int, figures: dict[str, float]) -> None:
+        """Take in the figures of a test after an epoch (from 0), in the first process."""
+        self._record({'epoch': epoch + 1, **figures}, (epoch + 1) * len(self.loader), 'test')
+
+    def _tell(self, losses: dict[str, float], clock: '_Clock', bar: tqdm) -> None:
+        line = f'Batch {self.count}/{len(self.loader)}\t {self}'
+        if bar.disable and not self.options.quiet:
+            print(line)
+        elif hasattr(sys.stdout, 'note'):
+            sys.stdout.note(line + '\n')
+        self._record_losses(losses, clock, bar)
+
+    def _record_losses(self, losses: dict[str, float], clock: '_Clock', bar: tqdm) -> None:
+        if not losses or not launch.is_first():
+            return
+        losses = {name: value for name, value in losses.items() if name != HIDDEN}
+        seconds, wait = clock.read()  # of a batch; the share that was waited for images
+        speed = self.options.train_batch / seconds
+        left = len(self.loader) * (self.options.max_epoch - self.epoch) - self.count
+        shown = {name: f'{value:.3f}' for name, value in losses.items()}
+        shown |= {'img/s': f'{speed:.0f}', 'wait': f'{wait:.0%}', 'run': tqdm.format_interval(left * seconds)}
+        bar.set_postfix(shown)
+        step = self.epoch * len(self.loader) + self.count
+        row = {'epoch': self.epoch + 1, 'batch': self.count, 'lr': self.lr, 'images_per_s': speed, 'data_wait': wait}
+        self._record(row | losses, step, 'train')
+
+    def _record(self, row: dict[str, float], step: int, board: str) -> None:
+        self.table.add(row, [name for name in self.means if name != HIDDEN])
+        if not self.options.tensorboard:
+            return
+        if self.board is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self.board = SummaryWriter(self.options.save_dir)
+        for name, value in row.items():
+            if name not in ('epoch', 'batch'):
+                self.board.add_scalar(f'{board}/{name}', value, step)
+        self.board.flush()
+
+    def _bar(self, start: int) -> tqdm:
+        screen = launch.is_first() and sys.stdout.isatty() and not self.options.quiet
+        text = f'Epoch {self.epoch + 1}/{self.options.max_epoch}'
+        return tqdm(total=len(self.loader), initial=start, desc=text, unit='batch', disable=not screen, leave=False)
 
     def __str__(self) -> str:
-        first, *others = (name for name in self.means if name != 'collapsed')
+        first, *others = (name for name in self.means if name != HIDDEN)
         text = f'Loss {self.means[first].val:.6f} ({self.means[first].avg:.6f})'
         return '\t '.join(
             [text] + [f'{name} {self.means[name].val:.4f} ({self.means[name].avg:.4f})' for name in others]
         )
+
+
+class _Clock:
+    """How long batches take, and how long they are waited for."""
+
+    def __init__(self):
+        self.began, self.waited, self.batches = time.perf_counter(), 0.0, 0
+
+    def waiting(self, batches: Iterator) -> Iterator:
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - asked
+            self.batches += 1
+            yield batch
+
+    def read(self) -> tuple[float, float]:
+        """Seconds per batch since the last time, and the share of them that was waiting."""
+        now = time.perf_counter()
+        seconds, batches, waited = now - self.began, self.batches, self.waited
+        self.began, self.waited, self.batches = now, 0.0, 0
+        return seconds / batches, waited / seconds
+
+
+class _Table:
+    """metrics.csv. The rows of a run that goes on are added to those before."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def add(self, row: dict[str, float], losses: list[str]) -> None:
+        columns = ['epoch', 'batch', 'lr', 'images_per_s', 'data_wait', *losses, *FIGURES]
+        with excused(self.path), open(self.path, 'a', newline='', encoding='utf-8') as file:
+            table = csv.DictWriter(file, columns, restval='')
+            if file.tell() == 0:
+                table.writeheader()
+            table.writerow({name: f'{value:.6g}' for name, value in row.items()})

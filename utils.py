@@ -51,6 +51,10 @@ class Logger:
 
     def write(self, text: str) -> None:
         self.console.write(text)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Write to the file alone."""
         try:
             self.file.write(text)
         except OSError as problem:  # a full disk must not end a training

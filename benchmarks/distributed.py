@@ -71,6 +71,7 @@ def main() -> None:
         width=WIDTH,
         sync_bn=False,
         compile=False,
+        deterministic=False,
     )
     with contextlib.redirect_stdout(io.StringIO()):
         run = launch.start(options)

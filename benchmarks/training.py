@@ -35,7 +35,14 @@ TURNS = 7
 
 def start(precision: str, compiled: bool = False) -> launch.Run:
     options = SimpleNamespace(
-        seed=1, use_cpu=False, gpu_devices='0', precision=precision, width=WIDTH, compile=compiled, sync_bn=False
+        seed=1,
+        use_cpu=False,
+        gpu_devices='0',
+        precision=precision,
+        width=WIDTH,
+        compile=compiled,
+        sync_bn=False,
+        deterministic=False,
     )
     with contextlib.redirect_stdout(io.StringIO()):
         return launch.start(options)
@@ -145,14 +152,18 @@ def from_files(device, limit_target: float, compiled: bool = False, cache: str =
         replica = run.replicate(model)
         optimizer = Adam(model.parameters(), 3e-4, weight_decay=5e-4, fused=True)
         criterion, augment = CrossEntropyLabelSmooth(CLASSES), TrainTransform(HEIGHT, WIDTH)
-        meter = LossMeter(SimpleNamespace(print_freq=10), len(loader))
+        meter = LossMeter(
+            SimpleNamespace(
+                print_freq=10, quiet=False, tensorboard=False, save_dir=folder, train_batch=BATCH, max_epoch=1
+            )
+        )
         images, pids, draws = next(iter(loader.epoch(0)))
         resident = augment(images, draws)
         epochs = iter(range(1, 100))
 
         def whole():
             epoch = next(epochs)
-            batches = meter.watch(loader.epoch(epoch), epoch)
+            batches = meter.watch(loader, epoch)
             script.train(batches, replica, augment, criterion, optimizer, meter, run)
 
         def bare():

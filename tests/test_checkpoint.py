@@ -55,7 +55,7 @@ def train(model, optimizer, scheduler, epochs=1):
 def saved(tmp_path, epoch=0, rank1=0.5):
     state = parts()
     train(**state)
-    begin(options(tmp_path), **state).tested(epoch, rank1)
+    begin(options(tmp_path), **state).tested(epoch, {'rank1': rank1})
     return state, tmp_path / f'checkpoint_ep{epoch + 1}.pth.tar'
 
 
@@ -102,7 +102,7 @@ def test_best_model_is_the_best_also_after_a_resume(tmp_path):
     checkpoint = begin(options(tmp_path, resume=str(path)), **parts())
     best = tmp_path / 'best_model.pth.tar'
     for epoch, rank1, expected in ((1, 0.4, 0), (2, 0.6, 2), (3, 0.6, 2)):
-        checkpoint.tested(epoch, rank1)
+        checkpoint.tested(epoch, {'rank1': rank1})
         assert torch.load(best, weights_only=True)['epoch'] == expected
     assert len(list(tmp_path.glob('checkpoint_ep*.pth.tar'))) == 4
 
@@ -169,7 +169,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with torch.no_grad():
         state['model'].classifier.weight[0, 0] = float('nan')
     with pytest.raises(UserError, match='weights are not finite after epoch 1'):
-        begin(options(tmp_path), **state).tested(0, 0.5)
+        begin(options(tmp_path), **state).tested(0, {'rank1': 0.5})
     assert not list(tmp_path.iterdir())
 
 

@@ -109,6 +109,26 @@ def test_figures_are_those_of_one_process(found, number):
     assert found[1][number][0]['tests']['printed'] == one['printed']
 
 
+@several
+def test_files_of_the_test_are_those_of_one_process(found, number):
+    folder = found[0]
+    for name in ('results.csv', 'results.json'):
+        one, several = ((folder / str(count) / name).read_text().splitlines() for count in (1, number))
+        if name == 'results.json':  # but for what tells the runs apart
+            one, several = (
+                [line for line in lines if '"date"' not in line and '"processes"' not in line]
+                for lines in (one, several)
+            )
+        assert one == several
+    one, several = (dict(np.load(folder / str(count) / 'ranking.npz')) for count in (1, number))
+    assert one.keys() == several.keys()
+    for key in one:
+        if key == 'edges' or 'histogram' in key:  # features differ in their last bits by the size of a batch
+            assert one[key].sum() == pytest.approx(several[key].sum(), rel=0.01)
+        else:
+            np.testing.assert_allclose(one[key], several[key], rtol=1e-3, atol=1e-6)
+
+
 def weights_of(folder, number, name):
     state = torch.load(folder / str(number) / name / 'checkpoint_ep2.pth.tar', weights_only=True)
     return {**state['state_dict'], **state['state'].get('criterion_cent', {})}
@@ -160,8 +180,10 @@ def test_one_process_per_listed_gpu(name, data_dir, tmp_path, script, capsys):
     assert [run.stdout.count(text) for text in once] == [1] * len(once)
     assert run.stdout.count('==> Test') == 2 and '==> Epoch 1/' not in run.stdout
     assert (two / 'log_train.txt').read_text() == run.stdout
-    files = {'checkpoint_ep2.pth.tar', 'checkpoint_ep3.pth.tar', 'log_train.txt', 'results.json'}
-    assert {path.name for path in two.iterdir()} - {'best_model.pth.tar'} == files
+    files = {'checkpoint_ep2.pth.tar', 'checkpoint_ep3.pth.tar', 'log_train.txt', 'metrics.csv', '.lock'}
+    files |= {'results.json', 'results.csv', 'ranking.npz'}
+    written = {path.name for path in two.iterdir() if not path.name.startswith(('best_model', 'resume_', 'report'))}
+    assert written == files
 
     capsys.readouterr()
     assert script(name, *options, '--save-dir', last, '--resume', two / 'checkpoint_ep2.pth.tar', '--max-epoch', 3) == 0

@@ -47,7 +47,7 @@ def printed(capsys):
 
 
 def test_prints_the_lines_of_the_original(dataset, model, cpu, tmp_path, capsys):
-    rank1 = evaluation.Test(dataset, options(tmp_path), cpu)(model)
+    figures = evaluation.Test(dataset, options(tmp_path), cpu)(model)
     lines = printed(capsys)[-14:]
     results = json.loads((tmp_path / 'results.json').read_text())
     queries = lines.pop(5)
@@ -68,7 +68,7 @@ def test_prints_the_lines_of_the_original(dataset, model, cpu, tmp_path, capsys)
     ]
     counts = results['queries']
     assert queries.startswith(f'Queries: {counts["valid"]} valid, {counts["all"] - counts["valid"]} skipped')
-    assert rank1 == results['cmc'][0]
+    assert list(figures.values()) == [results['mAP'], results['mINP'], *(results['cmc'][k - 1] for k in (1, 5, 10))]
 
 
 def test_results_are_those_of_the_textbook(dataset, model, cpu, tmp_path):
@@ -92,7 +92,7 @@ def test_results_are_those_of_the_textbook(dataset, model, cpu, tmp_path):
 
 def test_reranked(dataset, model, cpu, tmp_path, capsys):
     test = evaluation.Test(dataset, options(tmp_path, rerank=True, k1=4, k2=2, lambda_value=0.1), cpu)
-    rank1 = test(model)
+    figures = test(model)
     assert 'Re-ranking with k1 4, k2 2, lambda 0.1' in printed(capsys)
     results = json.loads((tmp_path / 'results.json').read_text())
     features = [evaluation.extract(model, items, test.options, cpu)[0] for items in (dataset.query, dataset.gallery)]
@@ -101,7 +101,7 @@ def test_reranked(dataset, model, cpu, tmp_path, capsys):
     expected = reranked_densely(torch.cdist(everyone, everyone).square().numpy(), len(dataset.query), 4, 2, 0.1)
     cmc, mean_ap = eval_metrics.evaluate(expected, *ids)
     assert results['mAP'] == pytest.approx(mean_ap, abs=1e-4)
-    assert rank1 == results['cmc'][0] == pytest.approx(cmc[0])
+    assert figures['rank1'] == results['cmc'][0] == pytest.approx(cmc[0])
     assert results['rerank'] == {'k1': 4, 'k2': 2, 'lambda_value': 0.1}
 
 

@@ -1,8 +1,10 @@
+import csv
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import utils
 from errors import UserError
 from meters import LossMeter
 
@@ -28,11 +30,16 @@ def watch(meter, losses, epoch=0, start=0, **extra):
         meter.update(loss=torch.tensor(loss), **extra)
 
 
-def meter(print_freq):
-    return LossMeter(SimpleNamespace(print_freq=print_freq))
+@pytest.fixture
+def meter(tmp_path):
+    def make(print_freq, **changes):
+        options = {'quiet': False, 'tensorboard': False, 'save_dir': tmp_path, 'train_batch': 8, 'max_epoch': 3}
+        return LossMeter(SimpleNamespace(print_freq=print_freq, **options | changes))
+
+    return make
 
 
-def test_the_lines_of_the_original(capsys):
+def test_the_lines_of_the_original(capsys, meter):
     two = meter(2)
     watch(two, [1.0, 2.0, 3.0, 4.0, 5.0])
     assert capsys.readouterr().out == ('Batch 2/5\t Loss 2.000000 (1.500000)\nBatch 4/5\t Loss 4.000000 (2.500000)\n')
@@ -41,12 +48,12 @@ def test_the_lines_of_the_original(capsys):
     assert capsys.readouterr().out == 'Batch 2/2\t Loss 9.000000 (8.000000)\n'
 
 
-def test_an_epoch_that_goes_on(capsys):
+def test_an_epoch_that_goes_on(capsys, meter):
     watch(meter(2), [1.0, 2.0, 3.0, 4.0, 5.0], start=3)
     assert capsys.readouterr().out == 'Batch 4/5\t Loss 4.000000 (4.000000)\n'
 
 
-def test_further_losses_by_name(capsys):
+def test_further_losses_by_name(capsys, meter):
     watch(meter(1), [1.0], htri=torch.tensor(0.25), active=torch.tensor(0.5))
     assert (
         capsys.readouterr().out
@@ -56,12 +63,12 @@ def test_further_losses_by_name(capsys):
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 @pytest.mark.parametrize('print_freq', [1, 2, 100])
-def test_a_loss_that_is_not_finite_ends_the_run(bad, print_freq):
+def test_a_loss_that_is_not_finite_ends_the_run(bad, print_freq, meter):
     with pytest.raises(UserError, match=r'not finite in epoch 3, batch 3/4 .*: 2-2\.jpg, other\.jpg'):
         watch(meter(print_freq), [1.0, 1.0, bad, 1.0], epoch=2)
 
 
-def test_collapse_is_told_once_when_it_lasts_an_epoch(capsys):
+def test_collapse_is_told_once_when_it_lasts_an_epoch(capsys, meter):
     shown = meter(1)
     for value in (0.0, 1.0, 1.0):
         watch(shown, [0.3, 0.3], collapsed=torch.tensor(value))
@@ -71,3 +78,54 @@ def test_collapse_is_told_once_when_it_lasts_an_epoch(capsys):
     for loss, value in ((0.3, 1.0), (0.3, 0.0)):
         watch(sometimes, [loss], collapsed=torch.tensor(value))
     assert capsys.readouterr().out.count('Collapse: ') == 1  # the first of these two epochs
+
+
+def rows(folder):
+    with open(folder / 'metrics.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+FIGURES = {'mAP': 0.5, 'mINP': 0.25, 'rank1': 0.75, 'rank5': 1.0, 'rank10': 1.0}
+
+
+def test_metrics_csv(meter, tmp_path, capsys):
+    first = meter(2)
+    watch(first, [1.0, 2.0, 6.0], htri=torch.tensor(0.5), collapsed=torch.tensor(0.0))
+    first.tested(0, FIGURES)
+    found = rows(tmp_path)
+    assert list(found[0]) == ['epoch', 'batch', 'lr', 'images_per_s', 'data_wait', 'loss', 'htri', *FIGURES]
+    assert [(row['epoch'], row['batch'], row['loss'], row['mAP']) for row in found] == [
+        ('1', '2', '1.5', ''), ('1', '3', '6', ''), ('1', '', '', '0.5'),
+    ]  # fmt: skip
+    assert all(float(row['images_per_s']) > 0 and 0 <= float(row['data_wait']) <= 1 for row in found[:2])
+    watch(meter(1), [1.0, 2.0], epoch=1, start=1, htri=torch.tensor(0.5))  # a run that goes on
+    assert [row['batch'] for row in rows(tmp_path)] == ['2', '3', '', '2']
+    watch(meter(1), [1.0])  # one that begins
+    assert len(rows(tmp_path)) == 1
+
+
+def test_tensorboard_reads_what_is_written(meter, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = meter(1, tensorboard=True)
+    watch(board, [1.0, 2.0], htri=torch.tensor(0.5))
+    board.tested(0, FIGURES)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars('train/loss')] == [(1, 1.0), (2, 2.0)]
+    assert events.Scalars('test/mAP')[0].value == 0.5
+    assert {'train/htri', 'train/lr', 'train/images_per_s', 'test/rank1', 'test/rank10'} <= set(
+        events.Tags()['scalars']
+    )
+
+
+def test_a_bar_on_terminals_and_lines_elsewhere(meter, tmp_path, monkeypatch, capfd):
+    """On a terminal the lines go to the log alone; with --quiet neither they nor the bar are shown."""
+    monkeypatch.setattr(utils.Logger, 'isatty', lambda self: True)
+    for quiet in (False, True):
+        log = tmp_path / f'{quiet}.txt'
+        with utils.Logger(log):
+            watch(meter(1, quiet=quiet), [1.0, 2.0])
+        found = capfd.readouterr()
+        assert 'Batch' not in found.out
+        assert ('loss=2.000' in found.err) == ('Epoch 1/3' in found.err) == (not quiet)
+        assert log.read_text() == 'Batch 1/2\t Loss 1.000000 (1.000000)\nBatch 2/2\t Loss 2.000000 (1.500000)\n'

@@ -36,10 +36,17 @@ ROUNDING = 1e-4  # gradients of this share of their tensor's largest may be roun
 UNDECIDED = {'tiny': 0, 'resnet50': 5e-5}  # share of weights that rounding may send elsewhere; 1e-5 was seen
 
 
+class Fixed(list):
+    """Stands for the loader: the batches of each epoch."""
+
+    def epoch(self, epoch, start):
+        return iter(self[epoch])
+
+
 class Record:
     """Stands for the checkpoint: hands out fixed batches, and copies all weights before each of them and at the end."""
 
-    def __init__(self, options, model, criterion_cent=None, **others):
+    def __init__(self, dataset, options, run, model, criterion_cent=None, **others):
         self.modules = nn.ModuleDict({'model': model})
         if criterion_cent is not None:
             self.modules['cent'] = criterion_cent
@@ -49,8 +56,8 @@ class Record:
         yield from range(max_epoch)
         self.snapshots.append(copy.deepcopy(self.modules))
 
-    def batches(self, loader, epoch):
-        for batch in loader[epoch]:
+    def batches(self, loader, epoch, meter):
+        for batch in meter.watch(Fixed(loader), epoch):
             self.snapshots.append(copy.deepcopy(self.modules))
             yield batch
 

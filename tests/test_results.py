@@ -1,0 +1,75 @@
+import csv
+
+import numpy as np
+import pytest
+import torch
+from test_evaluation import options
+from tiny import Tiny
+
+import data_manager
+import eval_metrics
+import evaluation
+import launch
+
+
+@pytest.fixture(scope='module', params=['market1501', 'mars'])
+def tested(request, data_dir, tmp_path_factory):
+    """The data set, the distances and the folder of a test."""
+    folder = tmp_path_factory.mktemp('tested')
+    dataset = data_manager.init_dataset(request.param, str(data_dir))
+    torch.manual_seed(0)
+    model, cpu = Tiny(3), launch.Run(torch.device('cpu'), 'fp32', 'fp32', 1)
+    test = evaluation.Test(dataset, options(folder), cpu)
+    figures = test(model)
+    features = [evaluation.extract(model, items, test.options, cpu)[0] for items in (dataset.query, dataset.gallery)]
+    return dataset, features, torch.cdist(*features).square().numpy(), folder, figures
+
+
+def test_results_csv(tested):
+    dataset, _, distmat, folder, figures = tested
+    with open(folder / 'results.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(dataset.query)
+    scored = [float(row['AP']) for row in rows if row['AP']]
+    assert np.mean(scored) == pytest.approx(figures['mAP'], abs=1e-5)
+    assert np.mean([int(row['first_rank']) == 1 for row in rows if row['AP']]) == pytest.approx(figures['rank1'])
+    for row, distances, (paths, pid, camid) in zip(rows, distmat, dataset.query, strict=True):
+        kept = [
+            (distance, there)
+            for distance, (_, there, where) in zip(distances, dataset.gallery, strict=True)
+            if (there, where) != (pid, camid)
+        ]
+        order = [there for _, there in sorted(kept)]
+        assert row['query'] == (paths if isinstance(paths, str) else paths[0])
+        assert (int(row['pid']), int(row['camid'])) == (pid, camid)
+        assert int(row['matches']) == order.count(pid)
+        assert row['first_rank'] == (str(order.index(pid) + 1) if pid in order else '')
+        wrong = [there for there in order[:10] if there != pid]
+        assert row['nearest_wrong'] == (str(wrong[0]) if wrong else '')
+
+
+def test_ranking_npz(tested):
+    dataset, features, distmat, folder, figures = tested
+    with np.load(folder / 'ranking.npz') as found:
+        arrays = dict(found)
+    for subset, items in (('query', dataset.query), ('gallery', dataset.gallery)):
+        lines = bytes(arrays[f'{subset}_files']).decode().split('\n')
+        first = [paths if isinstance(paths, str) else paths[0] for paths, _, _ in items]
+        assert [line.split('\t')[0] for line in lines] == first
+        assert max(len(line.split('\t')) for line in lines) <= 8
+    assert np.nanmean(eval_metrics.average_precision(arrays['ranks'], arrays['offsets'])) == figures['mAP']
+    q_camids, g_camids = arrays['q_camids'], arrays['g_camids']
+    for row, column in zip(*np.nonzero(arrays['camera_queries']), strict=True):
+        mine, theirs = q_camids == row, g_camids == column
+        ids = arrays['q_pids'][mine], arrays['g_pids'][theirs], q_camids[mine], g_camids[theirs]
+        _, mean_ap = eval_metrics.evaluate(distmat[mine][:, theirs], *ids)
+        assert arrays['camera_map'][row, column] == pytest.approx(mean_ap, abs=1e-6)
+    assert np.isnan(arrays['camera_map'][arrays['camera_queries'] == 0]).all()
+    assert arrays['camera_queries'].trace() == 0  # a query drops its own camera
+    everyone = np.concatenate(features)
+    pids, is_query = arrays['embedding_pids'], arrays['embedding_is_query']
+    assert len(set(pids)) <= 12 and is_query.any() and not is_query.all()
+    subset = dataset.query + dataset.gallery
+    rows = [row for row, item in enumerate(subset) if item[1] in set(pids)]
+    assert [subset[row][1] for row in rows] == pids.tolist()
+    np.testing.assert_allclose(arrays['embedding_features'], everyone[rows], rtol=1e-3, atol=1e-6)
