@@ -51,6 +51,8 @@ class Logger:
 
     def write(self, text: str) -> None:
         self.console.write(text)
+        if text.endswith('\n'):
+            self.console.flush()  # or a pipe shows lines late
         self.note(text)
 
     def note(self, text: str) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -354,3 +355,29 @@ def test_deterministic(script, tmp_path):
             torch.use_deterministic_algorithms(False)
         ends.append(weights_of(folder / 'checkpoint_ep1.pth.tar'))
     assert equal(*ends)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize('workers', [0, 2])
+def test_memory_and_open_files_stay_as_they_are(workers, started, data_dir, tmp_path, capsys):
+    """Between epoch 20 and epoch 300, with a test every 10 epochs; workers counted in."""
+    options = ['--data-dir', data_dir, '--max-epoch', 301, '--eval-step', 10, '--workers', workers]
+    run = started('train_img_model_xent_htri', *options, '--save-dir', tmp_path)
+
+    def look():
+        children = subprocess.run(['pgrep', '-P', str(run.pid)], capture_output=True, text=True).stdout.split()
+        status = [Path(f'/proc/{pid}/status').read_text() for pid in (run.pid, *children)]
+        memory = sum(int(re.search(r'VmRSS:\s+(\d+)', text)[1]) for text in status)  # kB
+        return memory, len(os.listdir(f'/proc/{run.pid}/fd'))
+
+    wait_for(run, '==> Epoch 21/')
+    memory, number = look()
+    wait_for(run, '==> Epoch 301/')
+    later, number_later = look()
+    with capsys.disabled():
+        print(
+            f'\n{workers} workers: {memory / 1024:.0f} -> {later / 1024:.0f} MB, {number} -> {number_later} files open'
+        )
+    assert later <= 1.05 * memory
+    assert number_later <= number
+    run.communicate()
