@@ -73,6 +73,7 @@ class Checkpoint:
 
     def _load(self, found: weights.Weights, goes_on: bool) -> None:
         if goes_on:
+            _check_entries(found.state, self.path)
             _check_recipe(found.state['recipe'], self.options.recipe, self.path)
         weights_only = self.options.evaluate or self.options.resume_weights_only
         for notice in weights.load_into(
@@ -202,6 +203,19 @@ def _age(path: Path) -> tuple:
     return -path.stat().st_mtime_ns, path.name
 
 
+ENTRIES = {'recipe': dict, 'state': dict, 'epoch': int, 'best_rank1': int | float}  # what a run goes on from
+
+
+def _check_entries(state: dict, where: str | Path) -> None:
+    """Refuse a file of this project's format that somebody has changed."""
+    wrong = [repr(name) for name, kind in ENTRIES.items() if not isinstance(state.get(name), kind)]
+    if wrong:
+        raise UserError(
+            f'--resume {where}: its {", ".join(wrong)} cannot be gone on from; get the file again, or take its weights '
+            f'alone with --resume-weights-only'
+        )
+
+
 def _check_recipe(theirs: dict, ours: dict, where: str | Path) -> None:
     """Refuse to go on with another learning rate, seed, data set ... than the run began with."""
     differences = [
@@ -221,7 +235,7 @@ def _restore(part, name: str, states: dict, where: str | Path) -> None:
         raise UserError(f'--resume {where} has no state for {name!r}: it was written by another script')
     try:
         part.load_state_dict(states[name])
-    except (ValueError, KeyError, RuntimeError) as problem:
+    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as problem:
         raise UserError(
             f'--resume {where}: its state of {name!r} does not fit: {" ".join(str(problem).split())}'
         ) from None

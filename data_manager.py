@@ -223,13 +223,13 @@ def _scan_images(folder: str) -> list[Image]:
         match = MARKET_NAME.match(name)
         if not match:
             raise UserError(
-                f"{folder}: the name '{name}' does not parse; it must begin with person and camera, as in 0002_c1s1_"
+                f'{folder}: the name {name!r} does not parse; it must begin with person and camera, as in 0002_c1s1_'
             )
         pid, camera = map(int, match.groups())
         if pid == -1:
             continue
         if not 1 <= camera <= NUM_CAMERAS:
-            raise UserError(f"{folder}: '{name}' is of camera {camera}, but cameras are 1 to {NUM_CAMERAS}")
+            raise UserError(f'{folder}: {name!r} is of camera {camera}, but cameras are 1 to {NUM_CAMERAS}')
         items.append((os.path.join(folder, name), pid, camera - 1))
     if not items:
         kinds = ', '.join(IMAGE_TYPES)
@@ -266,7 +266,7 @@ def _read_tracklets(root: str, subset: str) -> list[Tracklet | None]:
         frames = names[first - 1 : last]
         if not all(map(MARS_NAME.fullmatch, frames)):
             name = next(name for name in frames if not MARS_NAME.fullmatch(name))
-            raise UserError(f"{names_path}: the name '{name}' does not parse; it must be as 0001C1T0001F001.jpg")
+            raise UserError(f'{names_path}: the name {name!r} does not parse; it must be as 0001C1T0001F001.jpg')
         if len(begins := {name[:6] for name in frames}) > 1:  # 0001C1: person and camera
             raise UserError(
                 f'{track}, lines {first} to {last} of {names_path}, mixes {" and ".join(sorted(begins)[:2])}, '

@@ -5,6 +5,7 @@ extracted once; no feature of the gallery leaves its process.
 """
 
 import datetime
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,6 +59,8 @@ class Test:
             features, indices = extract(model, items, self.options, self.run, file)  # (n, D), (n,)
             print(f'Extracted features for {subset} set, obtained {len(items)}-by-{features.size(1)} matrix')
             extracted.append((features, indices))
+        if self.options.save_features:
+            self._keep_features()
         print('Computing distance matrix')
         print('Computing CMC and mAP')
         if self.options.rerank:
@@ -77,8 +80,11 @@ class Test:
         return dict(zip(figures, self.run.sum(values).tolist(), strict=True))
 
     def _features_file(self, subset: str, items: list, feat_dim: int) -> np.ndarray:
-        """features.npy (N, feat_dim) in memory-mapped form, pids.npy and camids.npy beside it; every process has it."""
-        folder = Path(self.options.save_dir) / 'features' / subset
+        """features.npy (N, feat_dim) in memory-mapped form, pids.npy and camids.npy beside it; every process has it.
+
+        Until all are extracted the three stand in `.features`: an image that cannot be read costs no earlier ones.
+        """
+        folder = Path(self.options.save_dir) / '.features' / subset
         path = folder / 'features.npy'
         if self.run.rank == 0:
             mkdir_if_missing(folder)
@@ -89,6 +95,17 @@ class Test:
         if not path.exists():
             raise UserError(f'--save-features: {path} cannot be seen from every host; use a folder that they share')
         return np.load(path, mmap_mode='r+')
+
+    def _keep_features(self) -> None:
+        """Put the extracted features in the place of those of an earlier test."""
+        self.run.sum(torch.zeros(1))  # every process has opened and filled the files
+        if self.run.rank == 0:
+            folder = Path(self.options.save_dir) / '.features'
+            for path in folder.glob('*/*.npy'):
+                kept = folder.with_name('features') / path.relative_to(folder)
+                mkdir_if_missing(kept.parent)
+                path.replace(kept)
+            shutil.rmtree(folder)
 
     def _summary(self, result) -> dict:
         options, dataset = self.options, self.dataset

@@ -66,6 +66,11 @@ def main(experiment: Callable, parser) -> None:
     exits with 1; a signal ends with 128 + its number. All stand in the log. Of several processes the first that fails
     says so, and all end with its status. What could not be written while the run went on makes its status 2.
     """
+    try:
+        _check_environment()
+    except UserError as mistake:  # each process speaks: which is the first one is not known
+        sys.stderr.write(f'error: {mistake}\n')
+        sys.exit(2)
     args = parser.parse_args()
     started = time.time()
     path = Path(args.save_dir) / ('log_test.txt' if args.evaluate else 'log_train.txt')
@@ -403,14 +408,42 @@ def _find_others() -> tuple[int, int]:
     global _store
     if 'LOCAL_RANK' not in os.environ:
         return 0, 1
+    _check_environment()
+    rank, world_size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+    if world_size > 1 and _store is None:
+        try:
+            _store, *_ = next(dist.rendezvous('env://'))
+        except dist.DistError as problem:  # a port that is taken, a host that nobody knows
+            reason = str(problem).split('\n', 1)[0]
+            address = ':'.join(os.environ[name] for name in ('MASTER_ADDR', 'MASTER_PORT'))
+            raise UserError(
+                f'the processes cannot meet at {address} of MASTER_ADDR and MASTER_PORT ({reason}); name another port '
+                f'or host, as --master-port and --master-addr of torchrun do'
+            ) from problem
+        print(f'{world_size} processes')
+    return rank, world_size
+
+
+def _check_environment() -> None:
+    """Whether a process that is one of torchrun's was given all of its numbers, and these fit each other."""
+
+    def check(name: str, least: int, most: int | None = None) -> int:
+        text = os.environ.get(name, '0')
+        fits = text.isascii() and text.isdecimal() and int(text) >= least and (most is None or int(text) <= most)
+        if not fits:
+            limits = f'{least} or more' if most is None else f'from {least} to {most}'
+            raise UserError(f'{name} is {text!r} in the environment, not a whole number {limits}: start with torchrun')
+        return int(text)
+
+    check('TORCHELASTIC_RESTART_COUNT', 0)
+    if 'LOCAL_RANK' not in os.environ:
+        return
     missing = [name for name in ENVIRONMENT if name not in os.environ]
     if missing:
         raise UserError(f'LOCAL_RANK is in the environment, but {", ".join(missing)} is not: start with torchrun')
-    rank, world_size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
-    if world_size > 1 and _store is None:
-        _store, *_ = next(dist.rendezvous('env://'))
-        print(f'{world_size} processes')
-    return rank, world_size
+    for rank, size in (('RANK', 'WORLD_SIZE'), ('LOCAL_RANK', 'LOCAL_WORLD_SIZE')):
+        check(rank, 0, check(size, 1) - 1)
+    check('MASTER_PORT', 0, 65535)
 
 
 def _leave() -> None:

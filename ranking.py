@@ -524,7 +524,7 @@ def read(folder: str | Path) -> list[np.ndarray]:
         path = Path(folder) / f'{name}.npy'
         try:
             array = np.load(path, mmap_mode='c')
-        except (OSError, ValueError) as problem:
+        except (OSError, ValueError, EOFError) as problem:
             reason = getattr(problem, 'strerror', None) or ' '.join(str(problem).split())
             raise UserError(f'{path} cannot be read ({reason}); write it with --evaluate --save-features') from None
         if array.dtype.kind not in kinds:
@@ -533,8 +533,16 @@ def read(folder: str | Path) -> list[np.ndarray]:
     return arrays
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that says a mistake in one line, as the scripts do."""
+
+    def error(self, message: str):
+        sys.stderr.write(f'error: {message}\n')
+        sys.exit(2)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Rank saved features from disk, in bounded memory.')
+    parser = _Parser(description='Rank saved features from disk, in bounded memory.')
     parser.add_argument('query', help='folder with features.npy (N, D), pids.npy and camids.npy (N,)')
     parser.add_argument('gallery', help='another one')
     args = parser.parse_args()
