@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-import launch
+import signals
 import weights
 from data_manager import fingerprint
 from errors import UserError
@@ -117,10 +117,10 @@ class Checkpoint:
                     path.unlink()
         self.saved = time.monotonic()
         for epoch in range(self.start_epoch, max_epoch):
-            launch.hold_signals()
+            signals.hold()
             print(f'==> Epoch {epoch + 1}/{max_epoch}')
             yield epoch
-        launch.release_signals()
+        signals.release()
 
     def batches(self, loader: Any, epoch: int, meter: Any) -> Iterator[tuple]:
         """The batches of the epoch that are left.
@@ -143,9 +143,9 @@ class Checkpoint:
             elif self.run.rank == 0 and time.monotonic() - self.saved > 60 * self.options.save_minutes:
                 self._save_position(epoch, done)
             if stop:
-                raise launch.Stopped(stop, saved, together=True)
+                raise signals.Stopped(stop, saved, together=True)
         if tested:
-            launch.release_signals()
+            signals.release()
 
     def _save_position(self, epoch: int, done: int) -> Path | None:
         """Write resume_{epoch}_{batch}.pth.tar, both counted from 1; then drop older ones than the newest --keep."""
@@ -168,7 +168,7 @@ class Checkpoint:
 
         The first process writes. All hold the same state, and any number of them can go on from it.
         """
-        launch.hold_signals()
+        signals.hold()
         rank1 = figures['rank1']
         is_best = rank1 > self.best_rank1
         self.best_rank1 = max(rank1, self.best_rank1)

@@ -17,11 +17,9 @@ import logging
 import os
 import platform
 import random
-import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import warnings
@@ -37,13 +35,13 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import signals
 from errors import UserError
 from files import unwritten
 from utils import Logger, mkdir_if_missing
 
 NARROWEST_BF16 = 33  # pixels; below, the CPU's bf16 convolution of ResNet50's last stage returns garbage
 ENVIRONMENT = ['RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT']  # of torchrun
-PASSED_ON = 1  # second within which a launcher passes a signal on that its processes may have had as well
 LAUNCHER_NOTICES = 1  # second after which the launcher has ended the others of a process that was killed
 
 # One option under two names: that of torch 2.6, and that for which the newest lets it go.
@@ -88,7 +86,7 @@ def main(experiment: Callable, parser) -> None:
             if others:
                 status, text = _start_others(args.run)
             else:
-                stack.enter_context(_heeding_signals())
+                stack.enter_context(signals.heeded())
                 print(f'==========\nArgs:{args.plain()}\n==========')
                 experiment(args)
                 _leave()
@@ -98,7 +96,7 @@ def main(experiment: Callable, parser) -> None:
                     status, text = 2, f'error: {len(unwritten)} files could not be written, first {unwritten[0]}\n'
         except UserError as mistake:
             status, text = _agree(2, f'error: {mistake}\n')
-        except Stopped as stopped:
+        except signals.Stopped as stopped:
             status = 128 + stopped.signal
             print(stopped)
             if stopped.together:
@@ -208,7 +206,7 @@ class Run:
         several processes was sent, travels with it.
         """
         non_finite = (~torch.isfinite(loss.detach())).float()  # ()
-        flags = torch.stack([non_finite, torch.full_like(non_finite, _stop.signal)])  # (2,)
+        flags = torch.stack([non_finite, torch.full_like(non_finite, signals.waiting())])  # (2,)
         if self.flags:
             flags[0] = torch.maximum(flags[0], self.flags[-1][0])  # once not finite, it remains so
         if self.world_size > 1:
@@ -228,7 +226,7 @@ class Run:
         with this one; by this one after the `last` step of an epoch.
         """
         if self.world_size == 1:
-            return _stop.signal
+            return signals.waiting()
         return int(self.flags[-1 if last else 0][1]) if self.flags else 0
 
     def provenance(self) -> dict:
@@ -398,8 +396,8 @@ def _start_others(options) -> tuple[int, str]:
         if failure.exitcode < 0:
             return 128 - failure.exitcode, f'error: process {rank} of the run was ended by signal {-failure.exitcode}\n'
         return failure.exitcode, ''
-    except SignalException as signal:
-        return 128 + signal.sigval, ''
+    except SignalException as stopped:
+        return 128 + stopped.sigval, ''
     return 0, ''
 
 
@@ -470,65 +468,7 @@ def _agree(status: int, text: str) -> tuple[int, str]:
     return status, ''
 
 
-# Signals
-
-
-class Stopped(BaseException):  # as KeyboardInterrupt: no `except Exception` may take it for a fault
-    """The run was asked to stop. `together`: all its processes stop here, after the same step."""
-
-    def __init__(self, number: int, saved: Path | None = None, together: bool = False):
-        self.signal, self.together = number, together
-        command = [word for word in sys.argv if word not in ('--overwrite', '--auto-resume')]
-        text = f'Stopped by {signal.Signals(number).name}'
-        if saved:
-            text += f' after saving {saved}. Go on with:\n{shlex.join(["python", *command, "--auto-resume"])}'
-        super().__init__(text)
-
-
-@dataclass
-class _Stop:
-    """The signal that came, and whether it has to wait for the end of a step."""
-
-    signal: int = 0
-    time: float = 0.0
-    held: bool = False
-
-
-_stop = _Stop()
-
-
-def hold_signals() -> None:
-    """From now on a signal to stop waits until somebody asks for it: `Run.stopping`, or `release_signals`."""
-    _stop.held = True
-
-
-def release_signals() -> None:
-    """From now on a signal ends the run wherever it is; one that waits does so here."""
-    _stop.held = False
-    if _stop.signal:
-        raise Stopped(_stop.signal)
-
-
-@contextlib.contextmanager
-def _heeding_signals() -> Iterator[None]:
-    """SIGTERM and SIGINT end the run with `Stopped`, at once or when it is ready; a second SIGINT always at once."""
-    _stop.signal, _stop.held = 0, False
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, _heed) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _heed(number: int, _) -> None:
-    again = _stop.signal and time.monotonic() - _stop.time > PASSED_ON
-    if not _stop.signal:
-        _stop.signal, _stop.time = number, time.monotonic()
-    if not _stop.held or (again and number == signal.SIGINT):
-        raise Stopped(number)
+# What a run leaves and takes
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, TINY
 
 import files
-import launch
+import signals
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'}
 
@@ -148,7 +148,7 @@ def test_a_signal_before_the_first_step_or_in_an_evaluation_ends_at_once(script,
 
 
 def test_a_second_sigint_ends_at_once(script, at_batch, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, 'PASSED_ON', 0.0)
+    monkeypatch.setattr(signals, 'PASSED_ON', 0.0)
 
     def twice():
         os.kill(os.getpid(), signal.SIGINT)

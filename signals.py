@@ -1,0 +1,76 @@
+"""SIGTERM and SIGINT: a run that is asked to stop does so when it is ready, and in order."""
+
+import contextlib
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PASSED_ON = 1  # second within which a launcher passes a signal on that its processes may have had as well
+
+
+class Stopped(BaseException):  # as KeyboardInterrupt: no `except Exception` may take it for a fault
+    """The run was asked to stop. `together`: all its processes stop here, after the same step."""
+
+    def __init__(self, number: int, saved: Path | None = None, together: bool = False):
+        self.signal, self.together = number, together
+        command = [word for word in sys.argv if word not in ('--overwrite', '--auto-resume')]
+        text = f'Stopped by {signal.Signals(number).name}'
+        if saved:
+            text += f' after saving {saved}. Go on with:\n{shlex.join(["python", *command, "--auto-resume"])}'
+        super().__init__(text)
+
+
+@dataclass
+class _Stop:
+    """The signal that came, and whether it has to wait for the end of a step."""
+
+    signal: int = 0
+    time: float = 0.0
+    held: bool = False
+
+
+_stop = _Stop()
+
+
+def waiting() -> int:
+    """The signal that waits, 0 for none."""
+    return _stop.signal
+
+
+def hold() -> None:
+    """From now on a signal to stop waits until somebody asks for it: `waiting`, or `release`."""
+    _stop.held = True
+
+
+def release() -> None:
+    """From now on a signal ends the run wherever it is; one that waits does so here."""
+    _stop.held = False
+    if _stop.signal:
+        raise Stopped(_stop.signal)
+
+
+@contextlib.contextmanager
+def heeded() -> Iterator[None]:
+    """SIGTERM and SIGINT end the run with `Stopped`, at once or when it is ready; a second SIGINT always at once."""
+    _stop.signal, _stop.held = 0, False
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, _heed) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _heed(number: int, _) -> None:
+    again = _stop.signal and time.monotonic() - _stop.time > PASSED_ON
+    if not _stop.signal:
+        _stop.signal, _stop.time = number, time.monotonic()
+    if not _stop.held or (again and number == signal.SIGINT):
+        raise Stopped(number)
