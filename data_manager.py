@@ -1,11 +1,15 @@
 """What a data set is on disk: Market1501, MARS and their toys -> train, query, gallery.
 
-The scan reads file names and MARS's tables, nothing else: no image is opened or looked up on disk.
+The scan reads file names and MARS's tables, nothing else: no image is opened or looked up on disk. That is what the
+command does: `python data_manager.py -d market1501` opens every image and says what is wrong with a data set.
 """
 
+import argparse
 import hashlib
 import os
 import re
+import sys
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -51,8 +55,8 @@ class Market1501:
 
     Found in `data_dir` as market1501 or Market-1501-v15.09.15, also nested once. Person and camera are read from the
     file name alone. Junk (pid -1) is dropped, distractors (pid 0) stay in the gallery; files that are no images
-    (Thumbs.db) or hidden are passed over. Train pids are relabelled 0..n-1 in ascending order, those of query and
-    gallery are as on disk; camids are 0..5. Items are sorted by file name.
+    (Thumbs.db) or hidden are passed over. Train pids are relabelled 0..n-1 in ascending order, from `train_pids` on
+    disk; those of query and gallery are as on disk; camids are 0..5. Items are sorted by file name.
 
     `name` is market1501 or toy_market1501. Raises UserError for a missing tree, a folder without images, an image
     whose name does not parse, a camera outside 1..6 and a training set of one person.
@@ -64,7 +68,8 @@ class Market1501:
         self.name = name
         root = _find(data_dir, name, MARKET_PARTS)
         train, query, gallery = (_scan_images(os.path.join(root, part)) for part in MARKET_PARTS)
-        self.train: list[Image] = _relabelled(train, root)
+        self.train: list[Image]
+        self.train, self.train_pids = _relabelled(train, root)
         self.query: list[Image] = query
         self.gallery: list[Image] = gallery
         self.num_train_pids, self.num_query_pids, self.num_gallery_pids = map(count_pids, (self.train, query, gallery))
@@ -78,7 +83,8 @@ class Mars:
 
     Found in `data_dir` as mars or MARS, also nested once. The name files and .mat tables of info/ say which frames
     make a tracklet, of whom and in which camera; items are (paths of the frames, pid, camid), in the tables' order.
-    Train pids are relabelled 0..n-1 in ascending order, those of query and gallery are as on disk; camids are 0..5.
+    Train pids are relabelled 0..n-1 in ascending order, from `train_pids` on disk; those of query and gallery are as on
+    disk; camids are 0..5.
 
     `official=False` is the original's protocol: queries are taken out of the gallery, which leaves 140 of the 1980
     without a match. `official=True` is the data set's own protocol: they stay, and all 1980 count. Figures of the one
@@ -111,7 +117,8 @@ class Mars:
             if not tracklets:
                 raise UserError(f'{root}/info: the {subset} set has no tracklet of a person; fetch info/ again')
 
-        self.train: list[Tracklet] = _relabelled(train, root)
+        self.train: list[Tracklet]
+        self.train, self.train_pids = _relabelled(train, root)
         self.query: list[Tracklet] = query
         self.gallery: list[Tracklet] = gallery
         self.num_train_pids, self.num_query_pids, self.num_gallery_pids = map(count_pids, (self.train, query, gallery))
@@ -180,12 +187,13 @@ def _find(data_dir: str, name: str, parts: dict[str, str]) -> str:
     raise UserError('\n'.join([f'{fault}; expected:', *(line.rstrip() for line in tree), advice]))
 
 
-def _relabelled(items: list, root: str) -> list:
-    """The training items with pids 0..n-1, in ascending order of the pids on disk."""
-    labels = {pid: label for label, pid in enumerate(sorted({pid for _, pid, _ in items}))}
+def _relabelled(items: list, root: str) -> tuple[list, list[int]]:
+    """The training items with pids 0..n-1, and the pids on disk in ascending order: that of label 0, of label 1 ..."""
+    pids = sorted({pid for _, pid, _ in items})
+    labels = {pid: label for label, pid in enumerate(pids)}
     if len(labels) < 2:
         raise UserError(f'{root}: the training set is of one person; there must be two or more to tell apart')
-    return [(paths, labels[pid], camid) for paths, pid, camid in items]
+    return [(paths, labels[pid], camid) for paths, pid, camid in items], pids
 
 
 def _print_statistics(
@@ -319,3 +327,140 @@ def fingerprint(dataset: Any) -> str:
             names = [os.path.basename(path) for path in ([paths] if isinstance(paths, str) else paths)]
             digest.update(f'{pid} {camid} {" ".join(names)}\n'.encode(errors='surrogateescape'))
     return digest.hexdigest()[:16]
+
+
+# ---- the check: python data_manager.py -d market1501 ----
+
+KNOWN = {  # persons and items of each subset
+    'market1501': {'train': (751, 12936), 'query': (750, 3368), 'gallery': (751, 15913)},
+    'mars': {'train': (625, 8298), 'query': (626, 1980), 'gallery': (621, 9330)},
+}
+MOST = 10  # cases that are listed of what is no fault
+Finding = tuple[bool, str, list[str]]  # is it a fault, what it is, each case of it: none if all is well
+
+
+def check(dataset: Market1501 | Mars, jobs: int = 1) -> Iterable[Finding]:
+    """What is wrong with a data set, and what is merely worth knowing. Opens every image, in `jobs` processes.
+
+    Faults are other statistics than the known ones, files that cannot be read, persons of the training set in the
+    test sets, and two persons with the same picture, byte by byte. Of MARS both protocols are looked at, whichever
+    was read. Persons are named as on disk; distractors (pid 0) are none.
+    """
+    train = [(paths, dataset.train_pids[label], camid) for paths, label, camid in dataset.train]
+    query, queries = dataset.query, set(dataset.query)
+    gallery = [item for item in dataset.gallery if item not in queries]  # as the original's protocol has it
+
+    subsets = {'train': train, 'query': query, 'gallery': gallery}
+    known = KNOWN.get(dataset.name.removesuffix('_official'), {})
+    found = {subset: (count_pids(items), len(items)) for subset, items in subsets.items()}
+    unlike = [subset for subset in known if found[subset] != known[subset]]
+    cases = ['{}: {} ids, {} items; known are {} and {}'.format(key, *found[key], *known[key]) for key in unlike]
+    yield True, 'statistics other than the known ones', cases
+
+    shared = set(dataset.train_pids) & {pid for _, pid, _ in query + gallery}
+    yield True, 'persons in both the training set and the test sets', list(map(str, sorted(shared)))
+    for subset, items in ('the training set', train), ('the test sets', query + gallery):
+        cameras = _cameras_of(items)
+        alone = [str(pid) for pid in sorted(cameras) if pid and len(cameras[pid]) == 1]
+        yield False, f'persons of {subset} in one camera only', alone
+
+    protocols = {'': gallery}
+    if dataset.kind == 'video':
+        protocols = {' under mars': gallery, ' under mars_official': gallery + query}
+    for protocol, items in protocols.items():
+        cameras = _cameras_of(items)
+        rows = [(_paths_of(item)[0], cameras.get(item[1]), item[2]) for item in query]
+        absent = [path for path, seen, _ in rows if seen is None]
+        yield False, f'queries without a match{protocol}, their person not in the gallery', absent
+        same = [path for path, seen, camid in rows if seen == {camid}]
+        yield False, f'queries without a match{protocol}, their person in their own camera only', same
+
+    pids = {path: item[1] for item in train + query + gallery for path in _paths_of(item)}
+    unread: list[str] = []
+    copies: dict[bytes, list[str]] = {}
+    for path, (digest, reason) in zip(pids, _open_all(list(pids), jobs), strict=True):
+        if reason:
+            unread.append(reason)
+        else:
+            copies.setdefault(digest, []).append(path)
+    yield True, f'files of {len(pids)} that cannot be read', unread
+    groups: dict[bool, list[str]] = {True: [], False: []}  # of two persons or not
+    for paths in copies.values():
+        if len(paths) > 1:
+            groups[len({pids[path] for path in paths} - {0}) > 1].append(' = '.join(paths))
+    yield True, 'groups of byte-equal files of different persons', groups[True]
+    yield False, 'groups of byte-equal files of one person or of distractors', groups[False]
+
+
+def _paths_of(item: Image | Tracklet) -> Sequence[str]:
+    return (item[0],) if isinstance(item[0], str) else item[0]
+
+
+def _cameras_of(items: Iterable[Image | Tracklet]) -> dict[int, set[int]]:
+    cameras: dict[int, set[int]] = {}
+    for _, pid, camid in items:
+        cameras.setdefault(pid, set()).add(camid)
+    return cameras
+
+
+def _open_all(paths: list[str], jobs: int) -> Iterable[tuple[bytes, str]]:
+    """What `_open` says of each path, in order; a bar on a terminal."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    from tqdm import tqdm
+
+    import dataset_loader  # noqa: F401 (before the processes are forked: it is slow to import)
+
+    pool = ProcessPoolExecutor(min(jobs, len(paths)))
+    try:
+        yield from tqdm(pool.map(_open, paths, chunksize=64), total=len(paths), unit='image', leave=False, disable=None)
+    finally:
+        pool.shutdown(cancel_futures=True)  # else an interruption waits for every image
+
+
+def _open(path: str) -> tuple[bytes, str]:
+    """A digest of the file, and why it cannot be read as an image, '' if it can."""
+    from dataset_loader import read_image
+
+    try:
+        os.stat(path)  # read_image would try three times to find what is not there
+        read_image(path)
+        with open(path, 'rb') as file:
+            return hashlib.file_digest(file, 'sha1').digest(), ''
+    except OSError as error:
+        return b'', f'cannot read the image {path}: {error.strerror}'
+    except UserError as error:
+        return b'', str(error)
+
+
+def main() -> None:
+    def fail(mistake: str | UserError) -> None:
+        sys.stderr.write(f'error: {mistake}\n')
+        sys.exit(2)
+
+    parser = argparse.ArgumentParser(description='Open every image of a data set and say what is wrong with it.')
+    parser.add_argument('-d', '--dataset', default='market1501', help=f'{", ".join(get_names())} (default: market1501)')
+    parser.add_argument('--data-dir', default='data', help='folder of the data sets (default: data)')
+    parser.add_argument('-j', '--jobs', type=int, default=os.cpu_count() or 1, help='processes (default: all cores)')
+    parser.error = fail
+    args = parser.parse_args()
+    started = time.monotonic()
+    faults = 0
+    try:
+        if args.jobs < 1:
+            raise UserError(f'-j {args.jobs}: the images are opened by one process or more')
+        for is_fault, what, cases in check(init_dataset(args.dataset, args.data_dir), args.jobs):
+            if not cases:
+                continue
+            faults += is_fault
+            listed = cases if is_fault or len(cases) <= MOST else [*cases[:MOST], f'and {len(cases) - MOST} more']
+            lines = (case if case.isprintable() else ascii(case)[1:-1] for case in listed)
+            print('\n    '.join([f'{"fault" if is_fault else "note"}: {what}: {len(cases)}', *lines]))
+    except UserError as mistake:
+        fail(mistake)
+    print(f'{args.dataset}: kinds of faults: {faults}; {time.monotonic() - started:.0f} s')
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == '__main__':
+    main()
