@@ -22,6 +22,7 @@ Image = tuple[str, int, int]  # path, pid, camid
 Tracklet = tuple[tuple[str, ...], int, int]  # paths of the frames in order, pid, camid
 
 NUM_CAMERAS = 6  # of either data set: 1..6 on disk, camid 0..5 here
+MOST_TRACKLETS = 20  # that a frame is in, on average: 1 in MARS, and a damaged table must not fill the memory
 IMAGE_TYPES = ('.jpg', '.jpeg', '.png')
 MARKET_NAME = re.compile(r'(-1|\d{1,9})_c(\d+)', re.ASCII)  # 0002_c1s1_000451_03.jpg: pid 2, camera 1
 MARS_NAME = re.compile(r'(\d{4}|00-1)C\dT\d+F\d+\.jpg', re.ASCII)  # 0001C1T0001F001.jpg: pid, camera, tracklet, frame
@@ -164,6 +165,11 @@ def count_pids(items: Iterable[Image | Tracklet]) -> int:
     return len({pid for _, pid, _ in items})
 
 
+def _plain(text: str) -> str:
+    """Foreign text as one line that cannot steer a terminal."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def _find(data_dir: str, name: str, parts: dict[str, str]) -> str:
     """The folder that holds all `parts`: data_dir/FOLDER or data_dir/FOLDER/FOLDER of the names it may have."""
     folders = FOLDERS[name]
@@ -231,13 +237,14 @@ def _scan_images(folder: str) -> list[Image]:
         match = MARKET_NAME.match(name)
         if not match:
             raise UserError(
-                f"{folder}: the name '{name}' does not parse; it must begin with person and camera, as in 0002_c1s1_"
+                f"{folder}: the name '{_plain(name)}' does not parse; "
+                'it must begin with person and camera, as in 0002_c1s1_'
             )
         pid, camera = map(int, match.groups())
         if pid == -1:
             continue
         if not 1 <= camera <= NUM_CAMERAS:
-            raise UserError(f"{folder}: '{name}' is of camera {camera}, but cameras are 1 to {NUM_CAMERAS}")
+            raise UserError(f"{folder}: '{_plain(name)}' is of camera {camera}, but cameras are 1 to {NUM_CAMERAS}")
         items.append((os.path.join(folder, name), pid, camera - 1))
     if not items:
         kinds = ', '.join(IMAGE_TYPES)
@@ -257,7 +264,7 @@ def _read_tracklets(root: str, subset: str) -> list[Tracklet | None]:
     if table.ndim != 2 or table.shape[1] != 4:
         raise UserError(f'{table_path} is a table of shape {table.shape}, but must have 4 columns; fetch info/ again')
 
-    tracklets = []
+    tracklets, num_frames = [], 0
     for row, (first, last, pid, camera) in enumerate(table.tolist(), start=1):
         if pid == -1:
             tracklets.append(None)
@@ -271,10 +278,18 @@ def _read_tracklets(root: str, subset: str) -> list[Tracklet | None]:
             raise UserError(
                 f'{track} is lines {first} to {last} of {names_path}, which has {len(names)}; fetch info/ again'
             )
+        num_frames += last - first + 1
+        if num_frames > MOST_TRACKLETS * len(names):
+            raise UserError(
+                f'{table_path}: tracks 1 to {row} are of {num_frames} frames, but {names_path} has {len(names)}; '
+                'fetch info/ again'
+            )
         frames = names[first - 1 : last]
         if not all(map(MARS_NAME.fullmatch, frames)):
             name = next(name for name in frames if not MARS_NAME.fullmatch(name))
-            raise UserError(f"{names_path}: the name '{name}' does not parse; it must be as 0001C1T0001F001.jpg")
+            raise UserError(
+                f"{names_path}: the name '{_plain(name[:100])}' does not parse; it must be as 0001C1T0001F001.jpg"
+            )
         if len(begins := {name[:6] for name in frames}) > 1:  # 0001C1: person and camera
             raise UserError(
                 f'{track}, lines {first} to {last} of {names_path}, mixes {" and ".join(sorted(begins)[:2])}, '
@@ -309,7 +324,7 @@ def _read_table(path: str, key: str) -> np.ndarray:
     try:
         table = loadmat(path, variable_names=[key], appendmat=False).get(key)
     except Exception as error:  # of any type: scipy parses bytes from a stranger
-        reason = ' '.join(str(error).split()) or type(error).__name__
+        reason = _plain(' '.join(str(error).split())[:200]) or type(error).__name__
         raise UserError(f'{path} cannot be read as a .mat file ({reason}); fetch info/ again') from error
     if table is None:
         raise UserError(f"{path} holds no table '{key}'; fetch info/ again")
@@ -454,8 +469,7 @@ def main() -> None:
                 continue
             faults += is_fault
             listed = cases if is_fault or len(cases) <= MOST else [*cases[:MOST], f'and {len(cases) - MOST} more']
-            lines = (case if case.isprintable() else ascii(case)[1:-1] for case in listed)
-            print('\n    '.join([f'{"fault" if is_fault else "note"}: {what}: {len(cases)}', *lines]))
+            print('\n    '.join([f'{"fault" if is_fault else "note"}: {what}: {len(cases)}', *map(_plain, listed)]))
     except UserError as mistake:
         fail(mistake)
     print(f'{args.dataset}: kinds of faults: {faults}; {time.monotonic() - started:.0f} s')

@@ -274,7 +274,8 @@ def test_names():
 
 def one_line(error) -> str:
     message = str(error.value)
-    assert '\n' not in message
+    assert message.isprintable()
+    assert len(message) < 2000
     return message
 
 
@@ -313,6 +314,8 @@ def test_a_missing_part_is_named(tmp_path):
         ('query', ['0001_c0s1_001051_00.jpg'], "'0001_c0s1_001051_00.jpg' is of camera 0, but cameras are 1 to 6"),
         ('bounding_box_test', ['0001_c7s1_001051_00.jpg'], 'is of camera 7, but cameras are 1 to 6'),
         ('bounding_box_train', MARKET['bounding_box_train'][:2], 'the training set is of one person'),
+        ('query', ['a\n\x1b[2J\udcff.jpg'], r"query: the name 'a\n\x1b[2J\udcff.jpg' does not parse"),
+        ('query', ['0001_c7\n.jpg'], r"query: '0001_c7\n.jpg' is of camera 7"),
     ],
 )
 def test_faults_of_market1501(tmp_path, part, names, fault):
@@ -372,6 +375,17 @@ def test_faults_of_mars_tables(tmp_path, table, fault):
     assert f'{tmp_path}/mars' in one_line(error)
 
 
+def test_a_mars_table_that_would_fill_the_memory(tmp_path):
+    """Ten thousand tracklets of all the frames that there are; each frame of MARS is in one."""
+    lines = ''.join(f'0001C1T0001F{frame % 1000:03d}.jpg\n' for frame in range(10**5))
+    table = np.array([[1, 10**5, 1, 1]] * 10**4)
+    root = put_info(tmp_path / 'mars', {'train': table})
+    (root / 'info' / 'train_name.txt').write_text(lines)
+    with pytest.raises(UserError) as error:
+        Mars(tmp_path)
+    assert 'tracks 1 to 21 are of 2100000 frames, but' in one_line(error)
+
+
 @pytest.mark.parametrize('dtype', [np.uint16, np.int64, float])
 def test_mars_tables_of_any_whole_type(tmp_path, dtype):
     put_info(tmp_path / 'mars', {'train': GOOD.astype(dtype), 'queries': np.array([QUERIES], dtype)})
@@ -401,6 +415,8 @@ def test_faults_of_mars_queries(tmp_path, queries, fault):
     [
         ('train_name.txt', b'', 'track 1 is lines 1 to 4 of'),
         ('train_name.txt', b'\n' * 9 + b'0001C1T0001F001.jpg', "the name '' does not parse"),
+        ('train_name.txt', b'\x1b[2J\n' * 9, r"the name '\x1b[2J' does not parse"),
+        ('train_name.txt', b'\n'.join([b'x' * 10**6] * 9), "the name 'xxx"),
         ('train_name.txt', b'\xff\xfe' * 9, 'cannot be read as lines of file names'),
         ('tracks_train_info.mat', b'', 'cannot be read as a .mat file'),
         ('tracks_train_info.mat', b'no table' * 40, 'cannot be read as a .mat file'),
