@@ -76,12 +76,19 @@ def audit(event: str, args: tuple) -> None:
     """Python's own account of what is run and opened; it sees what a patched os.system would not."""
     if not watching or event in HARMLESS:
         return
-    if event == 'exec' and not args[0].co_filename.startswith('<string'):  # a module that is imported late
+    if event == 'exec' and importing():  # PyTorch imports some of its modules late
         return
     if event == 'open' and not set(args[1] or '') & set('wax+') and not args[2] & (os.O_WRONLY | os.O_RDWR):
         return
     if event.startswith(FORBIDDEN):
         events.append(f'{event} {args}')
+
+
+def importing() -> bool:
+    frame = sys._getframe()
+    while frame and not frame.f_code.co_filename.startswith('<frozen importlib'):
+        frame = frame.f_back
+    return frame is not None
 
 
 sys.addaudithook(audit)
