@@ -1,12 +1,14 @@
 # make demo     train and test on a toy data set, from a fresh machine, in minutes
 # make test     every test, with coverage, and the linter
 # make soak     the tests that take long
+# make fuzz     random files for the readers of foreign files, FUZZ_SECONDS each (600)
 # make bench    speeds against the original's way, in ratios; BENCH=full for the large sizes
 
 PYTHON ?= python3
 PY = .venv/bin/python
+FUZZ_SECONDS ?= 600
 
-.PHONY: demo test soak bench
+.PHONY: demo test soak fuzz bench
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -28,6 +30,9 @@ test: .venv/dev
 
 soak: .venv/dev
 	$(PY) -m pytest -m soak
+
+fuzz: .venv/dev
+	$(PY) tests/fuzz/test_fuzz.py --seconds $(FUZZ_SECONDS)
 
 bench: .venv/run
 	$(PY) benchmarks/table.py $(if $(filter full,$(BENCH)),--full)

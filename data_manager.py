@@ -1,11 +1,15 @@
 """What a data set is on disk: Market1501, MARS and their toys -> train, query, gallery.
 
-The scan reads file names and MARS's tables, nothing else: no image is opened or looked up on disk.
+The scan reads file names and MARS's tables, nothing else: no image is opened or looked up on disk. That is what the
+command does: `python data_manager.py -d market1501` opens every image and says what is wrong with a data set.
 """
 
+import argparse
 import hashlib
 import os
 import re
+import sys
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,6 +22,7 @@ Image = tuple[str, int, int]  # path, pid, camid
 Tracklet = tuple[tuple[str, ...], int, int]  # paths of the frames in order, pid, camid
 
 NUM_CAMERAS = 6  # of either data set: 1..6 on disk, camid 0..5 here
+MOST_TRACKLETS = 20  # that a frame is in, on average: 1 in MARS, and a damaged table must not fill the memory
 IMAGE_TYPES = ('.jpg', '.jpeg', '.png')
 MARKET_NAME = re.compile(r'(-1|\d{1,9})_c(\d+)', re.ASCII)  # 0002_c1s1_000451_03.jpg: pid 2, camera 1
 MARS_NAME = re.compile(r'(\d{4}|00-1)C\dT\d+F\d+\.jpg', re.ASCII)  # 0001C1T0001F001.jpg: pid, camera, tracklet, frame
@@ -51,8 +56,8 @@ class Market1501:
 
     Found in `data_dir` as market1501 or Market-1501-v15.09.15, also nested once. Person and camera are read from the
     file name alone. Junk (pid -1) is dropped, distractors (pid 0) stay in the gallery; files that are no images
-    (Thumbs.db) or hidden are passed over. Train pids are relabelled 0..n-1 in ascending order, those of query and
-    gallery are as on disk; camids are 0..5. Items are sorted by file name.
+    (Thumbs.db) or hidden are passed over. Train pids are relabelled 0..n-1 in ascending order, from `train_pids` on
+    disk; those of query and gallery are as on disk; camids are 0..5. Items are sorted by file name.
 
     `name` is market1501 or toy_market1501. Raises UserError for a missing tree, a folder without images, an image
     whose name does not parse, a camera outside 1..6 and a training set of one person.
@@ -64,7 +69,8 @@ class Market1501:
         self.name = name
         root = _find(data_dir, name, MARKET_PARTS)
         train, query, gallery = (_scan_images(os.path.join(root, part)) for part in MARKET_PARTS)
-        self.train: list[Image] = _relabelled(train, root)
+        self.train: list[Image]
+        self.train, self.train_pids = _relabelled(train, root)
         self.query: list[Image] = query
         self.gallery: list[Image] = gallery
         self.num_train_pids, self.num_query_pids, self.num_gallery_pids = map(count_pids, (self.train, query, gallery))
@@ -78,7 +84,8 @@ class Mars:
 
     Found in `data_dir` as mars or MARS, also nested once. The name files and .mat tables of info/ say which frames
     make a tracklet, of whom and in which camera; items are (paths of the frames, pid, camid), in the tables' order.
-    Train pids are relabelled 0..n-1 in ascending order, those of query and gallery are as on disk; camids are 0..5.
+    Train pids are relabelled 0..n-1 in ascending order, from `train_pids` on disk; those of query and gallery are as on
+    disk; camids are 0..5.
 
     `official=False` is the original's protocol: queries are taken out of the gallery, which leaves 140 of the 1980
     without a match. `official=True` is the data set's own protocol: they stay, and all 1980 count. Figures of the one
@@ -111,7 +118,8 @@ class Mars:
             if not tracklets:
                 raise UserError(f'{root}/info: the {subset} set has no tracklet of a person; fetch info/ again')
 
-        self.train: list[Tracklet] = _relabelled(train, root)
+        self.train: list[Tracklet]
+        self.train, self.train_pids = _relabelled(train, root)
         self.query: list[Tracklet] = query
         self.gallery: list[Tracklet] = gallery
         self.num_train_pids, self.num_query_pids, self.num_gallery_pids = map(count_pids, (self.train, query, gallery))
@@ -157,6 +165,11 @@ def count_pids(items: Iterable[Image | Tracklet]) -> int:
     return len({pid for _, pid, _ in items})
 
 
+def _plain(text: str) -> str:
+    """Foreign text as one line that cannot steer a terminal."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def _find(data_dir: str, name: str, parts: dict[str, str]) -> str:
     """The folder that holds all `parts`: data_dir/FOLDER or data_dir/FOLDER/FOLDER of the names it may have."""
     folders = FOLDERS[name]
@@ -180,12 +193,13 @@ def _find(data_dir: str, name: str, parts: dict[str, str]) -> str:
     raise UserError('\n'.join([f'{fault}; expected:', *(line.rstrip() for line in tree), advice]))
 
 
-def _relabelled(items: list, root: str) -> list:
-    """The training items with pids 0..n-1, in ascending order of the pids on disk."""
-    labels = {pid: label for label, pid in enumerate(sorted({pid for _, pid, _ in items}))}
+def _relabelled(items: list, root: str) -> tuple[list, list[int]]:
+    """The training items with pids 0..n-1, and the pids on disk in ascending order: that of label 0, of label 1 ..."""
+    pids = sorted({pid for _, pid, _ in items})
+    labels = {pid: label for label, pid in enumerate(pids)}
     if len(labels) < 2:
         raise UserError(f'{root}: the training set is of one person; there must be two or more to tell apart')
-    return [(paths, labels[pid], camid) for paths, pid, camid in items]
+    return [(paths, labels[pid], camid) for paths, pid, camid in items], pids
 
 
 def _print_statistics(
@@ -223,13 +237,14 @@ def _scan_images(folder: str) -> list[Image]:
         match = MARKET_NAME.match(name)
         if not match:
             raise UserError(
-                f'{folder}: the name {name!r} does not parse; it must begin with person and camera, as in 0002_c1s1_'
+                f"{folder}: the name '{_plain(name)}' does not parse; "
+                'it must begin with person and camera, as in 0002_c1s1_'
             )
         pid, camera = map(int, match.groups())
         if pid == -1:
             continue
         if not 1 <= camera <= NUM_CAMERAS:
-            raise UserError(f'{folder}: {name!r} is of camera {camera}, but cameras are 1 to {NUM_CAMERAS}')
+            raise UserError(f"{folder}: '{_plain(name)}' is of camera {camera}, but cameras are 1 to {NUM_CAMERAS}")
         items.append((os.path.join(folder, name), pid, camera - 1))
     if not items:
         kinds = ', '.join(IMAGE_TYPES)
@@ -249,7 +264,7 @@ def _read_tracklets(root: str, subset: str) -> list[Tracklet | None]:
     if table.ndim != 2 or table.shape[1] != 4:
         raise UserError(f'{table_path} is a table of shape {table.shape}, but must have 4 columns; fetch info/ again')
 
-    tracklets = []
+    tracklets, num_frames = [], 0
     for row, (first, last, pid, camera) in enumerate(table.tolist(), start=1):
         if pid == -1:
             tracklets.append(None)
@@ -263,10 +278,18 @@ def _read_tracklets(root: str, subset: str) -> list[Tracklet | None]:
             raise UserError(
                 f'{track} is lines {first} to {last} of {names_path}, which has {len(names)}; fetch info/ again'
             )
+        num_frames += last - first + 1
+        if num_frames > MOST_TRACKLETS * len(names):
+            raise UserError(
+                f'{table_path}: tracks 1 to {row} are of {num_frames} frames, but {names_path} has {len(names)}; '
+                'fetch info/ again'
+            )
         frames = names[first - 1 : last]
         if not all(map(MARS_NAME.fullmatch, frames)):
             name = next(name for name in frames if not MARS_NAME.fullmatch(name))
-            raise UserError(f'{names_path}: the name {name!r} does not parse; it must be as 0001C1T0001F001.jpg')
+            raise UserError(
+                f"{names_path}: the name '{_plain(name[:100])}' does not parse; it must be as 0001C1T0001F001.jpg"
+            )
         if len(begins := {name[:6] for name in frames}) > 1:  # 0001C1: person and camera
             raise UserError(
                 f'{track}, lines {first} to {last} of {names_path}, mixes {" and ".join(sorted(begins)[:2])}, '
@@ -301,7 +324,7 @@ def _read_table(path: str, key: str) -> np.ndarray:
     try:
         table = loadmat(path, variable_names=[key], appendmat=False).get(key)
     except Exception as error:  # of any type: scipy parses bytes from a stranger
-        reason = ' '.join(str(error).split()) or type(error).__name__
+        reason = _plain(' '.join(str(error).split())[:200]) or type(error).__name__
         raise UserError(f'{path} cannot be read as a .mat file ({reason}); fetch info/ again') from error
     if table is None:
         raise UserError(f"{path} holds no table '{key}'; fetch info/ again")
@@ -319,3 +342,139 @@ def fingerprint(dataset: Any) -> str:
             names = [os.path.basename(path) for path in ([paths] if isinstance(paths, str) else paths)]
             digest.update(f'{pid} {camid} {" ".join(names)}\n'.encode(errors='surrogateescape'))
     return digest.hexdigest()[:16]
+
+
+# ---- the check: python data_manager.py -d market1501 ----
+
+KNOWN = {  # persons and items of each subset
+    'market1501': {'train': (751, 12936), 'query': (750, 3368), 'gallery': (751, 15913)},
+    'mars': {'train': (625, 8298), 'query': (626, 1980), 'gallery': (621, 9330)},
+}
+MOST = 10  # cases that are listed of what is no fault
+Finding = tuple[bool, str, list[str]]  # is it a fault, what it is, each case of it: none if all is well
+
+
+def check(dataset: Market1501 | Mars, jobs: int = 1) -> Iterable[Finding]:
+    """What is wrong with a data set, and what is merely worth knowing. Opens every image, in `jobs` processes.
+
+    Faults are other statistics than the known ones, files that cannot be read, persons of the training set in the
+    test sets, and two persons with the same picture, byte by byte. Of MARS both protocols are looked at, whichever
+    was read. Persons are named as on disk; distractors (pid 0) are none.
+    """
+    train = [(paths, dataset.train_pids[label], camid) for paths, label, camid in dataset.train]
+    query, queries = dataset.query, set(dataset.query)
+    gallery = [item for item in dataset.gallery if item not in queries]  # as the original's protocol has it
+
+    subsets = {'train': train, 'query': query, 'gallery': gallery}
+    known = KNOWN.get(dataset.name.removesuffix('_official'), {})
+    found = {subset: (count_pids(items), len(items)) for subset, items in subsets.items()}
+    unlike = [subset for subset in known if found[subset] != known[subset]]
+    cases = ['{}: {} ids, {} items; known are {} and {}'.format(key, *found[key], *known[key]) for key in unlike]
+    yield True, 'statistics other than the known ones', cases
+
+    shared = set(dataset.train_pids) & {pid for _, pid, _ in query + gallery}
+    yield True, 'persons in both the training set and the test sets', list(map(str, sorted(shared)))
+    for subset, items in ('the training set', train), ('the test sets', query + gallery):
+        cameras = _cameras_of(items)
+        alone = [str(pid) for pid in sorted(cameras) if pid and len(cameras[pid]) == 1]
+        yield False, f'persons of {subset} in one camera only', alone
+
+    protocols = {'': gallery}
+    if dataset.kind == 'video':
+        protocols = {' under mars': gallery, ' under mars_official': gallery + query}
+    for protocol, items in protocols.items():
+        cameras = _cameras_of(items)
+        rows = [(_paths_of(item)[0], cameras.get(item[1]), item[2]) for item in query]
+        absent = [path for path, seen, _ in rows if seen is None]
+        yield False, f'queries without a match{protocol}, their person not in the gallery', absent
+        same = [path for path, seen, camid in rows if seen == {camid}]
+        yield False, f'queries without a match{protocol}, their person in their own camera only', same
+
+    pids = {path: item[1] for item in train + query + gallery for path in _paths_of(item)}
+    unread: list[str] = []
+    copies: dict[bytes, list[str]] = {}
+    for path, (digest, reason) in zip(pids, _open_all(list(pids), jobs), strict=True):
+        if reason:
+            unread.append(reason)
+        else:
+            copies.setdefault(digest, []).append(path)
+    yield True, f'files of {len(pids)} that cannot be read', unread
+    groups: dict[bool, list[str]] = {True: [], False: []}  # of two persons or not
+    for paths in copies.values():
+        if len(paths) > 1:
+            groups[len({pids[path] for path in paths} - {0}) > 1].append(' = '.join(paths))
+    yield True, 'groups of byte-equal files of different persons', groups[True]
+    yield False, 'groups of byte-equal files of one person or of distractors', groups[False]
+
+
+def _paths_of(item: Image | Tracklet) -> Sequence[str]:
+    return (item[0],) if isinstance(item[0], str) else item[0]
+
+
+def _cameras_of(items: Iterable[Image | Tracklet]) -> dict[int, set[int]]:
+    cameras: dict[int, set[int]] = {}
+    for _, pid, camid in items:
+        cameras.setdefault(pid, set()).add(camid)
+    return cameras
+
+
+def _open_all(paths: list[str], jobs: int) -> Iterable[tuple[bytes, str]]:
+    """What `_open` says of each path, in order; a bar on a terminal."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    from tqdm import tqdm
+
+    import dataset_loader  # noqa: F401 (before the processes are forked: it is slow to import)
+
+    pool = ProcessPoolExecutor(min(jobs, len(paths)))
+    try:
+        yield from tqdm(pool.map(_open, paths, chunksize=64), total=len(paths), unit='image', leave=False, disable=None)
+    finally:
+        pool.shutdown(cancel_futures=True)  # else an interruption waits for every image
+
+
+def _open(path: str) -> tuple[bytes, str]:
+    """A digest of the file, and why it cannot be read as an image, '' if it can."""
+    from dataset_loader import read_image
+
+    try:
+        os.stat(path)  # read_image would try three times to find what is not there
+        read_image(path)
+        with open(path, 'rb') as file:
+            return hashlib.file_digest(file, 'sha1').digest(), ''
+    except OSError as error:
+        return b'', f'cannot read the image {path}: {error.strerror}'
+    except UserError as error:
+        return b'', str(error)
+
+
+def main() -> None:
+    def fail(mistake: str | UserError) -> None:
+        sys.stderr.write(f'error: {mistake}\n')
+        sys.exit(2)
+
+    parser = argparse.ArgumentParser(description='Open every image of a data set and say what is wrong with it.')
+    parser.add_argument('-d', '--dataset', default='market1501', help=f'{", ".join(get_names())} (default: market1501)')
+    parser.add_argument('--data-dir', default='data', help='folder of the data sets (default: data)')
+    parser.add_argument('-j', '--jobs', type=int, default=os.cpu_count() or 1, help='processes (default: all cores)')
+    parser.error = fail
+    args = parser.parse_args()
+    started = time.monotonic()
+    faults = 0
+    try:
+        if args.jobs < 1:
+            raise UserError(f'-j {args.jobs}: the images are opened by one process or more')
+        for is_fault, what, cases in check(init_dataset(args.dataset, args.data_dir), args.jobs):
+            if not cases:
+                continue
+            faults += is_fault
+            listed = cases if is_fault or len(cases) <= MOST else [*cases[:MOST], f'and {len(cases) - MOST} more']
+            print('\n    '.join([f'{"fault" if is_fault else "note"}: {what}: {len(cases)}', *map(_plain, listed)]))
+    except UserError as mistake:
+        fail(mistake)
+    print(f'{args.dataset}: kinds of faults: {faults}; {time.monotonic() - started:.0f} s')
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == '__main__':
+    main()

@@ -120,7 +120,7 @@ def _understand(loaded: Any, kind: str, where: str) -> Weights:
     return Weights(
         state_dict=state_dict,
         layout=', '.join(layout),
-        rank1=float(rank1) if isinstance(rank1, int | float | np.number) else None,
+        rank1=float(rank1) if isinstance(rank1, int | float | np.number) and abs(rank1) < 2**31 else None,
         epoch=epoch if isinstance(epoch, int) else None,
         state=checkpoint if ours else None,
     )

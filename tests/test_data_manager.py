@@ -2,12 +2,15 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import textwrap
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.io import savemat
 
 import data_manager
@@ -271,7 +274,8 @@ def test_names():
 
 def one_line(error) -> str:
     message = str(error.value)
-    assert '\n' not in message
+    assert message.isprintable()
+    assert len(message) < 2000
     return message
 
 
@@ -310,6 +314,8 @@ def test_a_missing_part_is_named(tmp_path):
         ('query', ['0001_c0s1_001051_00.jpg'], "'0001_c0s1_001051_00.jpg' is of camera 0, but cameras are 1 to 6"),
         ('bounding_box_test', ['0001_c7s1_001051_00.jpg'], 'is of camera 7, but cameras are 1 to 6'),
         ('bounding_box_train', MARKET['bounding_box_train'][:2], 'the training set is of one person'),
+        ('query', ['a\n\x1b[2J\udcff.jpg'], r"query: the name 'a\n\x1b[2J\udcff.jpg' does not parse"),
+        ('query', ['0001_c7\n.jpg'], r"query: '0001_c7\n.jpg' is of camera 7"),
     ],
 )
 def test_faults_of_market1501(tmp_path, part, names, fault):
@@ -369,6 +375,17 @@ def test_faults_of_mars_tables(tmp_path, table, fault):
     assert f'{tmp_path}/mars' in one_line(error)
 
 
+def test_a_mars_table_that_would_fill_the_memory(tmp_path):
+    """Ten thousand tracklets of all the frames that there are; each frame of MARS is in one."""
+    lines = ''.join(f'0001C1T0001F{frame % 1000:03d}.jpg\n' for frame in range(10**5))
+    table = np.array([[1, 10**5, 1, 1]] * 10**4)
+    root = put_info(tmp_path / 'mars', {'train': table})
+    (root / 'info' / 'train_name.txt').write_text(lines)
+    with pytest.raises(UserError) as error:
+        Mars(tmp_path)
+    assert 'tracks 1 to 21 are of 2100000 frames, but' in one_line(error)
+
+
 @pytest.mark.parametrize('dtype', [np.uint16, np.int64, float])
 def test_mars_tables_of_any_whole_type(tmp_path, dtype):
     put_info(tmp_path / 'mars', {'train': GOOD.astype(dtype), 'queries': np.array([QUERIES], dtype)})
@@ -398,6 +415,8 @@ def test_faults_of_mars_queries(tmp_path, queries, fault):
     [
         ('train_name.txt', b'', 'track 1 is lines 1 to 4 of'),
         ('train_name.txt', b'\n' * 9 + b'0001C1T0001F001.jpg', "the name '' does not parse"),
+        ('train_name.txt', b'\x1b[2J\n' * 9, r"the name '\x1b[2J' does not parse"),
+        ('train_name.txt', b'\n'.join([b'x' * 10**6] * 9), "the name 'xxx"),
         ('train_name.txt', b'\xff\xfe' * 9, 'cannot be read as lines of file names'),
         ('tracks_train_info.mat', b'', 'cannot be read as a .mat file'),
         ('tracks_train_info.mat', b'no table' * 40, 'cannot be read as a .mat file'),
@@ -426,3 +445,138 @@ def test_a_mars_name_that_does_not_parse(tmp_path, name):
     with pytest.raises(UserError) as error:
         Mars(tmp_path)
     assert f"{path}: the name '{name}' does not parse; it must be as 0001C1T0001F001.jpg" in one_line(error)
+
+
+# ---- the command that opens every image ----
+
+
+@pytest.fixture
+def checked(tmp_path, monkeypatch, capsys):
+    """Run the command on the data sets under `tmp_path`; gives back its status, what it found and its errors."""
+
+    def run(name, *args):
+        monkeypatch.setattr(sys, 'argv', ['data_manager.py', '-d', name, '--data-dir', str(tmp_path), '-j', '1', *args])
+        with pytest.raises(SystemExit) as end:
+            data_manager.main()
+        said = capsys.readouterr()
+        found = said.out.split('  ' + '-' * 30 + '\n')[-1].replace(f'{tmp_path}/', '')
+        return end.value.code, found.splitlines(), said.err
+
+    return run
+
+
+@pytest.fixture
+def market(tmp_path, monkeypatch):
+    """The tree that is read as Market1501, each image with its own bytes; its statistics are the known ones."""
+    monkeypatch.setitem(data_manager.KNOWN, 'market1501', {'train': (2, 3), 'query': (2, 2), 'gallery': (2, 2)})
+    for number, (part, name) in enumerate((part, name) for part, names in MARKET.items() for name in names):
+        (tmp_path / 'market1501' / part).mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (4, 8), (30 * number, 0, 0)).save(tmp_path / 'market1501' / part / name)
+    return tmp_path / 'market1501'
+
+
+NOTES = [
+    'note: persons of the training set in one camera only: 1',
+    '    7',
+    'note: persons of the test sets in one camera only: 1',
+    '    3',
+    'note: queries without a match, their person not in the gallery: 1',
+    '    market1501/query/0003_c5s1_000476_00.JPG',
+]
+
+
+def test_a_sound_data_set(market, checked):
+    status, found, errors = checked('market1501')
+    assert (status, found[:-1]) == (0, NOTES)
+    assert found[-1].startswith('market1501: kinds of faults: 0; ')
+    assert errors == ''  # no bar where there is no terminal
+
+
+def test_all_faults_of_a_data_set_are_found(market, checked, tmp_path):
+    (market / 'bounding_box_train' / '0001_c1s1_000001_00.jpg').write_bytes(b'no image')
+    query = market / 'query' / '0001_c1s1_001051_00.jpg'
+    train = market / 'bounding_box_train'
+    shutil.copy(query, train / '0009_c1s1_000001_00.jpg')
+    shutil.copy(query, train / '0009_c2s1_000001_00.jpg')
+    (market / 'bounding_box_test' / '0001_c2s1_000301_00.jpg').unlink()
+    (market / 'bounding_box_test' / '0001_c1s1_000301_00.jpg').symlink_to('/nowhere')
+    shutil.copy(train / '0002_c1s1_000451_03.jpg', train / '0002_c2s1_000451_03.jpg')
+    (market / 'query' / '0001_c3.png').write_bytes((market / 'query' / '0003_c5s1_000476_00.JPG').read_bytes()[:-20])
+    status, found, _ = checked('market1501', '-j', '2')
+    folder, kinds = 'market1501/bounding_box_train/', 'JPEG, PNG, BMP, GIF, PPM, TIFF'
+    assert status == 1
+    assert found[:-1] == [
+        'fault: statistics other than the known ones: 2',
+        '    train: 4 ids, 7 items; known are 2 and 3',
+        '    query: 2 ids, 3 items; known are 2 and 2',
+        'fault: persons in both the training set and the test sets: 1',
+        '    1',
+        'note: persons of the training set in one camera only: 2',
+        '    1',
+        '    7',
+        *NOTES[2:],
+        'note: queries without a match, their person in their own camera only: 1',
+        '    market1501/query/0001_c1s1_001051_00.jpg',
+        'fault: files of 12 that cannot be read: 3',
+        f'    cannot read the image {folder}0001_c1s1_000001_00.jpg: it is no {kinds} or WEBP file',
+        f'    cannot read the image market1501/query/0001_c3.png: {found[-7].split(": ")[1]}',
+        '    cannot read the image market1501/bounding_box_test/0001_c1s1_000301_00.jpg: No such file or directory',
+        'fault: groups of byte-equal files of different persons: 1',
+        f'    {folder}0009_c1s1_000001_00.jpg = {folder}0009_c2s1_000001_00.jpg = market1501/query/{query.name}',
+        'note: groups of byte-equal files of one person or of distractors: 1',
+        f'    {folder}0002_c1s1_000451_03.jpg = {folder}0002_c2s1_000451_03.jpg',
+    ]
+    assert found[-1].startswith('market1501: kinds of faults: 4; ')
+
+
+def test_a_distractor_is_no_person(market, checked):
+    shutil.copy(market / 'query' / MARKET['query'][0], market / 'bounding_box_test' / MARKET['bounding_box_test'][1])
+    status, found, _ = checked('market1501')
+    assert status == 0
+    assert found[-3] == 'note: groups of byte-equal files of one person or of distractors: 1'
+
+
+def test_names_that_would_steer_a_terminal(market, checked):
+    (market / 'query' / '0001_c1\x1b[2J\udcff.jpg').write_bytes(b'')
+    assert r'market1501/query/0001_c1\x1b[2J\udcff.jpg: ' in '\n'.join(checked('market1501')[1])
+
+
+@pytest.mark.parametrize('name', ['mars', 'mars_official'])
+def test_mars_is_checked_under_both_protocols(tmp_path, checked, monkeypatch, name):
+    toy_data.draw_mars(
+        tmp_path / 'mars', num_train=3, num_test=2, num_distractors=1, num_frames=(2, 3), height=24, width=12
+    )
+    status, found, _ = checked(name)
+    assert status == 1
+    assert found[0] == 'fault: statistics other than the known ones: 3'
+    assert found[3].endswith('; known are 621 and 9330')
+    monkeypatch.delitem(data_manager.KNOWN, 'mars')
+    path = min((tmp_path / 'mars' / 'bbox_train' / '0001').iterdir())
+    path.write_bytes(b'')
+    status, other, _ = checked(name)
+    assert status == 1
+    assert other[:-3] == found[4:-1]
+    assert f'    cannot read the image mars/bbox_train/0001/{path.name}: it is no JPEG' in other[-2]
+    assert 'note: queries without a match under mars, their person not in the gallery: 4' in other
+    assert not [line for line in other if 'mars_official,' in line and 'not in the gallery' in line]
+    assert 'note: queries without a match under mars_official, their person in their own camera only' not in other
+
+
+def test_mistakes_of_the_command_are_one_line(tmp_path, checked):
+    for name, args, fault in (
+        ('duke', (), "there is no data set 'duke'"),
+        ('market1501', (), 'no market1501 or Market-1501-v15.09.15 in --data-dir'),
+        ('toy_mars', ('-j', '0'), '-j 0: the images are opened by one process or more'),
+        ('toy_mars', ('-j', 'all'), "argument -j/--jobs: invalid int value: 'all'"),
+    ):
+        status, _, errors = checked(name, *args)
+        assert (status, errors[: len(fault) + 7]) == (2, f'error: {fault}')
+        assert 'Traceback' not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_room_is_cheap_to_import():
+    program = "import sys, data_manager; print(bool({'torch', 'scipy', 'tqdm', 'dataset_loader'} & set(sys.modules)))"
+    root = Path(data_manager.__file__).parent
+    ran = subprocess.run([sys.executable, '-c', program], cwd=root, capture_output=True, text=True, check=True)
+    assert ran.stdout == 'False\n'

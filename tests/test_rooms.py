@@ -18,7 +18,7 @@ MAY_IMPORT = {
     'transforms': set(),
     'samplers': set(),
     'launch': {'files', 'signals', 'utils'},
-    'data_manager': {'toy_data'},
+    'data_manager': {'toy_data', 'dataset_loader'},  # the latter lazily, for its check of every image
     'models': {'weights'},
     'ranking': {'eval_metrics', 'launch'},
     'dataset_loader': {'launch'},

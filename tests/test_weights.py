@@ -568,6 +568,13 @@ def test_the_harmless_twin_is_read(tmp_path):
         assert torch.equal(weights.read(tmp_path / 'x.pth').state_dict['weight'], torch.tensor([[1.0, 2], [3, 4]]))
 
 
+@pytest.mark.parametrize('rank1', [10**600, -(10**600)])
+def test_a_rank1_that_is_no_fraction(tmp_path, rank1):
+    value = b'}(' + text('state_dict') + GOOD + text('rank1') + number(rank1) + b'u'
+    (tmp_path / 'x.pth').write_bytes(zipped(value))
+    assert weights.read(tmp_path / 'x.pth').rank1 is None
+
+
 def test_strangers_files_need_no_memory(tmp_path):
     """All of them in a process that may take 256 MB more than PyTorch itself."""
     names = []
