@@ -65,7 +65,7 @@ def write(save_dir: str | Path) -> Path:
         title=f'{run.summary["dataset"]}, {run.summary["arch"]}',
         runs=[run],
         tiles=list(zip(FIGURES, run.scores[run.valid].mean(0), low, high, strict=True)),
-        charts=[_losses([run]), _rates([run]), _tests([run]), _cmc([run]), _distances(run), _embedding(run)],
+        charts=[*_history([run], run.losses), _cmc([run]), _distances(run), _embedding(run)],
         cameras=_cameras(run),
         **_examples(run),
     )
@@ -99,7 +99,7 @@ def compare(save_dirs: Sequence[str | Path], out: str | Path = 'compare.html') -
         runs=runs,
         table=table,
         pairs=pairs,
-        charts=[_losses(runs), _rates(runs), _tests(runs), _cmc(runs)],
+        charts=[*_history(runs, ['loss']), _cmc(runs)],
         **_changes(runs, both),
     )
 
@@ -124,21 +124,30 @@ def _write_page(path: Path, **content) -> Path:
 # ------------------------------------------------------------------------------------------------- the files of a run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """What the files of a run hold, and what follows from them."""
 
     name: str
     summary: dict[str, Any]  # results.json
     ranking: dict[str, np.ndarray]  # ranking.npz
-    losses: list[str]  # names of columns of `training`, the total first
-    training: dict[str, np.ndarray]  # column of metrics.csv -> (N,), the rows of batches
-    tests: dict[str, np.ndarray]  # column -> (T,), the rows of tests
+    metrics: dict[str, np.ndarray]  # column of metrics.csv -> (N,) float64, NaN where it is empty; {} without the file
+    losses: list[str]  # the columns of `metrics` that are losses, the total first
 
     def __getattr__(self, name: str) -> np.ndarray:
         if name in self.__dict__.get('ranking', ()):
             return self.ranking[name]
         raise AttributeError(name)
+
+    def curve(self, column: str) -> tuple[np.ndarray, np.ndarray]:
+        """Epochs trained (n,) and values (n,) in the rows that have the column; of many, the means of neighbours."""
+        if not np.isfinite(self.metrics.get(column, np.nan)).any():
+            return np.empty(0), np.empty(0)
+        epochs, batches, values = (self.metrics[name] for name in ('epoch', 'batch', column))  # (N,) each
+        epochs = np.where(np.isnan(batches), epochs, epochs - 1 + batches / np.nanmax(batches, initial=1))
+        known = np.flatnonzero(np.isfinite(values))
+        groups = np.array_split(known, min(len(known), POINTS))
+        return tuple(np.array([each[group].mean() for group in groups]) for each in (epochs, values))
 
     @functools.cached_property
     def valid(self) -> np.ndarray:
@@ -197,10 +206,10 @@ def read(save_dir: str | Path) -> Run:
     return run
 
 
-def _read_metrics(path: Path) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Names of the losses, and the columns of the rows of batches and of those of tests; all empty without a file."""
+def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The columns of metrics.csv, rows in order of epoch and batch, tests behind; and those that are losses."""
     if not path.exists():
-        return [], {}, {}
+        return {}, []
     rows = {}  # (epoch, batch) -> numbers; after a resume some repeat, and the last counts
     with path.open(newline='', encoding='utf-8') as file:
         reader = csv.DictReader(file, restval='')
@@ -208,11 +217,9 @@ def _read_metrics(path: Path) -> tuple[list[str], dict[str, np.ndarray], dict[st
             rows[row['epoch'], row['batch']] = [float(row[name] or 'nan') for name in reader.fieldnames]
         names = list(reader.fieldnames or ())
     table = np.array([*rows.values()], dtype=float).reshape(-1, len(names))  # (N, columns)
-    epochs, batches = table[:, names.index('epoch')], table[:, names.index('batch')]  # (N,) each
-    table = table[np.lexsort((batches, epochs))]
-    tests = np.isnan(table[:, names.index('batch')])  # (N,)
+    order = np.lexsort([table[:, names.index(name)] for name in ('batch', 'epoch')])
     losses = names[names.index('data_wait') + 1 : names.index('mAP')]
-    return losses, dict(zip(names, table[~tests].T, strict=True)), dict(zip(names, table[tests].T, strict=True))
+    return dict(zip(names, table[order].T, strict=True)), losses
 
 
 def _text(array: np.ndarray) -> str:
@@ -262,71 +269,45 @@ def _line(number: int) -> dict[str, Any]:
     return {'color': SERIES[number % len(SERIES)], 'linestyle': DASHES[number % len(DASHES)]}
 
 
-def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most POINTS means of neighbouring points."""
-    starts = np.linspace(0, len(x), min(len(x), POINTS), endpoint=False).astype(int)
-    sizes = np.diff(starts, append=len(x))
-    return np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts) / sizes
+def _history(runs: list[Run], losses: list[str]) -> list[dict | None]:
+    """The curves of training; one run also shows Rank-1."""
 
-
-def _time(run: Run) -> np.ndarray:
-    """(N,) epochs, with fractions, that had been trained at each row of batches."""
-    return run.training['epoch'] - 1 + run.training['batch'] / run.training['batch'].max()
-
-
-def _losses(runs: list[Run]) -> dict | None:
-    """Every loss of one run, the total of several."""
-    trained = [run for run in runs if run.training and len(run.training['epoch'])]
-    if not trained:
-        return None
-
-    def draw(axes) -> None:
-        lines = [(run, name) for run in runs for name in (run.losses if len(runs) == 1 else run.losses[:1])]
-        for number, (run, name) in enumerate(lines):
-            if run in trained:
-                label = name if len(runs) == 1 else run.name
-                axes.plot(*_thinned(_time(run), run.training[name]), label=label, **_line(number))
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if axes.dataLim.y0 < 0 else 0)
-
-    return _chart('Loss', 'Printed means of batches while training.', 'epochs trained', 'loss', draw)
-
-
-def _rates(runs: list[Run]) -> dict | None:
-    trained = [run for run in runs if run.training and len(run.training['epoch'])]
-    if not trained:
-        return None
-
-    def draw(axes) -> None:
+    def logarithmic(axes) -> None:
         from matplotlib.ticker import LogLocator
 
-        for number, run in enumerate(runs):
-            if run in trained:
-                label = run.name if len(runs) > 1 else None
-                axes.plot(*_thinned(_time(run), run.training['lr']), label=label, **_line(number))
         axes.set_yscale('log')
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter('{x:g}')
         axes.yaxis.set_minor_formatter('')
 
-    return _chart('Learning rate', 'On a logarithmic scale.', 'epochs trained', 'learning rate', draw)
+    def from_zero(axes) -> None:
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0] if axes.dataLim.y0 < 0 else 0))
+
+    shares = {'mAP': 'mAP', 'rank1': 'Rank-1'} if len(runs) == 1 else {'mAP': 'mAP'}
+    label = f'{" and ".join(shares.values())}, share of 1'
+    return [
+        _curves(
+            runs, 'Loss', 'Means of batches, as printed while training.', 'loss', {x: x for x in losses}, from_zero
+        ),
+        _curves(runs, 'Learning rate', 'On a logarithmic scale.', 'learning rate', {'lr': None}, logarithmic),
+        _curves(runs, 'Tests while training', 'Each dot is a test.', label, shares),
+    ]
 
 
-def _tests(runs: list[Run]) -> dict | None:
-    """mAP and Rank-1 of one run, mAP of several, where there is more than the last test."""
-    if not any(run.tests and len(run.tests['epoch']) > 1 for run in runs):
+def _curves(runs, title, note, ylabel, columns: dict, finish: Callable = lambda axes: None) -> dict | None:
+    """Columns of metrics.csv, with their labels, over the epochs; None where no run has two points."""
+    lines = [(run, column, *run.curve(column)) for run in runs for column in columns]
+    if max((len(values) for *_, values in lines), default=0) < 2:
         return None
 
     def draw(axes) -> None:
-        columns = (('mAP', 'mAP'), ('rank1', 'Rank-1')) if len(runs) == 1 else (('mAP', 'mAP'),)
-        lines = [(run, *column) for run in runs for column in columns]
-        for number, (run, column, name) in enumerate(lines):
-            if run.tests:
-                label = name if len(runs) == 1 else run.name
-                style = {'marker': 'o', 'markersize': 3.5, **_line(number)}
-                axes.plot(run.tests['epoch'], 100 * run.tests[column], label=label, **style)
+        for number, (run, column, epochs, values) in enumerate(lines):
+            label = columns[column] if len(runs) == 1 else run.name
+            marker = 'o' if title.startswith('Tests') else None
+            axes.plot(epochs, values, label=label, marker=marker, markersize=3.5, **_line(number))
+        finish(axes)
 
-    ylabel = 'mAP and Rank-1, %' if len(runs) == 1 else 'mAP, %'
-    return _chart('Tests while training', 'Each dot is a test.', 'epochs trained', ylabel, draw)
+    return _chart(title, note, 'epochs trained', ylabel, draw)
 
 
 def _cmc(runs: list[Run]) -> dict:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from matplotlib import colormaps
 from PIL import Image
 from tiny import Tiny
 
@@ -22,6 +23,7 @@ import ranking
 import report
 from errors import UserError
 from eval_metrics import average_precision
+from transforms import TestTransform
 
 WIDTH, HEIGHT = 1280, 1100  # of the browser's window
 
@@ -141,7 +143,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(saved):
         'report.html',
         'results.json',
     ]
-    assert not re.findall(r'(?:src|href|url)\W{1,3}(?!data:|#)[\w/]', page)
+    assert not re.findall(r'(?:src=|href=|url\()"?(?!data:|"?#)[^"]+', page)
     for name in ('Loss', 'Learning rate', 'Tests while training', 'Cumulative match', 'Distances', 'Embedding'):
         assert f'<h3>{name}' in page
     assert page.count('<img ') == page.count('data:image/jpeg')
@@ -166,7 +168,8 @@ def test_names_are_never_markup(tmp_path, market):
     summary.update(dataset='<script>alert(2)</script>', checkpoint='"><script>', command=['</code><script>'])
     (folder / 'results.json').write_text(json.dumps(summary))
     change(folder, query_files=text([str(tmp_path / name)] * len(market.query)))
-    for page in (report.write(folder), report.compare([folder, folder], tmp_path / 'out.html')):
+    other = put_run(tmp_path / 'other', market, noise=0.3)
+    for page in (report.write(folder), report.compare([folder, other], tmp_path / 'out.html')):
         page = page.read_text()
         assert '&lt;img src=x onerror=alert(1)&gt;.jpg' in page and '<img src=x' not in page
         assert page.count('<script') == 1 and '<b>run</b>' not in page
@@ -201,7 +204,14 @@ def test_which_queries_are_shown(tmp_path, saved):
 
 def test_rows_that_a_resume_repeats_count_once(saved):
     run = report.read(saved)
-    assert len(run.training['loss']) == 15 * 4 and run.tests['epoch'].tolist() == [3, 6, 9, 12, 15]
+    assert [len(each) for each in run.curve('loss')] == [15 * 4] * 2 and run.curve('mAP')[0].tolist() == [
+        3,
+        6,
+        9,
+        12,
+        15,
+    ]
+    assert len(run.metrics['epoch']) == 15 * 4 + 5 and run.curve('loss')[0][-1] == 15
     assert run.losses == ['loss', 'xent', 'htri']
 
 
@@ -255,7 +265,7 @@ def test_scores_are_the_figures_of_each_query(saved):
             continue
         ap = np.mean([(i + 1) / rank for i, rank in enumerate(ranks)])
         assert run.scores[query].tolist() == pytest.approx(
-            [ap, len(ranks) / ranks[-1], ranks[0] <= 1, ranks[0] <= 5, ranks[0] <= 10]
+            [ap, len(ranks) / ranks[-1], *(float(ranks[0] <= k) for k in (1, 5, 10))]
         )
 
 
@@ -281,8 +291,8 @@ def test_compare(tmp_path, market):
     for left, right in ((0, 1), (0, 2), (1, 2)):
         gain = scores[right] - scores[left]
         low, high = report.interval(gain[:, None])[:, 0]
-        row = rf'{runs[right]} against {runs[left]}</th><td>{100 * gain.mean():+.1f}</td><td>{100 * low:+.1f} to {100 * high:+.1f}'
-        assert row in page
+        cells = f'<td>{100 * gain.mean():+.1f}</td><td>{100 * low:+.1f} to {100 * high:+.1f}</td>'
+        assert f'{runs[right]} against {runs[left]}</th>{cells}' in page
     change_of = np.ptp(scores, axis=0)
     shown = [int(index) for index in re.findall(r'data-index="(\d+)"', page)]
     assert change_of[shown].tolist() == sorted(change_of, reverse=True)[: len(shown)]
@@ -316,13 +326,19 @@ def checkpoint(tmp_path):
 def test_activations_are_the_squared_channels(tmp_path, checkpoint, market, monkeypatch):
     cells = []
     monkeypatch.setattr(report, '_write_grid', lambda found, *_: cells.extend(found))
-    black = tmp_path / 'half black.png'
-    Image.fromarray(np.repeat([[[0] * 3], [[255] * 3]], 32, axis=0).astype('u1').repeat(32, axis=1)).save(black)
-    report.activations(checkpoint, [black], 'tiny', 64, 32)
+    image = market.query[0][0]
+    report.activations(checkpoint, [image], 'tiny', 64, 32)
     ((name, picture, under),) = cells
-    assert name == black.name and picture.shape == under.shape == (64, 32, 3)
-    assert under.min() >= 0 and under.max() <= 1
-    assert np.ptp(under[5]) < 0.2 < np.abs(under[5] - under[-5]).max()  # the map follows the picture
+    network = Tiny(7).eval()
+    network.load_state_dict(torch.load(checkpoint, weights_only=True)['state_dict'])
+    pixels = torch.from_numpy(np.array(Image.open(image)))[None]
+    with torch.inference_mode():
+        channels = network.base(TestTransform(64, 32)([(torch.tensor([0]), pixels)]))[0]  # (16, h, w)
+    heat = sum(channel**2 for channel in channels)
+    heat = torch.nn.functional.interpolate(heat[None, None], (64, 32), mode='bilinear')[0, 0]
+    heat = (heat - heat.min()) / (heat.max() - heat.min())
+    assert name == Path(image).name and picture.shape == (64, 32, 3)
+    assert np.abs(under - 0.4 * picture - 0.6 * colormaps['inferno'](heat.numpy())[..., :3]).max() < 0.02
 
 
 def test_activations_write_one_grid(tmp_path, checkpoint, market):
