@@ -169,6 +169,7 @@ def test_names_are_never_markup(tmp_path, market):
     (folder / 'results.json').write_text(json.dumps(summary))
     change(folder, query_files=text([str(tmp_path / name)] * len(market.query)))
     other = put_run(tmp_path / 'other', market, noise=0.3)
+    change(other, query_files=text([str(tmp_path / name)] * len(market.query)))
     for page in (report.write(folder), report.compare([folder, other], tmp_path / 'out.html')):
         page = page.read_text()
         assert '&lt;img src=x onerror=alert(1)&gt;.jpg' in page and '<img src=x' not in page
