@@ -111,7 +111,7 @@ def _write_page(path: Path, **content) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters['percent'] = lambda share, sign='': f'{100 * share:{sign}.1f}'
+    environment.filters['percent'] = lambda share, sign='': f'{100 * share:{sign}.1f}'.replace('-', '−')
     content['charts'] = [chart for chart in content['charts'] if chart]
     page = environment.get_template('report.html.j2').render(figures=FIGURES, resamples=RESAMPLES, **content)
     try:
@@ -243,14 +243,14 @@ def _chart(title: str, note: str, xlabel: str, ylabel: str, draw: Callable[[Any]
     from matplotlib.figure import Figure
 
     style = {
-        'svg.fonttype': 'none', 'svg.hashsalt': title, 'font.size': 9, 'text.parse_math': False,
+        'svg.fonttype': 'none', 'svg.hashsalt': title, 'font.size': 10.5, 'text.parse_math': False,
         'text.color': INK, 'axes.labelcolor': INK, 'axes.edgecolor': LINE, 'xtick.color': LINE, 'ytick.color': LINE,
         'xtick.labelcolor': INK, 'ytick.labelcolor': INK, 'grid.color': LINE, 'grid.linewidth': 0.5, 'axes.grid': True,
         'axes.axisbelow': True, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.facecolor': 'none',
         'figure.facecolor': 'none', 'legend.frameon': False, 'lines.linewidth': 1.6, 'lines.solid_capstyle': 'round',
     }  # fmt: skip
     with rc_context(style):
-        figure = Figure(figsize=(5.4, 3.3), layout='constrained')
+        figure = Figure(figsize=(4.8, 3.1), layout='constrained')
         axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
         draw(axes)
         if axes.get_legend_handles_labels()[1] and axes.get_legend() is None:
@@ -283,14 +283,17 @@ def _history(runs: list[Run], losses: list[str]) -> list[dict | None]:
     def from_zero(axes) -> None:
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0] if axes.dataLim.y0 < 0 else 0))
 
+    def percent(axes) -> None:
+        axes.yaxis.set_major_formatter(lambda share, _: f'{100 * share:g}')
+
     shares = {'mAP': 'mAP', 'rank1': 'Rank-1'} if len(runs) == 1 else {'mAP': 'mAP'}
-    label = f'{" and ".join(shares.values())}, share of 1'
+    label = f'{" and ".join(shares.values())}, %'
     return [
         _curves(
             runs, 'Loss', 'Means of batches, as printed while training.', 'loss', {x: x for x in losses}, from_zero
         ),
         _curves(runs, 'Learning rate', 'On a logarithmic scale.', 'learning rate', {'lr': None}, logarithmic),
-        _curves(runs, 'Tests while training', 'Each dot is a test.', label, shares),
+        _curves(runs, 'Tests while training', 'Each dot is a test.', label, shares, percent),
     ]
 
 
@@ -353,7 +356,7 @@ def _distances(run: Run) -> dict | None:
         for place, rate, side in zip(places, RATES, ('left', 'right'), strict=True):
             axes.axvline(edges[place], color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
             text = {'xycoords': ('data', 'axes fraction'), 'textcoords': 'offset points', 'ha': side, 'va': 'top'}
-            axes.annotate(f'{rate * 100:g}%', (edges[place], 1), (3 if side == 'left' else -3, 0), fontsize=8, **text)
+            axes.annotate(f'{rate * 100:g}%', (edges[place], 1), (3 if side == 'left' else -3, 0), fontsize=9, **text)
 
     found = '; '.join(
         f'at {rate * 100:g}%, {edges[place]:.4g} and {matches[place]:.1%}'

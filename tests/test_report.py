@@ -292,7 +292,7 @@ def test_compare(tmp_path, market):
     for left, right in ((0, 1), (0, 2), (1, 2)):
         gain = scores[right] - scores[left]
         low, high = report.interval(gain[:, None])[:, 0]
-        cells = f'<td>{100 * gain.mean():+.1f}</td><td>{100 * low:+.1f} to {100 * high:+.1f}</td>'
+        cells = f'<td>{100 * gain.mean():+.1f}</td><td>{100 * low:+.1f} to {100 * high:+.1f}</td>'.replace('-', '−')
         assert f'{runs[right]} against {runs[left]}</th>{cells}' in page
     change_of = np.ptp(scores, axis=0)
     shown = [int(index) for index in re.findall(r'data-index="(\d+)"', page)]
