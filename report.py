@@ -36,6 +36,10 @@ HEIGHT, STRIP_HEIGHT = 128, 80  # of an embedded picture, and of each frame of a
 FRAMES = {'query': 8, 'gallery': 4}  # of a tracklet
 QUALITY = 75  # of their JPEGs
 RATES = (0.01, 0.001)  # false-match rates
+NEEDED = {  # in results.json
+    *('mAP', 'queries', 'gallery', 'dataset', 'arch', 'checkpoint', 'rerank', 'height', 'width', 'precision', 'date'),
+    *('seed', 'device', 'versions', 'revision', 'command', 'dataset_fingerprint'),
+}
 POINTS = 400  # of a curve; more are averaged in groups
 
 # Okabe and Ito's colours, in which matplotlib draws. In the SVG each becomes a variable of the page, which has a shade
@@ -139,6 +143,11 @@ class Run:
             return self.ranking[name]
         raise AttributeError(name)
 
+    @property
+    def short_name(self) -> str:
+        """For legends."""
+        return self.name if len(self.name) <= 24 else f'…{self.name[-23:]}'
+
     def curve(self, column: str) -> tuple[np.ndarray, np.ndarray]:
         """Epochs trained (n,) and values (n,) in the rows that have the column; of many, the means of neighbours."""
         if not np.isfinite(self.metrics.get(column, np.nan)).any():
@@ -191,6 +200,9 @@ def read(save_dir: str | Path) -> Run:
         with np.load(folder / 'ranking.npz') as file:
             ranking = dict(file)
         run = Run(str(save_dir), summary, ranking, *_read_metrics(folder / 'metrics.csv'))
+        lacking = NEEDED - summary.keys()
+        if lacking:
+            raise ValueError(f'no {min(lacking)} in results.json')
         same = run.valid.any() and abs(run.scores[run.valid, 0].mean() - summary['mAP']) < 1e-4
         complete = len(run.queries) == len(run.valid) and len(run.files['gallery']) == len(run.g_pids)
     except OSError as problem:
@@ -254,7 +266,7 @@ def _chart(title: str, note: str, xlabel: str, ylabel: str, draw: Callable[[Any]
         axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
         draw(axes)
         if axes.get_legend_handles_labels()[1] and axes.get_legend() is None:
-            axes.legend(handlelength=2.6)
+            axes.legend(handlelength=2.6).set_in_layout(False)
         file = io.StringIO()
         figure.savefig(file, format='svg', metadata=dict.fromkeys(('Creator', 'Date', 'Format', 'Type')))
     svg = file.getvalue()
@@ -281,17 +293,18 @@ def _history(runs: list[Run], losses: list[str]) -> list[dict | None]:
         axes.yaxis.set_minor_formatter('')
 
     def from_zero(axes) -> None:
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0] if axes.dataLim.y0 < 0 else 0))
+        axes.set_ylim(bottom=min(0, axes.dataLim.y0))
 
     def percent(axes) -> None:
         axes.yaxis.set_major_formatter(lambda share, _: f'{100 * share:g}')
 
     shares = {'mAP': 'mAP', 'rank1': 'Rank-1'} if len(runs) == 1 else {'mAP': 'mAP'}
     label = f'{" and ".join(shares.values())}, %'
+    note = 'As printed while training.' + ' active: share of anchors whose triplet violates the margin.' * (
+        'active' in losses
+    )
     return [
-        _curves(
-            runs, 'Loss', 'Means of batches, as printed while training.', 'loss', {x: x for x in losses}, from_zero
-        ),
+        _curves(runs, 'Loss', note, 'loss', dict(zip(losses, losses, strict=True)), from_zero),
         _curves(runs, 'Learning rate', 'On a logarithmic scale.', 'learning rate', {'lr': None}, logarithmic),
         _curves(runs, 'Tests while training', 'Each dot is a test.', label, shares, percent),
     ]
@@ -305,9 +318,10 @@ def _curves(runs, title, note, ylabel, columns: dict, finish: Callable = lambda 
 
     def draw(axes) -> None:
         for number, (run, column, epochs, values) in enumerate(lines):
-            label = columns[column] if len(runs) == 1 else run.name
+            label = columns[column] if len(runs) == 1 else run.short_name
             marker = 'o' if title.startswith('Tests') else None
             axes.plot(epochs, values, label=label, marker=marker, markersize=3.5, **_line(number))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         finish(axes)
 
     return _chart(title, note, 'epochs trained', ylabel, draw)
@@ -321,7 +335,7 @@ def _cmc(runs: list[Run]) -> dict:
             hits = (run.first_ranks[run.valid, None] <= places).astype(float)  # (V, 50)
             low, high = 100 * interval(hits)
             axes.fill_between(places, low, high, color=SERIES[number % len(SERIES)], alpha=0.16, linewidth=0)
-            axes.plot(places, 100 * hits.mean(0), label=run.name if len(runs) > 1 else None, **_line(number))
+            axes.plot(places, 100 * hits.mean(0), label=run.short_name if len(runs) > 1 else None, **_line(number))
         axes.set_xlim(1, 50)
         axes.set_xticks([1, 5, 10, 20, 30, 40, 50])
         axes.set_ylim(top=101)
@@ -344,10 +358,8 @@ def _distances(run: Run) -> dict | None:
         used = np.flatnonzero(histograms[0] + histograms[1])
         last = min(used[-1] + 1, max(np.searchsorted(matches, 0.995), np.searchsorted(others, 0.995)))
         bins = np.linspace(edges[used[0]], edges[last], 81)  # equally wide: shares are read off the given bins
-        for shares, label, colour, dash in (
-            (others, 'non-matches', VERMILLION, '--'),
-            (matches, 'matches', GREEN, '-'),
-        ):
+        styles = (others, 'non-matches', VERMILLION, '--'), (matches, 'matches', GREEN, '-')
+        for shares, label, colour, dash in styles:
             heights = 100 * np.diff(np.interp(bins, edges, shares))  # (80,)
             axes.stairs(heights, bins, fill=True, color=colour, alpha=0.22)
             axes.stairs(heights, bins, color=colour, linestyle=dash, label=label, linewidth=1.4)
@@ -391,10 +403,9 @@ def _embedding(run: Run) -> dict | None:
         f'Features of {len(np.unique(pids))} identities on their two principal axes; queries are large and outlined.'
         f' Near in this plane need not be near in all {features.shape[1]} dimensions.'
     )
-    labels = (
-        f'{name} component ({share:.0%} of the variance)'
-        for name, share in zip(('first', 'second'), shares, strict=False)
-    )
+    labels = [
+        f'{name} axis ({share:.0%} of variance)' for name, share in zip(('first', 'second'), shares, strict=False)
+    ]
     return _chart('Embedding', note, *labels, draw)
 
 
