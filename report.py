@@ -397,7 +397,8 @@ def _embedding(run: Run) -> dict | None:
                 mine = (pids == pid) & (run.embedding_is_query == queried)
                 label = str(pid) if queried or not run.embedding_is_query[pids == pid].any() else None
                 axes.scatter(*plane[mine].T, color=colour, marker=marker, label=label, **style)
-        axes.legend(title='identity', loc='center left', bbox_to_anchor=(1, 0.5), handletextpad=0.1)
+        style = {'fontsize': 9, 'title_fontsize': 9, 'labelspacing': 0.25, 'handletextpad': 0.1}
+        axes.legend(title='identity', loc='center left', bbox_to_anchor=(1, 0.5), **style)
 
     note = (
         f'Features of {len(np.unique(pids))} identities on their two principal axes; queries are large and outlined.'

@@ -1,6 +1,8 @@
 """The page of a run in a real browser, against what numpy makes of the run's files.
 
-REPORT_SCREENSHOT=report.png python -m pytest tests/test_browser.py    # keeps the picture of the page
+REPORT_RUN=log/demo REPORT_SCREENSHOT=report.png python -m pytest tests/test_browser.py -k screenshot
+
+makes the picture of a run's page that README shows.
 """
 
 import json
@@ -174,8 +176,9 @@ def test_no_error_and_no_request(browser, saved, tmp_path):
     assert browser.get_log('browser') == []
 
 
-def test_screenshot(page, tmp_path):
+def test_screenshot(browser, saved, tmp_path):
+    show(browser, report.write(os.environ.get('REPORT_RUN', saved)).resolve())
     path = Path(os.environ.get('REPORT_SCREENSHOT', tmp_path / 'report.png'))
-    with Image.open(BytesIO(page.get_screenshot_as_png())) as picture:
+    with Image.open(BytesIO(browser.get_screenshot_as_png())) as picture:
         picture.convert('RGB').quantize(256).save(path, optimize=True)  # a third of the bytes
     assert 20_000 < path.stat().st_size < 300_000
