@@ -12,6 +12,7 @@ import base64
 import csv
 import functools
 import io
+import itertools
 import json
 import math
 import sys
@@ -63,12 +64,10 @@ def write(save_dir: str | Path) -> Path:
         UserError: the folder holds no results of a test, they are damaged or of two tests, or it cannot be written.
     """
     run = read(save_dir)
-    low, high = interval(run.scores[run.valid])
     return _write_page(
         Path(save_dir) / 'report.html',
         title=f'{run.summary["dataset"]}, {run.summary["arch"]}',
         runs=[run],
-        tiles=list(zip(FIGURES, run.scores[run.valid].mean(0), low, high, strict=True)),
         charts=[*_history([run], run.losses), _cmc([run]), _distances(run), _embedding(run)],
         cameras=_cameras(run),
         **_examples(run),
@@ -89,19 +88,14 @@ def compare(save_dirs: Sequence[str | Path], out: str | Path = 'compare.html') -
     both = np.all([run.valid for run in runs], axis=0)  # (Q,)
     if not both.any():
         raise UserError(f'{first.name} and the others share no query that has a match; compare runs of one gallery')
-    table, pairs = [], []
-    for run in runs:
-        low, high = interval(run.scores[run.valid])
-        table.append((run, list(zip(run.scores[run.valid].mean(0), low, high, strict=True))))
-    for i, left in enumerate(runs):
-        for right in runs[i + 1 :]:
-            gain = (right.scores - left.scores)[both, :1]  # (V, 1) of AP
-            pairs.append((left, right, gain.mean(), *interval(gain)[:, 0]))
+    pairs = []
+    for left, right in itertools.combinations(runs, 2):
+        gain = (right.scores - left.scores)[both, :1]  # (V, 1) of AP
+        pairs.append((left, right, gain.mean(), *interval(gain)[:, 0]))
     return _write_page(
         Path(out),
         title=f'{len(runs)} runs on {first.summary["dataset"]}',
         runs=runs,
-        table=table,
         pairs=pairs,
         charts=[*_history(runs, ['loss']), _cmc(runs)],
         **_changes(runs, both),
@@ -117,7 +111,7 @@ def _write_page(path: Path, **content) -> Path:
     )
     environment.filters['percent'] = lambda share, sign='': f'{100 * share:{sign}.1f}'.replace('-', '−')
     content['charts'] = [chart for chart in content['charts'] if chart]
-    page = environment.get_template('report.html.j2').render(figures=FIGURES, resamples=RESAMPLES, **content)
+    page = environment.get_template('report.html.j2').render(resamples=RESAMPLES, **content)
     try:
         write_whole(path, lambda file: file.write_bytes(page.encode('utf-8', 'replace')))
     except OSError as problem:
@@ -176,6 +170,12 @@ class Run:
         ap, penalty = (score(self.ranks, self.offsets) for score in (average_precision, inverse_negative_penalty))
         hits = [np.where(self.valid, self.first_ranks <= rank, np.nan) for rank in RANKS]
         return np.stack([ap, penalty, *hits], axis=1)
+
+    @functools.cached_property
+    def figures(self) -> list[tuple[str, float, float, float]]:
+        """Name, mean over the queries, and the ends of its interval, of each of FIGURES."""
+        scores = self.scores[self.valid]  # (V, 5)
+        return list(zip(FIGURES, scores.mean(0), *interval(scores), strict=True))
 
     @functools.cached_property
     def files(self) -> dict[str, list[list[str]]]:
