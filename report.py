@@ -320,7 +320,8 @@ def _curves(runs, title, note, ylabel, columns: dict, finish: Callable = lambda 
         for number, (run, column, epochs, values) in enumerate(lines):
             label = columns[column] if len(runs) == 1 else run.short_name
             marker = 'o' if title.startswith('Tests') else None
-            axes.plot(epochs, values, label=label, marker=marker, markersize=3.5, **_line(number))
+            if len(values):
+                axes.plot(epochs, values, label=label, marker=marker, markersize=3.5, **_line(number))
         axes.xaxis.get_major_locator().set_params(integer=True)
         finish(axes)
 
