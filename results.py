@@ -48,6 +48,18 @@ def write(folder: str | Path, summary: dict, dataset: Any, result: Any, more: di
             write_whole(folder / name, writer)
 
 
+def write_page(folder: str | Path) -> None:
+    """Write report.html; whatever goes wrong with it is told, and ends no run."""
+    import report  # with matplotlib, which is slow to import
+
+    path = Path(folder) / 'report.html'
+    with excused(path):
+        try:
+            report.write(folder)
+        except Exception as problem:
+            raise OSError(f'the page cannot be made ({type(problem).__name__}: {problem})') from problem
+
+
 def _column(items: list, column: int) -> np.ndarray:
     return np.array([item[column] for item in items])
 

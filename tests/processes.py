@@ -97,7 +97,8 @@ def tests(run, dataset, folder):
     """What the test prints, with statistics of BatchNorm that only the first process has right, and exact rankings."""
     options = SimpleNamespace(
         dataset='market1501', arch='tiny', height=32, width=16, workers=0, test_batch=5,
-        resume='', save_dir=str(folder), evaluate=True, save_features=True, rerank=False, k1=6, k2=3, lambda_value=0.3,
+        resume='', save_dir=str(folder), evaluate=True, save_features=True,
+        rerank=False, k1=6, k2=3, lambda_value=0.3, no_report=True,
     )  # fmt: skip
     torch.manual_seed(4)
     model = tiny.Tiny(5)

@@ -12,7 +12,7 @@ MAY_IMPORT = {
     'signals': set(),
     'utils': {'files'},
     'eval_metrics': set(),
-    'results': {'eval_metrics', 'files', 'utils'},
+    'results': {'eval_metrics', 'report', 'files', 'utils'},
     'weights': set(),
     'toy_data': set(),
     'transforms': set(),
@@ -35,6 +35,7 @@ MAY_IMPORT = {
         'utils',
     },
     'arguments': {'data_manager', 'models'},
+    'report': {'eval_metrics', 'files', 'models', 'weights', 'transforms', 'dataset_loader'},  # the last four lazily
 }
 SCRIPTS = {path.stem for path in ROOT.glob('train_*.py')}
 FILES = {path.stem: path for path in ROOT.glob('*.py')} | {'models': ROOT / 'models' / '__init__.py'}

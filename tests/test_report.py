@@ -1,0 +1,386 @@
+"""The page of a run, made from files that are put together here: plain colours rank toy pictures."""
+
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from matplotlib import colormaps
+from PIL import Image
+from tiny import Tiny
+
+import data_manager
+import ranking
+import report
+from errors import UserError
+from eval_metrics import average_precision
+from transforms import TestTransform
+
+WIDTH, HEIGHT = 1280, 1100  # of the browser's window
+
+
+def put_run(folder, dataset, noise=0.0, metrics=True):
+    """Write the files of a run: `dataset`'s images or tracklets ranked by plain colours with some noise."""
+    subsets = dataset.query, dataset.gallery
+    rng = np.random.default_rng(1)
+    features = [colours(subset) for subset in subsets]  # (N, 72) each
+    features = [each + noise * rng.normal(size=each.shape).astype('f4') for each in features]
+    pids, camids = ([np.array([item[column] for item in subset]) for subset in subsets] for column in (1, 2))
+    result = ranking.rank(*features, *pids, *camids)
+    ap = average_precision(result.ranks, result.offsets)
+    cameras = 1 + max(map(max, camids))
+    camera_map, camera_queries = np.full((cameras, cameras), np.nan), np.zeros((cameras, cameras), np.int64)
+    for camera in range(cameras):
+        here = camids[1] == camera
+        part = ranking.rank(features[0], features[1][here], pids[0], pids[1][here], camids[0], camids[1][here])
+        precisions = average_precision(part.ranks, part.offsets)
+        for row in range(cameras):
+            counted = precisions[(camids[0] == row) & part.valid]
+            camera_queries[row, camera] = len(counted)
+            camera_map[row, camera] = counted.mean() if len(counted) else np.nan
+    files = [[item[0] if isinstance(item[0], tuple) else (item[0],) for item in subset] for subset in subsets]
+    files = [['\t'.join(map(str, paths[:8])) for paths in each] for each in files]
+    embedded = np.isin(np.concatenate(pids), np.unique(pids[0])[:12])
+    write_files(
+        folder,
+        {
+            'mAP': float(np.nanmean(ap)), 'mINP': 0.5, 'cmc': result.cmc(50).tolist(),
+            'queries': {'all': len(ap), 'valid': result.num_valid}, 'gallery': len(pids[1]),
+            'dataset': 'toy_market1501', 'arch': 'colours of 12 bands', 'checkpoint': None, 'rerank': False,
+            'height': 96, 'width': 48, 'precision': 'fp32', 'date': '2018-04-01T12:00:00+00:00', 'seed': 1,
+            'device': 'CPU', 'versions': {'numpy': np.__version__}, 'revision': None, 'command': ['colours.py'],
+            'dataset_fingerprint': '0123456789abcdef',
+        },
+        {
+            'query_files': text(files[0]), 'gallery_files': text(files[1]), 'q_pids': pids[0], 'g_pids': pids[1],
+            'q_camids': camids[0], 'g_camids': camids[1], 'ranks': result.ranks, 'offsets': result.offsets,
+            'nearest': result.nearest, 'nearest_distances': result.nearest_distances, 'edges': result.edges,
+            'match_histogram': result.match_histogram, 'other_histogram': result.other_histogram,
+            'camera_map': camera_map, 'camera_queries': camera_queries,
+            'embedding_features': np.concatenate(features)[embedded][:400].astype('f2'),
+            'embedding_pids': np.concatenate(pids)[embedded][:400],
+            'embedding_camids': np.concatenate(camids)[embedded][:400],
+            'embedding_is_query': (np.arange(sum(map(len, pids))) < len(pids[0]))[embedded][:400],
+        },
+    )  # fmt: skip
+    if metrics:
+        put_metrics(folder / 'metrics.csv', noise)
+    return folder
+
+
+def write_files(folder, summary, arrays):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'results.json').write_text(json.dumps(summary))
+    np.savez(folder / 'ranking.npz', **arrays)
+
+
+def put_metrics(path, noise, epochs=15, batches=48):
+    rng = np.random.default_rng(2)
+    lines = ['epoch,batch,lr,images_per_s,data_wait,loss,xent,htri,mAP,mINP,rank1,rank5,rank10']
+    for epoch in range(1, epochs + 1):
+        for batch in range(10, batches, 10):
+            xent = 1.2 + 3.4 * np.exp(-epoch / 5) + 0.1 * rng.normal() + noise
+            htri = 0.05 + 0.7 * np.exp(-epoch / 4) + 0.03 * rng.normal()
+            lr = 6e-4 * 0.1 ** (epoch > 11)
+            lines.append(f'{epoch},{batch},{lr},200,0.01,{xent + htri},{xent},{htri},,,,,')
+        if epoch % 3 == 0:
+            good = 0.85 - 0.5 * np.exp(-epoch / 6) - noise
+            lines.append(f'{epoch},,,,,,,,{good - 0.1},{good / 3},{good},{good},{good}')
+    path.write_text('\n'.join([*lines[:20], *lines[10:]]) + '\n')  # some rows twice, as after a resume
+
+
+def text(items):
+    return np.frombuffer('\n'.join(items).encode('utf-8', 'surrogateescape'), np.uint8)
+
+
+def colours(items):
+    """(N, 72) float32: mean and spread of colour in 12 bands of each first frame, less what is usual of its camera."""
+    found = []
+    for paths, _, _ in items:
+        picture = Image.open(paths[0] if isinstance(paths, tuple) else paths).convert('RGB').resize((24, 48))
+        bands = np.asarray(picture, np.float32)[:, 6:18].reshape(12, -1, 3) / 255  # (12, pixels, 3)
+        found.append(np.stack([bands.mean(1), bands.std(1)]).ravel())
+    found, camids = np.stack(found), np.array([item[2] for item in items])
+    for camid in set(camids.tolist()):
+        found[camids == camid] -= found[camids == camid].mean(0)
+    return found
+
+
+def change(folder, **arrays):
+    with np.load(folder / 'ranking.npz') as file:
+        np.savez(folder / 'ranking.npz', **{**file, **arrays})
+
+
+@pytest.fixture(scope='session')
+def market(data_dir):
+    return data_manager.init_dataset('market1501', str(data_dir))
+
+
+@pytest.fixture
+def saved(tmp_path, market):
+    return put_run(tmp_path / 'run', market)
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def test_the_page_is_one_file_that_asks_for_nothing(saved):
+    path = report.write(saved)
+    page = path.read_text()
+    assert path == saved / 'report.html' and len(page) < 4e6
+    assert sorted(file.name for file in saved.iterdir()) == [
+        'metrics.csv',
+        'ranking.npz',
+        'report.html',
+        'results.json',
+    ]
+    assert not re.findall(r'(?:src=|href=|url\()"?(?!data:|"?#)[^"]+', page)
+    for name in ('Loss', 'Learning rate', 'Tests while training', 'Cumulative match', 'Distances', 'Embedding'):
+        assert f'<h3>{name}' in page
+    assert page.count('<img ') == page.count('data:image/jpeg')
+    assert '$' not in ''.join(re.findall(r'<text.*?</text>', page, re.S))
+
+
+def test_without_training_the_page_has_no_curves_of_it(tmp_path, market):
+    page = report.write(put_run(tmp_path, market, metrics=False)).read_text()
+    assert '<h3>Loss' not in page and '<h3>Cumulative match' in page
+
+
+def test_a_reranked_test_has_no_cameras(saved):
+    change(saved, camera_map=np.empty((0, 0)), camera_queries=np.empty((0, 0), int))
+    assert 'pair of cameras' not in report.write(saved).read_text()
+
+
+def test_names_are_never_markup(tmp_path, market):
+    name = '<img src=x onerror=alert(1)>.jpg'
+    shutil.copy(market.query[0][0], tmp_path / name)
+    folder = put_run(tmp_path / '<b>run</b> & $x$', market)
+    summary = json.loads((folder / 'results.json').read_text())
+    summary.update(dataset='<script>alert(2)</script>', checkpoint='"><script>', command=['</code><script>'])
+    (folder / 'results.json').write_text(json.dumps(summary))
+    change(folder, query_files=text([str(tmp_path / name)] * len(market.query)))
+    other = put_run(tmp_path / 'other', market, noise=0.3)
+    change(other, query_files=text([str(tmp_path / name)] * len(market.query)))
+    for page in (report.write(folder), report.compare([folder, other], tmp_path / 'out.html')):
+        page = page.read_text()
+        assert '&lt;img src=x onerror=alert(1)&gt;.jpg' in page and '<img src=x' not in page
+        assert page.count('<script') == 1 and '<b>run</b>' not in page
+
+
+def test_names_that_are_no_utf8(saved, market):
+    change(saved, query_files=text(['lost\udcff.jpg'] * len(market.query)))
+    assert 'lost?.jpg' in report.write(saved).read_text()
+
+
+def test_pictures_that_are_gone_leave_a_box(saved, market):
+    change(saved, gallery_files=text([f'gone/{i}.jpg' for i in range(len(market.gallery))]))
+    page = report.write(saved).read_text()
+    assert page.count('class="missing"') > len(market.query) and 'pictures were not found' in page
+
+
+def test_tracklets_are_strips(tmp_path, data_dir):
+    dataset = data_manager.init_dataset('mars', str(data_dir))
+    page = report.write(put_run(tmp_path, dataset)).read_text()
+    strips = [Image.open(BytesIO(base64.b64decode(each))) for each in re.findall(r'base64,([^"]+)"', page)]
+    assert {strip.height for strip in strips} == {report.STRIP_HEIGHT}
+    assert {strip.width // 40 for strip in strips} <= set(range(1, 6)) and max(strip.width for strip in strips) > 100
+
+
+def test_which_queries_are_shown(tmp_path, saved):
+    run = report.read(saved)
+    examples = report._examples(run)
+    shown = [query['index'] for query in examples['queries']]
+    assert shown == sorted(shown, key=lambda i: (run.scores[i, 0], i)) and set(shown) <= set(np.flatnonzero(run.valid))
+    assert all(query['groups'] for query in examples['queries'])
+
+
+def test_rows_that_a_resume_repeats_count_once(saved):
+    run = report.read(saved)
+    assert [len(each) for each in run.curve('loss')] == [15 * 4] * 2 and run.curve('mAP')[0].tolist() == [
+        3,
+        6,
+        9,
+        12,
+        15,
+    ]
+    assert len(run.metrics['epoch']) == 15 * 4 + 5 and run.curve('loss')[0][-1] == 15
+    assert run.losses == ['loss', 'xent', 'htri']
+
+
+@pytest.mark.parametrize(
+    'spoil',
+    [
+        lambda folder: (folder / 'results.json').unlink(),
+        lambda folder: (folder / 'ranking.npz').unlink(),
+        lambda folder: (folder / 'results.json').write_text('{}'),
+        lambda folder: (folder / 'results.json').write_text('[1'),
+        lambda folder: (folder / 'ranking.npz').write_bytes((folder / 'ranking.npz').read_bytes()[:900]),
+        lambda folder: change(folder, ranks=np.load(folder / 'ranking.npz')['ranks'] + 1),  # of another test
+        lambda folder: change(folder, query_files=text(['one.jpg'])),
+        lambda folder: (folder / 'metrics.csv').write_text('epoch,batch\n1,2\n'),
+        lambda folder: (folder / 'report.html').mkdir(),
+    ],
+)
+def test_a_folder_without_results_is_refused_in_one_line(saved, spoil):
+    spoil(saved)
+    with pytest.raises(UserError) as refused:
+        report.write(saved)
+    assert '\n' not in str(refused.value) and str(saved) in str(refused.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def test_interval_is_that_of_a_loop():
+    values = np.random.default_rng(3).beta(2, 1, size=(300, 2))
+    rng = np.random.default_rng(4)
+    means = [values[rng.integers(300, size=300)].mean(0) for _ in range(4000)]
+    assert report.interval(values) == pytest.approx(np.percentile(means, (2.5, 97.5), axis=0), abs=0.004)
+
+
+def test_interval_covers_the_mean_of_the_population_in_95_of_100_samples():
+    rng = np.random.default_rng(5)
+    low, high = np.stack([report.interval(rng.exponential(size=(120, 1)))[:, 0] for _ in range(300)]).T
+    assert 0.90 < np.mean((low <= 1) & (high >= 1)) < 0.98
+
+
+def test_interval_of_equal_values_is_that_value():
+    assert report.interval(np.full((7, 1), 0.25)).tolist() == [[0.25], [0.25]]
+
+
+def test_scores_are_the_figures_of_each_query(saved):
+    run = report.read(saved)
+    for query in range(len(run.valid)):
+        ranks = run.ranks[run.offsets[query] : run.offsets[query + 1]]
+        if not len(ranks):
+            assert np.isnan(run.scores[query]).all()
+            continue
+        ap = np.mean([(i + 1) / rank for i, rank in enumerate(ranks)])
+        assert run.scores[query].tolist() == pytest.approx(
+            [ap, len(ranks) / ranks[-1], *(float(ranks[0] <= k) for k in (1, 5, 10))]
+        )
+
+
+def test_threshold_is_the_largest_that_keeps_the_rate(saved):
+    change(
+        saved,
+        edges=np.arange(6, dtype='f4'),
+        match_histogram=np.array([5, 3, 0, 2, 0]),
+        other_histogram=np.array([0, 1, 0, 9, 990]),
+    )
+    note = report._distances(report.read(saved))['note']
+    assert 'at 1%, 4 and 100.0%; at 0.1%, 3 and 80.0%' in note
+
+
+# ------------------------------------------------------------------------------------------------------------- compare
+
+
+def test_compare(tmp_path, market):
+    runs = [put_run(tmp_path / name, market, noise) for name, noise in (('a', 0), ('b', 0.15), ('c', 0.3))]
+    page = report.compare(runs, tmp_path / 'out.html').read_text()
+    scores = [report.read(run).scores[:, 0] for run in runs]
+    assert page.count(' against ') - 1 == 3 + 1  # in the table's pairs and its head; what is shown says it once
+    for left, right in ((0, 1), (0, 2), (1, 2)):
+        gain = scores[right] - scores[left]
+        low, high = report.interval(gain[:, None])[:, 0]
+        cells = f'<td>{100 * gain.mean():+.1f}</td><td>{100 * low:+.1f} to {100 * high:+.1f}</td>'.replace('-', '−')
+        assert f'{runs[right]} against {runs[left]}</th>{cells}' in page
+    change_of = np.ptp(scores, axis=0)
+    shown = [int(index) for index in re.findall(r'data-index="(\d+)"', page)]
+    assert change_of[shown].tolist() == sorted(change_of, reverse=True)[: len(shown)]
+
+
+def test_compare_refuses_other_queries(tmp_path, saved, market):
+    other = put_run(tmp_path / 'other', market)
+    change(other, q_pids=np.load(other / 'ranking.npz')['q_pids'][::-1])
+    with pytest.raises(UserError, match='different queries'):
+        report.compare([saved, other], tmp_path / 'out.html')
+    assert not (tmp_path / 'out.html').exists()
+
+
+def test_compare_allows_data_that_moved(tmp_path, saved, market):
+    other = put_run(tmp_path / 'other', market)
+    change(other, query_files=text([f'elsewhere/{Path(item[0]).name}' for item in market.query]))
+    assert report.compare([saved, other], tmp_path / 'out.html').exists()
+
+
+# ------------------------------------------------------------------------------------------------- activations, command
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / 'tiny.pth.tar'
+    torch.save({'state_dict': Tiny(7).state_dict(), 'epoch': 0}, path)
+    return path
+
+
+def test_activations_are_the_squared_channels(tmp_path, checkpoint, market, monkeypatch):
+    cells = []
+    monkeypatch.setattr(report, '_write_grid', lambda found, *_: cells.extend(found))
+    image = market.query[0][0]
+    report.activations(checkpoint, [image], 'tiny', 64, 32)
+    ((name, picture, under),) = cells
+    network = Tiny(7).eval()
+    network.load_state_dict(torch.load(checkpoint, weights_only=True)['state_dict'])
+    pixels = torch.from_numpy(np.array(Image.open(image)))[None]
+    with torch.inference_mode():
+        channels = network.base(TestTransform(64, 32)([(torch.tensor([0]), pixels)]))[0]  # (16, h, w)
+    heat = sum(channel**2 for channel in channels)
+    heat = torch.nn.functional.interpolate(heat[None, None], (64, 32), mode='bilinear')[0, 0]
+    heat = (heat - heat.min()) / (heat.max() - heat.min())
+    assert name == Path(image).name and picture.shape == (64, 32, 3)
+    assert np.abs(under - 0.4 * picture - 0.6 * colormaps['inferno'](heat.numpy())[..., :3]).max() < 0.02
+
+
+def test_activations_write_one_grid(tmp_path, checkpoint, market):
+    images = [item[0] for item in market.query[:8]]
+    out = report.activations(checkpoint, images, 'tiny', 64, 32, tmp_path / 'grid.png')
+    with Image.open(out) as grid:
+        assert grid.format == 'PNG' and grid.width > 1000
+
+
+def command(*args, cwd=ROOT):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / 'report.py'), *map(str, args)],
+        cwd=cwd, capture_output=True, text=True, timeout=100, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_command_writes_the_page(saved):
+    assert command(saved) == (0, f'Wrote {saved}/report.html\n', '')
+
+
+@pytest.mark.parametrize(
+    ('args', 'words'),
+    [
+        ([], '--save-dir of one run'),
+        (['nowhere'], 'nowhere/results.json cannot be read'),
+        (['--activations', 'only.pth.tar'], 'no image'),
+        (['--activations', 'no.pth.tar', 'image.jpg'], 'no.pth.tar cannot be read'),
+        (['a', '--height', 'x'], 'height'),
+        (['a', '--activations', 'b', 'c'], 'or --activations'),
+        (['a', '--out', 'b'], 'report.html'),
+    ],
+)
+def test_mistakes_are_said_in_one_line(args, words, capsys, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['report.py', *args])
+    with pytest.raises(SystemExit) as end:
+        report.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith('error: ') and said.count('\n') == 1 and words in said
+
+
+def test_pictures_are_imported_with_the_first_page():
+    check = 'import sys, report; sys.exit(bool({"matplotlib", "jinja2", "torch"} & set(sys.modules)))'
+    assert subprocess.run([sys.executable, '-c', check], cwd=ROOT, timeout=60).returncode == 0
