@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+import results
 import signals
 import weights
 from data_manager import fingerprint
@@ -182,6 +183,8 @@ class Checkpoint:
         with excused(path):
             save_checkpoint(self._state(epoch, 0, rank1), is_best, path)
         self.saved = time.monotonic()
+        if not self.options.no_report:
+            results.write_page(self.options.save_dir)
 
     def _state(self, epoch: int, batch: int, rank1: float) -> dict:
         return {

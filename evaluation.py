@@ -76,7 +76,7 @@ class Test:
             cmc = result.cmc(MAX_RANK)
             figures = {'mAP': result.mAP, 'mINP': result.mINP, 'rank1': cmc[0], 'rank5': cmc[4], 'rank10': cmc[9]}
             results.write(self.options.save_dir, self._summary(result), self.dataset, result, {**cameras, **shown})
-            if not self.options.no_report:
+            if self.options.evaluate and not self.options.no_report:  # else when the test stands in metrics.csv as well
                 results.write_page(self.options.save_dir)
         values = torch.tensor(list(figures.values()), dtype=torch.float64)
         return dict(zip(figures, self.run.sum(values).tolist(), strict=True))

@@ -3,13 +3,17 @@ import csv
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from test_evaluation import options
 from tiny import Tiny
 
 import data_manager
 import eval_metrics
 import evaluation
+import files
 import launch
+import report
+import results
 
 
 @pytest.fixture(scope='module', params=['market1501', 'mars'])
@@ -73,3 +77,23 @@ def test_ranking_npz(tested):
     rows = [row for row, item in enumerate(subset) if item[1] in set(pids)]
     assert [subset[row][1] for row in rows] == pids.tolist()
     np.testing.assert_allclose(arrays['embedding_features'], everyone[rows], rtol=1e-3, atol=1e-6)
+
+
+def test_the_page_of_a_training_knows_its_last_test(script, tmp_path):
+    """It is written after the test has come to metrics.csv; what is wrong with it ends no training."""
+    options = ['--max-epoch', 2, '--eval-step', 1, '--print-freq', 1, '--save-dir', tmp_path]
+    TINY.remove('--no-report')
+    try:
+        assert script('train_img_model_xent', *options) == 0
+    finally:
+        TINY.append('--no-report')
+    assert len(report.read(tmp_path).curve('mAP')[1]) == 2
+    page = (tmp_path / 'report.html').read_text()
+    assert 'Tests while training' in page and 'toy' not in page
+
+
+def test_a_page_that_cannot_be_made_ends_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, 'write', lambda folder: 1 / 0)
+    results.write_page(tmp_path)
+    assert 'report.html: the page cannot be made (ZeroDivisionError: division by zero)' in capsys.readouterr().out
+    assert files.unwritten.pop().startswith(f'{tmp_path}')

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     'ranking': {'eval_metrics', 'launch'},
     'dataset_loader': {'launch'},
     'meters': {'launch', 'files', 'utils'},
-    'checkpoint': {'weights', 'data_manager', 'signals', 'files', 'utils'},
+    'checkpoint': {'weights', 'data_manager', 'results', 'signals', 'files', 'utils'},
     'evaluation': {
         'data_manager',
         'dataset_loader',
