@@ -314,6 +314,9 @@ def _read_query_rows(path: str, num_tracks: int) -> list[int]:
     rows = _read_table(path, 'query_IDX').ravel() - 1  # on disk from 1
     for row in rows[(rows < 0) | (rows >= num_tracks)][:1]:
         raise UserError(f'{path} points at track {row + 1}, but there are tracks 1 to {num_tracks}; fetch info/ again')
+    tracks, counts = np.unique(rows, return_counts=True)
+    for row in tracks[counts > 1][:1]:
+        raise UserError(f'{path} names track {row + 1} more than once; fetch info/ again')
     return rows.tolist()
 
 

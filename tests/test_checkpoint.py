@@ -20,9 +20,8 @@ def options(save_dir, **changes):
     return SimpleNamespace(
         **{
             'save_dir': str(save_dir), 'resume': '', 'resume_weights_only': False, 'overwrite': False, 'start_epoch': 0,
-            'evaluate': False, 'auto_resume': False, 'save_minutes': 5, 'keep': 3, 'no_report': True, 'test_epochs': {2},
-            'recipe': recipe,
-            'arguments': {**recipe, 'workers': 2}, **changes,
+            'evaluate': False, 'auto_resume': False, 'save_minutes': 5, 'keep': 3, 'no_report': True,
+            'test_epochs': {2}, 'recipe': recipe, 'arguments': {**recipe, 'workers': 2}, **changes,
         }
     )  # fmt: skip
 

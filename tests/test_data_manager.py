@@ -399,6 +399,7 @@ def test_mars_tables_of_any_whole_type(tmp_path, dtype):
     [
         (np.array([[0, 3]], dtype=np.uint16), 'query_IDX.mat points at track 0, but there are tracks 1 to 6'),
         (np.array([[7]], dtype=np.uint16), 'query_IDX.mat points at track 7, but there are tracks 1 to 6'),
+        (np.array([[2, 3, 2]], dtype=np.uint16), 'query_IDX.mat names track 2 more than once'),
         (np.array([[1]], dtype=np.uint16), 'the query set has no tracklet of a person'),
         (np.array([[2, 3, 4, 5, 6]], dtype=np.uint16), 'the gallery set has no tracklet of a person'),
     ],
