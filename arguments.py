@@ -25,7 +25,7 @@ ROOMS = {
     'run': 'seed use_cpu gpu_devices precision compile sync_bn width deterministic max_restarts',
     'data': 'workers cache',
     'test': 'dataset arch height width workers test_batch eval_step max_epoch resume evaluate save_dir save_features '
-    'rerank k1 k2 lambda_value no_report',
+    'rerank k1 k2 lambda_value no_report quiet',
     'save': 'save_dir resume auto_resume resume_weights_only overwrite start_epoch evaluate save_minutes keep '
     'no_report',
     'show': 'print_freq quiet tensorboard save_dir train_batch max_epoch',

@@ -19,6 +19,7 @@ from data_manager import fingerprint
 from dataset_loader import ImageDataset, VideoDataset, test_loader
 from errors import UserError
 from eval_metrics import average_precision
+from meters import bar_over
 from transforms import TestTransform
 from utils import mkdir_if_missing
 
@@ -156,7 +157,7 @@ def extract(model: nn.Module, items: list, options, run, file: np.ndarray | None
     was_training = model.training
     model.eval()
     done = 0
-    for images, indices, counts in loader:
+    for images, indices, counts in bar_over(loader, 'Extracting features', options.quiet, unit='batch'):
         with run.autocast(testing=True):
             found = model(prepare(images)).float()  # (frames, feat_dim)
         if tracklets:

@@ -5,7 +5,7 @@ import importlib.util
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,11 @@ from utils import AverageMeter
 
 FIGURES = ('mAP', 'mINP', 'rank1', 'rank5', 'rank10')  # of a test, 0..1
 HIDDEN = 'collapsed'  # is not shown, but said
+
+
+def bar_over(batches: Iterable | None, text: str, quiet: bool, **kwargs) -> tqdm:
+    """A progress bar over `batches`, on the terminal of the first process alone; nothing in a pipe or a log."""
+    return tqdm(batches, desc=text, disable=quiet or not sys.stdout.isatty(), leave=False, **kwargs)
 
 
 class LossMeter:
@@ -61,7 +66,8 @@ class LossMeter:
         if (epoch, start) == (0, 0) and launch.is_first():
             self.table.path.unlink(missing_ok=True)  # of a run before this one
         clock = _Clock()
-        with self._bar(start) as bar:
+        text = f'Epoch {epoch + 1}/{self.options.max_epoch}'
+        with bar_over(None, text, self.options.quiet, total=len(loader), initial=start, unit='batch') as bar:
             for self.count, batch in enumerate(clock.waiting(loader.epoch(epoch, start)), start + 1):
                 yield batch
                 bar.update()
@@ -143,11 +149,6 @@ class LossMeter:
             if name not in ('epoch', 'batch'):
                 self.board.add_scalar(f'{board}/{name}', value, step)
         self.board.flush()
-
-    def _bar(self, start: int) -> tqdm:
-        screen = launch.is_first() and sys.stdout.isatty() and not self.options.quiet
-        text = f'Epoch {self.epoch + 1}/{self.options.max_epoch}'
-        return tqdm(total=len(self.loader), initial=start, desc=text, unit='batch', disable=not screen, leave=False)
 
     def __str__(self) -> str:
         first, *others = (name for name in self.means if name != HIDDEN)

@@ -20,8 +20,8 @@ def options(save_dir, **changes):
         **{
             'dataset': 'market1501', 'arch': 'tiny', 'height': 32, 'width': 16, 'workers': 0, 'test_batch': 5,
             'test_epochs': {2}, 'resume': '', 'save_dir': str(save_dir), 'evaluate': True,
-            'save_features': False, 'rerank': False, 'k1': 20, 'k2': 6, 'lambda_value': 0.3, 'no_report': True,
-            'seq_len': 4, 'pool': 'avg', **changes,
+            'save_features': False, 'rerank': False, 'k1': 20, 'k2': 6, 'lambda_value': 0.3,
+            'no_report': True, 'quiet': False, 'seq_len': 4, 'pool': 'avg', **changes,
         }
     )  # fmt: skip
 

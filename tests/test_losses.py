@@ -4,7 +4,7 @@ import pytest
 import textbook
 import torch
 
-from losses import CenterLoss, CrossEntropyLabelSmooth, TripletLoss
+from losses import CenterLoss, CrossEntropyLabelSmooth, TripletLoss, collapsed
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 BATCHES = {  # pids of a batch
@@ -240,3 +240,30 @@ def test_cuda_computes_the_same_without_waiting(criterion):
         torch.cuda.set_sync_debug_mode('default')
     torch.testing.assert_close(cuda_loss.cpu(), loss)
     torch.testing.assert_close(on_cuda.grad.cpu(), features.grad)
+
+
+@pytest.mark.parametrize(
+    ('features', 'expected'),
+    [
+        (torch.ones(8, 4), 1),
+        (torch.ones(8, 4) + 1e-5 * torch.randn(8, 4), 1),
+        (torch.ones(8, 4) + 0.1 * torch.randn(8, 4), 0),
+        (torch.randn(8, 4), 0),
+        (torch.ones(1, 4), 0),
+        (torch.ones(8, 4, dtype=torch.bfloat16, requires_grad=True), 1),
+    ],
+)
+def test_collapsed_features_are_noticed(features, expected):
+    found = collapsed(features)
+    assert found == expected and found.shape == () and not found.requires_grad
+
+
+def test_a_triplet_loss_at_the_margin_is_collapse():
+    """Also where the features differ: none of an identity is nearer than those of others."""
+    criterion, pids = TripletLoss(0.3), torch.arange(8) // 4
+    criterion(torch.eye(8), pids)  # all distances are equal
+    assert criterion.collapsed == 1
+    criterion(torch.randn(8, 4), pids)
+    assert criterion.collapsed == 0
+    criterion(torch.randn(8, 4) + 50 * pids[:, None], pids)  # learned
+    assert criterion.collapsed == 0

@@ -30,6 +30,7 @@ MAY_IMPORT = {
         'transforms',
         'ranking',
         'eval_metrics',
+        'meters',
         'results',
         'launch',
         'utils',
