@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         self.requirements: list[tuple[Callable[[argparse.Namespace], bool], str]] = []
 
     def error(self, message: str):
-        if 'LOCAL_RANK' not in os.environ or os.environ.get('RANK') == '0':  # the first process of a run speaks
+        if os.environ.get('LOCAL_RANK', '0') == '0':  # the first process of each host speaks
             sys.stderr.write(f'error: {message.removeprefix("argument ")}\n')
         sys.exit(2)
 
@@ -63,7 +63,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None) -> Arguments:
         parsed = super().parse_args(args, namespace or Arguments())
-        if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):  # one of --max-restarts
+        restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+        if restarted:  # by torchrun --max-restarts
             parsed.auto_resume, parsed.overwrite = True, False
         if parsed.resume:  # nothing is fetched when weights are given
             parsed.pretrained = 'none'
@@ -72,7 +73,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(message.format(**vars(parsed)))
         _check_names(self, parsed)
         _check_batch(self, parsed)
-        _check_files(self, parsed)
+        _check_files(self, parsed, restarted)
         plain = vars(parsed.plain())
         recipe = {action.dest for action in self._optionals._group_actions}.difference(FREE.split())
         for room, names in ROOMS.items():
@@ -222,12 +223,15 @@ def _check_batch(parser: Parser, args: argparse.Namespace) -> None:
     )
 
 
-def _check_files(parser: Parser, args: argparse.Namespace) -> None:
+def _check_files(parser: Parser, args: argparse.Namespace, restarted: bool) -> None:
     """Whether the checkpoint is there and the folder can be written to; nothing of an earlier run is touched."""
     if args.resume and not Path(args.resume).is_file():
         parser.error(f'--resume {args.resume}: no such file')
-    if args.overwrite and args.auto_resume:
-        parser.error('--overwrite removes what --auto-resume would go on from: give one of them')
+    if args.overwrite and (args.auto_resume or args.max_restarts):
+        other = '--auto-resume' if args.auto_resume else '--max-restarts'
+        parser.error(f'--overwrite removes what {other} would go on from: give one of them')
+    if args.evaluate and args.auto_resume and not restarted:
+        parser.error('--evaluate tests the file of --resume: leave out --auto-resume')
     if args.resume_weights_only and not args.resume:
         parser.error('--resume-weights-only needs --resume PATH, the file to take the weights from')
     if args.start_epoch >= args.max_epoch and not args.evaluate:

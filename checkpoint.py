@@ -48,7 +48,7 @@ class Checkpoint:
         self.best_rank1 = -1.0
         self.saved = time.monotonic()
         self.meter = None
-        self.path, found = self._newest() if options.auto_resume else (None, None)
+        self.path, found = self._newest() if options.auto_resume and not options.evaluate else (None, None)
         goes_on = found is not None
         if options.resume and not goes_on:
             self.path, found = options.resume, weights.read(options.resume)
@@ -56,6 +56,13 @@ class Checkpoint:
         if found:
             print(f"Loading checkpoint from '{self.path}'")
             self._load(found, goes_on and not options.evaluate)
+
+        places = run.stack(torch.tensor([self.start_epoch, self.start_batch]))  # (world_size, 2)
+        if (places != places[0]).any():
+            raise UserError(
+                f'--save-dir {options.save_dir}: the processes of the run found different checkpoints there; use a '
+                f'folder that all hosts share'
+            )
 
     def _newest(self) -> tuple[Path | None, weights.Weights | None]:
         """The checkpoint in --save-dir that was written last and is whole."""
@@ -112,16 +119,24 @@ class Checkpoint:
                 f'--resume {self.options.resume} has finished epoch {self.start_epoch} of --max-epoch {max_epoch}: '
                 f'there is nothing left to train; raise --max-epoch'
             )
-        if self.options.overwrite and not self.options.resume and self.run.rank == 0:
-            for pattern in ('*.pth.tar', 'metrics.csv', 'events.out.tfevents.*'):
-                for path in Path(self.options.save_dir).glob(pattern):
-                    path.unlink()
+        if self.run.rank == 0:
+            self._clear()
         self.saved = time.monotonic()
         for epoch in range(self.start_epoch, max_epoch):
             signals.hold()
             print(f'==> Epoch {epoch + 1}/{max_epoch}')
             yield epoch
         signals.release()
+
+    def _clear(self) -> None:
+        """Remove what a killed process left half written, and with --overwrite the run that was there."""
+        patterns = ['.*.pth.tar.*']
+        if self.options.overwrite and (not self.options.resume or self.options.resume_weights_only):
+            patterns += ['*.pth.tar', 'metrics.csv', 'events.out.tfevents.*']
+        for pattern in patterns:
+            for path in Path(self.options.save_dir).glob(pattern):
+                if not (self.path and path.samefile(self.path)):
+                    path.unlink()
 
     def batches(self, loader: Any, epoch: int, meter: Any) -> Iterator[tuple]:
         """The batches of the epoch that are left.
@@ -151,7 +166,7 @@ class Checkpoint:
     def _save_position(self, epoch: int, done: int) -> Path | None:
         """Write resume_{epoch}_{batch}.pth.tar, both counted from 1; then drop older ones than the newest --keep."""
         path = Path(self.options.save_dir) / f'resume_{epoch + 1}_{done}.pth.tar'
-        if self.run.rank or not self.run.is_healthy():
+        if self.run.rank or not self.run.is_healthy() or not self._is_finite():
             return None
         with excused(path):
             save_checkpoint(self._state(epoch - 1, done, max(self.best_rank1, 0.0)), False, path)
@@ -159,6 +174,12 @@ class Checkpoint:
                 old.unlink()
         self.saved = time.monotonic()
         return path if path.exists() else None
+
+    def _is_finite(self) -> bool:
+        """Whether the weights are: a loss can be where its gradients are not."""
+        modules = [self.model, *(part for part in self.parts.values() if isinstance(part, torch.nn.Module))]
+        tensors = [tensor for module in modules for tensor in module.state_dict().values()]
+        return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
     def _lr(self) -> float:
         optimizers = (part for part in self.parts.values() if isinstance(part, torch.optim.Optimizer))
@@ -177,7 +198,7 @@ class Checkpoint:
             return
         if self.meter:
             self.meter.tested(epoch, figures)
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in self.model.state_dict().values()):
+        if not self._is_finite():
             raise UserError(f'weights are not finite after epoch {epoch + 1}; nothing was saved. Try a lower --lr')
         path = Path(self.options.save_dir) / f'checkpoint_ep{epoch + 1}.pth.tar'
         with excused(path):

@@ -69,7 +69,7 @@ class Test:
             result = rerank(*extracted, self.dataset, self.options, self.run)
         else:
             result = rank(*extracted, self.dataset, self.run)
-        cameras = {} if self.options.rerank else by_camera(*extracted, self.dataset, self.run)
+        cameras = {} if self.options.rerank or self.options.no_report else by_camera(*extracted, self.dataset, self.run)
         shown = sample(*extracted, self.dataset, self.run)
         figures = dict.fromkeys(('mAP', 'mINP', 'rank1', 'rank5', 'rank10'), 0.0)
         if self.run.rank == 0:

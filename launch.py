@@ -42,6 +42,7 @@ from utils import Logger, mkdir_if_missing
 
 NARROWEST_BF16 = 33  # pixels; below, the CPU's bf16 convolution of ResNet50's last stage returns garbage
 ENVIRONMENT = ['RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT']  # of torchrun
+ENDS = (0, 2, 128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit statuses after which --max-restarts leaves it at that
 LAUNCHER_NOTICES = 1  # second after which the launcher has ended the others of a process that was killed
 
 # One option under two names: that of torch 2.6, and that for which the newest lets it go.
@@ -84,7 +85,12 @@ def main(experiment: Callable, parser) -> None:
         stack.enter_context(Logger(path) if is_first() else _silence())
         try:
             if others:
-                status, text = _start_others(args.run)
+                for attempt in range(args.run.max_restarts + 1):
+                    status, text = _start_others(args.run, [] if attempt == 0 else ['--auto-resume'])
+                    if status in ENDS or attempt == args.run.max_restarts:
+                        break
+                    reason = text.removeprefix('error: ').strip() or f'the run ended with status {status}'
+                    print(f'{reason}; starting it again, {attempt + 1} of {args.run.max_restarts}')
             else:
                 stack.enter_context(signals.heeded())
                 print(f'==========\nArgs:{args.plain()}\n==========')
@@ -102,6 +108,7 @@ def main(experiment: Callable, parser) -> None:
             if stopped.together:
                 _leave()
         except Exception:
+            signals.ignore()  # one that comes now, when another process has ended, changes nothing
             status, text = _agree(1, traceback.format_exc())
         unwritten.clear()
     if text:
@@ -371,7 +378,7 @@ def _starts_others(options) -> bool:
     return (several or options.max_restarts > 0) and 'LOCAL_RANK' not in os.environ
 
 
-def _start_others(options) -> tuple[int, str]:
+def _start_others(options, more: list[str]) -> tuple[int, str]:
     """Run this very command once for each listed GPU, as torchrun does; the exit status, and what is left to say."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -387,10 +394,10 @@ def _start_others(options) -> tuple[int, str]:
         run_id='reid',
         rdzv_backend='c10d',
         rdzv_endpoint='localhost:0',  # any free port
-        max_restarts=options.max_restarts,
+        max_restarts=0,
     )
     try:
-        elastic_launch(config, sys.executable)(*sys.orig_argv[1:])
+        elastic_launch(config, sys.executable)(*sys.orig_argv[1:], *more)
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         if failure.exitcode < 0:
@@ -459,7 +466,6 @@ def _agree(status: int, text: str) -> tuple[int, str]:
     if _store is None:
         return status, text
     if status == 1:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no more to save
         time.sleep(LAUNCHER_NOTICES)  # if another was killed and this one misses it, it is ended here, and silent
     mine = f'{status} {os.environ["RANK"]}'
     with contextlib.suppress(RuntimeError):  # the store went with the process that held it
@@ -486,9 +492,9 @@ def _alone_in(save_dir: str) -> Iterator[None]:
             raise UserError(
                 f'--save-dir {save_dir}: another training run writes there (process {owner}); name another folder'
             ) from None
-        file.truncate(0)
-        file.write(f'{os.getpid()} on {platform.node()}')
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk; the lock holds without the name of its owner
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f'{os.getpid()} on {platform.node()}'.encode('ascii', 'replace'))
         yield
 
 

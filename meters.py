@@ -48,7 +48,8 @@ class LossMeter:
     def __init__(self, options: Any):
         self.options = options
         self.loader, self.epoch, self.count, self.lr = None, 0, 0, math.nan
-        self.unread: list[dict[str, Tensor]] = []
+        self.unread: list[dict[str, Tensor]] = []  # on the device
+        self.untold: list[dict[str, float]] = []  # read, and not yet in metrics.csv
         self.means: dict[str, AverageMeter] = {}
         self.warned = False
         self.table = _Table(Path(options.save_dir) / 'metrics.csv')
@@ -62,7 +63,8 @@ class LossMeter:
         Raises:
             UserError: see `read`.
         """
-        self.loader, self.epoch, self.lr, self.means, self.unread = loader, epoch, lr, {}, []
+        self.loader, self.epoch, self.lr = loader, epoch, lr
+        self.means, self.unread, self.untold = {}, [], []
         if (epoch, start) == (0, 0) and launch.is_first():
             self.table.path.unlink(missing_ok=True)  # of a run before this one
         clock = _Clock()
@@ -72,8 +74,9 @@ class LossMeter:
                 yield batch
                 bar.update()
                 if self.count % self.options.print_freq == 0:
-                    self._tell(self.read(), clock, bar)
-        self._record_losses(self.read(), clock, bar)
+                    self._tell(clock, bar)
+        self.read()
+        self._record_losses(clock, bar)
         if HIDDEN in self.means and self.means[HIDDEN].avg == 1 and not self.warned:
             self.warned = True
             print(
@@ -85,23 +88,22 @@ class LossMeter:
         """Take in the 0-dim losses of a batch."""
         self.unread.append({name: value.detach() for name, value in losses.items()})
 
-    def read(self) -> dict[str, float]:
-        """Fetch the losses of the batches since the last time from the device, and give their means.
-
-        Every process has to.
+    def read(self) -> None:
+        """Fetch the losses of the batches since the last time from the device; every process has to.
 
         Raises:
             UserError: one of them was not finite, in any process. It names epoch, batch and images; the weights are
                 those before that batch, and all steps since then did nothing.
         """
         if not self.unread:
-            return {}
+            return
         names = list(self.unread[0])
         rows = torch.stack([torch.stack([row[name].float() for name in names]) for row in self.unread])
         rows, self.unread = launch.mean(rows).tolist(), []
         for batch, row in enumerate(rows, self.count - len(rows) + 1):
             for name, value in zip(names, row, strict=True):
                 self.means.setdefault(name, AverageMeter()).update(value)
+            self.untold.append(dict(zip(names, row, strict=True)))
             if not all(map(math.isfinite, row)):
                 shown = ', '.join(f'{name} {value}' for name, value in zip(names, row, strict=True))
                 raise UserError(
@@ -109,24 +111,25 @@ class LossMeter:
                     f'nothing was saved from it. Try a lower --lr, or --precision fp32. Its images: '
                     f'{", ".join(self.loader.paths(self.epoch, batch - 1))}'
                 )
-        return {name: sum(column) / len(rows) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
 
     def tested(self, epoch: int, figures: dict[str, float]) -> None:
         """Take in the figures of a test after an epoch (from 0), in the first process."""
         self._record({'epoch': epoch + 1, **figures}, (epoch + 1) * len(self.loader), 'test')
 
-    def _tell(self, losses: dict[str, float], clock: '_Clock', bar: tqdm) -> None:
+    def _tell(self, clock: '_Clock', bar: tqdm) -> None:
+        self.read()
         line = f'Batch {self.count}/{len(self.loader)}\t {self}'
         if bar.disable and not self.options.quiet:
             print(line)
         elif hasattr(sys.stdout, 'note'):
             sys.stdout.note(line + '\n')
-        self._record_losses(losses, clock, bar)
+        self._record_losses(clock, bar)
 
-    def _record_losses(self, losses: dict[str, float], clock: '_Clock', bar: tqdm) -> None:
-        if not losses or not launch.is_first():
+    def _record_losses(self, clock: '_Clock', bar: tqdm) -> None:
+        untold, self.untold = self.untold, []
+        if not untold or not launch.is_first():
             return
-        losses = {name: value for name, value in losses.items() if name != HIDDEN}
+        losses = {name: sum(row[name] for row in untold) / len(untold) for name in untold[0] if name != HIDDEN}
         seconds, wait = clock.read()  # of a batch; the share that was waited for images
         speed = self.options.train_batch / seconds
         left = len(self.loader) * (self.options.max_epoch - self.epoch) - self.count
@@ -145,10 +148,11 @@ class LossMeter:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self.board = SummaryWriter(self.options.save_dir)
-        for name, value in row.items():
-            if name not in ('epoch', 'batch'):
-                self.board.add_scalar(f'{board}/{name}', value, step)
-        self.board.flush()
+        with excused(self.options.save_dir):
+            for name, value in row.items():
+                if name not in ('epoch', 'batch'):
+                    self.board.add_scalar(f'{board}/{name}', value, step)
+            self.board.flush()
 
     def __str__(self) -> str:
         first, *others = (name for name in self.means if name != HIDDEN)
@@ -190,9 +194,11 @@ class _Table:
         self.path = path
 
     def add(self, row: dict[str, float], losses: list[str]) -> None:
-        columns = ['epoch', 'batch', 'lr', 'images_per_s', 'data_wait', *losses, *FIGURES]
-        with excused(self.path), open(self.path, 'a', newline='', encoding='utf-8') as file:
-            table = csv.DictWriter(file, columns, restval='')
-            if file.tell() == 0:
-                table.writeheader()
+        with excused(self.path), open(self.path, 'a+', newline='', encoding='utf-8') as file:
+            file.seek(0)
+            columns = next(csv.reader(file), None)
+            if not columns:
+                columns = ['epoch', 'batch', 'lr', 'images_per_s', 'data_wait', *losses, *FIGURES]
+                csv.writer(file).writerow(columns)
+            table = csv.DictWriter(file, columns, restval='', extrasaction='ignore')
             table.writerow({name: f'{value:.6g}' for name, value in row.items()})

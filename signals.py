@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT: a run that is asked to stop does so when it is ready, and in order."""
 
 import contextlib
+import os
 import shlex
 import signal
 import sys
@@ -32,6 +33,7 @@ class _Stop:
     signal: int = 0
     time: float = 0.0
     held: bool = False
+    ending: bool = False  # `Stopped` was raised
 
 
 _stop = _Stop()
@@ -51,13 +53,20 @@ def release() -> None:
     """From now on a signal ends the run wherever it is; one that waits does so here."""
     _stop.held = False
     if _stop.signal:
+        _stop.ending = True
         raise Stopped(_stop.signal)
+
+
+def ignore() -> None:
+    """A run that fails has nothing more to save: from now on SIGTERM ends it silently, as a launcher means it."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def heeded() -> Iterator[None]:
     """SIGTERM and SIGINT end the run with `Stopped`, at once or when it is ready; a second SIGINT always at once."""
-    _stop.signal, _stop.held = 0, False
+    _stop.signal, _stop.held, _stop.ending = 0, False, False
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, _heed) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -72,5 +81,10 @@ def _heed(number: int, _) -> None:
     again = _stop.signal and time.monotonic() - _stop.time > PASSED_ON
     if not _stop.signal:
         _stop.signal, _stop.time = number, time.monotonic()
-    if not _stop.held or (again and number == signal.SIGINT):
+    at_once = again and number == signal.SIGINT
+    if _stop.ending:  # the run is on its way out, where nothing would catch a second `Stopped`
+        if at_once:
+            os._exit(128 + number)
+    elif at_once or not _stop.held:
+        _stop.ending = True
         raise Stopped(number)

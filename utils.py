@@ -64,8 +64,7 @@ class Logger:
                 note_unwritten(self.file.name, problem, 'the run goes on without its log')
 
     def flush(self) -> None:
-        self.console.flush()
-        self.file.flush()
+        self.console.flush()  # the file is written line by line, and its disk may be full
 
     def isatty(self) -> bool:
         return self.console.isatty()

@@ -98,7 +98,7 @@ def tests(run, dataset, folder):
     options = SimpleNamespace(
         dataset='market1501', arch='tiny', height=32, width=16, workers=0, test_batch=5,
         resume='', save_dir=str(folder), evaluate=True, save_features=True,
-        rerank=False, k1=6, k2=3, lambda_value=0.3, no_report=True, quiet=False,
+        rerank=False, k1=6, k2=3, lambda_value=0.3, no_report=False, quiet=False,
     )  # fmt: skip
     torch.manual_seed(4)
     model = tiny.Tiny(5)

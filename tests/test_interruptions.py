@@ -254,6 +254,38 @@ def test_auto_resume_begins_passes_over_damage_and_ends(script, tmp_path, capsys
     assert equal(weights_of(newest), ends)
 
 
+def test_weights_that_are_not_finite_are_no_position(script, tmp_path, monkeypatch, capsys):
+    """A loss can be finite where its gradients are not."""
+
+    hook = torch.nn.Module.__call__
+
+    def spoilt(self, *args):
+        out = hook(self, *args)
+        if isinstance(self, tiny.Tiny) and self.training:
+            out.register_hook(lambda gradient: gradient * float('nan'))
+        return out
+
+    monkeypatch.setattr(torch.nn.Module, '__call__', spoilt)
+    assert script('train_img_model_xent', '--max-epoch', 1, '--save-minutes', 1e-9, '--save-dir', tmp_path) == 2
+    assert 'not finite' in capsys.readouterr().err
+    assert names(tmp_path) == []
+
+
+def test_what_a_killed_save_left_is_removed(script, tmp_path):
+    left = tmp_path / '.resume_1_1.pth.tar.12345'
+    left.write_bytes(b'half')
+    assert script('train_img_model_xent', '--max-epoch', 1, '--save-dir', tmp_path) == 0
+    assert not left.exists()
+
+
+def test_weights_only_with_overwrite_spares_the_file_it_begins_with(script, tmp_path):
+    assert script('train_img_model_xent', '--max-epoch', 2, '--eval-step', 1, '--save-dir', tmp_path) == 0
+    begin = ['--resume', tmp_path / 'checkpoint_ep1.pth.tar', '--resume-weights-only', '--overwrite']
+    assert script('train_img_model_xent', *begin, '--max-epoch', 3, '--save-dir', tmp_path) == 0
+    found = [name for name in names(tmp_path) if name.startswith('check')]
+    assert found == ['checkpoint_ep1.pth.tar', 'checkpoint_ep3.pth.tar']
+
+
 def test_positions_are_kept_by_number(script, tmp_path):
     options = ['--max-epoch', 4, '--save-dir', tmp_path, '--save-minutes', 1e-9, '--keep', 2]
     assert script('train_img_model_xent', *options) == 0
@@ -309,7 +341,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk(script, small_disk, capsys):
-    options = ['--max-epoch', 9, '--eval-step', 1, '--save-dir', small_disk]
+    options = ['--max-epoch', 9, '--eval-step', 1, '--save-dir', small_disk, '--workers', 1]
     assert script('train_img_model_xent', *options) == 2
     assert 'No space left on device; what was there is untouched' in capsys.readouterr().out
     for path in small_disk.glob('*.pth.tar'):

@@ -90,7 +90,10 @@ FIGURES = {'mAP': 0.5, 'mINP': 0.25, 'rank1': 0.75, 'rank5': 1.0, 'rank10': 1.0}
 
 def test_metrics_csv(meter, tmp_path, capsys):
     first = meter(2)
-    watch(first, [1.0, 2.0, 6.0], htri=torch.tensor(0.5), collapsed=torch.tensor(0.0))
+    for loss in first.watch(Losses(1.0, 2.0, 6.0), 0):
+        first.update(loss=torch.tensor(loss), htri=torch.tensor(0.5), collapsed=torch.tensor(0.0))
+        if loss == 6.0:
+            first.read()  # as the checkpoint does before it saves
     first.tested(0, FIGURES)
     found = rows(tmp_path)
     assert list(found[0]) == ['epoch', 'batch', 'lr', 'images_per_s', 'data_wait', 'loss', 'htri', *FIGURES]
@@ -100,6 +103,14 @@ def test_metrics_csv(meter, tmp_path, capsys):
     assert all(float(row['images_per_s']) > 0 and 0 <= float(row['data_wait']) <= 1 for row in found[:2])
     watch(meter(1), [1.0, 2.0], epoch=1, start=1, htri=torch.tensor(0.5))  # a run that goes on
     assert [row['batch'] for row in rows(tmp_path)] == ['2', '3', '', '2']
+    late = meter(1)  # a run that goes on behind the last batch of an epoch, with its test
+    watch(late, [1.0, 2.0], epoch=1, start=2)
+    late.tested(1, FIGURES)
+    assert rows(tmp_path)[-1] == {
+        **dict.fromkeys(found[0], ''),
+        'epoch': '2',
+        **{k: f'{v:g}' for k, v in FIGURES.items()},
+    }
     watch(meter(1), [1.0])  # one that begins
     assert len(rows(tmp_path)) == 1
 

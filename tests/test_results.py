@@ -23,7 +23,7 @@ def tested(request, data_dir, tmp_path_factory):
     dataset = data_manager.init_dataset(request.param, str(data_dir))
     torch.manual_seed(0)
     model, cpu = Tiny(3), launch.Run(torch.device('cpu'), 'fp32', 'fp32', 1)
-    test = evaluation.Test(dataset, options(folder), cpu)
+    test = evaluation.Test(dataset, options(folder, no_report=False), cpu)
     figures = test(model)
     features = [evaluation.extract(model, items, test.options, cpu)[0] for items in (dataset.query, dataset.gallery)]
     return dataset, features, torch.cdist(*features).square().numpy(), folder, figures
