@@ -24,6 +24,7 @@ from transforms import TestTransform
 from utils import mkdir_if_missing
 
 MAX_RANK = 50
+NO_CAMERAS = {'camera_map': np.zeros((0, 0)), 'camera_queries': np.zeros((0, 0), np.int64)}
 EMBEDDED, EMBEDDED_ROWS = 12, 400  # identities and images whose features are kept for a plot
 
 
@@ -69,7 +70,8 @@ class Test:
             result = rerank(*extracted, self.dataset, self.options, self.run)
         else:
             result = rank(*extracted, self.dataset, self.run)
-        cameras = {} if self.options.rerank or self.options.no_report else by_camera(*extracted, self.dataset, self.run)
+        unasked = self.options.rerank or self.options.no_report
+        cameras = NO_CAMERAS if unasked else by_camera(*extracted, self.dataset, self.run)
         shown = sample(*extracted, self.dataset, self.run)
         figures = dict.fromkeys(('mAP', 'mINP', 'rank1', 'rank5', 'rank10'), 0.0)
         if self.run.rank == 0:
