@@ -465,6 +465,8 @@ def _agree(status: int, text: str) -> tuple[int, str]:
     """
     if _store is None:
         return status, text
+    if status == 1 and signals.waiting():  # the launcher ended it, for the sake of another, before it noticed
+        return 128 + signals.waiting(), ''
     if status == 1:
         time.sleep(LAUNCHER_NOTICES)  # if another was killed and this one misses it, it is ended here, and silent
     mine = f'{status} {os.environ["RANK"]}'
