@@ -4,8 +4,10 @@
 
 The sides of a row work in turn, so that a noisy machine slows all; a ratio is the median of the turns' ratios. Input,
 training (in float32) and testing assert that the sides computed the same. Each part runs in a process of its own and
-prints its rows when it ends. `--full` adds the large sizes (11 GB of memory), the training of both precisions, and on a CUDA
-device the original's recipe; what needs a CUDA device says so where there is none.
+prints its rows when it ends.
+
+`--full` adds the large sizes (11 GB of memory), the training of both precisions, and on a CUDA device the original's
+recipe; what needs a CUDA device says so where there is none.
 """
 
 import argparse
