@@ -418,7 +418,7 @@ def _find_others() -> tuple[int, int]:
     if world_size > 1 and _store is None:
         try:
             _store, *_ = next(dist.rendezvous('env://'))
-        except dist.DistError as problem:  # a port that is taken, a host that nobody knows
+        except RuntimeError as problem:  # a port that is taken (torch 2.6: no DistError), a host that nobody knows
             reason = str(problem).split('\n', 1)[0]
             address = ':'.join(os.environ[name] for name in ('MASTER_ADDR', 'MASTER_PORT'))
             raise UserError(

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
-from numpy._core.multiarray import scalar as numpy_scalar  # numpy 1.26 has the new name too
 from torch import Tensor, nn
 
 from errors import UserError
@@ -83,8 +82,9 @@ def read(path: str | os.PathLike) -> Weights:
 
 
 def _load(file: BinaryIO) -> Any:
-    scalar = [(numpy_scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')]
-    safe = [*scalar, np.dtype, type(np.dtype('f4')), type(np.dtype('f8'))]
+    scalar = np.float32().__reduce__()[0]  # its module is numpy.core or numpy._core, by numpy's version
+    scalars = [(scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')]
+    safe = [*scalars, np.dtype, type(np.dtype('f4')), type(np.dtype('f8'))]
     with warnings.catch_warnings(), torch.serialization.safe_globals(safe):
         warnings.simplefilter('ignore')  # 'encoding' is obeyed, but warned about
         return torch.load(file, map_location='cpu', weights_only=True, encoding='latin1')  # latin1: Python 2's strings
