@@ -107,7 +107,7 @@ def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
              'Not looked at when --resume is given')  # fmt: skip
     add('--height', type=positive_int, default=256, help='of an image, in pixels')
     add('--width', type=positive_int, default=128, help='of an image, in pixels')
-    add('--train-batch', type=positive_int, default=32, help='images in a batch of the whole run, on all GPUs')
+    add('--train-batch', type=two_or_more, default=32, help='images in a batch of the whole run, on all GPUs')
     add('--max-epoch', type=positive_int, default=60, help='epochs to train for')
     add('--lr', '--learning-rate', type=positive_float, default=0.0003, help='first learning rate of Adam')
     add(
@@ -118,7 +118,7 @@ def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
     )
     add('--gamma', type=positive_float, default=0.1, help='factor of a decay')
     add('--weight-decay', type=nonnegative_float, default=5e-4, help='L2 penalty, as in Adam')
-    add('--seed', type=nonnegative_int, default=1, help='of first weights, order and augmentation')
+    add('--seed', type=seed, default=1, help='of first weights, order and augmentation')
 
     add = parser.add_argument_group('data').add_argument
     add('--data-dir', default='data', help='folder that holds the data sets, see data/README.md')
@@ -256,6 +256,15 @@ def positive_int(text: str) -> int:
     return _number(text, int, 1, 'a whole number of 1 or more')
 
 
+def two_or_more(text: str) -> int:
+    """Of images in a batch: BatchNorm needs two."""
+    return _number(text, int, 2, 'a whole number of 2 or more')
+
+
+def seed(text: str) -> int:
+    return _number(text, int, 0, 'a whole number from 0 to 2^64 - 1', most=2**64 - 1)
+
+
 def nonnegative_int(text: str) -> int:
     return _number(text, int, 0, 'a whole number of 0 or more')
 
@@ -291,8 +300,9 @@ def gpu_list(text: str) -> str:
 def _number(text: str, kind: type, least: float, expected: str, most: float = math.inf):
     try:
         value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and least <= value <= most):
+        fits = math.isfinite(value) and least <= value <= most
+    except (ValueError, OverflowError):  # the latter of whole numbers that no float holds
+        fits = False
+    if not fits:
         raise argparse.ArgumentTypeError(f'must be {expected}, not {text!r}')
     return value
