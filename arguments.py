@@ -282,7 +282,9 @@ def fraction(text: str) -> float:
 
 
 def epochs_or_never(text: str) -> int | float:
-    """A number of epochs; infinite for 0 or less."""
+    """A number of epochs; infinite for 0 or less, and for inf, as it is then shown."""
+    if text == 'inf':
+        return math.inf
     try:
         return int(text) if int(text) > 0 else math.inf
     except ValueError:
