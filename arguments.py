@@ -204,6 +204,12 @@ def _check_names(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f'-d {args.dataset}: no such data set; choose one of {", ".join(names)}')
     if args.arch not in models.get_names():
         parser.error(f'-a {args.arch}: no such model; choose one of {", ".join(models.get_names())}')
+    smallest = getattr(models.factory[args.arch], 'smallest', 1)
+    if min(args.height, args.width) < smallest:
+        parser.error(
+            f'--height {args.height} --width {args.width} are too small: -a {args.arch} needs {smallest} pixels or '
+            f'more of each'
+        )
     if args.pretrained not in ('imagenet', 'none') and not Path(args.pretrained).is_file():
         parser.error(f'--pretrained {args.pretrained}: no such file; give a path, imagenet or none')
 

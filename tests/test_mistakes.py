@@ -87,6 +87,7 @@ OPTIONS = [
     option('--gpu-devices 0,0', "--gpu-devices: '0,0' is not a list of GPU indices"),
     option('--precision fp8', '--precision: invalid choice'),
     option('-a resnet51', '-a resnet51: no such model; choose one of'),
+    option('-a densenet121', '--height 32 --width 16 are too small: -a densenet121 needs 29 pixels or more of each'),
     option('-d cuhk03', '-d cuhk03: no such data set; choose one of'),
     option('-d mars', 'run train_vid_model_xent.py'),
     option('-d market1501', 'run train_img_model_xent.py', VIDEO),
