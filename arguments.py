@@ -107,7 +107,7 @@ def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
              'Not looked at when --resume is given')  # fmt: skip
     add('--height', type=positive_int, default=256, help='of an image, in pixels')
     add('--width', type=positive_int, default=128, help='of an image, in pixels')
-    add('--train-batch', type=positive_int, default=32, help='images in a batch of the whole run, on all GPUs')
+    add('--train-batch', type=two_or_more, default=32, help='images in a batch of the whole run, on all GPUs')
     add('--max-epoch', type=positive_int, default=60, help='epochs to train for')
     add('--lr', '--learning-rate', type=positive_float, default=0.0003, help='first learning rate of Adam')
     add(
@@ -118,7 +118,7 @@ def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
     )
     add('--gamma', type=positive_float, default=0.1, help='factor of a decay')
     add('--weight-decay', type=nonnegative_float, default=5e-4, help='L2 penalty, as in Adam')
-    add('--seed', type=nonnegative_int, default=1, help='of first weights, order and augmentation')
+    add('--seed', type=seed, default=1, help='of first weights, order and augmentation')
 
     add = parser.add_argument_group('data').add_argument
     add('--data-dir', default='data', help='folder that holds the data sets, see data/README.md')
@@ -204,6 +204,12 @@ def _check_names(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f'-d {args.dataset}: no such data set; choose one of {", ".join(names)}')
     if args.arch not in models.get_names():
         parser.error(f'-a {args.arch}: no such model; choose one of {", ".join(models.get_names())}')
+    smallest = getattr(models.factory[args.arch], 'smallest', 1)
+    if min(args.height, args.width) < smallest:
+        parser.error(
+            f'--height {args.height} --width {args.width} are too small: -a {args.arch} needs {smallest} pixels or '
+            f'more of each'
+        )
     if args.pretrained not in ('imagenet', 'none') and not Path(args.pretrained).is_file():
         parser.error(f'--pretrained {args.pretrained}: no such file; give a path, imagenet or none')
 
@@ -256,6 +262,15 @@ def positive_int(text: str) -> int:
     return _number(text, int, 1, 'a whole number of 1 or more')
 
 
+def two_or_more(text: str) -> int:
+    """Of images in a batch: BatchNorm needs two."""
+    return _number(text, int, 2, 'a whole number of 2 or more')
+
+
+def seed(text: str) -> int:
+    return _number(text, int, 0, 'a whole number from 0 to 2^64 - 1', most=2**64 - 1)
+
+
 def nonnegative_int(text: str) -> int:
     return _number(text, int, 0, 'a whole number of 0 or more')
 
@@ -273,7 +288,9 @@ def fraction(text: str) -> float:
 
 
 def epochs_or_never(text: str) -> int | float:
-    """A number of epochs; infinite for 0 or less."""
+    """A number of epochs; infinite for 0 or less, and for inf, as it is then shown."""
+    if text == 'inf':
+        return math.inf
     try:
         return int(text) if int(text) > 0 else math.inf
     except ValueError:
@@ -291,8 +308,9 @@ def gpu_list(text: str) -> str:
 def _number(text: str, kind: type, least: float, expected: str, most: float = math.inf):
     try:
         value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and least <= value <= most):
+        fits = math.isfinite(value) and least <= value <= most
+    except (ValueError, OverflowError):  # the latter of whole numbers that no float holds
+        fits = False
+    if not fits:
         raise argparse.ArgumentTypeError(f'must be {expected}, not {text!r}')
     return value

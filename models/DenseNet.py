@@ -20,6 +20,7 @@ class DenseNet121(nn.Module):
     """
 
     feat_dim = 1024
+    smallest = 29  # pixels of a side: halved five times, the last three rounding down
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'}), pretrained: str = 'none'):
         super().__init__()

@@ -75,7 +75,7 @@ def test_args_are_printed_as_in_the_original():
     assert re.match(r"Namespace\(arch='resnet50', .*dataset='market1501', .*eval_step=-1, .*workers=4\)$", text)
 
 
-@pytest.mark.parametrize(('text', 'value'), [('20', 20), ('0', math.inf), ('-3', math.inf)])
+@pytest.mark.parametrize(('text', 'value'), [('20', 20), ('0', math.inf), ('-3', math.inf), ('inf', math.inf)])
 def test_stepsize_of_zero_or_less_is_no_decay(text, value):
     assert parse('train_img_model_xent', '--stepsize', text).stepsize == value
 

@@ -64,19 +64,21 @@ class Mistake:
 
 
 def option(options: str, message: str, script: str = XENT, process: bool = False) -> Mistake:
-    name = f'{options} ({script.removeprefix("train_")})'
+    name = f'{options[:60]} ({script.removeprefix("train_")})'
     return Mistake(name, options, re.escape(message), script=script, logged=False, process=process)
 
 
 OPTIONS = [
-    option('--train-batch 0', "--train-batch: must be a whole number of 1 or more, not '0'", process=True),
-    option('--train-batch x', '--train-batch: must be a whole number of 1 or more'),
+    option('--train-batch 1', "--train-batch: must be a whole number of 2 or more, not '1'", process=True),
+    option('--train-batch x', '--train-batch: must be a whole number of 2 or more'),
+    option(f'--test-batch {10**400}', '--test-batch: must be a whole number of 1 or more'),
     option('--lr 0', '--lr/--learning-rate: must be a number above 0'),
     option('--lr nan', '--lr/--learning-rate: must be a number above 0'),
     option('--gamma -1', '--gamma: must be a number above 0'),
     option('--weight-decay -1', '--weight-decay: must be a number of 0 or more'),
     option('--stepsize x', '--stepsize: must be a whole number'),
-    option('--seed -1', '--seed: must be a whole number of 0 or more'),
+    option('--seed -1', '--seed: must be a whole number from 0 to 2^64 - 1'),
+    option(f'--seed {2**64}', '--seed: must be a whole number from 0 to 2^64 - 1'),
     option('--workers -1', '-j/--workers: must be a whole number of 0 or more'),
     option('--height 0', '--height: must be'),
     option('--max-epoch 0', '--max-epoch: must be'),
@@ -85,6 +87,7 @@ OPTIONS = [
     option('--gpu-devices 0,0', "--gpu-devices: '0,0' is not a list of GPU indices"),
     option('--precision fp8', '--precision: invalid choice'),
     option('-a resnet51', '-a resnet51: no such model; choose one of'),
+    option('-a densenet121', '--height 32 --width 16 are too small: -a densenet121 needs 29 pixels or more of each'),
     option('-d cuhk03', '-d cuhk03: no such data set; choose one of'),
     option('-d mars', 'run train_vid_model_xent.py'),
     option('-d market1501', 'run train_img_model_xent.py', VIDEO),

@@ -118,6 +118,15 @@ def test_training_returns_logits_of_the_features(fresh):
     assert all(parameter.grad is not None for parameter in fresh.parameters())
 
 
+def test_the_smallest_images(fresh):
+    smallest = getattr(fresh, 'smallest', 1)
+    fresh.train()
+    assert fresh(images(2, smallest, smallest))[0].shape == (2, 5)
+    if smallest > 1:
+        with pytest.raises(RuntimeError, match='too small'):
+            fresh(images(2, smallest, smallest - 1))
+
+
 @pytest.mark.parametrize('loss', [{'xent'}, {'xent', 'htri'}, {'cent'}, {'xent', 'cent'}, frozenset({'xent'})])
 def test_losses(loss, monkeypatch):
     monkeypatch.setitem(models.factory, 'resnet50', small_resnet(models.factory['resnet50']))

@@ -1,10 +1,13 @@
 """Each script from the outside: trained, resumed, evaluated; and what a copy of one can do."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, TINY
+
+import data_manager
 
 EPOCHS = 3
 
@@ -105,6 +108,18 @@ def test_from_another_folder(python, data_dir, tmp_path):
     )  # fmt: skip
     assert (found.returncode, found.stderr) == (0, '')
     assert (tmp_path / 'log' / 'checkpoint_ep1.pth.tar').exists()
+
+
+@pytest.mark.parametrize('kind', ['image', 'video'])
+def test_a_data_set_of_one_s_own(kind, script, data_dir, tmp_path, monkeypatch):
+    """It needs what README says, and a line in the table."""
+    whole = data_manager.init_dataset({'image': 'market1501', 'video': 'mars'}[kind], data_dir)
+    own = {key: getattr(whole, key) for key in ('train', 'query', 'gallery', 'num_train_pids')} | {'name': 'own'}
+    monkeypatch.setitem(data_manager._DATASETS, 'own', (kind, lambda data_dir: SimpleNamespace(**own)))
+    name = {'image': 'train_img_model_xent', 'video': 'train_vid_model_xent_htri'}[kind]
+    assert script(name, '-d', 'own', '--max-epoch', 1, '--save-dir', tmp_path) == 0
+    said = (ROOT / 'README.md').read_text().split('**A data set**')[1].split('**A model**')[0]
+    assert all(f'`{attribute}`' in said for attribute in own)
 
 
 def test_a_copy_with_another_loss_trains_and_resumes(python, data_dir, tmp_path):
