@@ -354,7 +354,7 @@ def _cmc(runs: list[Run]) -> dict:
             axes.plot(places, 100 * hits.mean(0), label=label, clip_on=False, **_line(number))
         axes.set_xlim(1, 50)
         axes.set_xticks([1, 5, 10, 20, 30, 40, 50])
-        axes.set_ylim(min(axes.dataLim.y0, 98), 100)
+        axes.set_ylim(min(axes.dataLim.y0, 95), 100)
 
     note = 'How many queries have a match at this rank or before. The band is the 95% interval over queries.'
     return _chart('Cumulative match characteristic', note, 'rank', 'queries with a match, %', draw)
