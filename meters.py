@@ -20,6 +20,7 @@ from utils import AverageMeter
 
 FIGURES = ('mAP', 'mINP', 'rank1', 'rank5', 'rank10')  # of a test, 0..1
 HIDDEN = 'collapsed'  # is not shown, but said
+BAR = '{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}'  # 80 columns cut losses off, not the rest
 
 
 def bar_over(batches: Iterable | None, text: str, quiet: bool, **kwargs) -> tqdm:
@@ -69,7 +70,7 @@ class LossMeter:
             self.table.path.unlink(missing_ok=True)  # of a run before this one
         clock = _Clock()
         text = f'Epoch {epoch + 1}/{self.options.max_epoch}'
-        with bar_over(None, text, self.options.quiet, total=len(loader), initial=start, unit='batch') as bar:
+        with bar_over(None, text, self.options.quiet, total=len(loader), initial=start, bar_format=BAR) as bar:
             for self.count, batch in enumerate(clock.waiting(loader.epoch(epoch, start)), start + 1):
                 yield batch
                 bar.update()
@@ -133,9 +134,8 @@ class LossMeter:
         seconds, wait = clock.read()  # of a batch; the share that was waited for images
         speed = self.options.train_batch / seconds
         left = len(self.loader) * (self.options.max_epoch - self.epoch) - self.count
-        shown = {name: f'{value:.3f}' for name, value in losses.items()}
-        shown |= {'img/s': f'{speed:.0f}', 'wait': f'{wait:.0%}', 'run': tqdm.format_interval(left * seconds)}
-        bar.set_postfix(shown)
+        shown = {'run': tqdm.format_interval(left * seconds), 'img/s': f'{speed:.0f}', 'wait': f'{wait:.0%}'}
+        bar.set_postfix(shown | {name: f'{value:.3f}' for name, value in losses.items()})
         step = self.epoch * len(self.loader) + self.count
         row = {'epoch': self.epoch + 1, 'batch': self.count, 'lr': self.lr, 'images_per_s': speed, 'data_wait': wait}
         self._record(row | losses, step, 'train')

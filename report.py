@@ -142,6 +142,15 @@ class Run:
         """For legends."""
         return self.name if len(self.name) <= 24 else f'…{self.name[-23:]}'
 
+    @functools.cached_property
+    def decimals(self) -> int:
+        """Of every distance that is shown: four digits of what is usual among the nearest."""
+        usual = np.nanmedian(self.nearest_distances).clip(min=1e-6)
+        return max(0, 3 - math.floor(math.log10(usual)))
+
+    def distance(self, value: float) -> str:
+        return f'{value:.{self.decimals}f}'
+
     def curve(self, column: str) -> tuple[np.ndarray, np.ndarray]:
         """Epochs trained (n,) and values (n,) in the rows that have the column; of many, the means of neighbours."""
         if not np.isfinite(self.metrics.get(column, np.nan)).any():
@@ -262,11 +271,14 @@ def _chart(title: str, note: str, xlabel: str, ylabel: str, draw: Callable[[Any]
         'figure.facecolor': 'none', 'legend.frameon': False, 'lines.linewidth': 1.6, 'lines.solid_capstyle': 'round',
     }  # fmt: skip
     with rc_context(style):
-        figure = Figure(figsize=(4.8, 3.1), layout='constrained')
+        figure = Figure(figsize=(4.5, 3), layout='constrained')
         axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
         draw(axes)
-        if axes.get_legend_handles_labels()[1] and axes.get_legend() is None:
-            axes.legend(handlelength=2.6).set_in_layout(False)
+        labels = axes.get_legend_handles_labels()[1]
+        if labels and axes.get_legend() is None:
+            columns = max(1, 44 // (4 + max(map(len, labels))))
+            figure.legend(loc='outside upper left', ncols=columns, handlelength=2.6, fontsize=9.5)  # covers no data
+            figure.set_figheight(3 + 0.2 * max(0, math.ceil(len(labels) / columns) - 2))
         file = io.StringIO()
         figure.savefig(file, format='svg', metadata=dict.fromkeys(('Creator', 'Date', 'Format', 'Type')))
     svg = file.getvalue()
@@ -289,8 +301,9 @@ def _history(runs: list[Run], losses: list[str]) -> list[dict | None]:
 
         axes.set_yscale('log')
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter('{x:g}')
+        axes.yaxis.set_major_formatter(lambda lr, _: np.format_float_positional(lr, 1, fractional=False, trim='-'))
         axes.yaxis.set_minor_formatter('')
+        axes.margins(y=0.15)
 
     def from_zero(axes) -> None:
         axes.set_ylim(bottom=min(0, axes.dataLim.y0))
@@ -298,13 +311,14 @@ def _history(runs: list[Run], losses: list[str]) -> list[dict | None]:
     def percent(axes) -> None:
         axes.yaxis.set_major_formatter(lambda share, _: f'{100 * share:g}')
 
+    named = {name: name if len(losses) > 1 else None for name in losses}
     shares = {'mAP': 'mAP', 'rank1': 'Rank-1'} if len(runs) == 1 else {'mAP': 'mAP'}
     label = f'{" and ".join(shares.values())}, %'
     note = 'As printed while training.' + ' active: share of anchors whose triplet violates the margin.' * (
         'active' in losses
     )
     return [
-        _curves(runs, 'Loss', note, 'loss', dict(zip(losses, losses, strict=True)), from_zero),
+        _curves(runs, 'Loss', note, 'loss', named, from_zero),
         _curves(runs, 'Learning rate', 'On a logarithmic scale.', 'learning rate', {'lr': None}, logarithmic),
         _curves(runs, 'Tests while training', 'Each dot is a test.', label, shares, percent),
     ]
@@ -336,10 +350,11 @@ def _cmc(runs: list[Run]) -> dict:
             hits = (run.first_ranks[run.valid, None] <= places).astype(float)  # (V, 50)
             low, high = 100 * interval(hits)
             axes.fill_between(places, low, high, color=SERIES[number % len(SERIES)], alpha=0.16, linewidth=0)
-            axes.plot(places, 100 * hits.mean(0), label=run.short_name if len(runs) > 1 else None, **_line(number))
+            label = run.short_name if len(runs) > 1 else None
+            axes.plot(places, 100 * hits.mean(0), label=label, clip_on=False, **_line(number))
         axes.set_xlim(1, 50)
         axes.set_xticks([1, 5, 10, 20, 30, 40, 50])
-        axes.set_ylim(top=101)
+        axes.set_ylim(min(axes.dataLim.y0, 95), 100)
 
     note = 'How many queries have a match at this rank or before. The band is the 95% interval over queries.'
     return _chart('Cumulative match characteristic', note, 'rank', 'queries with a match, %', draw)
@@ -364,19 +379,17 @@ def _distances(run: Run) -> dict | None:
             heights = 100 * np.diff(np.interp(bins, edges, shares))  # (80,)
             axes.stairs(heights, bins, fill=True, color=colour, alpha=0.22)
             axes.stairs(heights, bins, color=colour, linestyle=dash, label=label, linewidth=1.4)
-        axes.set_ylim(bottom=0, top=axes.get_ylim()[1] * 1.12)
+        axes.set_ylim(bottom=0)
         axes.set_xlim(bins[0], bins[-1])
-        for place, rate, side in zip(places, RATES, ('left', 'right'), strict=True):
-            axes.axvline(edges[place], color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
-            text = {'xycoords': ('data', 'axes fraction'), 'textcoords': 'offset points', 'ha': side, 'va': 'top'}
-            axes.annotate(f'{rate * 100:g}%', (edges[place], 1), (3 if side == 'left' else -3, 0), fontsize=9, **text)
+        for place, rate, dash in zip(places, RATES, ((0, (1, 1.5)), (0, (4, 1.5))), strict=True):
+            axes.axvline(edges[place], color=INK, linewidth=1.2, linestyle=dash, label=f'{rate * 100:g}% false matches')
 
     found = '; '.join(
-        f'at {rate * 100:g}%, {edges[place]:.4g} and {matches[place]:.1%}'
+        f'at {rate * 100:g}%, {run.distance(edges[place])} and {matches[place]:.1%}'
         for place, rate in zip(places, RATES, strict=True)
     )
-    note = f'Dotted: the thresholds at two false-match rates, each given with the share of matches below it: {found}.'
-    return _chart('Distances of matches and non-matches', note, kind, 'share of the pairs in a bin, %', draw)
+    note = f'Upright: the thresholds at two false-match rates, each given with the share of matches below it: {found}.'
+    return _chart('Distances of matches and non-matches', note, kind, 'pairs in a bin, %', draw)
 
 
 def _embedding(run: Run) -> dict | None:
@@ -398,6 +411,7 @@ def _embedding(run: Run) -> dict | None:
                 mine = (pids == pid) & (run.embedding_is_query == queried)
                 label = str(pid) if queried or not run.embedding_is_query[pids == pid].any() else None
                 axes.scatter(*plane[mine].T, color=colour, marker=marker, label=label, **style)
+        axes.set_aspect('equal', 'datalim')  # a distance is as long in any direction
         style = {'fontsize': 9, 'title_fontsize': 9, 'labelspacing': 0.25, 'handletextpad': 0.1}
         axes.legend(title='identity', loc='center left', bbox_to_anchor=(1, 0.5), **style)
 
@@ -467,6 +481,7 @@ def _gallery(runs: list[Run], chosen: Sequence[int], groups: dict[str, np.ndarra
             {
                 'place': int(place),
                 'distance': float(distance),
+                'shown': run.distance(distance),
                 'camid': int(run.g_camids[place]),
                 'match': bool(run.g_pids[place] == run.q_pids[query]),
                 **picture(run, 'gallery', place),
@@ -588,8 +603,8 @@ def _write_grid(cells: list[tuple[str, np.ndarray, np.ndarray]], shape: float, p
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-    columns = min(len(cells), 6)
-    rows = math.ceil(len(cells) / columns)
+    rows = math.ceil(len(cells) / 6)
+    columns = math.ceil(len(cells) / rows)
     with rc_context({'font.size': 8, 'text.parse_math': False}):
         figure = Figure(figsize=(2 * columns, rows * (shape + 0.3) + 0.6), dpi=150, layout='constrained')
         grid = figure.subplots(rows, columns, squeeze=False)
@@ -601,12 +616,12 @@ def _write_grid(cells: list[tuple[str, np.ndarray, np.ndarray]], shape: float, p
             axes.set_title(name if len(name) <= 28 else f'...{name[-25:]}', fontsize=7)
         bar = figure.colorbar(
             ScalarMappable(cmap='inferno'), ax=grid, location='bottom', shrink=min(1, 2 / columns), aspect=30,
-            ticks=[0, 1], label='sum of squared channels',
+            ticks=[0, 1], label='sum of squared channels, in each picture',
         )  # fmt: skip
         bar.ax.set_xticklabels(['least', 'most'])
         bar.outline.set_visible(False)
         try:
-            write_whole(path, lambda file: figure.savefig(file, format='png'))
+            write_whole(path, lambda file: figure.savefig(file, format='png', bbox_inches='tight'))
         except OSError as problem:
             raise UserError(f'{path} cannot be written ({problem.strerror}); give another --out') from problem
     return path

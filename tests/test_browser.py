@@ -7,6 +7,7 @@ makes the picture of a run's page that README shows.
 
 import json
 import os
+import re
 import shutil
 from io import BytesIO
 from pathlib import Path
@@ -54,7 +55,9 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def page(browser, saved):
     show(browser, saved / 'report.html')
-    return browser
+    yield browser
+    browser.execute_cdp_cmd('Emulation.setEmulatedMedia', {'features': []})
+    browser.execute_cdp_cmd('Emulation.clearDeviceMetricsOverride', {})
 
 
 def show(browser, path):
@@ -85,6 +88,7 @@ def average_precisions(ranking) -> dict[int, float]:
 def test_the_ranks_shown_are_those_of_the_run(page, saved):
     ranking = dict(np.load(saved / 'ranking.npz'))
     ap = average_precisions(ranking)
+    decimals = set()
     queries = page.find_elements('css selector', 'article.query')
     assert len(queries) >= 20
     for query in queries:
@@ -103,8 +107,11 @@ def test_the_ranks_shown_are_those_of_the_run(page, saved):
             assert not same or ranking['g_camids'][place] != ranking['q_camids'][index]  # no junk
             assert (int(each['place']), each['match']) == (place, str(int(same)))
             assert float(each['distance']) == distance
-            assert ('✓' if same else '✕') in each['text'] and f'{distance:.4g}' in each['text']
+            (text,) = re.findall(rf'^{rank + 1} · ([\d.]+)$', each['text'], re.M)
+            assert ('✓' if same else '✕') in each['text'] and float(text) == pytest.approx(distance, rel=2e-3)
+            decimals.add(len(text.partition('.')[2]))
             assert f'camera {ranking["g_camids"][place]}' in each['text']
+    assert len(decimals) == 1
 
 
 def test_filters(page, saved):
@@ -159,6 +166,50 @@ def test_every_picture_has_words(page):
     words = [each.get_dom_attribute('alt') or each.get_dom_attribute('aria-label') for each in pictures]
     assert all(words)
     assert page.execute_script('return [...document.images].every(each => each.complete && each.naturalWidth > 8)')
+
+
+# Of each text the contrast of its colour with what is below it (WCAG 2.2), signs on frames apart.
+CONTRASTS = """
+const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+function over(...colours) {
+  canvas.clearRect(0, 0, 1, 1);
+  for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+  return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+}
+function luminance(pixel) {
+  const [r, g, b] = pixel.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
+while (walker.nextNode()) {
+  const element = walker.currentNode.parentElement;
+  if (!walker.currentNode.data.trim() || !element.checkVisibility()) continue;
+  if (element.closest('[aria-hidden], script, option')) continue;
+  const below = [];
+  for (let each = element; each; each = each.parentElement) below.unshift(getComputedStyle(each).backgroundColor);
+  const style = getComputedStyle(element), own = element.closest('svg') ? style.fill : style.color;
+  const [dark, light] = [over(...below), over(...below, own)].map(luminance).sort((a, b) => a - b);
+  found.push([(light + 0.05) / (dark + 0.05), element.outerHTML.slice(0, 100)]);
+}
+return found;
+"""
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_texts_stand_out(page, scheme):
+    prefers = {'name': 'prefers-color-scheme', 'value': scheme}
+    page.execute_cdp_cmd('Emulation.setEmulatedMedia', {'features': [prefers]})
+    ink = page.execute_script('return getComputedStyle(document.body).color')
+    assert ink == {'light': 'rgb(29, 33, 37)', 'dark': 'rgb(228, 231, 234)'}[scheme]
+    found = page.execute_script(CONTRASTS)
+    assert len(found) > 1000 and min(found)[0] >= 4.5, min(found)
+
+
+def test_nothing_runs_out_of_a_narrow_window(page):
+    narrow = {'width': 400, 'height': 900, 'deviceScaleFactor': 1, 'mobile': False}
+    page.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', narrow)
+    assert page.execute_script('return document.documentElement.scrollWidth') == 400
+    assert all(head.size['height'] < 40 for head in page.find_elements('css selector', '.cameras th'))  # unbroken
 
 
 def test_no_error_and_no_request(browser, saved, tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -278,7 +279,13 @@ def test_threshold_is_the_largest_that_keeps_the_rate(saved):
         other_histogram=np.array([0, 1, 0, 9, 990]),
     )
     note = report._distances(report.read(saved))['note']
-    assert 'at 1%, 4 and 100.0%; at 0.1%, 3 and 80.0%' in note
+    assert re.search(r'at 1%, 4\.0* and 100\.0%; at 0\.1%, 3\.0* and 80\.0%', note)
+
+
+def test_no_share_is_above_100():
+    nearly_perfect = SimpleNamespace(first_ranks=np.r_[2, np.ones(300)], valid=np.full(301, True))
+    ticks = [float(each) for each in re.findall(r'<text[^>]*>([\d.]+)</text>', report._cmc([nearly_perfect])['svg'])]
+    assert 99 in ticks and max(ticks) == 100
 
 
 # ------------------------------------------------------------------------------------------------------------- compare
@@ -347,6 +354,10 @@ def test_activations_write_one_grid(tmp_path, checkpoint, market):
     out = report.activations(checkpoint, images, 'tiny', 64, 32, tmp_path / 'grid.png')
     with Image.open(out) as grid:
         assert grid.format == 'PNG' and grid.width > 1000
+        dark = np.asarray(grid.convert('L')) < 250  # (H, W)
+    height = len(dark)
+    assert dark[:40].any() and dark[-40:].any()  # no empty margins
+    assert dark[height * 5 // 9 : height * 2 // 3, -60:].mean() > 0.5  # 8 in 2 rows of 4
 
 
 def command(*args, cwd=ROOT):
