@@ -1,0 +1,66 @@
+"""What the page of a run costs: `python report.py RUN`, imports and all. Rows of `table.py`.
+
+The files of a test are written by the test itself, for features that are drawn; the pictures are a toy's, which at
+Market1501's size are named many times each.
+"""
+
+import contextlib
+import io
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+
+import data_manager
+import evaluation
+import launch
+from table import Row, seconds
+from testing import MARKET1501, draw
+
+REPORT = Path(__file__).resolve().parents[1] / 'report.py'
+OPTIONS = {
+    'evaluate': False, 'no_report': False, 'save_features': False, 'rerank': False, 'resume': '', 'arch': 'drawn',
+    'height': 256, 'width': 128,
+}  # fmt: skip
+TURNS = 3
+
+
+def put_run(folder: Path, size: tuple[int, int]) -> None:
+    """Write what a test of a Market1501 of that size writes into `folder`."""
+    toy = data_manager.init_dataset('toy_market1501', str(folder))
+    *features, q_pids, g_pids, q_camids, g_camids = draw(*size)
+    shown = {'query': (toy.query, q_pids, q_camids), 'gallery': (toy.gallery, g_pids, g_camids)}
+    items = {
+        subset: [
+            (some[at % len(some)][0], int(pid), int(camid))
+            for at, (pid, camid) in enumerate(zip(pids, camids, strict=True))
+        ]
+        for subset, (some, pids, camids) in shown.items()
+    }
+    dataset = SimpleNamespace(name='market1501', train=toy.train, **items)
+    extracted = [(each, torch.arange(len(each))) for each in features]
+    run = launch.Run(torch.device('cpu'), 'fp32', 'fp32', 1)
+    with mock.patch.object(evaluation, 'extract', side_effect=extracted):
+        test = evaluation.Test(dataset, SimpleNamespace(**OPTIONS, save_dir=str(folder)), run)
+        test(SimpleNamespace(feat_dim=features[0].size(1)))
+
+
+def page(size: tuple[int, int], most_seconds: float, most_mb: float) -> Row:
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.redirect_stdout(io.StringIO()):
+            put_run(Path(folder), size)
+        command = [sys.executable, str(REPORT), folder]
+        took = sorted(seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(TURNS))
+        size_mb = (Path(folder) / 'report.html').stat().st_size / 1e6
+    what = 'the page of a test, {} x {}, {:.1f} MB'.format(*size, size_mb)
+    middle = took[TURNS // 2]
+    met = middle <= most_seconds and size_mb <= most_mb
+    return Row(what, 's', middle, target=f'≤ {most_seconds} s, ≤ {most_mb} MB', met=met)
+
+
+def rows(full: bool) -> list[Row]:
+    return [page((160, 340), 5, 15), page(MARKET1501, 60, 15)]
