@@ -3,6 +3,7 @@
 import csv
 import errno
 import itertools
+import json
 import multiprocessing
 import os
 import platform
@@ -320,14 +321,17 @@ def test_two_processes_stop_after_the_same_step(to, started, data_dir, tmp_path)
     assert equal(*ends)
 
 
-def test_a_killed_process_is_started_again(started, data_dir, tmp_path):
-    options = ['--data-dir', data_dir, '--max-epoch', 40, '--print-freq', 1, '--save-minutes', 1e-6]
+@pytest.mark.parametrize('victim', ['process', 'worker'])
+def test_a_killed_process_is_started_again(victim, started, data_dir, tmp_path):
+    options = ['--data-dir', data_dir, '--max-epoch', 40, '--print-freq', 1, '--save-minutes', 1e-6, '--workers', 2]
     run = started('train_img_model_xent', *options, '--max-restarts', 1, '--save-dir', tmp_path)
     wait_for(run, '==> Epoch 3/')
-    child, *_ = (tmp_path / '.lock').read_text().split()
-    os.kill(int(child), signal.SIGKILL)
+    pid, *_ = (tmp_path / '.lock').read_text().split()
+    if victim == 'worker':
+        pid, *_ = subprocess.run(['pgrep', '-P', pid], capture_output=True, text=True).stdout.split()
+    os.kill(int(pid), signal.SIGKILL)
     out, err = run.communicate(timeout=120)
-    assert (run.returncode, err) == (0, '')
+    assert (run.returncode, err) == (0, '' if victim == 'process' else f'error: {KILLED}')
     assert re.search(r'Going on (in|after) epoch', out)
     assert 'checkpoint_ep40.pth.tar' in names(tmp_path)
 
@@ -462,9 +466,14 @@ def test_two_trainings_in_one_folder(script, started, data_dir, tmp_path, capsys
     assert script('train_img_model_xent', '--save-dir', tmp_path, '--overwrite', '--max-epoch', 1) == 0
 
 
-def test_provenance(script, data_dir, tmp_path, capsys):
-    assert script('train_img_model_xent', '--max-epoch', 1, '--save-dir', tmp_path) == 0
-    found = torch.load(tmp_path / 'checkpoint_ep1.pth.tar', weights_only=True)['provenance']
+def test_provenance_is_in_every_checkpoint_and_in_the_results(script, tmp_path):
+    assert script('train_img_model_xent', '--max-epoch', 1, '--save-minutes', 1e-9, '--save-dir', tmp_path) == 0
+    results = json.loads((tmp_path / 'results.json').read_text())
+    keys = {'seed', 'device', 'processes', 'versions', 'revision', 'command', 'dataset_fingerprint'}
+    assert len(names(tmp_path)) >= 3
+    for name in names(tmp_path):
+        found = torch.load(tmp_path / name, weights_only=True)['provenance']
+        assert found == {key: results[key] for key in keys}
     assert found['seed'] == 1 and found['device'] == 'CPU' and found['versions']['torch'] == torch.__version__
     assert found['command'][0] == 'train_img_model_xent.py' and len(found['dataset_fingerprint']) == 16
     head = subprocess.run(['git', '-C', ROOT, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip()
