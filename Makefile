@@ -1,7 +1,7 @@
 # make demo     train and test on a toy data set, from a fresh machine, in minutes
 # make test     every test, with coverage, and the linter
 # make soak     the tests that take long
-# make fuzz     random files for the readers of foreign files, FUZZ_SECONDS each (600)
+# make fuzz     random files for the readers of foreign files, FUZZ_SECONDS each (600) by each of two engines
 # make bench    speeds against the original's way, in ratios; BENCH=full for the large sizes
 
 PYTHON ?= python3
@@ -32,6 +32,8 @@ soak: .venv/dev
 	$(PY) -m pytest -m soak
 
 fuzz: .venv/dev
+	$(PY) -m pip install --quiet --disable-pip-version-check --only-binary atheris atheris 2>/dev/null || \
+	    echo 'atheris does not install here: fuzzing goes on without it'
 	$(PY) tests/fuzz/test_fuzz.py --seconds $(FUZZ_SECONDS)
 
 bench: .venv/run

@@ -163,7 +163,11 @@ def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
     add('--resume-weights-only', action='store_true',
         help='take the weights of --resume alone and begin a run of its own with them, at --start-epoch')  # fmt: skip
     add('--start-epoch', type=nonnegative_int, default=0, help='first epoch of a run that starts from weights alone')
-    add('--overwrite', action='store_true', help='remove the checkpoints of an earlier run in --save-dir')
+    add(
+        '--overwrite',
+        action='store_true',
+        help='remove the checkpoints of an earlier run in --save-dir, after the first step of this one',
+    )
 
     add = parser.add_argument_group('run').add_argument
     add('--use-cpu', action='store_true', help='even where there is a GPU')

@@ -48,6 +48,7 @@ class Checkpoint:
         self.best_rank1 = -1.0
         self.saved = time.monotonic()
         self.meter = None
+        self.begun = False  # a step was taken
         self.path, found = self._newest() if options.auto_resume and not options.evaluate else (None, None)
         goes_on = found is not None
         if options.resume and not goes_on:
@@ -120,7 +121,7 @@ class Checkpoint:
                 f'there is nothing left to train; raise --max-epoch'
             )
         if self.run.rank == 0:
-            self._clear()
+            self._clear('.*.pth.tar.*')  # what a killed process left half written
         self.saved = time.monotonic()
         for epoch in range(self.start_epoch, max_epoch):
             signals.hold()
@@ -128,11 +129,17 @@ class Checkpoint:
             yield epoch
         signals.release()
 
-    def _clear(self) -> None:
-        """Remove what a killed process left half written, and with --overwrite the run that was there."""
-        patterns = ['.*.pth.tar.*']
+    def _begin(self, afresh: bool) -> None:
+        """After the first step, not before: a run that fails at once destroys nothing of the one that was there."""
+        self.begun = True
+        if self.run.rank or not self._is_finite():
+            return
         if self.options.overwrite and (not self.options.resume or self.options.resume_weights_only):
-            patterns += ['*.pth.tar', 'metrics.csv', 'events.out.tfevents.*']
+            self._clear('*.pth.tar', 'metrics.csv', 'events.out.tfevents.*')
+        elif afresh:
+            self._clear('metrics.csv')
+
+    def _clear(self, *patterns: str) -> None:
         for pattern in patterns:
             for path in Path(self.options.save_dir).glob(pattern):
                 if not (self.path and path.samefile(self.path)):
@@ -142,31 +149,42 @@ class Checkpoint:
         """The batches of the epoch that are left.
 
         After the step on each of them the run stops if a signal asked for it, and what is needed to go on from here is
-        saved: then, every --save-minutes, and before a test. From there until the next epoch a signal ends it at once.
+        saved: then, every --save-minutes, before a test, and when the next batch cannot be had. From before a test
+        until the next epoch a signal ends the run at once.
         """
         start, self.start_batch, self.meter = self.start_batch, 0, meter
-        tested = epoch in self.options.test_epochs
+        done, tested = start, epoch in self.options.test_epochs
         if start == len(loader):  # all steps were taken before the interruption; the scheduler's is next
             warnings.filterwarnings('ignore', 'Detected call of `lr_scheduler.step')
-        for done, batch in enumerate(meter.watch(loader, epoch, start, self._lr()), start + 1):
-            yield batch
-            last = done == len(loader)
-            stop = self.run.stopping(last)
-            saved = None
-            if stop or (last and tested):
-                meter.read()  # which ends the run if a loss was not finite
-                saved = self._save_position(epoch, done)
-            elif self.run.rank == 0 and time.monotonic() - self.saved > 60 * self.options.save_minutes:
-                self._save_position(epoch, done)
-            if stop:
-                raise signals.Stopped(stop, saved, together=True)
+        try:
+            for batch in meter.watch(loader, epoch, start, self._lr()):
+                yield batch
+                done += 1
+                if not self.begun:
+                    self._begin(afresh=(epoch, start) == (0, 0))
+                last = done == len(loader)
+                stop = self.run.stopping(last)
+                saved = None
+                if stop or (last and tested):
+                    meter.record()  # which ends the run if a loss was not finite
+                    saved = self._save_position(epoch, done)
+                elif self.run.rank == 0 and time.monotonic() - self.saved > 60 * self.options.save_minutes:
+                    self._save_position(epoch, done)
+                if stop:
+                    raise signals.Stopped(stop, saved, together=True)
+        except UserError:  # an image that cannot be read, a worker that was killed
+            if self.begun and (saved := self._save_position(epoch, done)):
+                if self.run.world_size == 1:
+                    meter.record()
+                print(f'Saved {saved}, from which --auto-resume goes on')
+            raise
         if tested:
             signals.release()
 
     def _save_position(self, epoch: int, done: int) -> Path | None:
         """Write resume_{epoch}_{batch}.pth.tar, both counted from 1; then drop older ones than the newest --keep."""
         path = Path(self.options.save_dir) / f'resume_{epoch + 1}_{done}.pth.tar'
-        if self.run.rank or not self.run.is_healthy() or not self._is_finite():
+        if self.run.rank or not self._is_finite():
             return None
         with excused(path):
             save_checkpoint(self._state(epoch - 1, done, max(self.best_rank1, 0.0)), False, path)
@@ -176,10 +194,10 @@ class Checkpoint:
         return path if path.exists() else None
 
     def _is_finite(self) -> bool:
-        """Whether the weights are: a loss can be where its gradients are not."""
+        """Whether losses and weights are: a loss can be where its gradients are not."""
         modules = [self.model, *(part for part in self.parts.values() if isinstance(part, torch.nn.Module))]
         tensors = [tensor for module in modules for tensor in module.state_dict().values()]
-        return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+        return self.run.is_healthy() and bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
     def _lr(self) -> float:
         optimizers = (part for part in self.parts.values() if isinstance(part, torch.optim.Optimizer))

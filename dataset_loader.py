@@ -5,10 +5,13 @@ memory a batch. `samplers` decides what a batch is made of, `transforms` what be
 """
 
 import atexit
+import multiprocessing.queues
 import os
 import signal
 import stat
+import threading
 import time
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,8 +23,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from errors import UserError
+from errors import ProcessLost, UserError
 
 FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'PPM', 'TIFF', 'WEBP')  # none that would run another program
 TRIES, PAUSE = 3, 0.1  # of reading an image; seconds in between: a network file system may come back
@@ -264,6 +268,8 @@ test_loader.__test__ = False
 
 # Decoding in workers
 
+MORE_ROOM = 'give the run more shared memory (/dev/shm; --shm-size of a container), or use fewer --workers, or 0'
+
 
 class _Decoder:
     """Batches of items in, their images on the device out; `persistent` workers stay from one epoch to the next."""
@@ -275,6 +281,7 @@ class _Decoder:
                 "device, as transforms.TrainTransform does, or use torch's DataLoader"
             )
         self.tasks, self.device = _Tasks(dataset), device
+        self.workers: list[Any] = []
         self.end: weakref.finalize | None = None  # of the workers
         self.loader = DataLoader(
             _Files(),
@@ -290,14 +297,45 @@ class _Decoder:
 
     def batches(self, items: Sequence[Sequence[int]]) -> Iterator[Images]:
         self.tasks.items = items
-        blocks = iter(self.loader)
+        try:
+            blocks = self._start()
+            yield from _ahead(blocks, self.device) if self.device.type == 'cuda' else map(_unpack, blocks)
+        except UserError:
+            raise
+        except Exception as problem:
+            for worker in self.workers:
+                if worker.exitcode:
+                    raise ProcessLost(
+                        f'a process that decodes images was ended by {_name(worker.exitcode)}, as happens when memory '
+                        f'runs out: use fewer --workers'
+                    ) from problem
+            raise
+
+    def _start(self) -> Any:
+        """The blocks of an epoch, as workers send them."""
+        try:
+            blocks = iter(self.loader)
+        except OSError as problem:  # no more processes, or no shared memory for what they talk through
+            for frame, _ in traceback.walk_tb(problem.__traceback__):
+                if isinstance(half := frame.f_locals.get('self'), _BaseDataLoaderIter):
+                    half._shutdown = True  # it cannot do so itself
+                    for worker in getattr(half, '_workers', ()):
+                        worker.kill()
+            raise UserError(
+                f'{self.loader.num_workers} processes that decode images cannot be started ({problem.strerror}): '
+                f'{MORE_ROOM}'
+            ) from problem
         if self.loader.num_workers and not (self.end and self.loader.persistent_workers):
             if self.end:
                 self.end()
+            self.workers = blocks._workers
             self.end = weakref.finalize(self, _end_workers, blocks)
             # Called before what torch has just registered, which would wait for workers to heed a SIGTERM.
             atexit.register(self.end)
-        return _ahead(blocks, self.device) if self.device.type == 'cuda' else map(_unpack, blocks)
+            if threading.current_thread() is threading.main_thread():
+                # Torch would raise in the middle of a step when a worker ends; it looks after them every 5 s as well.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return blocks
 
 
 class _Tasks:
@@ -329,6 +367,17 @@ def _start_worker(_: int) -> None:
     """A signal to the whole process group must not end a worker before the run has saved; the run ends it then."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = _tell
+
+
+def _tell(results: Any, problem: Exception, sent: tuple[int, Block]) -> None:
+    """What cannot be sent to the run is told to it; else it would wait for ever."""
+    reason = ' '.join(str(problem).split())
+    results.put((sent[0], f'a process that decodes images cannot hand them over ({reason}): {MORE_ROOM}'))
+
+
+def _name(exitcode: int) -> str:
+    return signal.Signals(-exitcode).name if exitcode < 0 else f'itself, with status {exitcode}'
 
 
 def _end_workers(blocks: Any) -> None:

@@ -6,3 +6,11 @@ class UserError(Exception):
 
     `launch.main` prints it as `error: ...` on stderr and ends the run with exit status 2.
     """
+
+    status = 2
+
+
+class ProcessLost(UserError):
+    """A process that the run needs was killed: nobody's mistake, and --max-restarts may start the run again."""
+
+    status = 1

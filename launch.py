@@ -101,7 +101,7 @@ def main(experiment: Callable, parser) -> None:
                 if unwritten:
                     status, text = 2, f'error: {len(unwritten)} files could not be written, first {unwritten[0]}\n'
         except UserError as mistake:
-            status, text = _agree(2, f'error: {mistake}\n')
+            status, text = _agree(mistake.status, f'error: {mistake}\n')
         except signals.Stopped as stopped:
             status = 128 + stopped.signal
             print(stopped)

@@ -53,6 +53,7 @@ class LossMeter:
         self.untold: list[dict[str, float]] = []  # read, and not yet in metrics.csv
         self.means: dict[str, AverageMeter] = {}
         self.warned = False
+        self.clock = _Clock()
         self.table = _Table(Path(options.save_dir) / 'metrics.csv')
         if options.tensorboard and not importlib.util.find_spec('tensorboard'):
             raise UserError('--tensorboard needs the package tensorboard: pip install tensorboard, or leave it out')
@@ -66,18 +67,15 @@ class LossMeter:
         """
         self.loader, self.epoch, self.lr = loader, epoch, lr
         self.means, self.unread, self.untold = {}, [], []
-        if (epoch, start) == (0, 0) and launch.is_first():
-            self.table.path.unlink(missing_ok=True)  # of a run before this one
-        clock = _Clock()
+        self.clock = clock = _Clock()
         text = f'Epoch {epoch + 1}/{self.options.max_epoch}'
         with bar_over(None, text, self.options.quiet, total=len(loader), initial=start, bar_format=BAR) as bar:
             for self.count, batch in enumerate(clock.waiting(loader.epoch(epoch, start)), start + 1):
                 yield batch
                 bar.update()
                 if self.count % self.options.print_freq == 0:
-                    self._tell(clock, bar)
-        self.read()
-        self._record_losses(clock, bar)
+                    self._tell(bar)
+        self.record()
         if HIDDEN in self.means and self.means[HIDDEN].avg == 1 and not self.warned:
             self.warned = True
             print(
@@ -113,32 +111,37 @@ class LossMeter:
                     f'{", ".join(self.loader.paths(self.epoch, batch - 1))}'
                 )
 
+    def record(self) -> dict[str, float]:
+        """Add the losses since the last time to metrics.csv; every process has to. What a bar shows of them, by name.
+
+        Raises UserError as `read` does.
+        """
+        self.read()
+        untold, self.untold = self.untold, []
+        if not untold or not launch.is_first():
+            return {}
+        losses = {name: sum(row[name] for row in untold) / len(untold) for name in untold[0] if name != HIDDEN}
+        seconds, wait = self.clock.read()  # of a batch; the share that was waited for images
+        speed = self.options.train_batch / seconds
+        step = self.epoch * len(self.loader) + self.count
+        row = {'epoch': self.epoch + 1, 'batch': self.count, 'lr': self.lr, 'images_per_s': speed, 'data_wait': wait}
+        self._record(row | losses, step, 'train')
+        left = len(self.loader) * (self.options.max_epoch - self.epoch) - self.count
+        shown = {'run': tqdm.format_interval(left * seconds), 'img/s': f'{speed:.0f}', 'wait': f'{wait:.0%}'}
+        return shown | {name: f'{value:.3f}' for name, value in losses.items()}
+
     def tested(self, epoch: int, figures: dict[str, float]) -> None:
         """Take in the figures of a test after an epoch (from 0), in the first process."""
         self._record({'epoch': epoch + 1, **figures}, (epoch + 1) * len(self.loader), 'test')
 
-    def _tell(self, clock: '_Clock', bar: tqdm) -> None:
+    def _tell(self, bar: tqdm) -> None:
         self.read()
         line = f'Batch {self.count}/{len(self.loader)}\t {self}'
         if bar.disable and not self.options.quiet:
             print(line)
         elif hasattr(sys.stdout, 'note'):
             sys.stdout.note(line + '\n')
-        self._record_losses(clock, bar)
-
-    def _record_losses(self, clock: '_Clock', bar: tqdm) -> None:
-        untold, self.untold = self.untold, []
-        if not untold or not launch.is_first():
-            return
-        losses = {name: sum(row[name] for row in untold) / len(untold) for name in untold[0] if name != HIDDEN}
-        seconds, wait = clock.read()  # of a batch; the share that was waited for images
-        speed = self.options.train_batch / seconds
-        left = len(self.loader) * (self.options.max_epoch - self.epoch) - self.count
-        shown = {'run': tqdm.format_interval(left * seconds), 'img/s': f'{speed:.0f}', 'wait': f'{wait:.0%}'}
-        bar.set_postfix(shown | {name: f'{value:.3f}' for name, value in losses.items()})
-        step = self.epoch * len(self.loader) + self.count
-        row = {'epoch': self.epoch + 1, 'batch': self.count, 'lr': self.lr, 'images_per_s': speed, 'data_wait': wait}
-        self._record(row | losses, step, 'train')
+        bar.set_postfix(self.record())
 
     def _record(self, row: dict[str, float], step: int, board: str) -> None:
         self.table.add(row, [name for name in self.means if name != HIDDEN])

@@ -1,6 +1,5 @@
 """Resuming bit for bit is tested with the scripts; here the parts."""
 
-import copy
 from types import SimpleNamespace
 
 import pytest
@@ -173,10 +172,19 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_overwrite_removes_the_old_run_when_the_new_one_begins(tmp_path):
+@pytest.mark.parametrize('loss', [1.0, float('nan')])
+def test_overwrite_removes_the_old_run_after_the_first_step_of_the_new_one(loss, tmp_path):
     saved(tmp_path, epoch=7)
-    (tmp_path / 'log_train.txt').touch()
-    checkpoint = begin(options(tmp_path, overwrite=True), **copy.copy(parts()))
-    assert (tmp_path / 'checkpoint_ep8.pth.tar').exists()
-    next(checkpoint.epochs(1))
-    assert [path.name for path in tmp_path.iterdir()] == ['log_train.txt']
+    old = ['best_model.pth.tar', 'checkpoint_ep8.pth.tar', 'log_train.txt', 'metrics.csv']
+    for name in old[2:]:
+        (tmp_path / name).write_text(name)
+    state = parts()
+    checkpoint = begin(options(tmp_path, overwrite=True), **state)
+    meter = SimpleNamespace(watch=lambda *_: iter([0, 1]))
+    batches = checkpoint.batches(range(2), next(checkpoint.epochs(1)), meter)
+    next(batches)
+    assert sorted(path.name for path in tmp_path.iterdir()) == old  # the first batch might not fit into memory
+    checkpoint.run.guard(torch.tensor(loss), state['optimizer'])
+    next(batches)
+    kept = ['log_train.txt'] if loss == 1.0 else old
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept

@@ -1,5 +1,10 @@
 """A run that is stopped, killed, or whose disk fails goes on to the very weights of one that was not interrupted."""
 
+import csv
+import errno
+import itertools
+import json
+import multiprocessing
 import os
 import platform
 import random
@@ -147,6 +152,96 @@ def test_a_signal_before_the_first_step_or_in_an_evaluation_ends_at_once(script,
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize('name', ['train_img_model_xent', 'train_img_model_xent_htri'])
+def test_metrics_csv_knows_every_batch_of_a_run_that_was_stopped(name, script, at_batch, tmp_path, capsys):
+    """Its rows are means since the row before, so the last batch of each row tells which ones it covers."""
+    options = ['--max-epoch', 2, '--print-freq', 100, '--save-dir', tmp_path]
+    at_batch(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert script(name, *options) == 143
+    assert script(name, *options, '--auto-resume') == 0
+    with open(tmp_path / 'metrics.csv', newline='') as file:
+        places = [(row['epoch'], row['batch']) for row in csv.DictReader(file) if row['batch']]
+    last = max(batch for _, batch in places)
+    assert places == [('1', '2'), *([('1', last)] if last > '2' else []), ('2', last)]
+
+
+def workers():
+    return multiprocessing.active_children()
+
+
+def limited():
+    """Workers whose shared memory, being files, is refused."""
+    for worker in workers():
+        resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (100, 100))
+
+
+def killed():
+    os.kill(workers()[0].pid, signal.SIGKILL)
+
+
+KILLED = 'a process that decodes images was ended by SIGKILL, as happens when memory runs out: use fewer --workers\n'
+REFUSED = 'a process that decodes images cannot hand them over (unable to resize file '
+
+
+@pytest.mark.parametrize(('act', 'status', 'message'), [(killed, 1, KILLED), (limited, 2, REFUSED)])
+def test_a_training_whose_worker_fails_ends_and_goes_on(act, status, message, script, at_batch, tmp_path, capsys):
+    whole, parted = tmp_path / 'whole', tmp_path / 'parted'
+    options = ['--max-epoch', 4, '--workers', 2]
+    assert script('train_img_model_xent', *options, '--save-dir', whole) == 0
+    at_batch(2, act)
+    started = time.monotonic()
+    assert script('train_img_model_xent', *options, '--save-dir', parted) == status
+    assert time.monotonic() - started < 20
+    out, err = capsys.readouterr()
+    assert err.startswith(f'error: {message}') and err.count('\n') == 1
+    (position,) = names(parted)
+    assert f'Saved {parted}/{position}, from which --auto-resume goes on' in out
+    assert script('train_img_model_xent', *options, '--save-dir', parted, '--auto-resume') == 0
+    assert 'Going on ' in capsys.readouterr().out
+    assert equal(*(weights_of(folder / 'checkpoint_ep4.pth.tar') for folder in (whole, parted)))
+
+
+@pytest.mark.parametrize(('act', 'status', 'message'), [(killed, 1, KILLED), (limited, 2, REFUSED)])
+def test_a_test_whose_worker_fails_ends(act, status, message, script, tmp_path, monkeypatch, capsys):
+    train = ['--max-epoch', 1, '--save-dir', tmp_path]
+    assert script('train_img_model_xent', *train) == 0
+    before = {path: path.read_bytes() for path in tmp_path.glob('*.pth.tar')}
+
+    def forward(model, x, whole=tiny.Tiny.forward):
+        monkeypatch.setattr(tiny.Tiny, 'forward', whole)
+        act()
+        return whole(model, x)
+
+    monkeypatch.setattr(tiny.Tiny, 'forward', forward)
+    started = time.monotonic()
+    evaluate = ['--evaluate', '--resume', tmp_path / 'checkpoint_ep1.pth.tar', '--test-batch', 1, '--workers', 2]
+    assert script('train_img_model_xent', *evaluate, '--save-dir', tmp_path) == status
+    assert time.monotonic() - started < 20
+    err = capsys.readouterr().err
+    assert err.startswith(f'error: {message}') and err.count('\n') == 1
+    assert {path: path.read_bytes() for path in tmp_path.glob('*.pth.tar')} == before
+
+
+def test_workers_that_cannot_be_started(script, tmp_path, monkeypatch, capsys):
+    """The third one, as where processes or the semaphores in /dev/shm run out; the others end too."""
+    start, count = multiprocessing.process.BaseProcess.start, itertools.count()
+
+    def refuse(process):
+        if next(count) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, 'start', refuse)
+    assert script('train_img_model_xent', '--workers', 3, '--save-dir', tmp_path) == 2
+    assert re.fullmatch(
+        r'error: 3 processes that decode images cannot be started \(No space left on device\): .*--workers, or 0\n',
+        capsys.readouterr().err,
+    )
+    for worker in workers():
+        worker.join(5)
+    assert not workers()
+
+
 def test_a_second_sigint_ends_at_once(script, at_batch, tmp_path, monkeypatch):
     monkeypatch.setattr(signals, 'PASSED_ON', 0.0)
 
@@ -226,14 +321,17 @@ def test_two_processes_stop_after_the_same_step(to, started, data_dir, tmp_path)
     assert equal(*ends)
 
 
-def test_a_killed_process_is_started_again(started, data_dir, tmp_path):
-    options = ['--data-dir', data_dir, '--max-epoch', 40, '--print-freq', 1, '--save-minutes', 1e-6]
+@pytest.mark.parametrize('victim', ['process', 'worker'])
+def test_a_killed_process_is_started_again(victim, started, data_dir, tmp_path):
+    options = ['--data-dir', data_dir, '--max-epoch', 40, '--print-freq', 1, '--save-minutes', 1e-6, '--workers', 2]
     run = started('train_img_model_xent', *options, '--max-restarts', 1, '--save-dir', tmp_path)
     wait_for(run, '==> Epoch 3/')
-    child, *_ = (tmp_path / '.lock').read_text().split()
-    os.kill(int(child), signal.SIGKILL)
+    pid, *_ = (tmp_path / '.lock').read_text().split()
+    if victim == 'worker':
+        pid, *_ = subprocess.run(['pgrep', '-P', pid], capture_output=True, text=True).stdout.split()
+    os.kill(int(pid), signal.SIGKILL)
     out, err = run.communicate(timeout=120)
-    assert (run.returncode, err) == (0, '')
+    assert (run.returncode, err) == (0, '' if victim == 'process' else f'error: {KILLED}')
     assert re.search(r'Going on (in|after) epoch', out)
     assert 'checkpoint_ep40.pth.tar' in names(tmp_path)
 
@@ -368,9 +466,14 @@ def test_two_trainings_in_one_folder(script, started, data_dir, tmp_path, capsys
     assert script('train_img_model_xent', '--save-dir', tmp_path, '--overwrite', '--max-epoch', 1) == 0
 
 
-def test_provenance(script, data_dir, tmp_path, capsys):
-    assert script('train_img_model_xent', '--max-epoch', 1, '--save-dir', tmp_path) == 0
-    found = torch.load(tmp_path / 'checkpoint_ep1.pth.tar', weights_only=True)['provenance']
+def test_provenance_is_in_every_checkpoint_and_in_the_results(script, tmp_path):
+    assert script('train_img_model_xent', '--max-epoch', 1, '--save-minutes', 1e-9, '--save-dir', tmp_path) == 0
+    results = json.loads((tmp_path / 'results.json').read_text())
+    keys = {'seed', 'device', 'processes', 'versions', 'revision', 'command', 'dataset_fingerprint'}
+    assert len(names(tmp_path)) >= 3
+    for name in names(tmp_path):
+        found = torch.load(tmp_path / name, weights_only=True)['provenance']
+        assert found == {key: results[key] for key in keys}
     assert found['seed'] == 1 and found['device'] == 'CPU' and found['versions']['torch'] == torch.__version__
     assert found['command'][0] == 'train_img_model_xent.py' and len(found['dataset_fingerprint']) == 16
     head = subprocess.run(['git', '-C', ROOT, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip()

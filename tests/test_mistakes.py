@@ -282,6 +282,7 @@ IMAGES = [
     image('a text', text, 'it is no JPEG, .* file'),
     image('a text that workers read', text, 'it is no JPEG, .* file', '--workers 2'),
     image('a text for the cache', text, 'it is no JPEG, .* file', '--cache ram'),
+    image('a text instead of an old run', text, 'it is no JPEG', '--train-batch 24 --save-dir run --overwrite'),
     image('zero bytes', nothing, 'it is no JPEG'),
     image('a cut JPEG', half, 'Truncated File Read|image file is truncated'),
     image('a folder', lambda path, _: path.mkdir(), 'Is a directory'),

@@ -5,12 +5,15 @@ tests, each reader is given a few hundred inputs, the same ones every time. As a
 
     python tests/fuzz/test_fuzz.py weights market1501 mars --seconds 600
 
-A finding ends it with exit status 1. The input, made as small as it can be, is left in tests/fuzz/findings/.
+Hypothesis draws them at random; where atheris is installed, it then goes for the code that none of them has reached.
+A finding ends it with exit status 1. The input, which Hypothesis makes as small as it can, is left in
+tests/fuzz/findings/.
 """
 
 import argparse
 import contextlib
 import functools
+import importlib
 import io
 import itertools
 import multiprocessing
@@ -29,6 +32,7 @@ import traceback
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.extend(map(str, Path(__file__).resolve().parents[1:3]))  # as a command; pytest has them
@@ -58,9 +62,11 @@ import data_manager
 import weights
 from errors import UserError
 
+READERS = [pickletools, zipfile, weights, data_manager]
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 20  # that one input may take; a million instructions are followed in 3
 MEGABYTES = 400  # that one input may need: the inputs are small
+ENGINES = ['hypothesis', *(['atheris'] if importlib.util.find_spec('atheris') else [])]
 FINDINGS = ROOT / 'tests' / 'fuzz' / 'findings'
 QUIET = {'deadline': None, 'database': None, 'report_multiple_bugs': False, 'suppress_health_check': list(HealthCheck)}
 
@@ -674,7 +680,7 @@ def test_the_audit_sees_what_is_run(tmp_path):
             act()
 
 
-def loop(target: str, seconds: float, folder: Path, seed: int, results) -> None:
+def loop(target: str, engine: str, seconds: float, folder: Path, seed: int, results) -> None:
     """In a process of its own: new inputs until the time is over or one of them is a finding."""
     outcomes = Counter()
     end = time.monotonic() + seconds
@@ -683,27 +689,57 @@ def loop(target: str, seconds: float, folder: Path, seed: int, results) -> None:
         if time.monotonic() < end:
             outcomes[give(target, value, folder)] += 1
 
-    finding = ''
+    def finish(finding: str = ''):
+        results.send((outcomes, finding))
+        os._exit(0)  # atheris would go on
+
+    def batch():
+        return settings(max_examples=500, **QUIET)(given(TARGETS[target][0])(run))
+
+    def one(data: bytes):
+        """The input that Hypothesis draws when these bytes are its random numbers."""
+        try:
+            drawn.hypothesis.fuzz_one_input(data)
+        except BaseException:
+            finish(traceback.format_exc())
+        if time.monotonic() >= end:
+            finish()
+
     try:
         torch.set_num_threads(1)
         layouts()
+        if engine == 'atheris':
+            drawn = batch()
+            guide(one, seed)
         while time.monotonic() < end:
-            batch = settings(max_examples=500, **QUIET)(given(TARGETS[target][0])(run))
-            hypothesis.seed(seed)(batch)()
+            hypothesis.seed(seed)(batch())()
             seed += 1
     except BaseException:
-        finding = traceback.format_exc()
-    results.send((outcomes, finding))
+        finish(traceback.format_exc())
+    finish()
 
 
-def fuzz(target: str, seconds: float) -> bool:
+def guide(one: Callable[[bytes], None], seed: int) -> None:
+    """Give `one` bytes that reach code of the readers that no others did; does not return."""
+    import atheris
+
+    with atheris.instrument_imports(include=[room.__name__ for room in READERS]):
+        for room in READERS:
+            importlib.reload(room)
+    # Hypothesis bounds time and memory itself.
+    options = ['-timeout=0', '-rss_limit_mb=0', '-max_len=8192', '-len_control=0', '-verbosity=0']
+    atheris.Setup([sys.argv[0], *options, f'-seed={seed}'], one)
+    atheris.Fuzz()
+
+
+def fuzz(target: str, engine: str, seconds: float) -> bool:
     """Prints what came of it; True if there is a finding."""
     seed = random.SystemRandom().randrange(2**32)
     context = multiprocessing.get_context('fork')
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix='fuzz-') as folder:
         here, there = context.Pipe(duplex=False)
-        process = context.Process(target=loop, args=(target, seconds, Path(folder), seed, there))
+        process = context.Process(target=loop, args=(target, engine, seconds, Path(folder), seed, there))
         process.start()
         there.close()
         outcomes, finding = Counter(), f'no answer after {seconds + 300:.0f} s'
@@ -717,12 +753,12 @@ def fuzz(target: str, seconds: float) -> bool:
         process.join()
         took = time.monotonic() - started
         print(
-            f'{target}: {took:.0f} s, {outcomes.total()} inputs tried (seed {seed}): '
+            f'{target} by {engine}: {took:.0f} s, {outcomes.total()} inputs tried (seed {seed}): '
             f'{outcomes[True]} read, {outcomes[False]} refused, {"1 finding" if finding else "no finding"}',
             flush=True,
         )
         if finding:
-            kept = FINDINGS / f'{target}-{seed}'
+            kept = FINDINGS / f'{target}-{engine}-{seed}'
             shutil.copytree(folder, kept, symlinks=True)
             (kept / 'finding.txt').write_text(finding, errors='backslashreplace')
             print(f'{finding}\nthe input is in {kept.relative_to(ROOT)}')
@@ -732,11 +768,11 @@ def fuzz(target: str, seconds: float) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description='Random files for the readers of foreign files.')
     parser.add_argument('targets', nargs='*', help=f'{", ".join(TARGETS)} (default: all)')
-    parser.add_argument('--seconds', type=float, default=600, help='for each target (default: 600)')
+    parser.add_argument('--seconds', type=float, default=600, help='for each, by each engine (default: 600)')
     args = parser.parse_args()
     if unknown := set(args.targets) - set(TARGETS):
         parser.error(f'there is no {", ".join(unknown)}: choose of {", ".join(TARGETS)}')
-    findings = [fuzz(target, args.seconds) for target in args.targets or TARGETS]
+    findings = [fuzz(target, engine, args.seconds) for target in args.targets or TARGETS for engine in ENGINES]
     sys.exit(any(findings))
 
 
