@@ -135,7 +135,7 @@ class Checkpoint:
         if self.run.rank or not self._is_finite():
             return
         if self.options.overwrite and (not self.options.resume or self.options.resume_weights_only):
-            self._clear('*.pth.tar', 'metrics.csv', 'events.out.tfevents.*')
+            self._clear('*.pth.tar', 'metrics.csv', 'events.out.tfevents.*', *results.FILES)
         elif afresh:
             self._clear('metrics.csv')
 

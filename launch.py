@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 import torch.distributed as dist
 import torchvision
@@ -247,6 +248,7 @@ class Run:
                 'torch': str(torch.__version__),
                 'torchvision': str(torchvision.__version__),
                 'numpy': np.__version__,
+                'pillow': PIL.__version__,
             },
             'revision': _revision(),
             'command': list(sys.argv),

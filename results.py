@@ -14,6 +14,7 @@ from eval_metrics import average_precision
 from files import excused, write_whole
 from utils import write_json
 
+FILES = ('results.json', 'results.csv', 'ranking.npz', 'report.html')
 FRAMES = 8  # of a tracklet that are named
 KEPT = ('ranks', 'offsets', 'nearest', 'nearest_distances', 'edges', 'match_histogram', 'other_histogram')
 

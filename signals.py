@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-PASSED_ON = 1  # second within which a launcher passes a signal on that its processes may have had as well
+PASSED_ON = 1  # second within which a launcher passes a signal on that its processes have had as well
 
 
 class Stopped(BaseException):  # as KeyboardInterrupt: no `except Exception` may take it for a fault
@@ -78,7 +78,8 @@ def heeded() -> Iterator[None]:
 
 
 def _heed(number: int, _) -> None:
-    again = _stop.signal and time.monotonic() - _stop.time > PASSED_ON
+    passed_on = 'LOCAL_RANK' in os.environ and time.monotonic() - _stop.time <= PASSED_ON
+    again = _stop.signal and not passed_on
     if not _stop.signal:
         _stop.signal, _stop.time = number, time.monotonic()
     at_once = again and number == signal.SIGINT

@@ -14,6 +14,7 @@ LOSSES = ({'xent'}, {'xent', 'htri'}, {'cent'}, {'xent', 'cent'})
 
 
 def get_names() -> list[str]:
+    """The names that `init_model` takes."""
     return list(factory)
 
 

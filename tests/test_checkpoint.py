@@ -175,7 +175,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 @pytest.mark.parametrize('loss', [1.0, float('nan')])
 def test_overwrite_removes_the_old_run_after_the_first_step_of_the_new_one(loss, tmp_path):
     saved(tmp_path, epoch=7)
-    old = ['best_model.pth.tar', 'checkpoint_ep8.pth.tar', 'log_train.txt', 'metrics.csv']
+    old = ['best_model.pth.tar', 'checkpoint_ep8.pth.tar', 'log_train.txt', 'metrics.csv', 'report.html']
     for name in old[2:]:
         (tmp_path / name).write_text(name)
     state = parts()

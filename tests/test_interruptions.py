@@ -22,7 +22,6 @@ import torch
 from conftest import ROOT, TINY
 
 import files
-import signals
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'}
 
@@ -208,8 +207,9 @@ def test_a_test_whose_worker_fails_ends(act, status, message, script, tmp_path, 
     before = {path: path.read_bytes() for path in tmp_path.glob('*.pth.tar')}
 
     def forward(model, x, whole=tiny.Tiny.forward):
-        monkeypatch.setattr(tiny.Tiny, 'forward', whole)
-        act()
+        if isinstance(x, torch.Tensor):  # and no stand-in, by which the network is only looked at
+            monkeypatch.setattr(tiny.Tiny, 'forward', whole)
+            act()
         return whole(model, x)
 
     monkeypatch.setattr(tiny.Tiny, 'forward', forward)
@@ -242,9 +242,7 @@ def test_workers_that_cannot_be_started(script, tmp_path, monkeypatch, capsys):
     assert not workers()
 
 
-def test_a_second_sigint_ends_at_once(script, at_batch, tmp_path, monkeypatch):
-    monkeypatch.setattr(signals, 'PASSED_ON', 0.0)
-
+def test_a_second_sigint_ends_at_once(script, at_batch, tmp_path):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
