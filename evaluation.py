@@ -4,17 +4,14 @@ Several processes share it: each extracts its part of the images, and counts in 
 extracted once; no feature of the gallery leaves its process.
 """
 
-import copy
 import datetime
 import shutil
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor, nn
 
 import ranking
 import results
@@ -160,11 +157,11 @@ def extract(model: nn.Module, items: list, options, run, file: np.ndarray | None
     own = torch.tensor([item for batch in loader.items for item in batch], dtype=torch.int64)  # (n,)
     features = torch.empty(len(own), model.feat_dim, device=run.device)  # (n, feat_dim)
     was_training = model.training
-    network = folded(model.eval())
+    model.eval()
     done = 0
     for images, indices, counts in bar_over(loader, 'Extracting features', options.quiet, unit='batch'):
         with run.autocast(testing=True):
-            found = network(prepare(images)).float()  # (frames, feat_dim)
+            found = model(prepare(images)).float()  # (frames, feat_dim)
         if tracklets:
             found = pool(found, counts, options.pool)  # (b, feat_dim)
         features[done : done + len(found)] = found
@@ -173,30 +170,6 @@ def extract(model: nn.Module, items: list, options, run, file: np.ndarray | None
             file[indices.numpy()] = found.cpu().numpy()
     model.train(was_training)
     return features, own
-
-
-def folded(model: nn.Module) -> nn.Module:
-    """A copy of `model`, in eval mode, whose BatchNorms are folded into the convolutions that only they look at.
-
-    Its features are the model's but for rounding, and take up to a fifth less time. A model that cannot be traced, as
-    where its control flow depends on pixels, or cannot be copied is given back as it is.
-    """
-    try:
-        nodes = fx.symbolic_trace(model).graph.nodes
-        network = copy.deepcopy(model)
-    except Exception:  # whatever a network of the user's raises there
-        return model
-    calls = Counter(node.target for node in nodes if node.op == 'call_module')
-    for node in nodes:
-        before = node.args[0] if node.op == 'call_module' and node.args else None
-        if not isinstance(before, fx.Node) or before.op != 'call_module' or len(before.users) > 1:
-            continue
-        names = before.target, node.target
-        conv, norm = map(network.get_submodule, names)
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and calls[names[0]] == calls[names[1]] == 1:
-            network.set_submodule(names[0], fuse_conv_bn_eval(conv, norm))
-            network.set_submodule(names[1], nn.Identity())
-    return network
 
 
 def rank(query: tuple[Tensor, Tensor], gallery: tuple[Tensor, Tensor], dataset, run) -> ranking.Ranking:

@@ -87,7 +87,8 @@ def main(experiment: Callable, parser) -> None:
         try:
             if others:
                 for attempt in range(args.run.max_restarts + 1):
-                    status, text = _start_others(args.run, [] if attempt == 0 else ['--auto-resume'])
+                    more = [] if attempt == 0 or args.evaluate else ['--auto-resume']
+                    status, text = _start_others(args.run, more)
                     if status in ENDS or attempt == args.run.max_restarts:
                         break
                     reason = text.removeprefix('error: ').strip() or f'the run ended with status {status}'

@@ -85,7 +85,7 @@ class LossMeter:
 
     def update(self, **losses: Tensor) -> None:
         """Take in the 0-dim losses of a batch."""
-        self.unread.append({name: value.detach() for name, value in losses.items()})
+        self.unread.append({name: value.detach().clone() for name, value in losses.items()})  # of a CUDA graph's output
 
     def read(self) -> None:
         """Fetch the losses of the batches since the last time from the device; every process has to.

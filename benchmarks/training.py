@@ -22,7 +22,6 @@ import models
 import toy_data
 import train_img_model_xent as script
 from dataset_loader import ImageDataset, train_loader
-from evaluation import folded
 from losses import CrossEntropyLabelSmooth
 from meters import LossMeter
 from samplers import RandomSampler
@@ -104,7 +103,7 @@ def plain_extractor(images):
 
 def extractor(images, precision):
     run = start(precision)
-    model = folded(run.place(network()).eval())
+    model = run.place(network()).eval()
     images = images.contiguous(memory_format=torch.channels_last)
 
     def step():
@@ -117,7 +116,7 @@ def extractor(images, precision):
 def convolutions(images, precision):
     """The convolutions of an extraction alone, each on the input that it has there."""
     run = start(precision)
-    model = folded(run.place(network()).eval())
+    model = run.place(network()).eval()
     calls = []
     for part in model.modules():
         if isinstance(part, torch.nn.Conv2d):

@@ -11,7 +11,6 @@ import data_manager
 import eval_metrics
 import evaluation
 import launch
-import models
 import ranking
 from errors import UserError
 
@@ -158,70 +157,3 @@ def test_saved_features_are_ranked_from_disk(dataset, model, cpu, tmp_path, caps
             ranking.main()
         err = capsys.readouterr().err
         assert end.value.code == 2 and err.count('\n') == 1 and 'pids.npy cannot be read' in err
-
-
-class Odd(torch.nn.Module):
-    """A convolution with a bias, one that another module sees too, one that is used twice; and a plain pair."""
-
-    def __init__(self, channels=4):
-        super().__init__()
-        self.biased, self.seen, self.twice = (torch.nn.Conv2d(3 if i == 0 else channels, channels, 1) for i in range(3))
-        self.plain = torch.nn.Conv2d(channels, channels, 3, bias=False, groups=2)
-        self.norms = torch.nn.ModuleList(torch.nn.BatchNorm2d(channels) for _ in range(5))
-
-    def forward(self, x):
-        x = self.norms[0](self.biased(x))
-        y = self.seen(x)
-        x = self.norms[1](y) + y
-        x = self.norms[3](self.twice(self.norms[2](self.twice(x))))
-        return self.norms[4](self.plain(x)).mean((2, 3))
-
-
-class Untraceable(Odd):
-    def forward(self, x):
-        return super().forward(x) if x.mean() > 0 else super().forward(-x)
-
-
-def normed(model):
-    """`model` with running statistics and scales that do something."""
-    for value in (*model.parameters(), *model.buffers()):
-        if value.is_floating_point() and value.dim() == 1:
-            torch.nn.init.uniform_(value.data, 0.5, 1.5)
-    return model.eval().to(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize(
-    ('name', 'norms', 'left'), [('resnet50', 53, 0), ('resnet50m', 53, 0), ('densenet121', 121, 62)]
-)
-@torch.inference_mode()
-def test_norms_are_folded_into_the_convolutions_of_a_copy(name, norms, left):
-    torch.manual_seed(0)
-    model = normed(models.init_model(name, 3))
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    network = evaluation.folded(model)
-    count = [sum(isinstance(part, torch.nn.BatchNorm2d) for part in each.modules()) for each in (model, network)]
-    assert count == [norms, left]
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert all(
-        part.weight.is_contiguous(memory_format=torch.channels_last)
-        for part in network.modules()
-        if isinstance(part, torch.nn.Conv2d)
-    )
-    images = torch.randn(2, 3, 64, 32)
-    torch.testing.assert_close(network(images), model(images), rtol=1e-4, atol=1e-4 * model(images).abs().max().item())
-
-
-@torch.inference_mode()
-def test_a_convolution_that_others_see_keeps_its_norm():
-    torch.manual_seed(0)
-    model = normed(Odd())
-    network = evaluation.folded(model)
-    kinds = [type(norm).__name__ for norm in network.norms]
-    assert kinds == ['Identity', 'BatchNorm2d', 'BatchNorm2d', 'BatchNorm2d', 'Identity']
-    images = torch.randn(2, 3, 8, 8)
-    torch.testing.assert_close(network(images), model(images))
-
-
-def test_a_network_that_cannot_be_traced_is_tested_as_it_is():
-    model = Untraceable().eval()
-    assert evaluation.folded(model) is model
