@@ -166,7 +166,7 @@ def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
     add(
         '--overwrite',
         action='store_true',
-        help='remove the checkpoints of an earlier run in --save-dir, after the first step of this one',
+        help='remove an earlier run in --save-dir, all but its logs and features, after the first step of this one',
     )
 
     add = parser.add_argument_group('run').add_argument
@@ -237,7 +237,8 @@ def _check_files(parser: Parser, args: argparse.Namespace, restarted: bool) -> N
     """Whether the checkpoint is there and the folder can be written to; nothing of an earlier run is touched."""
     if args.resume and not Path(args.resume).is_file():
         parser.error(f'--resume {args.resume}: no such file')
-    if args.overwrite and (args.auto_resume or args.max_restarts):
+    restarts = args.max_restarts or os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0'  # by us, or by torchrun
+    if args.overwrite and (args.auto_resume or restarts):
         other = '--auto-resume' if args.auto_resume else '--max-restarts'
         parser.error(f'--overwrite removes what {other} would go on from: give one of them')
     if args.evaluate and args.auto_resume and not restarted:

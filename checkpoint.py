@@ -140,9 +140,10 @@ class Checkpoint:
             self._clear('metrics.csv')
 
     def _clear(self, *patterns: str) -> None:
+        begun_with = [Path(path or '').resolve() for path in (self.path, self.options.arguments.get('pretrained'))]
         for pattern in patterns:
             for path in Path(self.options.save_dir).glob(pattern):
-                if not (self.path and path.samefile(self.path)):
+                if path.resolve() not in begun_with:
                     path.unlink()
 
     def batches(self, loader: Any, epoch: int, meter: Any) -> Iterator[tuple]:

@@ -4,7 +4,7 @@
 class UserError(Exception):
     """A mistake that the user can mend: what is wrong, where, and what to do, in one sentence or two.
 
-    `launch.main` prints it as `error: ...` on stderr and ends the run with exit status 2.
+    `launch.main` prints it as `error: ...` on stderr and ends the run with exit status `status`.
     """
 
     status = 2

@@ -147,7 +147,7 @@ class Run:
     rank: int = 0
     world_size: int = 1
     sync_bn: bool = False
-    flags: deque = field(default_factory=lambda: deque(maxlen=2), repr=False)  # (2,) of the last steps, see `guard`
+    flags: deque = field(default_factory=lambda: deque(maxlen=2), repr=False)  # of the last steps, see `guard`
 
     @contextlib.contextmanager
     def autocast(self, testing: bool = False) -> Iterator[None]:
@@ -217,16 +217,22 @@ class Run:
         non_finite = (~torch.isfinite(loss.detach())).float()  # ()
         flags = torch.stack([non_finite, torch.full_like(non_finite, signals.waiting())])  # (2,)
         if self.flags:
-            flags[0] = torch.maximum(flags[0], self.flags[-1][0])  # once not finite, it remains so
+            flags[0] = torch.maximum(flags[0], self.flags[-1][0][0])  # once not finite, it remains so
         if self.world_size > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
-        self.flags.append(flags)
+        host, copied = flags.to('cpu', non_blocking=True), None
+        if self.world_size > 1 and flags.is_cuda:
+            copied = torch.cuda.Event()
+            copied.record()
+        self.flags.append((flags, host, copied))
         for optimizer in optimizers:
+            if not optimizer.defaults.get('fused'):
+                raise UserError(f'{type(optimizer).__name__} cannot leave out a step on the device: give it fused=True')
             optimizer.found_inf = flags[0]
 
     def is_healthy(self) -> bool:
         """Whether the losses of all steps so far were finite, in every process. This waits for the device."""
-        return not self.flags or not bool(self.flags[-1][0])
+        return not self.flags or not bool(self.flags[-1][0][0])
 
     def stopping(self, last: bool = False) -> int:
         """The signal for which all processes stop after this very step; 0 to go on.
@@ -236,7 +242,12 @@ class Run:
         """
         if self.world_size == 1:
             return signals.waiting()
-        return int(self.flags[-1 if last else 0][1]) if self.flags else 0
+        if not self.flags:
+            return 0
+        _, host, copied = self.flags[-1 if last else 0]
+        if copied:
+            copied.synchronize()  # with that step alone; reading the flags themselves would wait for all that is queued
+        return int(host[1])
 
     def provenance(self) -> dict:
         """Where results come from: seed, devices, versions, command, and the revision of this code, if git knows it."""

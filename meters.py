@@ -127,7 +127,7 @@ class LossMeter:
         row = {'epoch': self.epoch + 1, 'batch': self.count, 'lr': self.lr, 'images_per_s': speed, 'data_wait': wait}
         self._record(row | losses, step, 'train')
         left = len(self.loader) * (self.options.max_epoch - self.epoch) - self.count
-        shown = {'run': tqdm.format_interval(left * seconds), 'img/s': f'{speed:.0f}', 'wait': f'{wait:.0%}'}
+        shown = {'left': tqdm.format_interval(left * seconds), 'img/s': f'{speed:.0f}', 'wait': f'{wait:.0%}'}
         return shown | {name: f'{value:.3f}' for name, value in losses.items()}
 
     def tested(self, epoch: int, figures: dict[str, float]) -> None:

@@ -148,9 +148,10 @@ def points(q_features, g_features, num_queries: int, num_gallery: int) -> tuple[
 def measure(queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, tile=None) -> np.ndarray:
     """(P,) float32: squared distances of the pairs; 0 for those whose gallery item is not in this part of the gallery.
 
-    `places` (G,) ascending: where the items of `gallery` stand in the whole gallery, of which `pairs` speak. These are
-    bit for bit the distances in the tiles of `count`, since products sum in one order (see `_products`); and what a
-    query has in common with a tile is counted by place, so no match is ever compared with itself.
+    `places` (G,) ascending: where the items of `gallery` stand in the whole gallery, of which `pairs` speak. On
+    the CPU these are bit for bit the distances in the tiles of `count`, since products sum in one order (see
+    `_products`); a GPU promises no such order. What a query has in common with a tile is counted by place, so no match
+    is ever compared with itself.
     """
     distances = np.zeros(len(pairs.places), np.float32)
     _, width = tile or _tile(gallery.features.device)

@@ -10,7 +10,7 @@ from torch import nn
 import launch
 
 options = SimpleNamespace(
-    seed=1, use_cpu=False, gpu_devices='0', precision='fp32', sync_bn=True, compile=False, width=16
+    seed=1, use_cpu=False, gpu_devices='0', precision='fp32', sync_bn=True, compile=False, deterministic=False, width=16
 )
 run = launch.start(options)
 model = run.place(nn.Sequential(nn.BatchNorm2d(3)))

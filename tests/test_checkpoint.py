@@ -175,16 +175,19 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 @pytest.mark.parametrize('loss', [1.0, float('nan')])
 def test_overwrite_removes_the_old_run_after_the_first_step_of_the_new_one(loss, tmp_path):
     saved(tmp_path, epoch=7)
-    old = ['best_model.pth.tar', 'checkpoint_ep8.pth.tar', 'log_train.txt', 'metrics.csv', 'report.html']
-    for name in old[2:]:
+    kept = ['log_train.txt', 'mine.pth.tar']
+    old = ['best_model.pth.tar', 'checkpoint_ep8.pth.tar', *kept, 'metrics.csv', 'report.html']
+    for name in ('log_train.txt', *old[4:]):
         (tmp_path / name).write_text(name)
     state = parts()
-    checkpoint = begin(options(tmp_path, overwrite=True), **state)
+    begun_with = tmp_path / 'mine.pth.tar'
+    begun_with.write_bytes(b'')
+    changes = {'overwrite': True, 'arguments': {'pretrained': str(begun_with)}}
+    checkpoint = begin(options(tmp_path, **changes), **state)
     meter = SimpleNamespace(watch=lambda *_: iter([0, 1]))
     batches = checkpoint.batches(range(2), next(checkpoint.epochs(1)), meter)
     next(batches)
-    assert sorted(path.name for path in tmp_path.iterdir()) == old  # the first batch might not fit into memory
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(old)  # the first batch might not fit into memory
     checkpoint.run.guard(torch.tensor(loss), state['optimizer'])
     next(batches)
-    kept = ['log_train.txt'] if loss == 1.0 else old
-    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == (kept if loss == 1.0 else sorted(old))

@@ -138,5 +138,5 @@ def test_a_bar_on_terminals_and_lines_elsewhere(meter, tmp_path, monkeypatch, ca
         found = capfd.readouterr()
         assert 'Batch' not in found.out
         assert ('loss=2.000' in found.err) == ('Epoch 1/3' in found.err) == (not quiet)
-        assert quiet or re.search(r'2/2 \|.*\| 00:00, run=00:00, img/s=\d+, wait=\d+%, loss=2.000', found.err)
+        assert quiet or re.search(r'2/2 \|.*\| 00:00, left=00:00, img/s=\d+, wait=\d+%, loss=2.000', found.err)
         assert log.read_text() == 'Batch 1/2\t Loss 1.000000 (1.000000)\nBatch 2/2\t Loss 2.000000 (1.500000)\n'
