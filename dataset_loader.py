@@ -15,6 +15,7 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,10 @@ class _Decoder:
         except UserError:
             raise
         except Exception as problem:
+            if isinstance(problem, (OSError, EOFError)):  # from a socket, which closes a little before its worker ends
+                ending = connection.wait([worker.sentinel for worker in self.workers], timeout=1)
+                for worker in self.workers:
+                    worker.join(1 if worker.sentinel in ending else 0)
             for worker in self.workers:
                 if worker.exitcode:
                     raise ProcessLost(

@@ -1,11 +1,13 @@
 """Reading images, right or refused; tracklets; and loaders that give the same batches however they are run."""
 
 import contextlib
+import errno
 import gc
 import os
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ from torch.utils.data import DataLoader
 
 import dataset_loader
 from dataset_loader import ImageDataset, VideoDataset, read_image, test_loader, train_loader
-from errors import UserError
+from errors import ProcessLost, UserError
 from samplers import RandomIdentitySampler, RandomSampler
 
 ROOT = Path(dataset_loader.__file__).parent
@@ -369,6 +371,18 @@ def test_a_bad_image_ends_the_epoch_with_its_path_in_one_line(workers, loader, i
     with pytest.raises(UserError) as error:
         epoch_of(training)
     assert str(error.value).startswith(f'cannot read the image {bad}: ') and '\n' not in str(error.value)
+
+
+def test_a_worker_is_seen_to_be_lost_though_its_socket_closes_before_it_has_ended(loader, images, monkeypatch):
+    training = loader(images, workers=2)
+
+    def unpack(block):
+        threading.Timer(0.2, workers_of(training)[0].kill).start()
+        raise ConnectionResetError(errno.ECONNRESET, 'Connection reset by peer')
+
+    monkeypatch.setattr(dataset_loader, '_unpack', unpack)
+    with pytest.raises(ProcessLost, match='ended by SIGKILL'):
+        next(training.epoch(0))
 
 
 def test_loaders_only_decode(images, loader, run):
