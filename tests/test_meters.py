@@ -118,14 +118,15 @@ def test_tensorboard_reads_what_is_written(meter, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = meter(1, tensorboard=True)
-    watch(board, [1.0, 2.0], htri=torch.tensor(0.5))
+    watch(board, [1.0, 2.0], htri=torch.tensor(0.5), active=torch.tensor(0.25))
     board.tested(0, FIGURES)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars('train/loss')] == [(1, 1.0), (2, 2.0)]
-    assert events.Scalars('test/mAP')[0].value == 0.5
-    assert {'train/htri', 'train/lr', 'train/images_per_s', 'test/rank1', 'test/rank10'} <= set(
-        events.Tags()['scalars']
-    )
+    assert [event.value for event in events.Scalars('train/active')] == [0.25, 0.25]
+    assert {name: events.Scalars(f'test/{name}')[0].value for name in FIGURES} == FIGURES
+    assert {f'train/{name}' for name in ('loss', 'htri', 'active', 'lr', 'images_per_s', 'data_wait')} | {
+        f'test/{name}' for name in FIGURES
+    } == set(events.Tags()['scalars'])
 
 
 def test_a_bar_on_terminals_and_lines_elsewhere(meter, tmp_path, monkeypatch, capfd):
