@@ -311,8 +311,7 @@ class _Decoder:
             for worker in self.workers:
                 if worker.exitcode:
                     raise ProcessLost(
-                        f'a process that decodes images was ended by {_name(worker.exitcode)}, as happens when memory '
-                        f'runs out: use fewer --workers'
+                        f'a process that decodes images was ended by {_end(worker.exitcode)}'
                     ) from problem
             raise
 
@@ -381,8 +380,13 @@ def _tell(results: Any, problem: Exception, sent: tuple[int, Block]) -> None:
     results.put((sent[0], f'a process that decodes images cannot hand them over ({reason}): {MORE_ROOM}'))
 
 
-def _name(exitcode: int) -> str:
-    return signal.Signals(-exitcode).name if exitcode < 0 else f'itself, with status {exitcode}'
+def _end(exitcode: int) -> str:
+    if exitcode == -signal.SIGKILL:
+        return 'SIGKILL, as happens when memory runs out: use fewer --workers'
+    if exitcode == -signal.SIGBUS:
+        return f'SIGBUS, as happens when shared memory runs out: {MORE_ROOM}'
+    end = signal.Signals(-exitcode).name if exitcode < 0 else f'itself, with status {exitcode}'
+    return f'{end}: with --workers 0 the run decodes them itself'
 
 
 def _end_workers(blocks: Any) -> None:

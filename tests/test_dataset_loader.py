@@ -4,6 +4,8 @@ import contextlib
 import errno
 import gc
 import os
+import re
+import signal
 import struct
 import subprocess
 import sys
@@ -373,15 +375,25 @@ def test_a_bad_image_ends_the_epoch_with_its_path_in_one_line(workers, loader, i
     assert str(error.value).startswith(f'cannot read the image {bad}: ') and '\n' not in str(error.value)
 
 
-def test_a_worker_is_seen_to_be_lost_though_its_socket_closes_before_it_has_ended(loader, images, monkeypatch):
+@pytest.mark.parametrize(
+    ('end', 'message'),
+    [
+        (signal.SIGKILL, 'SIGKILL, as happens when memory runs out: use fewer --workers'),
+        (signal.SIGBUS, 'SIGBUS, as happens when shared memory runs out: give the run more shared memory'),
+        (signal.SIGALRM, 'SIGALRM: with --workers 0 the run decodes them itself'),
+    ],
+)
+def test_a_worker_is_seen_to_be_lost_though_its_socket_closes_before_it_has_ended(
+    end, message, loader, images, monkeypatch
+):
     training = loader(images, workers=2)
 
     def unpack(block):
-        threading.Timer(0.2, workers_of(training)[0].kill).start()
+        threading.Timer(0.2, os.kill, (workers_of(training)[0].pid, end)).start()
         raise ConnectionResetError(errno.ECONNRESET, 'Connection reset by peer')
 
     monkeypatch.setattr(dataset_loader, '_unpack', unpack)
-    with pytest.raises(ProcessLost, match='ended by SIGKILL'):
+    with pytest.raises(ProcessLost, match=f'ended by {re.escape(message)}'):
         next(training.epoch(0))
 
 
