@@ -11,6 +11,7 @@ recipe; what needs a CUDA device says so where there is none.
 """
 
 import argparse
+import contextlib
 import gc
 import importlib
 import multiprocessing
@@ -19,7 +20,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,8 +123,32 @@ def in_a_fresh_process(module: str, function: str, *args):
         return process.submit(_call, module, function, *args).result()
 
 
+@contextlib.contextmanager
+def apart(module: str, function: str, **sides: tuple) -> Iterator[dict[str, Callable]]:
+    """The work that a function of a part gives for the arguments of each side, in a process of the side's own.
+
+    So each has the memory, and what it set for its process, that its program would have.
+    """
+    with contextlib.ExitStack() as stack:
+        works = {}
+        for name, args in sides.items():
+            process = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), _prepare, (module, function, *args))
+            stack.enter_context(process)
+            works[name] = lambda process=process: process.submit(_work).result()
+        yield works
+
+
 def _call(module: str, function: str, *args):
     return getattr(importlib.import_module(module), function)(*args)
+
+
+def _prepare(*call) -> None:
+    global _work_here
+    _work_here = _call(*call)
+
+
+def _work() -> None:
+    _work_here()
 
 
 def machine() -> str:

@@ -1,7 +1,8 @@
 """Images per second of training and extraction, on the device that is there: rows of `table.py`.
 
-The sides work on one resident batch of 32 images of 256x128, ResNet50. The original's way is float32, NCHW, eager, Adam
-as torch gives it. "From files" is this project's whole loop (decoding workers, copy, augmentation, step, meter).
+The sides work on one resident batch of 32 images of 256x128, ResNet50, each in a process of its own: on a CPU it counts
+what a process has done with its memory before. The original's way is float32, NCHW, eager, Adam as torch gives it.
+"From files" is this project's whole loop (decoding workers, copy, augmentation, step, meter).
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from dataset_loader import ImageDataset, train_loader
 from losses import CrossEntropyLabelSmooth
 from meters import LossMeter
 from samplers import RandomSampler
-from table import Row, row, seconds, take_turns
+from table import Row, apart, row, seconds, take_turns
 from transforms import TrainTransform
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,8 +55,16 @@ def network() -> torch.nn.Module:
         return models.init_model('resnet50', CLASSES)
 
 
-def plain_trainer(images, pids):
+def resident():
+    """The batch: images (32, 3, 256, 128) and pids (32,)."""
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    torch.manual_seed(1)
+    return torch.randn(BATCH, 3, HEIGHT, WIDTH, device=device), torch.arange(BATCH, device=device)
+
+
+def plain_trainer():
     """One step as the original took it."""
+    images, pids = resident()
     model = network().to(images.device).train()
     optimizer = Adam(model.parameters(), 3e-4, weight_decay=5e-4)
 
@@ -72,9 +81,10 @@ def plain_trainer(images, pids):
     return step
 
 
-def trainer(images, pids, precision, compiled=False):
+def trainer(precision, compiled=False):
     """One step of this project's script, on a batch that is already there."""
     run = start(precision, compiled)
+    images, pids = resident()
     model = run.place(network())
     replica = run.replicate(model)
     optimizer = Adam(model.parameters(), 3e-4, weight_decay=5e-4, fused=True)
@@ -91,7 +101,8 @@ def trainer(images, pids, precision, compiled=False):
     return step
 
 
-def plain_extractor(images):
+def plain_extractor():
+    images, _ = resident()
     model = network().to(images.device).eval()
 
     def step():
@@ -101,8 +112,9 @@ def plain_extractor(images):
     return step
 
 
-def extractor(images, precision):
+def extractor(precision):
     run = start(precision)
+    images, _ = resident()
     model = run.place(network()).eval()
     images = images.contiguous(memory_format=torch.channels_last)
 
@@ -113,9 +125,10 @@ def extractor(images, precision):
     return step
 
 
-def convolutions(images, precision):
+def convolutions(precision):
     """The convolutions of an extraction alone, each on the input that it has there."""
     run = start(precision)
+    images, _ = resident()
     model = run.place(network()).eval()
     calls = []
     for part in model.modules():
@@ -132,23 +145,26 @@ def convolutions(images, precision):
     return step
 
 
-def waiting(step, device, repeats: int = 1):
-    """`step`, so many times, until the device has done it."""
+def steps(repeats: int, maker: str, *args):
+    """So many steps of a side, until the device has done them; two are made to warm up."""
+    step = globals()[maker](*args)
 
     def work():
         for _ in range(repeats):
             step()
-        if device.type == 'cuda':
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
 
+    step()
+    step()
     return work
 
 
-def compare(device, repeats: int = 1, **sides) -> dict:
-    """Seconds of the sides, after two steps to warm up."""
-    for step in sides.values():
-        take_turns(2, step=waiting(step, device))
-    return take_turns(TURNS, **{name: waiting(step, device, repeats) for name, step in sides.items()})
+def compare(repeats: int = 1, **sides: tuple) -> dict:
+    """Seconds of the sides, each in a process of its own: a maker of this file, and what it is given."""
+    with apart('training', 'steps', **{name: (repeats, *side) for name, side in sides.items()}) as works:
+        take_turns(1, **works)
+        return take_turns(TURNS, **works)
 
 
 def agree(ours, plain, tolerance):
@@ -178,7 +194,7 @@ def from_files(device, limit_target: float, compiled: bool = False, cache: str =
             )
         )
         images, pids, draws = next(iter(loader.epoch(0)))
-        resident = augment(images, draws)
+        augmented = augment(images, draws)
         epochs = iter(range(1, 100))
 
         def whole():
@@ -187,39 +203,34 @@ def from_files(device, limit_target: float, compiled: bool = False, cache: str =
             script.train(batches, replica, augment, criterion, optimizer, meter, run)
 
         def bare():
-            batches = ((resident, pids, None) for _ in range(len(loader)))
+            batches = ((augmented, pids, None) for _ in range(len(loader)))
             quiet = SimpleNamespace(update=lambda loss: None)
             script.train(batches, replica, lambda imgs, _: imgs, criterion, optimizer, quiet, run)
 
-        times = compare(device, ours=whole, limit=bare)
+        take_turns(2, ours=whole, limit=bare)
+        times = take_turns(TURNS, ours=whole, limit=bare)
     how = f'{run.precision}{", compiled" * compiled}, --cache {cache}'
     what = f'training from files, {how}; limit: the step on a resident batch'
     return row(what, times, things=len(loader) * BATCH, limit_target=limit_target)
 
 
 def rows(full: bool) -> list[dict]:
-    run = start('auto')
-    device = run.device
-    torch.manual_seed(1)
-    images = torch.randn(BATCH, 3, HEIGHT, WIDTH, device=device)
-    pids = torch.arange(BATCH, device=device)
-    agree(trainer(images, pids, 'fp32')(), plain_trainer(images, pids)(), 1e-4)
-    agree(extractor(images, 'fp32')(), plain_extractor(images)(), 1e-3)
+    agree(trainer('fp32')(), plain_trainer()(), 1e-4)
+    agree(extractor('fp32')(), plain_extractor()(), 1e-3)
+    device = start('auto').device
     on_cpu = device.type == 'cpu'
     table = []
     for precision, target in (('fp32', None), ('bf16', 2.6 if on_cpu else None)):
-        times = compare(device, ours=trainer(images, pids, precision), plain=plain_trainer(images, pids))
+        times = compare(ours=('trainer', precision), plain=('plain_trainer',))
         table.append(row(f'training step, {precision}', times, BATCH, plain_target=target))
     for precision, target in (('fp32', 1.5), ('bf16', 4)):
-        sides = extractor(images, precision), plain_extractor(images), convolutions(images, precision)
-        times = compare(device, **dict(zip(('ours', 'plain', 'limit'), sides, strict=True)))
+        times = compare(ours=('extractor', precision), plain=('plain_extractor',), limit=('convolutions', precision))
         what = f'extraction, {precision}; limit: its convolutions alone'
         table.append(row(what, times, BATCH, plain_target=target if on_cpu else None))
     table.append(from_files(device, limit_target=1.05))
     if on_cpu:
         return [*table, Row('compiled step, from files against it, and 60 epochs of 12936 images: need a CUDA device')]
-    ours, plain = trainer(images, pids, 'auto', compiled=True), plain_trainer(images, pids)
-    times = compare(device, repeats=20, ours=ours, plain=plain)
+    times = compare(repeats=20, ours=('trainer', 'auto', True), plain=('plain_trainer',))
     table.append(row('training step, compiled', times, 20 * BATCH, plain_target=3))
     table += [from_files(device, 1.11, compiled=True, cache=cache) for cache in ('none', 'device')]
     return [*table, recipe()] if full else table

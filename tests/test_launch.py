@@ -1,10 +1,13 @@
+import platform
 import random
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from tiny import Tiny
 
 import launch
@@ -76,6 +79,26 @@ def test_start_seeds_everything():
     assert drawn[0] == drawn[1]
     launch.start(options(seed=6))
     assert torch.rand(()).item() != drawn[0][2]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='memory is kept by an option of glibc')
+def test_freed_memory_is_kept_on_a_cpu():
+    """64 MB, asked for ten times over, take fresh pages from the kernel once or twice; they are 16384."""
+    program = """if True:
+        import resource, sys, types, torch, launch
+        launch.start(types.SimpleNamespace(
+            seed=1, use_cpu=True, gpu_devices='0', precision='fp32', width=128, compile=False, sync_bn=False,
+            deterministic=False,
+        ))
+        def faults():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(1 << 24)
+        before = faults()
+        for _ in range(10):
+            torch.ones(1 << 24)
+        sys.exit(faults() - before > 2 * 16384)
+    """
+    subprocess.run([sys.executable, '-c', program], check=True, cwd=ROOT)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='this machine has CUDA')
