@@ -304,15 +304,12 @@ class _Decoder:
         except UserError:
             raise
         except Exception as problem:
-            if isinstance(problem, (OSError, EOFError)):  # from a socket, which closes a little before its worker ends
-                ending = connection.wait([worker.sentinel for worker in self.workers], timeout=1)
-                for worker in self.workers:
-                    worker.join(1 if worker.sentinel in ending else 0)
+            # The sockets of a worker, whose end may be the problem, close a little before it has ended.
+            ending = connection.wait([worker.sentinel for worker in self.workers], timeout=1)
             for worker in self.workers:
+                worker.join(1 if worker.sentinel in ending else 0)
                 if worker.exitcode:
-                    raise ProcessLost(
-                        f'a process that decodes images was ended by {_end(worker.exitcode)}'
-                    ) from problem
+                    raise ProcessLost(f'a process that decodes images {_end(worker.exitcode)}') from problem
             raise
 
     def _start(self) -> Any:
@@ -382,10 +379,11 @@ def _tell(results: Any, problem: Exception, sent: tuple[int, Block]) -> None:
 
 def _end(exitcode: int) -> str:
     if exitcode == -signal.SIGKILL:
-        return 'SIGKILL, as happens when memory runs out: use fewer --workers'
+        return 'was ended by SIGKILL, as happens when memory runs out: use fewer --workers'
     if exitcode == -signal.SIGBUS:
-        return f'SIGBUS, as happens when shared memory runs out: {MORE_ROOM}'
-    end = signal.Signals(-exitcode).name if exitcode < 0 else f'itself, with status {exitcode}'
+        return f'was ended by SIGBUS, as happens when shared memory runs out: {MORE_ROOM}'
+    names = {each.value: each.name for each in signal.Signals}
+    end = f'ended with status {exitcode}' if exitcode > 0 else f'was ended by {names.get(-exitcode, -exitcode)}'
     return f'{end}: with --workers 0 the run decodes them itself'
 
 

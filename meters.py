@@ -103,7 +103,7 @@ class LossMeter:
             for name, value in zip(names, row, strict=True):
                 self.means.setdefault(name, AverageMeter()).update(value)
             self.untold.append(dict(zip(names, row, strict=True)))
-            if not math.isfinite(row[0]):  # of the others a NaN is a value that a batch had not
+            if not all(map(math.isfinite, row)):
                 shown = ', '.join(f'{name} {value}' for name, value in zip(names, row, strict=True))
                 raise UserError(
                     f'the loss is not finite in epoch {self.epoch + 1}, batch {batch}/{len(self.loader)} ({shown}); '

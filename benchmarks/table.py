@@ -125,9 +125,9 @@ def in_a_fresh_process(module: str, function: str, *args):
 
 @contextlib.contextmanager
 def apart(module: str, function: str, **sides: tuple) -> Iterator[dict[str, Callable]]:
-    """The work that a function of a part gives for the arguments of each side, in a process of the side's own.
+    """The seconds of the work that a function of a part gives for the arguments of each side, when called.
 
-    So each has the memory, and what it set for its process, that its program would have.
+    Each side is a process of its own, with the memory, and what it set for its process, that its program would have.
     """
     with contextlib.ExitStack() as stack:
         works = {}
@@ -147,8 +147,8 @@ def _prepare(*call) -> None:
     _work_here = _call(*call)
 
 
-def _work() -> None:
-    _work_here()
+def _work() -> float:
+    return seconds(_work_here)
 
 
 def machine() -> str:

@@ -160,11 +160,10 @@ def steps(repeats: int, maker: str, *args):
     return work
 
 
-def compare(repeats: int = 1, **sides: tuple) -> dict:
-    """Seconds of the sides, each in a process of its own: a maker of this file, and what it is given."""
+def compare(repeats: int, **sides: tuple) -> dict:
+    """Seconds of so many steps of the sides, each in a process of its own: a maker of this file and its arguments."""
     with apart('training', 'steps', **{name: (repeats, *side) for name, side in sides.items()}) as works:
-        take_turns(1, **works)
-        return take_turns(TURNS, **works)
+        return take_turns(TURNS, lambda work: work(), **works)
 
 
 def agree(ours, plain, tolerance):
@@ -219,19 +218,21 @@ def rows(full: bool) -> list[dict]:
     agree(extractor('fp32')(), plain_extractor()(), 1e-3)
     device = start('auto').device
     on_cpu = device.type == 'cpu'
+    repeats = 1 if on_cpu else 20
     table = []
     for precision, target in (('fp32', None), ('bf16', 2.6 if on_cpu else None)):
-        times = compare(ours=('trainer', precision), plain=('plain_trainer',))
-        table.append(row(f'training step, {precision}', times, BATCH, plain_target=target))
+        times = compare(repeats, ours=('trainer', precision), plain=('plain_trainer',))
+        table.append(row(f'training step, {precision}', times, repeats * BATCH, plain_target=target))
     for precision, target in (('fp32', 1.5), ('bf16', 4)):
-        times = compare(ours=('extractor', precision), plain=('plain_extractor',), limit=('convolutions', precision))
+        sides = {'ours': ('extractor', precision), 'plain': ('plain_extractor',), 'limit': ('convolutions', precision)}
         what = f'extraction, {precision}; limit: its convolutions alone'
-        table.append(row(what, times, BATCH, plain_target=target if on_cpu else None))
+        times = compare(repeats, **sides)
+        table.append(row(what, times, repeats * BATCH, plain_target=target if on_cpu else None))
     table.append(from_files(device, limit_target=1.05))
     if on_cpu:
         return [*table, Row('compiled step, from files against it, and 60 epochs of 12936 images: need a CUDA device')]
-    times = compare(repeats=20, ours=('trainer', 'auto', True), plain=('plain_trainer',))
-    table.append(row('training step, compiled', times, 20 * BATCH, plain_target=3))
+    times = compare(repeats, ours=('trainer', 'auto', True), plain=('plain_trainer',))
+    table.append(row('training step, compiled', times, repeats * BATCH, plain_target=3))
     table += [from_files(device, 1.11, compiled=True, cache=cache) for cache in ('none', 'device')]
     return [*table, recipe()] if full else table
 

@@ -1,3 +1,4 @@
+import os
 import platform
 import random
 import subprocess
@@ -82,23 +83,28 @@ def test_start_seeds_everything():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='memory is kept by an option of glibc')
-def test_freed_memory_is_kept_on_a_cpu():
-    """64 MB, asked for ten times over, take fresh pages from the kernel once or twice; they are 16384."""
+@pytest.mark.parametrize('tuned', [{}, {'MALLOC_ARENA_MAX': '8'}])
+def test_freed_memory_is_kept_on_a_cpu_unless_the_user_has_tuned_the_allocator(tuned):
+    """Eight blocks of 16 MB take 32768 pages from the kernel: once or twice, or each of ten times."""
     program = """if True:
-        import resource, sys, types, torch, launch
+        import resource, types, torch, launch
         launch.start(types.SimpleNamespace(
             seed=1, use_cpu=True, gpu_devices='0', precision='fp32', width=128, compile=False, sync_bn=False,
             deterministic=False,
         ))
         def faults():
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(1 << 24)
         before = faults()
         for _ in range(10):
-            torch.ones(1 << 24)
-        sys.exit(faults() - before > 2 * 16384)
+            blocks = [torch.ones(1 << 22) for _ in range(8)]
+            del blocks
+        print(faults() - before)
     """
-    subprocess.run([sys.executable, '-c', program], check=True, cwd=ROOT)
+    env = {name: value for name, value in os.environ.items() if not name.startswith(('MALLOC_', 'GLIBC_TUNABLES'))}
+    command = [sys.executable, '-c', program]
+    printed = subprocess.run(command, check=True, cwd=ROOT, env=env | tuned, stdout=subprocess.PIPE, text=True).stdout
+    kept = int(printed.split()[-1]) < 3 * 32768
+    assert kept != bool(tuned)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='this machine has CUDA')

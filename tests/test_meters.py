@@ -69,12 +69,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(bad, print_freq, meter):
         watch(meter(print_freq), [1.0, 1.0, bad, 1.0], epoch=2)
 
 
-def test_a_further_value_that_is_not_a_number_ends_nothing(capsys, meter, tmp_path):
-    watch(meter(1), [1.0, 2.0], seen=torch.tensor(float('nan')))
-    assert capsys.readouterr().out.count(' seen nan ') == 2
-    assert [row['seen'] for row in rows(tmp_path)] == ['nan', 'nan']
-
-
 def test_collapse_is_told_once_when_it_lasts_an_epoch(capsys, meter):
     shown = meter(1)
     for value in (0.0, 1.0, 1.0):
