@@ -424,7 +424,7 @@ def _start_others(options, more: list[str]) -> tuple[int, str]:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=number,
-        run_id='reid',
+        run_id=signals.RUN_ID,
         rdzv_backend='c10d',
         rdzv_endpoint='localhost:0',  # any free port
         max_restarts=0,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+RUN_ID = 'plain-command'  # of processes that a plain command started, by --gpu-devices or --max-restarts
 PASSED_ON = 1  # second within which a launcher passes a signal on that its processes have had as well
 
 
@@ -19,11 +20,18 @@ class Stopped(BaseException):  # as KeyboardInterrupt: no `except Exception` may
 
     def __init__(self, number: int, saved: Path | None = None, together: bool = False):
         self.signal, self.together = number, together
-        command = [word for word in sys.argv if word not in ('--overwrite', '--auto-resume')]
         text = f'Stopped by {signal.Signals(number).name}'
-        if saved:
-            text += f' after saving {saved}. Go on with:\n{shlex.join(["python", *command, "--auto-resume"])}'
-        super().__init__(text)
+        super().__init__(f'{text} after saving {saved}. {_how_to_go_on()}' if saved else text)
+
+
+def _how_to_go_on() -> str:
+    if int(os.environ.get('GROUP_WORLD_SIZE', 1)) > 1:
+        return 'Go on with the same command on each host, and --auto-resume'
+    launcher = ['python']
+    if os.environ.get('TORCHELASTIC_RUN_ID', RUN_ID) != RUN_ID:
+        launcher = ['torchrun', '--standalone', '--nproc-per-node', os.environ['LOCAL_WORLD_SIZE']]
+    command = [word for word in sys.argv if word not in ('--overwrite', '--auto-resume')]
+    return f'Go on with:\n{shlex.join([*launcher, *command, "--auto-resume"])}'
 
 
 @dataclass

@@ -22,6 +22,7 @@ import torch
 from conftest import ROOT, TINY
 
 import files
+import signals
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'}
 
@@ -306,7 +307,7 @@ def test_two_processes_stop_after_the_same_step(to, started, data_dir, tmp_path)
     assert (stopped.returncode, err) == (143, '')
     (position,) = names(tmp_path)
     epoch = int(re.search(r'\d+', position)[0])
-    assert f'Stopped by SIGTERM after saving {tmp_path}/{position}' in out
+    assert f'Stopped by SIGTERM after saving {tmp_path}/{position}. Go on with:\npython ' in out
     options = ['--data-dir', data_dir, '--max-epoch', epoch + 1, '--print-freq', 1]
     runs = [
         started('train_img_model_xent_htri', *options, '--save-dir', folder, '--auto-resume', processes=2)
@@ -316,6 +317,25 @@ def test_two_processes_stop_after_the_same_step(to, started, data_dir, tmp_path)
         assert run.wait(timeout=120) == 0, run.stderr.read()
     ends = [weights_of(folder / f'checkpoint_ep{epoch + 1}.pth.tar') for folder in (tmp_path, tmp_path / 'whole')]
     assert equal(*ends)
+
+
+@pytest.mark.parametrize(
+    ('environ', 'again'),
+    [
+        ({}, 'Go on with:\npython train.py --auto-resume'),
+        ({'TORCHELASTIC_RUN_ID': signals.RUN_ID}, 'Go on with:\npython train.py --auto-resume'),
+        (
+            {'TORCHELASTIC_RUN_ID': 'job', 'LOCAL_WORLD_SIZE': '4'},
+            'Go on with:\ntorchrun --standalone --nproc-per-node 4 train.py --auto-resume',
+        ),
+        ({'GROUP_WORLD_SIZE': '2'}, 'Go on with the same command on each host, and --auto-resume'),
+    ],
+)
+def test_how_to_go_on(environ, again, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--overwrite'])
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert str(signals.Stopped(signal.SIGTERM, Path('x'))) == f'Stopped by SIGTERM after saving x. {again}'
 
 
 @pytest.mark.parametrize('victim', ['process', 'worker'])
