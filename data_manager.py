@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-import toy_data
-from errors import UserError
+import toy
+from runtime.errors import UserError
 
 Image = tuple[str, int, int]  # path, pid, camid
 Tracklet = tuple[tuple[str, ...], int, int]  # paths of the frames in order, pid, camid
@@ -152,7 +152,7 @@ def init_dataset(name: str, data_dir: str = 'data') -> Market1501 | Mars:
         raise UserError(f"there is no data set '{name}': choose one of {', '.join(get_names())}")
     print(f'Initializing dataset {name}')
     if name.startswith('toy_'):
-        draw = toy_data.draw_market1501 if name == 'toy_market1501' else toy_data.draw_mars
+        draw = toy.draw_market1501 if name == 'toy_market1501' else toy.draw_mars
         try:
             draw(os.path.join(data_dir, name))
         except OSError as error:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from errors import ProcessLost, UserError
+from runtime.errors import ProcessLost, UserError
 
 FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'PPM', 'TIFF', 'WEBP')  # none that would run another program
 TRIES, PAUSE = 3, 0.1  # of reading an image; seconds in between: a network file system may come back

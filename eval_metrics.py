@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from errors import UserError
+from runtime.errors import UserError
 
 BLOCK = 1 << 20  # elements of a distance matrix that a thread ranks at a time: its copies of them stay in the cache
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import ranking
-import results
 from data_manager import fingerprint
 from dataset_loader import ImageDataset, VideoDataset, test_loader
-from errors import UserError
 from eval_metrics import average_precision
-from meters import bar_over
+from page import results
+from runtime.errors import UserError
+from runtime.meters import bar_over
 from transforms import TestTransform
 from utils import mkdir_if_missing
 

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
 
-from errors import UserError
 from eval_metrics import BLOCK, Matches, Pairs, check_ids, count_before, rank_matches, rows_of, same_identity
+from runtime.errors import UserError
 
 NEAREST = 10  # gallery items listed for each query
 LISTED = 4  # times k1 nearest items are listed for re-ranking: few neighbours of neighbours are farther

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from errors import UserError
 from eval_metrics import average_precision, inverse_negative_penalty
-from files import write_whole
+from runtime.errors import UserError
+from runtime.files import write_whole
 
 FIGURES = ('mAP', 'mINP', 'Rank-1', 'Rank-5', 'Rank-10')
 RANKS = (1, 5, 10)
@@ -105,7 +105,7 @@ def compare(save_dirs: Sequence[str | Path], out: str | Path = 'compare.html') -
 def _write_page(path: Path, **content) -> Path:
     import jinja2
 
-    folder = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parent / 'page'
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

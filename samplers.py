@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from errors import UserError
+from runtime.errors import UserError
 
 ORDER, INSTANCES, AUGMENTATION = range(3)  # independent streams of random numbers
 DRAWS = 4  # columns of `draws`: translate?, down, right, mirror?

@@ -9,13 +9,13 @@ from torch.optim.lr_scheduler import StepLR
 
 import arguments
 import data_manager
-import launch
 import models
-from checkpoint import Checkpoint
 from dataset_loader import ImageDataset, train_loader
 from evaluation import Test
 from losses import CenterLoss, CrossEntropyLabelSmooth, collapsed
-from meters import LossMeter
+from runtime import launch
+from runtime.checkpoint import Checkpoint
+from runtime.meters import LossMeter
 from samplers import RandomSampler
 from transforms import TrainTransform
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from files import note_unwritten, unwritten, write_whole
+from runtime.files import note_unwritten, unwritten, write_whole
 
 
 class AverageMeter:

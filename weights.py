@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from runtime.errors import UserError
 
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum

@@ -23,10 +23,10 @@ from types import SimpleNamespace
 import torch
 from torch.optim import Adam
 
-import launch
 import models
 import train_img_model_xent_htri as script
 from losses import CrossEntropyLabelSmooth, TripletLoss
+from runtime import launch
 from table import Row, row
 
 HEIGHT, WIDTH, CLASSES = 256, 128, 751

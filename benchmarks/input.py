@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import data_manager
-import toy_data
+import toy
 from dataset_loader import ImageDataset, train_loader
 from samplers import RandomSampler
 from table import Row, row, take_turns
@@ -112,7 +112,7 @@ def rows(full: bool) -> list[Row]:
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            toy_data.draw_market1501(Path(folder) / 'market1501', num_train=32, num_images=8, height=128, width=64)
+            toy.draw_market1501(Path(folder) / 'market1501', num_train=32, num_images=8, height=128, width=64)
             items = data_manager.init_dataset('market1501', folder).train
             table = compare(items, turns=15 if full else 5)
             sizes = np.random.default_rng(0).permutation(len(items))

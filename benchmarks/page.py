@@ -17,7 +17,7 @@ import torch
 
 import data_manager
 import evaluation
-import launch
+from runtime import launch
 from table import Row, seconds
 from testing import MARKET1501, draw
 

@@ -18,13 +18,13 @@ from torch.nn import functional as F
 from torch.optim import Adam
 
 import data_manager
-import launch
 import models
-import toy_data
+import toy
 import train_img_model_xent as script
 from dataset_loader import ImageDataset, train_loader
 from losses import CrossEntropyLabelSmooth
-from meters import LossMeter
+from runtime import launch
+from runtime.meters import LossMeter
 from samplers import RandomSampler
 from table import Row, apart, row, seconds, take_turns
 from transforms import TrainTransform
@@ -179,7 +179,7 @@ def from_files(device, limit_target: float, compiled: bool = False, cache: str =
     workers = 2 if device.type == 'cpu' else 8
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         persons = 32 if device.type == 'cpu' else 1617
-        toy_data.draw_market1501(Path(folder) / 'market1501', num_train=persons, num_images=8, height=128, width=64)
+        toy.draw_market1501(Path(folder) / 'market1501', num_train=persons, num_images=8, height=128, width=64)
         dataset = data_manager.init_dataset('market1501', folder)
         sampler = RandomSampler(dataset.train, BATCH, 1)
         loader = train_loader(ImageDataset(dataset.train), sampler, SimpleNamespace(workers=workers, cache=cache), run)
@@ -242,7 +242,7 @@ def recipe() -> Row:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / 'data'
         with contextlib.redirect_stdout(io.StringIO()):
-            toy_data.draw_market1501(data / 'market1501', num_train=1617, num_images=8, height=128, width=64)
+            toy.draw_market1501(data / 'market1501', num_train=1617, num_images=8, height=128, width=64)
         command = [
             sys.executable, str(ROOT / 'train_img_model_xent.py'), '--data-dir', str(data), '--pretrained', 'none',
             '--save-dir', str(Path(folder) / 'log'), '--compile', '--cache', 'device',

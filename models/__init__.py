@@ -4,9 +4,9 @@ from collections.abc import Set
 
 from torch import nn
 
-from errors import UserError
 from models.DenseNet import DenseNet121
 from models.ResNet import ResNet50, ResNet50M
+from runtime.errors import UserError
 
 factory = {'resnet50': ResNet50, 'resnet50m': ResNet50M, 'densenet121': DenseNet121}
 

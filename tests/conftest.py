@@ -10,7 +10,7 @@ import pytest
 import tiny  # registers the network
 import torch
 
-import toy_data
+import toy
 
 ROOT = tiny.ROOT
 TINY = ['-a', 'tiny', '--height', '32', '--width', '16', '--workers', '0', '--use-cpu', '--precision', 'fp32']
@@ -22,12 +22,10 @@ SCRIPTS = [path.stem for path in sorted(ROOT.glob('train_*.py'))]
 def data_dir(tmp_path_factory) -> Path:
     """Market1501 and MARS in their real formats, with few persons."""
     folder = tmp_path_factory.mktemp('data')
-    toy_data.draw_market1501(
+    toy.draw_market1501(
         folder / 'market1501', num_train=6, num_test=5, num_distractors=2, num_images=4, height=48, width=24
     )
-    toy_data.draw_mars(
-        folder / 'mars', num_train=4, num_test=4, num_distractors=2, num_frames=(3, 5), height=48, width=24
-    )
+    toy.draw_mars(folder / 'mars', num_train=4, num_test=4, num_distractors=2, num_frames=(3, 5), height=48, width=24)
     return folder
 
 
@@ -59,7 +57,7 @@ def script(data_dir, monkeypatch):
     """
     import importlib
 
-    import launch
+    from runtime import launch
 
     def start(name: str, *args) -> int:
         module = importlib.import_module(name)

@@ -20,10 +20,10 @@ from torch.optim import SGD
 
 import data_manager
 import evaluation
-import launch
 import losses
 import models
 from dataset_loader import ImageDataset, train_loader
+from runtime import launch
 from samplers import RandomIdentitySampler
 from transforms import TrainTransform
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-import launch
+from runtime import launch
 
 options = SimpleNamespace(
     seed=1, use_cpu=False, gpu_devices='0', precision='fp32', sync_bn=True, compile=False, deterministic=False, width=16

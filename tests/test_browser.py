@@ -19,7 +19,7 @@ from test_report import put_run
 
 import data_manager
 import report
-import toy_data
+import toy
 
 WINDOW = 1340, 2220  # pixels
 
@@ -46,7 +46,7 @@ def browser():
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp('page')
-    toy_data.draw_market1501(folder / 'market1501', num_train=2, num_test=30, num_distractors=20)
+    toy.draw_market1501(folder / 'market1501', num_train=2, num_test=30, num_distractors=20)
     run = put_run(folder / 'log', data_manager.init_dataset('market1501', str(folder)))
     report.write(run)
     return run

@@ -8,10 +8,10 @@ from tiny import Tiny
 from torch.optim import Adam
 from torch.optim.lr_scheduler import StepLR
 
-import launch
 import weights
-from checkpoint import Checkpoint
-from errors import UserError
+from runtime import launch
+from runtime.checkpoint import Checkpoint
+from runtime.errors import UserError
 
 
 def options(save_dir, **changes):

@@ -14,9 +14,9 @@ from PIL import Image
 from scipy.io import savemat
 
 import data_manager
-import toy_data
+import toy
 from data_manager import Market1501, Mars
-from errors import UserError
+from runtime.errors import UserError
 
 README = (Path(data_manager.__file__).parent / 'data' / 'README.md').read_text()
 MARKET = {
@@ -240,9 +240,9 @@ def test_market1501_at_its_size(tmp_path, monkeypatch, capsys):
 
 def test_toys_are_drawn_and_read(tmp_path, monkeypatch):
     small = {'num_train': 3, 'num_test': 2, 'num_distractors': 1, 'height': 24, 'width': 12}
-    draw_market1501, draw_mars = toy_data.draw_market1501, toy_data.draw_mars
-    monkeypatch.setattr(toy_data, 'draw_market1501', lambda folder: draw_market1501(folder, num_images=4, **small))
-    monkeypatch.setattr(toy_data, 'draw_mars', lambda folder: draw_mars(folder, num_frames=(2, 3), **small))
+    draw_market1501, draw_mars = toy.draw_market1501, toy.draw_mars
+    monkeypatch.setattr(toy, 'draw_market1501', lambda folder: draw_market1501(folder, num_images=4, **small))
+    monkeypatch.setattr(toy, 'draw_mars', lambda folder: draw_mars(folder, num_frames=(2, 3), **small))
     market = data_manager.init_dataset('toy_market1501', tmp_path)
     mars = data_manager.init_dataset('toy_mars', tmp_path)
     assert (market.name, market.kind, mars.name, mars.kind) == ('toy_market1501', 'image', 'toy_mars', 'video')
@@ -544,9 +544,7 @@ def test_names_that_would_steer_a_terminal(market, checked):
 
 @pytest.mark.parametrize('name', ['mars', 'mars_official'])
 def test_mars_is_checked_under_both_protocols(tmp_path, checked, monkeypatch, name):
-    toy_data.draw_mars(
-        tmp_path / 'mars', num_train=3, num_test=2, num_distractors=1, num_frames=(2, 3), height=24, width=12
-    )
+    toy.draw_mars(tmp_path / 'mars', num_train=3, num_test=2, num_distractors=1, num_frames=(2, 3), height=24, width=12)
     status, found, _ = checked(name)
     assert status == 1
     assert found[0] == 'fault: statistics other than the known ones: 3'

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 import dataset_loader
 from dataset_loader import ImageDataset, VideoDataset, read_image, test_loader, train_loader
-from errors import ProcessLost, UserError
+from runtime.errors import ProcessLost, UserError
 from samplers import RandomIdentitySampler, RandomSampler
 
 ROOT = Path(dataset_loader.__file__).parent

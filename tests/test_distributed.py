@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT, SCRIPTS, TINY
 from torch import nn
 
-import launch
 import ranking
+from runtime import launch
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'}
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from errors import UserError
 from eval_metrics import average_precision, check_ids, cmc, evaluate, inverse_negative_penalty, match_ranks
+from runtime.errors import UserError
 
 
 def textbook(distmat, q_pids, g_pids, q_camids, g_camids):

@@ -10,9 +10,9 @@ from tiny import Tiny
 import data_manager
 import eval_metrics
 import evaluation
-import launch
 import ranking
-from errors import UserError
+from runtime import launch
+from runtime.errors import UserError
 
 
 def options(save_dir, **changes):

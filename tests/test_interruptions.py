@@ -21,8 +21,7 @@ import tiny
 import torch
 from conftest import ROOT, TINY
 
-import files
-import signals
+from runtime import files, signals
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'}
 

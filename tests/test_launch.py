@@ -11,9 +11,9 @@ import torch
 from conftest import ROOT
 from tiny import Tiny
 
-import launch
 import models
-from errors import UserError
+from runtime import launch
+from runtime.errors import UserError
 
 
 def options(**changes):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import utils
-from errors import UserError
-from meters import LossMeter
+from runtime.errors import UserError
+from runtime.meters import LossMeter
 
 
 class Losses:

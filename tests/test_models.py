@@ -9,7 +9,7 @@ from torch.nn import functional
 from torchvision.models import densenet121, resnet50
 
 import models
-from errors import UserError
+from runtime.errors import UserError
 
 FEAT_DIM = {'resnet50': 2048, 'resnet50m': 3072, 'densenet121': 1024}
 

@@ -4,8 +4,8 @@ import torch
 from test_eval_metrics import draw_ids, figures, textbook
 
 import ranking
-from errors import UserError
 from eval_metrics import match_ranks, same_identity
+from runtime.errors import UserError
 
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')

@@ -22,8 +22,8 @@ from tiny import Tiny
 import data_manager
 import ranking
 import report
-from errors import UserError
 from eval_metrics import average_precision
+from runtime.errors import UserError
 from transforms import TestTransform
 
 WIDTH, HEIGHT = 1280, 1100  # of the browser's window

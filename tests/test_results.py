@@ -10,10 +10,9 @@ from tiny import Tiny
 import data_manager
 import eval_metrics
 import evaluation
-import files
-import launch
 import report
-import results
+from page import results
+from runtime import files, launch
 
 
 @pytest.fixture(scope='module', params=['market1501', 'mars'])

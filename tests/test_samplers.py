@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from errors import UserError
+from runtime.errors import UserError
 from samplers import AUGMENTATION, INSTANCES, ORDER, RandomIdentitySampler, RandomSampler, generator
 
 

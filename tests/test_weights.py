@@ -36,7 +36,7 @@ from torchvision.models import DenseNet121_Weights, ResNet50_Weights
 
 import models
 import weights
-from errors import UserError
+from runtime.errors import UserError
 
 LONGER = ('base.6.6.conv1.weight', 'base.denseblock4.denselayer17.norm1.weight')  # ResNet101, DenseNet169
 KEYS = {'resnet50': 267, 'resnet50m': 538, 'densenet121': 606}  # in a file of PyTorch 0.3
@@ -583,7 +583,7 @@ def test_strangers_files_need_no_memory(tmp_path):
         (tmp_path / names[-1]).write_bytes(data)
     program = textwrap.dedent("""
         import resource, sys, weights
-        from errors import UserError
+        from runtime.errors import UserError
         taken = 4096 * int(open('/proc/self/statm').read().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (taken + 2**28, taken + 2**28))
         for name in sys.argv[1:]:

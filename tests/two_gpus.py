@@ -13,7 +13,7 @@ import sys
 import tiny
 import torch
 
-from errors import UserError
+from runtime.errors import UserError
 
 
 def break_down():

@@ -60,7 +60,7 @@ from torch import nn
 
 import data_manager
 import weights
-from errors import UserError
+from runtime.errors import UserError
 
 READERS = [pickletools, zipfile, weights, data_manager]
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.io import loadmat
 
 import data_manager
-import toy_data
+import toy
 
 SMALL = {'num_train': 3, 'num_test': 2, 'num_distractors': 2, 'height': 24, 'width': 12}
 
@@ -27,7 +27,7 @@ def market(tmp_path_factory):
 def mars(tmp_path_factory):
     """A toy of the usual format with fewer persons."""
     folder = tmp_path_factory.mktemp('toys')
-    toy_data.draw_mars(folder / 'toy_mars', num_train=6, num_test=4, num_distractors=3, height=48, width=24)
+    toy.draw_mars(folder / 'toy_mars', num_train=6, num_test=4, num_distractors=3, height=48, width=24)
     return folder
 
 
@@ -116,7 +116,7 @@ def test_tracklets_move_smoothly(mars):
 # ---- drawing ----
 
 
-@pytest.mark.parametrize('draw', [toy_data.draw_market1501, toy_data.draw_mars])
+@pytest.mark.parametrize('draw', [toy.draw_market1501, toy.draw_mars])
 def test_equal_arguments_equal_files(tmp_path, draw):
     draw(tmp_path / 'a', **SMALL)
     draw(tmp_path / 'b', **SMALL)
@@ -130,12 +130,12 @@ def test_equal_arguments_equal_files(tmp_path, draw):
 
 def test_what_is_there_stays(tmp_path):
     (tmp_path / 'toy').mkdir()
-    toy_data.draw_market1501(tmp_path / 'toy', **SMALL)
+    toy.draw_market1501(tmp_path / 'toy', **SMALL)
     assert not os.listdir(tmp_path / 'toy')
 
 
 def test_complete_or_absent(tmp_path, monkeypatch):
-    shoot, shots = toy_data._shoot, []
+    shoot, shots = toy._shoot, []
 
     def fail_later(path, *args):
         assert not (tmp_path / 'data' / 'toy').exists()
@@ -144,24 +144,22 @@ def test_complete_or_absent(tmp_path, monkeypatch):
             raise OSError(28, 'No space left on device')
         shoot(path, *args)
 
-    monkeypatch.setattr(toy_data, '_shoot', fail_later)
+    monkeypatch.setattr(toy, '_shoot', fail_later)
     with pytest.raises(OSError, match='No space'):
-        toy_data.draw_market1501(tmp_path / 'data' / 'toy', **SMALL)
+        toy.draw_market1501(tmp_path / 'data' / 'toy', **SMALL)
     assert not os.listdir(tmp_path / 'data')
 
 
 def test_two_processes_at_once(tmp_path):
     context = multiprocessing.get_context('fork')
-    processes = [
-        context.Process(target=toy_data.draw_market1501, args=(tmp_path / 'toy',), kwargs=SMALL) for _ in range(3)
-    ]
+    processes = [context.Process(target=toy.draw_market1501, args=(tmp_path / 'toy',), kwargs=SMALL) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert os.listdir(tmp_path) == ['toy']
-    toy_data.draw_market1501(tmp_path / 'alone', **SMALL)
+    toy.draw_market1501(tmp_path / 'alone', **SMALL)
     assert contents(tmp_path / 'toy') == contents(tmp_path / 'alone')
 
 
@@ -173,7 +171,7 @@ def test_another_process_is_first(tmp_path):
         (tmp_path / 'toy' / 'of the other').touch()
         Path(folder, 'of this one').touch()
 
-    toy_data._once(tmp_path / 'toy', draw)
+    toy._once(tmp_path / 'toy', draw)
     assert os.listdir(tmp_path) == ['toy']
     assert os.listdir(tmp_path / 'toy') == ['of the other']
 
@@ -181,42 +179,42 @@ def test_another_process_is_first(tmp_path):
 def test_where_nothing_can_be_written(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(OSError, match='file'):
-        toy_data.draw_mars(tmp_path / 'file' / 'toy', **SMALL)
+        toy.draw_mars(tmp_path / 'file' / 'toy', **SMALL)
 
 
 # ---- a task worth learning ----
 
 
 def test_no_attribute_tells_people_apart():
-    people = toy_data._persons(144, np.random.default_rng(0))
-    for key in toy_data.CHOICES:
+    people = toy._persons(144, np.random.default_rng(0))
+    for key in toy.CHOICES:
         values = [getattr(person, key) for person in people]
         assert min(values.count(value) for value in set(values)) >= 6, key
-    looks = [[getattr(person, key) for key in toy_data.CHOICES] for person in people]
+    looks = [[getattr(person, key) for key in toy.CHOICES] for person in people]
     apart = [
         sum(a != b for a, b in zip(one, other, strict=True)) for one in looks for other in looks if one is not other
     ]
-    assert min(apart) >= toy_data.LOOK_APART
+    assert min(apart) >= toy.LOOK_APART
 
 
 def test_a_crowd_of_any_size(monkeypatch):
     """More persons than can all look very different: they are told apart by less, and none stands there twice."""
-    monkeypatch.setattr(toy_data, 'LOOK_APART', 14)
-    monkeypatch.setattr(toy_data, 'PATIENCE', 20)
-    people = toy_data._persons(200, np.random.default_rng(0))
+    monkeypatch.setattr(toy, 'LOOK_APART', 14)
+    monkeypatch.setattr(toy, 'PATIENCE', 20)
+    people = toy._persons(200, np.random.default_rng(0))
     assert len(set(people)) == 200
 
 
 def test_every_look_can_be_drawn(tmp_path):
     """Every value of every attribute, from the front, from behind and from both sides, with each thing in front."""
     rng = np.random.default_rng(0)
-    camera = toy_data._camera(0, 48, 24, rng)
+    camera = toy._camera(0, 48, 24, rng)
     pictures = set()
-    for count, person in enumerate(toy_data._persons(80, rng)):
+    for count, person in enumerate(toy._persons(80, rng)):
         yaw = count * np.pi / 2 + 0.1
-        screen = 1 - toy_data.SCREENED * rng.uniform(0, 1) if count % 2 else 0
-        view = toy_data.replace(toy_data._view(rng), yaw=yaw, screen=screen)
-        toy_data._shoot(str(tmp_path / 'one.jpg'), person, camera, view, 48, 24, rng)
+        screen = 1 - toy.SCREENED * rng.uniform(0, 1) if count % 2 else 0
+        view = toy.replace(toy._view(rng), yaw=yaw, screen=screen)
+        toy._shoot(str(tmp_path / 'one.jpg'), person, camera, view, 48, 24, rng)
         pictures.add((tmp_path / 'one.jpg').read_bytes())
     assert len(pictures) == 80
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from eval_metrics import average_precision
-from files import excused, write_whole
+from runtime.files import excused, write_whole
 from utils import write_json
 
 FILES = ('results.json', 'results.csv', 'ranking.npz', 'report.html')

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import launch
-from errors import UserError
-from files import excused
+from runtime import launch
+from runtime.errors import UserError
+from runtime.files import excused
 from utils import AverageMeter
 
 FIGURES = ('mAP', 'mINP', 'rank1', 'rank5', 'rank10')  # of a test, 0..1

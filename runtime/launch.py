@@ -37,9 +37,9 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import signals
-from errors import UserError
-from files import unwritten
+from runtime import signals
+from runtime.errors import UserError
+from runtime.files import unwritten
 from utils import Logger, mkdir_if_missing
 
 NARROWEST_BF16 = 33  # pixels; below, the CPU's bf16 convolution of ResNet50's last stage returns garbage

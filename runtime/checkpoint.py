@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-import results
-import signals
 import weights
 from data_manager import fingerprint
-from errors import UserError
-from files import excused
+from page import results
+from runtime import signals
+from runtime.errors import UserError
+from runtime.files import excused
 from utils import save_checkpoint
 
 FORMAT = 'deep-person-reid 1'

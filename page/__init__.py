@@ -1,0 +1,1 @@
+"""The result files of a test, and the page made of them."""

@@ -1,0 +1,1 @@
+"""What every experiment needs and none is about: processes, devices, checkpoints, meters, files, decoding."""
