@@ -1,266 +1,45 @@
-"""The options that the experiments share, in groups, and what is checked before anything starts.
+"""The options that the experiments share: a typed line each, in the group of the room that takes it.
 
     parser = arguments.parser(__doc__, dataset='market1501', test_batch=32)
     parser.set_defaults(max_epoch=180, stepsize=60)
     parser.add_argument('--margin', type=arguments.positive_float, default=0.3, help='margin of the triplet loss')
 
-Every option stands in `args` by its name; `args.run`, `args.data`, `args.test`, `args.save` and `args.show` hold what
-the room of that name needs, so that a new option of a room touches no script. Options that a script adds belong to
-the recipe of its experiment, like the learning rate: a run is resumed with the values it began with.
+Every option is in `args` by its name, and `args.run`, `args.data`, `args.test`, `args.save` and `args.show` are the
+groups. Options that a script adds belong to the recipe of its experiment, like the learning rate: a run is resumed with
+the values that it began with.
 """
 
 import argparse
+import dataclasses
 import math
-import os
 import sys
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeVar
 
 import data_manager
 import models
+from runtime import commands
+from runtime.checks import check
+from runtime.processes import of_environment
 
-# What each room is given. An option may serve two of them.
-ROOMS = {
-    'run': 'seed use_cpu gpu_devices precision compile sync_bn width deterministic max_restarts',
-    'data': 'workers cache',
-    'test': 'dataset arch height width workers test_batch eval_step max_epoch resume evaluate save_dir save_features '
-    'rerank k1 k2 lambda_value no_report quiet',
-    'save': 'save_dir resume auto_resume resume_weights_only overwrite start_epoch evaluate save_minutes keep '
-    'no_report',
-    'show': 'print_freq quiet tensorboard save_dir train_batch max_epoch',
-}
-TEST_OF_TRACKLETS = ' seq_len pool'
+Value = TypeVar('Value')
 
-# Options of the experiment that may differ when it is resumed: how long it is, and what its first weights were.
-FREE = 'max_epoch pretrained help'
+FREE = ('max_epoch', 'pretrained')  # may differ when a run is resumed: its length, and what its first weights were
 
 
-class Arguments(argparse.Namespace):
-    """The options by name, and for each room of `ROOMS` a namespace of its own."""
-
-    def plain(self) -> argparse.Namespace:
-        """The options alone, by name in alphabetical order: what is printed and what a checkpoint keeps."""
-        return argparse.Namespace(**{name: value for name, value in sorted(vars(self).items()) if name not in ROOMS})
+# What the values of options may be
 
 
-class Parser(argparse.ArgumentParser):
-    """An argparse parser that says a mistake in one line, checks values against each other, and sorts them by room."""
-
-    def __init__(self, description: str | None, kind: str):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        self.kind = kind
-        self.requirements: list[tuple[Callable[[argparse.Namespace], bool], str]] = []
-
-    def error(self, message: str):
-        if os.environ.get('LOCAL_RANK', '0') == '0':  # the first process of each host speaks
-            sys.stderr.write(f'error: {message.removeprefix("argument ")}\n')
-        sys.exit(2)
-
-    def require(self, holds: Callable[[argparse.Namespace], bool], message: str) -> None:
-        """Refuse the options unless `holds(args)`. `message` may name their values: `--margin {margin}`."""
-        self.requirements.append((holds, message))
-
-    def parse_args(self, args=None, namespace=None) -> Arguments:
-        parsed = super().parse_args(args, namespace or Arguments())
-        restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
-        if restarted:  # by torchrun --max-restarts
-            parsed.auto_resume, parsed.overwrite = True, False
-        if parsed.resume:  # nothing is fetched when weights are given
-            parsed.pretrained = 'none'
-        for holds, message in self.requirements:
-            if not holds(parsed):
-                self.error(message.format(**vars(parsed)))
-        _check_names(self, parsed)
-        _check_batch(self, parsed)
-        _check_files(self, parsed, restarted)
-        plain = vars(parsed.plain())
-        recipe = {action.dest for action in self._optionals._group_actions}.difference(FREE.split())
-        for room, names in ROOMS.items():
-            if room == 'test' and self.kind == 'video':
-                names += TEST_OF_TRACKLETS
-            setattr(parsed, room, argparse.Namespace(**{name: plain[name] for name in names.split()}))
-        step, last = parsed.eval_step, parsed.max_epoch - 1
-        tested = {last, *range(step - 1, last, step)} if step > 0 else {last}
-        parsed.test.test_epochs = parsed.save.test_epochs = tested  # epochs (from 0) that a test follows
-        parsed.save.arguments = plain
-        parsed.save.recipe = {name: plain[name] for name in sorted(recipe)}
-        return parsed
-
-
-def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
-    """The options of an experiment on images or tracklets, whichever `dataset`, its default, holds.
-
-    Args:
-        description: the docstring of the script.
-        test_batch: default of --test-batch, in images or tracklets.
-    """
-    kind = 'video' if dataset in data_manager.get_names('video') else 'image'
-    parser = Parser(description, kind)
-
-    parser._optionals.title = 'the experiment (a resumed run must have the same, but for --max-epoch and --pretrained)'
-    add = parser.add_argument
-    add('-d', '--dataset', default=dataset, help=f'one of {", ".join(data_manager.get_names(kind))}')
-    add('-a', '--arch', default='resnet50', help=f'one of {", ".join(models.get_names())}')
-    add('--pretrained', default='imagenet', metavar='imagenet|none|PATH',
-        help='first weights of the network; PATH is a checkpoint or a backbone of torchvision. '
-             'Not looked at when --resume is given')  # fmt: skip
-    add('--height', type=positive_int, default=256, help='of an image, in pixels')
-    add('--width', type=positive_int, default=128, help='of an image, in pixels')
-    add('--train-batch', type=two_or_more, default=32, help='images in a batch of the whole run, on all GPUs')
-    add('--max-epoch', type=positive_int, default=60, help='epochs to train for')
-    add('--lr', '--learning-rate', type=positive_float, default=0.0003, help='first learning rate of Adam')
-    add(
-        '--stepsize',
-        type=epochs_or_never,
-        default=20,
-        help='epochs between two decays of the learning rate; 0 or less: no decay',
-    )
-    add('--gamma', type=positive_float, default=0.1, help='factor of a decay')
-    add('--weight-decay', type=nonnegative_float, default=5e-4, help='L2 penalty, as in Adam')
-    add('--seed', type=seed, default=1, help='of first weights, order and augmentation')
-
-    add = parser.add_argument_group('data').add_argument
-    add('--data-dir', default='data', help='folder that holds the data sets, see data/README.md')
-    add('-j', '--workers', type=nonnegative_int, default=4, help='processes that decode images, for each GPU')
-    add('--cache', choices=['none', 'ram', 'device'], default='none',
-        help='decode training images once, keep their pixels in memory or on the GPU; workers then rest')  # fmt: skip
-
-    add = parser.add_argument_group('test').add_argument
-    add('--evaluate', action='store_true', help='test only')
-    things = 'tracklets' if kind == 'video' else 'images'
-    add(
-        '--test-batch',
-        type=positive_int,
-        default=test_batch,
-        help=f'{things} in a batch, on all GPUs; changes no result',
-    )
-    add('--save-features', action='store_true',
-        help='write the features of query and gallery into --save-dir, for `python ranking.py`')  # fmt: skip
-    add('--rerank', action='store_true',
-        help='rank by k-reciprocal re-ranking (Zhong et al., CVPR 2017), which looks at the neighbours of neighbours: '
-             'better figures, which must not be compared with those without')  # fmt: skip
-    add('--k1', type=positive_int, default=20, help='of --rerank: nearest items that may be reciprocal neighbours')
-    add('--k2', type=positive_int, default=6, help='of --rerank: nearest items over which neighbourhoods are averaged')
-    add('--lambda', dest='lambda_value', type=fraction, default=0.3,
-        help='of --rerank: weight of the Euclidean distance, 0 to 1, beside that of the neighbourhoods')  # fmt: skip
-    add('--no-report', action='store_true', help='leave out report.html, the page of a test')
-    add('--eval-step', type=int, default=-1, help='epochs between two tests; -1: after the last one only')
-    if kind == 'video':
-        add('--seq-len', type=positive_int, default=15, help='frames that are taken from a tracklet, evenly')
-        add('--pool', choices=['avg', 'max'], default='avg', help="how a tracklet's features become one")
-
-    add = parser.add_argument_group('save').add_argument
-    add('--save-dir', default='log', help='folder of logs, checkpoints and results')
-    add('--resume', default='', metavar='PATH',
-        help='go on from this checkpoint, or, with --evaluate, test it; published weights are read too')  # fmt: skip
-    add('--auto-resume', action='store_true',
-        help='go on from the newest whole checkpoint in --save-dir, or else begin: one command for the first start and '
-             'for each one after an interruption')  # fmt: skip
-    add('--save-minutes', type=positive_float, default=5,
-        help='save resume_{epoch}_{batch}.pth.tar as often, so that no more than that is lost')  # fmt: skip
-    add('--keep', type=positive_int, default=3, help='how many of these are kept; checkpoints of tests always are')
-    add('--resume-weights-only', action='store_true',
-        help='take the weights of --resume alone and begin a run of its own with them, at --start-epoch')  # fmt: skip
-    add('--start-epoch', type=nonnegative_int, default=0, help='first epoch of a run that starts from weights alone')
-    add(
-        '--overwrite',
-        action='store_true',
-        help='remove an earlier run in --save-dir, all but its logs and features, after the first step of this one',
-    )
-
-    add = parser.add_argument_group('run').add_argument
-    add('--use-cpu', action='store_true', help='even where there is a GPU')
-    add('--gpu-devices', type=gpu_list, default='0',
-        help='index of the GPU, or a list such as 0,1,2,3: one process is started for each, and they share each batch. '
-             'Under torchrun it may be left out')  # fmt: skip
-    add('--sync-bn', action='store_true',
-        help='BatchNorm over the images of all GPUs, not of each alone; worth its waiting where a GPU has few of them, '
-             'less than 16 or so, or few identities')  # fmt: skip
-    add('--precision', choices=['auto', 'fp32', 'tf32', 'bf16'], default='auto',
-        help='of the network; weights, losses and statistics are float32 always. auto: bf16 where the device '
-             'multiplies it in hardware, and fp32 for the test, so that published figures come out')  # fmt: skip
-    add('--compile', action='store_true',
-        help='compile the network with CUDA graphs: small batches are bound by launches otherwise; costs a minute at '
-             'the start')  # fmt: skip
-    add('--deterministic', action='store_true',
-        help='deterministic algorithms only, for equal weights from equal runs on a GPU too; there it costs speed, and '
-             'an operation without one is an error. On the CPU runs are equal without it')  # fmt: skip
-    add('--max-restarts', type=nonnegative_int, default=0,
-        help='start again, as with --auto-resume, when a process is killed or fails, so many times')  # fmt: skip
-    add('--print-freq', type=positive_int, default=10, help='batches between two lines, and two rows of metrics.csv')
-    add('--quiet', action='store_true', help='neither lines nor a bar of the losses on the screen; the log has them')
-    add('--tensorboard', action='store_true', help="write TensorBoard's event files into --save-dir")
-    return parser
-
-
-def _check_names(parser: Parser, args: argparse.Namespace) -> None:
-    names = data_manager.get_names(parser.kind)
-    if args.dataset in data_manager.get_names() and args.dataset not in names:
-        here, there = ('images', 'tracklets') if parser.kind == 'image' else ('tracklets', 'images')
-        script = Path(sys.argv[0]).name
-        other = script.replace('img', 'vid') if parser.kind == 'image' else script.replace('vid', 'img')
-        parser.error(
-            f'-d {args.dataset} holds {there}, and {script} trains on {here}: choose one of {", ".join(names)}, '
-            f'or run {other if other != script else "a script for " + there}'
-        )
-    if args.dataset not in names:
-        parser.error(f'-d {args.dataset}: no such data set; choose one of {", ".join(names)}')
-    if args.arch not in models.get_names():
-        parser.error(f'-a {args.arch}: no such model; choose one of {", ".join(models.get_names())}')
-    smallest = getattr(models.factory[args.arch], 'smallest', 1)
-    if min(args.height, args.width) < smallest:
-        parser.error(
-            f'--height {args.height} --width {args.width} are too small: -a {args.arch} needs {smallest} pixels or '
-            f'more of each'
-        )
-    if args.pretrained not in ('imagenet', 'none') and not Path(args.pretrained).is_file():
-        parser.error(f'--pretrained {args.pretrained}: no such file; give a path, imagenet or none')
-
-
-def _check_batch(parser: Parser, args: argparse.Namespace) -> None:
-    """Whether each process of the run has the same part of a batch, of 2 images or more: BatchNorm needs two."""
-    listed = 1 if args.use_cpu else args.gpu_devices.count(',') + 1
-    processes = int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else listed  # torchrun's, or to come
-    if args.evaluate or processes == 1 or (args.train_batch % processes == 0 and args.train_batch >= 2 * processes):
-        return
-    step = math.lcm(processes, getattr(args, 'num_instances', 1))  # P x K batches hold whole identities as well
-    least = -(-2 * processes // step) * step
-    below = max(args.train_batch // step * step, least)
-    parser.error(
-        f'--train-batch {args.train_batch} cannot be shared by {processes} processes, each with the same number of '
-        f'images, 2 or more: use {below} or {below + step}'
-    )
-
-
-def _check_files(parser: Parser, args: argparse.Namespace, restarted: bool) -> None:
-    """Whether the checkpoint is there and the folder can be written to; nothing of an earlier run is touched."""
-    if args.resume and not Path(args.resume).is_file():
-        parser.error(f'--resume {args.resume}: no such file')
-    restarts = args.max_restarts or os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0'  # by us, or by torchrun
-    if args.overwrite and (args.auto_resume or restarts):
-        other = '--auto-resume' if args.auto_resume else '--max-restarts'
-        parser.error(f'--overwrite removes what {other} would go on from: give one of them')
-    if args.evaluate and args.auto_resume and not restarted:
-        parser.error('--evaluate tests the file of --resume: leave out --auto-resume')
-    if args.resume_weights_only and not args.resume:
-        parser.error('--resume-weights-only needs --resume PATH, the file to take the weights from')
-    if args.start_epoch >= args.max_epoch and not args.evaluate:
-        parser.error(f'--start-epoch {args.start_epoch} leaves nothing of --max-epoch {args.max_epoch} epochs to train')
-    save_dir = Path(args.save_dir)
-    held = sorted(save_dir.glob('*.pth.tar')) if save_dir.is_dir() else []
-    goes_on = args.evaluate or args.overwrite or args.auto_resume or (args.resume and not args.resume_weights_only)
-    if held and not goes_on:
-        parser.error(
-            f'--save-dir {save_dir} holds the checkpoints of a run ({held[0].name}): go on with --auto-resume '
-            f'or --resume, remove them with --overwrite, or name another folder'
-        )
+def _number(text: str, kind: Callable[[str], Value], least: float, expected: str, most: float = math.inf) -> Value:
     try:
-        save_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=save_dir):
-            pass
-    except OSError as problem:
-        parser.error(f'--save-dir {save_dir}: cannot be written to ({os.strerror(problem.errno)}); name another folder')
+        value = kind(text)
+        fits = math.isfinite(value) and least <= value <= most  # type: ignore[arg-type,operator]  # int or float
+    except (ValueError, OverflowError):  # the latter for whole numbers that no float holds
+        fits = False
+    if not fits:
+        raise argparse.ArgumentTypeError(f'must be {expected}, not {text!r}')
+    return value
 
 
 def positive_int(text: str) -> int:
@@ -268,7 +47,7 @@ def positive_int(text: str) -> int:
 
 
 def two_or_more(text: str) -> int:
-    """Of images in a batch: BatchNorm needs two."""
+    """Images in a batch: BatchNorm needs two."""
     return _number(text, int, 2, 'a whole number of 2 or more')
 
 
@@ -293,7 +72,7 @@ def fraction(text: str) -> float:
 
 
 def epochs_or_never(text: str) -> int | float:
-    """A number of epochs; infinite for 0 or less, and for inf, as it is then shown."""
+    """A number of epochs; infinite for 0 or less, and for inf, as it is then printed."""
     if text == 'inf':
         return math.inf
     try:
@@ -310,12 +89,261 @@ def gpu_list(text: str) -> str:
     return text
 
 
-def _number(text: str, kind: type, least: float, expected: str, most: float = math.inf):
-    try:
-        value = kind(text)
-        fits = math.isfinite(value) and least <= value <= most
-    except (ValueError, OverflowError):  # the latter of whole numbers that no float holds
-        fits = False
-    if not fits:
-        raise argparse.ArgumentTypeError(f'must be {expected}, not {text!r}')
-    return value
+# The groups
+
+
+def option(default: Value, text: str, *names: str, under: str = '', **how: Any) -> Value:
+    """An option of a group: its default, its help, and other names than --its-own.
+
+    under: heading in -h, where it is not the group's own
+    how:   more for argparse, such as `type` or `choices`; `flag`: the name that replaces --its-own
+    """
+    made: Value = field(default=default, metadata={'help': text, 'names': names, 'under': under, **how})
+    return made
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The experiment. A resumed run must have the same, but for FREE."""
+
+    dataset: str = option('', 'one of {datasets}', '-d')
+    arch: str = option('resnet50', 'one of {models}', '-a')
+    pretrained: str = option('imagenet',
+        'first weights of the network; PATH is a checkpoint or a backbone of torchvision. Not read when --resume is '
+        'given', metavar='imagenet|none|PATH')  # fmt: skip
+    height: int = option(256, 'of an image, in pixels', type=positive_int)
+    width: int = option(128, 'of an image, in pixels', type=positive_int)
+    train_batch: int = option(32, 'images in a batch of the whole run, on all GPUs', type=two_or_more)
+    max_epoch: int = option(60, 'epochs to train for', type=positive_int)
+    lr: float = option(0.0003, 'first learning rate of Adam', '--learning-rate', type=positive_float)
+    stepsize: float = option(20, 'epochs between two decays of the learning rate; 0 or less: no decay',
+        type=epochs_or_never)  # fmt: skip
+    gamma: float = option(0.1, 'factor of a decay', type=positive_float)
+    weight_decay: float = option(5e-4, 'L2 penalty, as in Adam', type=nonnegative_float)
+    seed: int = option(1, 'of first weights, order and augmentation', type=seed)
+
+
+@dataclass(frozen=True)
+class Shared(Recipe):
+    """What more than one room needs."""
+
+    workers: int = option(4, 'processes that decode images, for each GPU', '-j', under='data', type=nonnegative_int)
+    evaluate: bool = option(False, 'test only', under='test')
+    eval_step: int = option(-1, 'epochs between two tests; -1: after the last one only', under='test', type=int)
+    no_report: bool = option(False, 'leave out report.html, the page of a test', under='test')
+    save_dir: str = option('log', 'folder of logs, checkpoints and results', under='save')
+    resume: str = option('',
+        'continue from this checkpoint, or, with --evaluate, test it; published weights are read too', under='save',
+        metavar='PATH')  # fmt: skip
+    quiet: bool = option(False, 'no progress output; the log keeps it', under='run')
+
+    @property
+    def test_epochs(self) -> frozenset[int]:
+        """The epochs, from 0, that a test follows."""
+        last = self.max_epoch - 1
+        return frozenset({last, *range(self.eval_step - 1, last, self.eval_step)} if self.eval_step > 0 else {last})
+
+
+@dataclass(frozen=True)
+class DataOptions(Shared):
+    data_dir: str = option('data', 'folder that holds the data sets, see data/README.md')
+    cache: str = option('none',
+        'decode training images once and keep their pixels in memory or on the GPU; workers are then idle',
+        choices=('none', 'ram', 'device'))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TestOptions(Shared):
+    __test__ = False  # not a test case, whatever pytest makes of the name
+
+    test_batch: int = option(32, '{things} in a batch, on all GPUs; changes no result', type=positive_int)
+    save_features: bool = option(False,
+        'write the features of query and gallery into --save-dir, for `python ranking.py`')  # fmt: skip
+    rerank: bool = option(False,
+        'rank by k-reciprocal re-ranking (Zhong et al., CVPR 2017), which looks at the neighbours of neighbours: '
+        'better figures, which must not be compared with those without')  # fmt: skip
+    k1: int = option(20, 'of --rerank: nearest items that may be reciprocal neighbours', type=positive_int)
+    k2: int = option(6, 'of --rerank: nearest items over which neighbourhoods are averaged', type=positive_int)
+    lambda_value: float = option(0.3,
+        'of --rerank: weight of the Euclidean distance, 0 to 1, beside that of the neighbourhoods', flag='--lambda',
+        type=fraction)  # fmt: skip
+    seq_len: int = option(15, 'frames that are taken from a tracklet, evenly', kind='video', type=positive_int)
+    pool: str = option('avg', "how a tracklet's features become one", kind='video', choices=('avg', 'max'))
+
+
+@dataclass(frozen=True)
+class SaveOptions(Shared):
+    auto_resume: bool = option(False,
+        'continue from the newest whole checkpoint in --save-dir, or else begin: one command for the first start and '
+        'for each one after an interruption')  # fmt: skip
+    save_minutes: float = option(5.0,
+        'minutes between two saves of resume_{epoch}_{batch}.pth.tar: no more than that is lost',
+        type=positive_float)  # fmt: skip
+    keep: int = option(3, 'how many of these are kept; checkpoints of tests always are', type=positive_int)
+    resume_weights_only: bool = option(False,
+        'take only the weights of --resume and begin a run of its own with them, at --start-epoch')  # fmt: skip
+    start_epoch: int = option(0, 'first epoch of a run that starts from weights alone', type=nonnegative_int)
+    overwrite: bool = option(
+        False, 'remove an earlier run in --save-dir, all but its logs and features, after the first step of this one'
+    )
+
+    arguments: dict[str, Any] = field(default_factory=dict)  # every option
+    recipe: dict[str, Any] = field(default_factory=dict)  # those that a resumed run must repeat
+    defaults: dict[str, Any] = field(default_factory=dict)  # of these
+
+
+@dataclass(frozen=True)
+class RunOptions(Shared):
+    use_cpu: bool = option(False, 'even where there is a GPU')
+    gpu_devices: str = option('0',
+        'index of the GPU, or a list such as 0,1,2,3: one process is started for each, and they share each batch. '
+        'Under torchrun it may be left out', type=gpu_list)  # fmt: skip
+    sync_bn: bool = option(False,
+        'BatchNorm over the images of all GPUs, not of each alone; worth its cost where a GPU has few of them, less '
+        'than 16 or so, or few identities')  # fmt: skip
+    precision: str = option('auto',
+        'of the network; weights, losses and statistics are always float32. auto: bf16 where the device multiplies it '
+        'in hardware, and fp32 for the test, so that published figures come out',
+        choices=('auto', 'fp32', 'tf32', 'bf16'))  # fmt: skip
+    compile: bool = option(False,
+        'compile the network with CUDA graphs: small batches are otherwise limited by kernel launches; costs a minute '
+        'at the start')  # fmt: skip
+    deterministic: bool = option(False,
+        'deterministic algorithms only, for equal weights from equal runs on a GPU too; there it costs speed, and an '
+        'operation without one is an error. On the CPU runs are equal without it')  # fmt: skip
+    max_restarts: int = option(0,
+        'start again, as with --auto-resume, when a process is killed or fails, at most N times', metavar='N',
+        type=nonnegative_int)  # fmt: skip
+
+    @property
+    def several_gpus(self) -> bool:
+        return ',' in self.gpu_devices and not self.use_cpu
+
+
+@dataclass(frozen=True)
+class ShowOptions(Shared):
+    print_freq: int = option(10, 'batches between two lines, and two rows of metrics.csv', under='run',
+        type=positive_int)  # fmt: skip
+    tensorboard: bool = option(False, "write TensorBoard's event files into --save-dir", under='run')
+
+
+ROOMS = {'data': DataOptions, 'test': TestOptions, 'save': SaveOptions, 'run': RunOptions, 'show': ShowOptions}
+
+
+class Arguments(argparse.Namespace):
+    """The options by name, and the groups of the rooms."""
+
+    data: DataOptions
+    test: TestOptions
+    save: SaveOptions
+    run: RunOptions
+    show: ShowOptions
+
+    def plain(self) -> argparse.Namespace:
+        """The options alone, by name in alphabetical order: what is printed and what a checkpoint keeps."""
+        return argparse.Namespace(**{name: value for name, value in sorted(vars(self).items()) if name not in ROOMS})
+
+
+class Parser(commands.Parser):
+    """Parses the options, checks them against each other, and hands each room its group.
+
+    kind: 'image' or 'video', which the experiment is about
+    """
+
+    def __init__(self, description: str | None, kind: str):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self.kind = kind
+        self.recipe: list[argparse.Action] = []
+        self.experiment = self.add_argument_group(
+            'the experiment (a resumed run must have the same, but for --max-epoch and --pretrained)'
+        )
+        self.requirements: list[tuple[Callable[[argparse.Namespace], bool], str]] = []
+
+    def add_argument(self, *names: str, **how: Any) -> argparse.Action:  # type: ignore[override]  # fewer overloads
+        """An option of the experiment, as a script adds it."""
+        if not hasattr(self, 'experiment'):  # -h, which argparse itself adds
+            return super().add_argument(*names, **how)
+        self.recipe.append(self.experiment.add_argument(*names, **how))
+        return self.recipe[-1]
+
+    def error(self, message: str) -> NoReturn:
+        if of_environment().local_rank:  # the first process of each host reports it
+            sys.exit(2)
+        super().error(message)
+
+    def require(self, holds: Callable[[argparse.Namespace], bool], message: str) -> None:
+        """Refuse the options unless `holds(args)`. `message` may name their values: `--margin {margin}`."""
+        self.requirements.append((holds, message))
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> Arguments:  # type: ignore[override]
+        parsed = super().parse_args(args, Arguments())
+        if of_environment().restarts:  # by torchrun --max-restarts
+            parsed.auto_resume, parsed.overwrite = True, False
+        if parsed.resume:  # nothing is fetched when weights are given
+            parsed.pretrained = 'none'
+        for holds, message in self.requirements:
+            if not holds(parsed):
+                self.error(message.format(**vars(parsed)))
+        check(self, parsed)
+        plain = vars(parsed.plain())
+        recipe = [action for action in self.recipe if action.dest not in FREE]
+        more = {
+            'arguments': plain,
+            'recipe': {name: plain[name] for name in sorted(action.dest for action in recipe)},
+            # Of two options with one name in `args` the first one's counts.
+            'defaults': {action.dest: self._default(action) for action in reversed(recipe)},
+        }
+        for room, group in ROOMS.items():
+            values = {field.name: (plain | more)[field.name] for field in dataclasses.fields(group)
+                      if field.name in plain | more}  # fmt: skip
+            setattr(parsed, room, group(**values))
+        return parsed
+
+    def _default(self, action: argparse.Action) -> object:
+        """The value of an option that is not given; argparse converts a default only if it is a string."""
+        converted = callable(action.type) and isinstance(action.default, str)
+        return action.type(action.default) if converted and callable(action.type) else action.default
+
+
+def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
+    """The options of an experiment on images or tracklets, whichever `dataset`, its default, holds.
+
+    Args:
+        description: the docstring of the script.
+        test_batch: default of --test-batch, in images or tracklets.
+    """
+    kind = 'video' if dataset in data_manager.get_names('video') else 'image'
+    parser = Parser(description, kind)
+    words = {
+        'datasets': ', '.join(data_manager.get_names(kind)),
+        'models': ', '.join(models.get_names()),
+        'things': 'tracklets' if kind == 'video' else 'images',
+    }
+    headings: dict[str, Callable[..., argparse.Action]] = {'': parser.add_argument}
+    for room, each in _options():
+        metadata = dict(each.metadata)
+        if metadata.pop('kind', kind) != kind:
+            continue
+        text, names, under = (metadata.pop(key) for key in ('help', 'names', 'under'))
+        heading = under or room
+        if heading not in headings:
+            headings[heading] = parser.add_argument_group(heading).add_argument
+        flags = [metadata.pop('flag', f'--{each.name.replace("_", "-")}'), *names]
+        if isinstance(each.default, bool):
+            metadata['action'] = 'store_true'
+        for key, word in words.items():
+            text = text.replace(f'{{{key}}}', word)
+        headings[heading](*sorted(flags, key=len), dest=each.name, default=each.default, help=text, **metadata)
+    parser.set_defaults(dataset=dataset, test_batch=test_batch)
+    return parser
+
+
+def _options() -> Iterator[tuple[str, dataclasses.Field]]:
+    """Every option once, with the room whose group it is in; '' for those of the experiment."""
+    seen: set[str] = set()
+    for room, group in {'': Recipe, 'data': DataOptions, 'test': TestOptions, 'save': SaveOptions, 'run': RunOptions,
+                        'show': ShowOptions}.items():  # fmt: skip
+        for each in dataclasses.fields(group):
+            if 'help' in each.metadata and each.name not in seen:
+                seen.add(each.name)
+                yield room, each

@@ -14,16 +14,16 @@ from torch.utils.data import Sampler
 
 from runtime.errors import UserError
 
-ORDER, INSTANCES, AUGMENTATION = range(3)  # independent streams of random numbers
+ORDER, INSTANCES, AUGMENTATION, ITEMS = range(4)  # independent streams of random numbers
 DRAWS = 4  # columns of `draws`: translate?, down, right, mirror?
 
 
-def generator(stream: int, seed: int, epoch: int) -> np.random.Generator:
-    """Random numbers of one `stream` of an epoch (>= 0); `seed` is any integer, a negative one too."""
-    return np.random.default_rng((stream, epoch, int(seed < 0), abs(seed)))
+def generator(stream: int, seed: int, epoch: int, *position: int) -> np.random.Generator:
+    """Random numbers of one `stream` of an epoch (>= 0), or of one position in it; `seed` is any integer."""
+    return np.random.default_rng((stream, epoch, int(seed < 0), abs(seed), *position))
 
 
-class _EpochSampler(Sampler):
+class EpochSampler(Sampler):
     """What both samplers share: an epoch is a list of indices, cut into whole batches; a remainder is left out.
 
     `draw(epoch)` is for this project's loader. Iterating, after `set_epoch`, gives single indices, the remainder
@@ -63,7 +63,7 @@ class _EpochSampler(Sampler):
         return torch.from_numpy(indices).view(shape), torch.from_numpy(draws).view(*shape, DRAWS)
 
 
-class RandomSampler(_EpochSampler):
+class RandomSampler(EpochSampler):
     """Every image once an epoch, in random order, in batches of `batch_size`; the remainder of an epoch is left out.
 
     Args:
@@ -91,7 +91,7 @@ class RandomSampler(_EpochSampler):
         return generator(ORDER, self.seed, epoch).permutation(len(self.data_source))
 
 
-class RandomIdentitySampler(_EpochSampler):
+class RandomIdentitySampler(EpochSampler):
     """Every identity once an epoch, K images of it side by side: batches of P identities with K images each.
 
     Hermans, Beyer, Leibe. In Defense of the Triplet Loss for Person Re-Identification. arXiv:1703.07737.

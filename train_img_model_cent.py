@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import StepLR
 import arguments
 import data_manager
 import models
+import weights
 from dataset_loader import ImageDataset, train_loader
 from evaluation import Test
 from losses import CenterLoss, CrossEntropyLabelSmooth, collapsed
@@ -25,16 +26,15 @@ parser.add_argument('--lr-cent', type=arguments.positive_float, default=0.5, hel
 parser.add_argument('--weight-cent', type=arguments.positive_float, default=0.0005, help='weight of the center loss')
 
 
-def main(args):
-    run = launch.start(args.run)
-
+def main(args, run):
     dataset = data_manager.init_dataset(args.dataset, args.data_dir)
     sampler = RandomSampler(dataset.train, args.train_batch, args.seed)
     trainloader = train_loader(ImageDataset(dataset.train), sampler, args.data, run)
-    augment = TrainTransform(args.height, args.width)
 
-    model = models.init_model(args.arch, dataset.num_train_pids, loss={'xent', 'cent'}, pretrained=args.pretrained)
+    model = models.init_model(args.arch, dataset.num_train_pids, loss={'xent', 'cent'})
+    weights.pretrain(model, args.pretrained)
     model = run.place(model)
+    augment = TrainTransform(args.height, args.width, model.normalisation)
     criterion_xent = CrossEntropyLabelSmooth(dataset.num_train_pids)
     criterion_cent = run.place(CenterLoss(dataset.num_train_pids, model.feat_dim))
     optimizer = Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
@@ -56,43 +56,28 @@ def main(args):
         return test(model)
 
     replica, replica_cent = run.replicate(model), run.replicate(criterion_cent)
-    meter = LossMeter(args.show)
+    meter = LossMeter(args.show, run, optimizer)
     for epoch in checkpoint.epochs(args.max_epoch):
-        batches = checkpoint.batches(trainloader, epoch, meter)
-        train(
-            batches,
-            replica,
-            augment,
-            criterion_xent,
-            replica_cent,
-            args.weight_cent,
-            optimizer,
-            optimizer_cent,
-            meter,
-            run,
-        )
+        replica.train()
+        for imgs, pids, draws in meter.watch(trainloader, epoch, checkpoint.start_batch):
+            with run.autocast():
+                logits, features = replica(augment(imgs, draws))  # (B, num_train_pids), (B, feat_dim)
+            xent = criterion_xent(logits.float(), pids)
+            cent = replica_cent(features.float(), pids)
+            loss = xent + args.weight_cent * cent
+            optimizer.zero_grad()
+            optimizer_cent.zero_grad()
+            loss.backward()
+            for param in criterion_cent.parameters():
+                param.grad /= args.weight_cent  # the centers follow the unweighted gradient
+            run.skip_unless_finite(loss, optimizer, optimizer_cent)
+            optimizer.step()
+            optimizer_cent.step()
+            meter.update(loss=loss, xent=xent, cent=cent, collapsed=collapsed(features))
+            checkpoint.after_step(epoch, meter)  # saves now and then, and stops when asked to
         scheduler.step()
         if test.is_due(epoch):
-            checkpoint.tested(epoch, test(model))
-
-
-def train(batches, model, augment, criterion_xent, criterion_cent, weight_cent, optimizer, optimizer_cent, meter, run):
-    model.train()
-    for imgs, pids, draws in batches:
-        with run.autocast():
-            logits, features = model(augment(imgs, draws))  # (B, num_train_pids), (B, feat_dim)
-        xent = criterion_xent(logits.float(), pids)
-        cent = criterion_cent(features.float(), pids)
-        loss = xent + weight_cent * cent
-        optimizer.zero_grad()
-        optimizer_cent.zero_grad()
-        loss.backward()
-        for param in criterion_cent.parameters():
-            param.grad /= weight_cent  # the centers follow the unweighted gradient
-        run.guard(loss, optimizer, optimizer_cent)  # a loss that is not finite changes nothing
-        optimizer.step()
-        optimizer_cent.step()
-        meter.update(loss=loss, xent=xent, cent=cent, collapsed=collapsed(features))
+            checkpoint.tested(epoch, test(model), meter)
 
 
 if __name__ == '__main__':

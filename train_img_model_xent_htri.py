@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import StepLR
 import arguments
 import data_manager
 import models
+import weights
 from dataset_loader import ImageDataset, train_loader
 from evaluation import Test
 from losses import CrossEntropyLabelSmooth, TripletLoss
@@ -29,16 +30,15 @@ parser.require(
 )
 
 
-def main(args):
-    run = launch.start(args.run)
-
+def main(args, run):
     dataset = data_manager.init_dataset(args.dataset, args.data_dir)
     sampler = RandomIdentitySampler(dataset.train, args.num_instances, args.train_batch, args.seed)
     trainloader = train_loader(ImageDataset(dataset.train), sampler, args.data, run)
-    augment = TrainTransform(args.height, args.width)
 
-    model = models.init_model(args.arch, dataset.num_train_pids, loss={'xent', 'htri'}, pretrained=args.pretrained)
+    model = models.init_model(args.arch, dataset.num_train_pids, loss={'xent', 'htri'})
+    weights.pretrain(model, args.pretrained)
     model = run.place(model)
+    augment = TrainTransform(args.height, args.width, model.normalisation)
     criterion_xent = CrossEntropyLabelSmooth(dataset.num_train_pids)
     criterion_htri = TripletLoss(args.margin)
     optimizer = Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
@@ -50,28 +50,26 @@ def main(args):
         return test(model)
 
     replica = run.replicate(model)
-    meter = LossMeter(args.show)
+    meter = LossMeter(args.show, run, optimizer)
     for epoch in checkpoint.epochs(args.max_epoch):
-        batches = checkpoint.batches(trainloader, epoch, meter)
-        train(batches, replica, augment, criterion_xent, criterion_htri, optimizer, meter, run)
+        replica.train()
+        for imgs, pids, draws in meter.watch(trainloader, epoch, checkpoint.start_batch):
+            with run.autocast():
+                logits, features = replica(augment(imgs, draws))  # (B, num_train_pids), (B, feat_dim)
+            xent = criterion_xent(logits.float(), pids)
+            htri = criterion_htri(*run.gather(features.float(), pids))  # the hardest of the whole batch
+            loss = xent + htri
+            optimizer.zero_grad()
+            loss.backward()
+            run.skip_unless_finite(loss, optimizer)
+            optimizer.step()
+            meter.update(
+                loss=loss, xent=xent, htri=htri, active=criterion_htri.active, collapsed=criterion_htri.collapsed
+            )
+            checkpoint.after_step(epoch, meter)  # saves now and then, and stops when asked to
         scheduler.step()
         if test.is_due(epoch):
-            checkpoint.tested(epoch, test(model))
-
-
-def train(batches, model, augment, criterion_xent, criterion_htri, optimizer, meter, run):
-    model.train()
-    for imgs, pids, draws in batches:
-        with run.autocast():
-            logits, features = model(augment(imgs, draws))  # (B, num_train_pids), (B, feat_dim)
-        xent = criterion_xent(logits.float(), pids)
-        htri = criterion_htri(*run.gather(features.float(), pids))  # the hardest of the whole batch
-        loss = xent + htri
-        optimizer.zero_grad()
-        loss.backward()
-        run.guard(loss, optimizer)  # a loss that is not finite changes nothing
-        optimizer.step()
-        meter.update(loss=loss, xent=xent, htri=htri, active=criterion_htri.active, collapsed=criterion_htri.collapsed)
+            checkpoint.tested(epoch, test(model), meter)
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import StepLR
 import arguments
 import data_manager
 import models
+import weights
 from dataset_loader import ImageDataset, train_loader
 from evaluation import Test
 from losses import CrossEntropyLabelSmooth
@@ -23,17 +24,16 @@ parser = arguments.parser(__doc__, dataset='mars', test_batch=5)
 parser.set_defaults(max_epoch=15, stepsize=5)
 
 
-def main(args):
-    run = launch.start(args.run)
-
+def main(args, run):
     dataset = data_manager.init_dataset(args.dataset, args.data_dir)
     frames = [(path, pid, camid) for paths, pid, camid in dataset.train for path in paths]  # trained one by one
     sampler = RandomSampler(frames, args.train_batch, args.seed)
     trainloader = train_loader(ImageDataset(frames), sampler, args.data, run)
-    augment = TrainTransform(args.height, args.width)
 
-    model = models.init_model(args.arch, dataset.num_train_pids, loss={'xent'}, pretrained=args.pretrained)
+    model = models.init_model(args.arch, dataset.num_train_pids, loss={'xent'})
+    weights.pretrain(model, args.pretrained)
     model = run.place(model)
+    augment = TrainTransform(args.height, args.width, model.normalisation)
     criterion_xent = CrossEntropyLabelSmooth(dataset.num_train_pids)
     optimizer = Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     scheduler = StepLR(optimizer, args.stepsize, args.gamma)
@@ -44,26 +44,22 @@ def main(args):
         return test(model)
 
     replica = run.replicate(model)
-    meter = LossMeter(args.show)
+    meter = LossMeter(args.show, run, optimizer)
     for epoch in checkpoint.epochs(args.max_epoch):
-        batches = checkpoint.batches(trainloader, epoch, meter)
-        train(batches, replica, augment, criterion_xent, optimizer, meter, run)
+        replica.train()
+        for imgs, pids, draws in meter.watch(trainloader, epoch, checkpoint.start_batch):
+            with run.autocast():
+                logits = replica(augment(imgs, draws))  # (B, num_train_pids)
+            loss = criterion_xent(logits.float(), pids)
+            optimizer.zero_grad()
+            loss.backward()
+            run.skip_unless_finite(loss, optimizer)
+            optimizer.step()
+            meter.update(loss=loss)
+            checkpoint.after_step(epoch, meter)  # saves now and then, and stops when asked to
         scheduler.step()
         if test.is_due(epoch):
-            checkpoint.tested(epoch, test(model))
-
-
-def train(batches, model, augment, criterion_xent, optimizer, meter, run):
-    model.train()
-    for imgs, pids, draws in batches:
-        with run.autocast():
-            logits = model(augment(imgs, draws))  # (B, num_train_pids)
-        loss = criterion_xent(logits.float(), pids)
-        optimizer.zero_grad()
-        loss.backward()
-        run.guard(loss, optimizer)  # a loss that is not finite changes nothing
-        optimizer.step()
-        meter.update(loss=loss)
+            checkpoint.tested(epoch, test(model), meter)
 
 
 if __name__ == '__main__':

@@ -36,11 +36,13 @@ __all__ = [
 ]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
+IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
 ENLARGE = 1.125  # a translated image is cropped out of one so much larger
 BITS = 22  # Pillow's fixed point: 32 bits less 8 of a pixel and 2 of headroom
 AT_ONCE = {'cpu': 1 << 17, 'cuda': 1 << 25}  # pixels worked on: a CPU's stay in its cache, a GPU's memory in bounds
 
 Images = Sequence[tuple[Tensor, Tensor]]
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of RGB in [0, 1]
 
 
 class Random2DTranslation:
@@ -66,8 +68,8 @@ class Random2DTranslation:
 class TrainTransform:
     """Random2DTranslation, horizontal flip (both p = 0.5), ToTensor and Normalize of a batch, given its draws."""
 
-    def __init__(self, height: int, width: int):
-        self.height, self.width = height, width
+    def __init__(self, height: int, width: int, normalisation: Normalisation = IMAGENET):
+        self.height, self.width, self.normalisation = height, width, normalisation
         self.heights, self.widths = (height, round(height * ENLARGE)), (width, round(width * ENLARGE))
 
     def __call__(self, images: Images, draws: Tensor) -> Tensor:
@@ -78,6 +80,8 @@ class TrainTransform:
                 by the share of the room there is that columns 1 (down) and 2 (right) say, and mirrored when column 3
                 is < 0.5.
         """
+        if (prepared := _prepared(images)) is not None:
+            return prepared
         device = images[0][1].device
         translate, down, right, mirror = draws.to(device, non_blocking=True).unbind(1)  # (B,) each
         translate, mirror = translate >= 0.5, mirror < 0.5
@@ -91,11 +95,11 @@ class TrainTransform:
         rows = torch.where(translate, self.height + top, 0)[:, None] + _range(self.height, top)  # (B, h)
         columns = torch.where(translate, self.width + left, 0)[:, None] + _range(self.width, left)  # (B, w)
         columns = torch.where(mirror[:, None], columns.flip(1), columns)
-        return _render(images, rows, columns, self.heights, self.widths)
+        return _render(images, rows, columns, self.heights, self.widths, self.normalisation)
 
     def _on_cpu(self, images: Images, translate: Tensor, top: Tensor, left: Tensor, mirror: Tensor) -> Tensor:
         """By torch's resize of uint8, image by image: what is written stays in the cache until it is normalised."""
-        scale, shift = _normalisation(self.width, translate.device)
+        scale, shift = _affine(self.normalisation, self.width, translate.device)
         batch = torch.empty(len(translate), self.height, self.width, 3)  # (B, h, w, 3)
         for positions, pixels in images:
             for enlarged, size in enumerate(zip(self.heights, self.widths, strict=True)):
@@ -117,28 +121,43 @@ class TestTransform:
 
     __test__ = False  # no test case, whatever pytest thinks of the name
 
-    def __init__(self, height: int, width: int):
-        self.height, self.width = height, width
+    def __init__(self, height: int, width: int, normalisation: Normalisation = IMAGENET):
+        self.height, self.width, self.normalisation = height, width, normalisation
 
     def __call__(self, images: Images) -> Tensor:
         """Returns float32 (B, 3, height, width), channels_last, on the device of the images."""
+        if (prepared := _prepared(images)) is not None:
+            return prepared
         device, count = images[0][1].device, sum(len(positions) for positions, _ in images)
         rows = torch.arange(self.height, device=device).expand(count, -1)  # (B, h)
         columns = torch.arange(self.width, device=device).expand(count, -1)  # (B, w)
-        return _render(images, rows, columns, (self.height,), (self.width,))
+        return _render(images, rows, columns, (self.height,), (self.width,), self.normalisation)
 
 
 def _range(size: int, like: Tensor) -> Tensor:
     return torch.arange(size, device=like.device)
 
 
-def _render(images: Images, rows: Tensor, columns: Tensor, heights: tuple[int, ...], widths: tuple[int, ...]) -> Tensor:
+def _prepared(images: Images) -> Tensor | None:
+    """The batch (B, 3, h, w) if the data set returned float images, which it has prepared itself."""
+    positions, pixels = images[0]
+    return pixels.permute(0, 3, 1, 2) if pixels.is_floating_point() else None  # of one size, so in order
+
+
+def _render(
+    images: Images,
+    rows: Tensor,
+    columns: Tensor,
+    heights: tuple[int, ...],
+    widths: tuple[int, ...],
+    normalisation: Normalisation,
+) -> Tensor:
     """Keeps `rows` (B, h) and `columns` (B, w) of each image's resizes to all of `heights` and `widths`; normalises."""
     device, height, width = rows.device, rows.shape[1], columns.shape[1]
     if mixed := len(images) > 1:
         order = torch.cat([positions for positions, _ in images]).to(device, non_blocking=True)  # (B,)
         rows, columns = rows[order], columns[order]
-    scale, shift = _normalisation(width, device)
+    scale, shift = _affine(normalisation, width, device)
     batch = torch.empty(len(rows), height, width, 3, device=device)  # (B, h, w, 3), one group after the other
     done = 0
     for _, pixels in images:
@@ -181,9 +200,9 @@ def _pass(pixels: Tensor, taps: Tensor, weights: Tensor, work: Tensor) -> Tensor
 
 
 @functools.lru_cache(maxsize=16)
-def _normalisation(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _affine(normalisation: Normalisation, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Factor and addend of a pixel 0..255, (w, 3) each: repeated in full, many times faster than three numbers."""
-    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=torch.float64)  # (3,) each
+    mean, std = torch.tensor(normalisation, dtype=torch.float64)  # (3,) each
     table = torch.stack([1 / (255 * std), -mean / std]).float()  # (2, 3)
     return tuple(table[:, None].expand(2, width, 3).contiguous().to(device))
 

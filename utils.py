@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from runtime.files import note_unwritten, unwritten, write_whole
+from runtime.files import Unwritten, write_whole
 
 
 class AverageMeter:
     """The last value of something and its mean since the last reset."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
@@ -32,21 +32,23 @@ class AverageMeter:
 class Logger:
     """A standard output that also goes to a file: `with Logger('log/log_train.txt'): print(...)`.
 
-    The file is appended to, line by line, so that the log of a run that goes on, or of a mistake, destroys none.
+    The file is appended to, line by line: the log of a run that continues, or of a mistake, overwrites nothing.
     """
 
-    def __init__(self, fpath: str | Path):
+    def __init__(self, fpath: str | Path, unwritten: Unwritten | None = None):
         self.console = sys.stdout
+        self.unwritten = Unwritten() if unwritten is None else unwritten
+        self.failed = False
         mkdir_if_missing(Path(fpath).parent)
         self.file = open(fpath, 'a', buffering=1, encoding='utf-8')  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> 'Logger':
-        sys.stdout = self
+        sys.stdout = self  # type: ignore[assignment]  # it has what print and tqdm use
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         sys.stdout = self.console
-        with contextlib.suppress(OSError):  # what a full disk did not take
+        with contextlib.suppress(OSError):  # what a full disk did not accept
             self.file.close()
 
     def write(self, text: str) -> None:
@@ -59,9 +61,10 @@ class Logger:
         """Write to the file alone."""
         try:
             self.file.write(text)
-        except OSError as problem:  # a full disk must not end a training
-            if not any(line.startswith(self.file.name) for line in unwritten):
-                note_unwritten(self.file.name, problem, 'the run goes on without its log')
+        except OSError as problem:  # a full disk does not stop a training
+            if not self.failed:
+                self.failed = True
+                self.unwritten.report(self.file.name, problem, 'the run continues without its log')
 
     def flush(self) -> None:
         self.console.flush()  # the file is written line by line, and its disk may be full

@@ -1,18 +1,16 @@
-"""Files that are whole or absent, and a disk that fails."""
+"""Files that are whole or absent, and disks that fail."""
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-unwritten: list[str] = []  # what could not be written although the run went on, see `excused`
-
 
 def write_whole(fpath: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `fpath`, then rename it: what has that name is always whole.
+    """Let `write` fill a temporary file beside `fpath`, then rename it: a file of that name is always whole.
 
-    The data reach the disk before the name does, and the name before this returns: a power loss leaves the old file
-    or the new one. Raises OSError where it cannot be written; what was there is then as it was.
+    The data reach the disk before the name does, and the name before this returns: a power failure leaves the old file
+    or the new one. Raises OSError where it cannot be written; the old file is then untouched.
     """
     fpath = Path(fpath)
     fpath.parent.mkdir(parents=True, exist_ok=True)
@@ -32,15 +30,17 @@ def write_whole(fpath: str | Path, write: Callable[[Path], object]) -> None:
         os.close(folder)
 
 
-@contextlib.contextmanager
-def excused(fpath: str | Path) -> Iterator[None]:
-    """Writing `fpath` in here may fail: that is printed, and the run goes on, but ends with status 2."""
-    try:
-        yield
-    except OSError as problem:
-        note_unwritten(fpath, problem, 'what was there is untouched, and the run goes on')
+class Unwritten(list[str]):
+    """The files that could not be written although the run continued; they make its exit status 2."""
 
+    @contextlib.contextmanager
+    def excuse(self, fpath: str | Path) -> Iterator[None]:
+        """A failure to write `fpath` in this context is reported, and the run continues."""
+        try:
+            yield
+        except OSError as problem:
+            self.report(fpath, problem, 'the old file is untouched, and the run continues')
 
-def note_unwritten(fpath: str | Path, problem: OSError, consequence: str) -> None:
-    unwritten.append(f'{fpath}: {problem.strerror or problem}')
-    print(f'error: {unwritten[-1]}; {consequence}')
+    def report(self, fpath: str | Path, problem: OSError, consequence: str) -> None:
+        self.append(f'{fpath}: {problem.strerror or problem}')
+        print(f'error: {self[-1]}; {consequence}')

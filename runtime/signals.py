@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a run that is asked to stop does so when it is ready, and in order."""
+"""SIGTERM and SIGINT: a run that is asked to stop finishes its step, saves and ends in order."""
 
 import contextlib
 import os
@@ -8,92 +8,87 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
-RUN_ID = 'plain-command'  # of processes that a plain command started, by --gpu-devices or --max-restarts
-PASSED_ON = 1  # second within which a launcher passes a signal on that its processes have had as well
+from runtime.processes import Processes
+
+PASSED_ON = 1  # seconds within which a launcher forwards a signal that its processes have received as well
 
 
-class Stopped(BaseException):  # as KeyboardInterrupt: no `except Exception` may take it for a fault
+class Stopped(BaseException):  # like KeyboardInterrupt: no `except Exception` may take it for a fault
     """The run was asked to stop. `together`: all its processes stop here, after the same step."""
 
-    def __init__(self, number: int, saved: Path | None = None, together: bool = False):
+    def __init__(self, number: int, text: str = '', together: bool = False):
         self.signal, self.together = number, together
-        text = f'Stopped by {signal.Signals(number).name}'
-        super().__init__(f'{text} after saving {saved}. {_how_to_go_on()}' if saved else text)
+        super().__init__(f'Stopped by {signal.Signals(number).name}{text}')
 
 
-def _how_to_go_on() -> str:
-    if int(os.environ.get('GROUP_WORLD_SIZE', 1)) > 1:
-        return 'Go on with the same command on each host, and --auto-resume'
+def how_to_continue(processes: Processes) -> str:
+    """The command that continues this run."""
+    if processes.hosts > 1:
+        return 'Continue with the same command on each host, and --auto-resume'
     launcher = ['python']
-    if os.environ.get('TORCHELASTIC_RUN_ID', RUN_ID) != RUN_ID:
-        launcher = ['torchrun', '--standalone', '--nproc-per-node', os.environ['LOCAL_WORLD_SIZE']]
+    if processes.by_torchrun:
+        launcher = ['torchrun', '--standalone', '--nproc-per-node', str(processes.local_world_size)]
     command = [word for word in sys.argv if word not in ('--overwrite', '--auto-resume')]
-    return f'Go on with:\n{shlex.join([*launcher, *command, "--auto-resume"])}'
+    return f'Continue with:\n{shlex.join([*launcher, *command, "--auto-resume"])}'
 
 
-@dataclass
-class _Stop:
-    """The signal that came, and whether it has to wait for the end of a step."""
+class Signals:
+    """The signal that asked this run to stop, and whether it has to wait for the end of a step."""
 
-    signal: int = 0
-    time: float = 0.0
-    held: bool = False
-    ending: bool = False  # `Stopped` was raised
+    def __init__(self, processes: Processes):
+        self.processes = processes
+        self.waiting = 0  # the signal's number, 0 for none
+        self.held = False  # until the end of a step
+        self.ending = False  # `Stopped` was raised
+        self.received = 0.0
 
+    def hold(self) -> None:
+        """From now on a signal waits until somebody asks for it: `waiting`, or `release`."""
+        self.held = True
 
-_stop = _Stop()
+    def release(self) -> None:
+        """From now on a signal ends the run at once; one that waits does so here."""
+        self.held = False
+        if self.waiting:
+            self.ending = True
+            raise Stopped(self.waiting)
 
+    def stop(self, number: int, saved: Path | None) -> Stopped:
+        """The exception that ends the run, all its processes after the same step; `saved` is what it continues from."""
+        text = f' after saving {saved}. {how_to_continue(self.processes)}' if saved else ''
+        return Stopped(number, text, together=True)
 
-def waiting() -> int:
-    """The signal that waits, 0 for none."""
-    return _stop.signal
+    def wait(self, seconds: float) -> bool:
+        """Whether a signal came before so many seconds have passed; it has to be held."""
+        end = time.monotonic() + seconds
+        while not self.waiting and time.monotonic() < end:
+            time.sleep(0.01)
+        return bool(self.waiting)
 
+    @contextlib.contextmanager
+    def heeded(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the run with `Stopped`, at once or when it is ready; a second SIGINT at once."""
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            before = {number: signal.signal(number, self._heed) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-def hold() -> None:
-    """From now on a signal to stop waits until somebody asks for it: `waiting`, or `release`."""
-    _stop.held = True
-
-
-def release() -> None:
-    """From now on a signal ends the run wherever it is; one that waits does so here."""
-    _stop.held = False
-    if _stop.signal:
-        _stop.ending = True
-        raise Stopped(_stop.signal)
-
-
-def ignore() -> None:
-    """A run that fails has nothing more to save: from now on SIGTERM ends it silently, as a launcher means it."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def heeded() -> Iterator[None]:
-    """SIGTERM and SIGINT end the run with `Stopped`, at once or when it is ready; a second SIGINT always at once."""
-    _stop.signal, _stop.held, _stop.ending = 0, False, False
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, _heed) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _heed(number: int, _) -> None:
-    passed_on = 'LOCAL_RANK' in os.environ and time.monotonic() - _stop.time <= PASSED_ON
-    again = _stop.signal and not passed_on
-    if not _stop.signal:
-        _stop.signal, _stop.time = number, time.monotonic()
-    at_once = again and number == signal.SIGINT
-    if _stop.ending:  # the run is on its way out, where nothing would catch a second `Stopped`
-        if at_once:
-            os._exit(128 + number)
-    elif at_once or not _stop.held:
-        _stop.ending = True
-        raise Stopped(number)
+    def _heed(self, number: int, _: FrameType | None) -> None:
+        forwarded = self.processes.started and time.monotonic() - self.received <= PASSED_ON
+        again = self.waiting and not forwarded
+        if not self.waiting:
+            self.waiting, self.received = number, time.monotonic()
+        at_once = again and number == signal.SIGINT
+        if self.ending:  # the run is on its way out, where nothing would catch a second `Stopped`
+            if at_once:
+                os._exit(128 + number)
+        elif at_once or not self.held:
+            self.ending = True
+            raise Stopped(number)

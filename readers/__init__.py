@@ -1,0 +1,1 @@
+"""What a data set is on disk, one file each. Each gives a `readers.tree.Dataset`."""

@@ -1,0 +1,99 @@
+"""The training images decoded once and kept, in RAM or on the device (--cache)."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from runtime.decoding import Block, Group, Task, Workers, collate
+from runtime.errors import UserError
+
+ROOM = 0.8  # of the free memory that a cache may take
+CHUNK = 64  # items that a worker decodes at a time to fill it
+
+
+@dataclass
+class Resident:
+    """A block whose images are on the device already."""
+
+    groups: list[Group]
+    counts: list[int]
+    pids: list[int]
+    more: list[tuple]
+
+    def images(self, _: torch.device) -> list[Group]:
+        return self.groups
+
+
+class Cache:
+    """All items of a data set, decoded once by `workers`; gives the same blocks as they do.
+
+    Args:
+        size: bytes of all images, as far as a sample tells.
+        kind: 'ram' or 'device'.
+
+    Raises:
+        UserError: they do not fit into memory (each process holds a copy), or an image cannot be read.
+    """
+
+    def __init__(self, number: int, size: int, kind: str, workers: Workers, device: torch.device, processes: int):
+        self.device = device
+        self.home = device if kind == 'device' else torch.device('cpu')
+        size *= processes if self.home.type == 'cpu' else 1
+        free = free_memory(self.home)
+        self.plan = f'--cache {kind}: {number} training images take about {gigabytes(size)} of {gigabytes(free)} free'
+        if size > ROOM * free:
+            raise UserError(f'{self.plan} memory, too much: use --cache none')
+        chunks = [list(range(number)[at : at + CHUNK]) for at in range(0, number, CHUNK)]
+        self.items: list[tuple] = []  # (image, pid, camid, more ...), the image a tensor (3, H, W) at home
+        for block in workers.blocks(map(Task, chunks)):
+            images: dict[int, Tensor] = {}
+            for positions, pixels in block.images(self.home):
+                images |= zip(positions.tolist(), pixels.clone().permute(0, 3, 1, 2).unbind(), strict=True)
+            for position, (pid, more) in enumerate(zip(block.pids, block.more, strict=True)):
+                self.items.append((images[position], pid, 0, *more))
+        workers.close()
+
+    def blocks(self, tasks: Iterable[Task]) -> Iterator[Block | Resident]:
+        for task in tasks:
+            items = [self.items[index] for index in task.items]
+            yield resident(items) if self.home == self.device else collate(items, pin=True)
+
+
+def resident(items: list[tuple]) -> Resident:
+    """Items whose images (3, H, W) are on the device, as a block."""
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for position, (image, *_) in enumerate(items):
+        by_size.setdefault(tuple(image.shape), []).append(position)
+    groups = [
+        (torch.tensor(group), torch.stack([items[i][0].permute(1, 2, 0) for i in group]))  # (n,), (n, H, W, 3)
+        for group in by_size.values()
+    ]
+    return Resident(groups, [1] * len(items), [item[1] for item in items], [item[3:] for item in items])
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free, for this process group (a container or a batch job may have less than the machine)."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        free = _numbers('/proc/meminfo')['MemAvailable'] * 1024
+    except OSError:  # another system than Linux
+        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2
+    try:
+        group = Path('/sys/fs/cgroup') / Path('/proc/self/cgroup').read_text().rpartition('::')[2].strip().lstrip('/')
+        limit = int((group / 'memory.max').read_text())
+        return min(free, limit - _numbers(group / 'memory.stat')['anon'])
+    except (OSError, ValueError):  # no limit
+        return free
+
+
+def _numbers(path: str | os.PathLike) -> dict[str, int]:
+    return {line.split()[0].rstrip(':'): int(line.split()[1]) for line in Path(path).read_text().splitlines()}
+
+
+def gigabytes(size: float) -> str:
+    return f'{size / 1e9:.2f} GB'

@@ -1,0 +1,324 @@
+"""Where and how an experiment runs: its device, precision and processes.
+
+Each process of a run does its share of a batch; gradients, the features that are mined and the losses that are printed
+are those of the whole batch.
+"""
+
+import contextlib
+import ctypes
+import inspect
+import os
+import random
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import models
+from arguments import RunOptions
+from runtime.errors import UserError
+from runtime.files import Unwritten
+from runtime.processes import Group, Processes
+from runtime.signals import Signals
+from utils import Logger
+
+Module = TypeVar('Module', bound=nn.Module)
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+# One option under two names: that of torch 2.6, and the one that replaces it in the newest releases.
+SYNC_BUFFERS = next(
+    name
+    for name in ('forward_sync_buffers', 'broadcast_buffers')
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
+
+
+class Step(NamedTuple):
+    """What the processes agreed on in a step: is any loss not finite so far, and the signal to stop."""
+
+    flags: Tensor  # (2,) on the device
+    host: Tensor  # (2,) the same, on the host once it is `copied`
+    copied: torch.cuda.Event | None
+
+
+class Run:
+    """The run that this process belongs to, as process `rank` of `world_size`; the first one prints and writes.
+
+    precision:      of training: fp32, tf32 or bf16
+    test_precision: of extraction: fp32 unless another one was asked for, so that published figures come out
+    unwritten:      files that could not be written although the run continued
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        precision: str = 'fp32',
+        test_precision: str = 'fp32',
+        seed: int = 1,
+        *,
+        compiled: bool = False,
+        sync_bn: bool = False,
+        processes: Processes | None = None,
+        signals: Signals | None = None,
+        unwritten: Unwritten | None = None,
+        log: Logger | None = None,
+    ):
+        self.device, self.precision, self.test_precision, self.seed = device, precision, test_precision, seed
+        self.compiled, self.sync_bn = compiled, sync_bn
+        self.processes = processes or Processes()
+        self.rank, self.world_size = self.processes.rank, self.processes.world_size
+        self.signals = signals or Signals(self.processes)
+        self.unwritten = Unwritten() if unwritten is None else unwritten
+        self.log = log
+        self.steps: deque[Step] = deque(maxlen=2)  # the last two
+
+    @contextlib.contextmanager
+    def autocast(self, testing: bool = False) -> Iterator[None]:
+        """bfloat16 around the model call, where it is this run's precision. Weights stay float32."""
+        precision = self.test_precision if testing else self.precision
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == 'bf16'):
+            yield
+
+    def place(self, module: Module) -> Module:
+        """`module` on the device, channels last in memory: the layout in which convolutions are fastest."""
+        return module.to(self.device, memory_format=torch.channels_last)
+
+    def replicate(self, module: nn.Module) -> nn.Module:
+        """The copy of `module` to train with, compiled with --compile; `module` itself is what is saved and tested.
+
+        The gradients of a replica are means over all processes. Its BatchNorm takes its statistics from the images of
+        its own process, or with --sync-bn of all. Running statistics are not exchanged during training, which does not
+        read them: those of the first process are saved and tested with (`unify`).
+        """
+        replica = module
+        if self.world_size > 1:
+            if self.sync_bn:
+                replica = nn.SyncBatchNorm.convert_sync_batchnorm(replica)  # the same parameters, buffers and keys
+            devices = [self.device.index] if self.device.type == 'cuda' else None
+            replica = DistributedDataParallel(replica, devices, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})
+        return torch.compile(replica, mode='reduce-overhead') if self.compiled else replica
+
+    def gather(self, features: Tensor, pids: Tensor) -> tuple[Tensor, Tensor]:
+        """The features (B, D) and pids (B,) of the whole batch, over all processes, in the batch's order.
+
+        Gradients flow back to the process that a feature came from, once per process: each computes the loss of the
+        whole batch, and `replicate` takes the mean.
+        """
+        if self.world_size == 1:
+            return features, pids
+        return _Gather.apply(features), self.stack(pids).transpose(0, 1).flatten()
+
+    def stack(self, tensor: Tensor) -> Tensor:
+        """`tensor` (...) of every process, (world_size, ...); it has the same shape in all."""
+        if self.world_size == 1:
+            return tensor[None]
+        parts = [torch.empty_like(tensor, device=self.device) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor.to(self.device).contiguous())
+        return torch.stack(parts).to(tensor.device)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over all processes; it has the same shape in all."""
+        if self.world_size == 1:
+            return tensor
+        total = tensor.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean of `tensor` over all processes; it has the same shape in all."""
+        return self.sum(tensor) / self.world_size
+
+    def unify(self, model: nn.Module) -> None:
+        """Give every process the buffers of the first one, the running statistics of BatchNorm."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def skip_unless_finite(self, loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
+        """Make this and all further steps of the (fused) optimizers do nothing if `loss` is not finite in any process.
+
+        The decision stays on the device: the host does not wait for it. Weights and moments keep their values, nothing
+        is saved any more (`is_healthy`), and the meter ends the run when it reads the loss. The one collective of a
+        step also exchanges whether a process was asked to stop (`stopping`).
+
+        Raises:
+            UserError: an optimizer that is not fused, which cannot skip a step on the device.
+        """
+        non_finite = (~torch.isfinite(loss.detach())).float()  # ()
+        flags = torch.stack([non_finite, torch.full_like(non_finite, self.signals.waiting)])  # (2,)
+        if self.steps:
+            flags[0] = torch.maximum(flags[0], self.steps[-1].flags[0])  # once not finite, it remains so
+        if self.world_size > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        host, copied = flags.to('cpu', non_blocking=True), None
+        if self.world_size > 1 and flags.is_cuda:
+            copied = torch.cuda.Event()
+            copied.record()
+        self.steps.append(Step(flags, host, copied))
+        for optimizer in optimizers:
+            if not optimizer.defaults.get('fused'):
+                raise UserError(f'{type(optimizer).__name__} cannot skip a step on the device: give it fused=True')
+            optimizer.found_inf = flags[0]  # type: ignore[attr-defined]  # torch's own GradScaler sets it so
+
+    def is_healthy(self) -> bool:
+        """Whether the losses of all steps so far were finite, in every process. The host waits for the device."""
+        return not self.steps or not bool(self.steps[-1].flags[0])
+
+    def stopping(self, last: bool = False) -> int:
+        """The signal for which all processes stop after this very step; 0 to continue.
+
+        Several processes read what they exchanged in the step before, so that none waits for a GPU that is still busy
+        with this one; after the `last` step of an epoch they read that one's.
+        """
+        if self.world_size == 1:
+            return self.signals.waiting
+        if not self.steps:
+            return 0
+        step = self.steps[-1 if last else 0]
+        if step.copied:
+            step.copied.synchronize()  # waits for that step alone; reading the flags would wait for all that is queued
+        return int(step.host[1])
+
+
+class _Gather(torch.autograd.Function):
+    """Features (b, D) of each process -> (B, D) of the batch, of which process r of W holds rows r, r + W, ..."""
+
+    @staticmethod
+    def forward(ctx: object, features: Tensor) -> Tensor:
+        parts = [torch.empty_like(features) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, features.contiguous())
+        return torch.stack(parts, 1).flatten(0, 1)  # (b, W, D) -> (B, D)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # (B, D)
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank() :: dist.get_world_size()]  # (b, D)
+
+
+def start(
+    options: RunOptions,
+    group: Group | None = None,
+    signals: Signals | None = None,
+    unwritten: Unwritten | None = None,
+    log: Logger | None = None,
+) -> Run:
+    """Choose device and precision, join the other processes, and seed what is drawn once: weights and centers.
+
+    Raises:
+        UserError: a GPU that is not there; a precision that the device does not have; --sync-bn or --compile on a CPU.
+    """
+    group = group or Group(Processes())
+    device = _device(options, group.processes)
+    precision = _precision(options, device)
+    for option, wanted in (('--sync-bn', options.sync_bn), ('--compile', options.compile)):
+        if wanted and device.type != 'cuda':
+            raise UserError(f'{option} is for CUDA devices: leave it out on the CPU')
+    if options.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS is refused without it
+        torch.backends.cudnn.benchmark = False  # it might choose another algorithm each time
+        torch.use_deterministic_algorithms(True)
+    for allow in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        allow.allow_tf32 = precision == 'tf32'
+    random.seed(options.seed)
+    np.random.seed(options.seed % 2**32)  # noqa: NPY002 (for the user's code that draws from it)
+    torch.manual_seed(options.seed)
+    group.join(device)
+    return Run(
+        device,
+        precision,
+        'fp32' if options.precision == 'auto' else precision,
+        options.seed,
+        compiled=options.compile,
+        sync_bn=options.sync_bn,
+        processes=group.processes,
+        signals=signals,
+        unwritten=unwritten,
+        log=log,
+    )
+
+
+def _device(options: RunOptions, processes: Processes) -> torch.device:
+    if processes.world_size > 1:
+        print(f'{processes.world_size} processes')
+    if options.use_cpu or (',' not in options.gpu_devices and not torch.cuda.is_available()):
+        print('Currently using CPU (GPU is highly recommended)')
+        _keep_memory()
+        return torch.device('cpu')
+    indices = gpus(options, processes.local_world_size)
+    if len(indices) != processes.local_world_size:
+        raise UserError(
+            f'--gpu-devices {options.gpu_devices}: {len(indices)} GPUs for {processes.local_world_size} processes on '
+            f'this host; with torchrun, list as many as --nproc-per-node says'
+        )
+    print(f'Currently using GPU {",".join(map(str, indices))}')
+    device = torch.device('cuda', indices[processes.local_rank])
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = not options.deterministic  # every batch has the same shape
+    return device
+
+
+def _keep_memory() -> None:
+    """Have the process keep the memory that it frees, unless the user has tuned the allocator.
+
+    Otherwise the activations of each layer are returned to the kernel and requested again, and it clears them page by
+    page: a third of the time of an extraction on a CPU. It costs a training up to a sixth more memory. Blocks of more
+    than 256 MB, of features and caches, are still returned (before glibc 2.35, of more than 32 MB).
+    """
+    if any(name.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for name in os.environ):
+        return
+    with contextlib.suppress(AttributeError):  # another C library than glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        if not mallopt(M_MMAP_THRESHOLD, 1 << 28):
+            mallopt(M_MMAP_THRESHOLD, 1 << 25)
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def gpus(options: RunOptions, processes: int = 1) -> list[int]:
+    """The indices in --gpu-devices; if it names one, which is the default, as many from 0 on as there are processes.
+
+    Raises:
+        UserError: this machine has fewer.
+    """
+    indices = [int(index) for index in options.gpu_devices.split(',')]
+    if len(indices) == 1 < processes:
+        indices = list(range(processes))
+    missing = [str(index) for index in indices if index >= torch.cuda.device_count()]
+    if missing:
+        raise UserError(
+            f'--gpu-devices {options.gpu_devices}: this machine has {torch.cuda.device_count()} CUDA devices, '
+            f'and none of index {", ".join(missing)}; list fewer, or pass --use-cpu'
+        )
+    return indices
+
+
+def _precision(options: RunOptions, device: torch.device) -> str:
+    narrowest = models.factory[options.arch].narrowest_bf16
+    narrow = device.type == 'cpu' and options.width < narrowest
+    if options.precision == 'auto':
+        return 'bf16' if _has_bf16(device) and not narrow else 'fp32'
+    if options.precision == 'bf16' and narrow:
+        raise UserError(
+            f'--precision bf16 with --width {options.width}: on CPUs {options.arch} in bf16 is wrong for images less '
+            f'than {narrowest} pixels wide; use --precision fp32'
+        )
+    if options.precision == 'tf32' and device.type != 'cuda':
+        raise UserError('--precision tf32 is for CUDA devices; use fp32 or bf16 on the CPU')
+    return options.precision
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    with contextlib.suppress(OSError):
+        flags = Path('/proc/cpuinfo').read_text(encoding='ascii', errors='replace').split()
+        return 'avx512_bf16' in flags or 'amx_bf16' in flags
+    return False

@@ -1,0 +1,78 @@
+"""Batches on their way from host memory to the device."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from runtime.caching import Resident
+from runtime.decoding import Block, Group
+
+Arrived = tuple[list[Group], Tensor, list[int], list[Any]]  # images, pids (b,), images of each item, more
+
+
+class Feed:
+    """The blocks of an epoch, one by one, on the device. A GPU is sent the next one while it computes with this one.
+
+    `waited`: seconds that were spent waiting for blocks, but for the first one
+    """
+
+    def __init__(self, blocks: Iterator[Block | Resident], device: torch.device, stream: torch.cuda.Stream | None):
+        self.blocks, self.device, self.stream = blocks, device, stream
+        self.coming = self._send() if stream else None
+        self.waited = 0.0
+
+    def next(self) -> Arrived | None:
+        """The next batch; None after the last one."""
+        if self.stream is None:
+            return self._send()
+        arrived = self.coming
+        if arrived is not None:
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_stream(self.stream)
+            for tensor in _tensors(arrived):
+                tensor.record_stream(computing)  # its memory is not used again before the computation has ended
+            self.coming = self._send()
+        return arrived
+
+    def _send(self) -> Arrived | None:
+        asked = time.perf_counter()
+        block = next(self.blocks, None)
+        self.waited += time.perf_counter() - asked
+        if block is None:
+            return None
+        pin = self.stream is not None
+        with torch.cuda.stream(self.stream):  # of None: nothing
+            images = block.images(self.device)
+            pids = torch.tensor(block.pids, pin_memory=pin).to(self.device, non_blocking=True)
+            more = default_collate(block.more) if block.more[0] else []
+            return images, pids, block.counts, [_moved(part, self.device, pin) for part in more]
+
+
+def _moved(value: Any, device: torch.device, pin: bool) -> Any:
+    """Collated values with every tensor in them on the device."""
+    match value:
+        case Tensor():
+            return (value.pin_memory() if pin else value).to(device, non_blocking=True)
+        case dict():
+            return {key: _moved(part, device, pin) for key, part in value.items()}
+        case list() | tuple():
+            return [_moved(part, device, pin) for part in value]
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of the device in a batch."""
+    match value:
+        case Tensor():
+            if value.is_cuda:
+                yield value
+        case dict():
+            for part in value.values():
+                yield from _tensors(part)
+        case list() | tuple():
+            for part in value:
+                yield from _tensors(part)

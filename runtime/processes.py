@@ -1,0 +1,175 @@
+"""The processes of a run: which one this is, how a plain command starts several, and how they end together.
+
+The only room that reads torchrun's environment.
+"""
+
+import contextlib
+import datetime
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from runtime.errors import UserError
+
+ENVIRONMENT = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')  # of torchrun
+RUN_ID = 'plain-command'  # of processes that a plain command started, for --gpu-devices or --max-restarts
+TIMEOUT = datetime.timedelta(hours=1)  # of NCCL: the first process may re-rank a large gallery while others wait
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which process this is, and of how many."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0  # on its host
+    local_world_size: int = 1
+    hosts: int = 1
+    started: bool = False  # by torchrun, or by a plain command as torchrun does
+    by_torchrun: bool = False
+    restarts: int = 0  # how many times torchrun has restarted it
+    may_restart: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+
+def of_environment() -> Processes:
+    """What torchrun says in the environment, if it started this process.
+
+    Raises:
+        UserError: the environment is incomplete or contradicts itself.
+    """
+
+    def number(name: str, least: int, most: int | None = None, default: str = '0') -> int:
+        text = os.environ.get(name, default)
+        fits = text.isascii() and text.isdecimal() and int(text) >= least and (most is None or int(text) <= most)
+        if not fits:
+            limits = f'{least} or more' if most is None else f'from {least} to {most}'
+            raise UserError(f'{name} is {text!r} in the environment, not a whole number {limits}: start with torchrun')
+        return int(text)
+
+    restarts = number('TORCHELASTIC_RESTART_COUNT', 0)
+    may_restart = os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0'
+    if 'LOCAL_RANK' not in os.environ:
+        return Processes(restarts=restarts, may_restart=may_restart)
+    if missing := [name for name in ENVIRONMENT if name not in os.environ]:
+        raise UserError(f'LOCAL_RANK is in the environment, but {", ".join(missing)} is not: start with torchrun')
+    world_size, local_world_size = number('WORLD_SIZE', 1), number('LOCAL_WORLD_SIZE', 1)
+    number('MASTER_PORT', 0, 65535)
+    return Processes(
+        number('RANK', 0, world_size - 1),
+        world_size,
+        number('LOCAL_RANK', 0, local_world_size - 1),
+        local_world_size,
+        number('GROUP_WORLD_SIZE', 1, default='1'),
+        started=True,
+        by_torchrun=os.environ.get('TORCHELASTIC_RUN_ID', RUN_ID) != RUN_ID,
+        restarts=restarts,
+        may_restart=may_restart,
+    )
+
+
+class Group:
+    """The group that a process belongs to: a store to meet by and to end by, and collectives in between."""
+
+    def __init__(self, processes: Processes):
+        self.processes = processes
+        self.store: dist.Store | None = None
+
+    def join(self, device: torch.device) -> None:
+        """Meet the others; every process calls this.
+
+        Raises:
+            UserError: they cannot meet: the port is taken, or the host is unknown.
+        """
+        processes = self.processes
+        if processes.world_size == 1:
+            return
+        try:
+            self.store, *_ = next(dist.rendezvous('env://'))
+        except RuntimeError as problem:  # torch 2.6 has no DistError for it
+            reason = str(problem).split('\n', 1)[0]
+            address = ':'.join(os.environ[name] for name in ('MASTER_ADDR', 'MASTER_PORT'))
+            raise UserError(
+                f'the processes cannot meet at {address} of MASTER_ADDR and MASTER_PORT ({reason}); choose another '
+                f'port or host with --master-port and --master-addr of torchrun'
+            ) from problem
+        on_gpu = device.type == 'cuda'
+        dist.init_process_group(
+            'nccl' if on_gpu else 'gloo',
+            store=self.store,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            device_id=device if on_gpu else None,
+            timeout=TIMEOUT if on_gpu else None,
+        )
+
+    def leave(self) -> None:
+        """Leave once every process has come here, so that none closes a connection that another still reads."""
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def agree(self, status: int, text: str) -> tuple[int, str]:
+        """Exit status and text of a process that fails: the status of the first one that did, and its text alone.
+
+        The others fail because they lost it, and have nothing to add.
+        """
+        if self.store is None:
+            return status, text
+        mine = f'{status} {self.processes.rank}'
+        with contextlib.suppress(RuntimeError):  # the store was lost with the process that held it
+            first = self.store.compare_set('failed', '', mine).decode()
+            return (status, text) if first == mine else (int(first.split()[0]), '')
+        return status, ''
+
+
+def lost_another(problem: BaseException) -> bool:
+    """Whether an exception means that another process of the group has ended: the launcher reports that one."""
+    if not dist.is_initialized():
+        return False
+    return isinstance(problem, dist.DistError) or 'gloo' in str(problem) or 'NCCL' in str(problem)
+
+
+def start_all(number: int, more: Sequence[str]) -> tuple[int, str]:
+    """Run this very command in `number` processes, as torchrun does; the exit status, and what is left to report."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault('OMP_NUM_THREADS', str(max((os.cpu_count() or 1) // number, 1)))
+    logging.disable()  # its processes report for themselves
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=number,
+        run_id=RUN_ID,
+        rdzv_backend='c10d',
+        rdzv_endpoint='localhost:0',  # any free port
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*sys.orig_argv[1:], *more)
+    except ChildFailedError as failed:
+        killed = [
+            (rank, -failure.exitcode)
+            for rank, failure in sorted(failed.failures.items())
+            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM  # by which the launcher ends the others
+        ]
+        if killed:
+            rank, number = killed[0]
+            return 128 + number, f'error: process {rank} of the run was ended by signal {number}\n'
+        _, failure = failed.get_first_failure()
+        return (failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode), ''
+    except SignalException as stopped:
+        return 128 + stopped.sigval, ''
+    return 0, ''
