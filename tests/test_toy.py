@@ -1,8 +1,9 @@
-"""The toys: formats, determinism, complete or absent, and a task that colours alone do not solve."""
+"""The toy data sets: formats, determinism, all or nothing, and a task that colours alone do not solve."""
 
 import multiprocessing
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +13,21 @@ from scipy.io import loadmat
 
 import data_manager
 import toy
+from toy import formats, people, scenes, views
 
 SMALL = {'num_train': 3, 'num_test': 2, 'num_distractors': 2, 'height': 24, 'width': 12}
 
 
 @pytest.fixture(scope='module')
 def market(tmp_path_factory):
-    """The toy as `-d toy_market1501` draws it."""
+    """The data set as `-d toy_market1501` draws it."""
     folder = tmp_path_factory.mktemp('toys')
     return data_manager.init_dataset('toy_market1501', folder)
 
 
 @pytest.fixture(scope='module')
 def mars(tmp_path_factory):
-    """A toy of the usual format with fewer persons."""
+    """The usual format with fewer and smaller persons."""
     folder = tmp_path_factory.mktemp('toys')
     toy.draw_mars(folder / 'toy_mars', num_train=6, num_test=4, num_distractors=3, height=48, width=24)
     return folder
@@ -42,7 +44,7 @@ def persons(items):
 # ---- formats ----
 
 
-def test_market1501s_format(market):
+def test_the_format_of_market1501(market):
     folder = Path(market.query[0][0]).parents[1]
     assert sorted(os.listdir(folder)) == ['bounding_box_test', 'bounding_box_train', 'query']
     names = {part: os.listdir(folder / part) for part in os.listdir(folder)}
@@ -60,11 +62,11 @@ def test_the_task_of_market1501(market):
     folder = Path(market.query[0][0]).parents[1]
     train_names = {name[:4] for name in os.listdir(folder / 'bounding_box_train')}
     assert not train_names & {f'{pid:04d}' for pid in persons(market.query)}
-    for _, pid, camid in market.query:  # of every query the gallery has images from other cameras, as in the real one
+    for _, pid, camid in market.query:  # its person is in the gallery, seen by other cameras
         assert sum(p == pid and c != camid for _, p, c in market.gallery) == 6
 
 
-def test_marss_format(mars):
+def test_the_format_of_mars(mars):
     info = mars / 'toy_mars' / 'info'
     assert loadmat(info / 'query_IDX.mat')['query_IDX'].dtype == np.uint16
     for subset in 'train', 'test':
@@ -99,7 +101,7 @@ def test_the_task_of_mars(mars):
 
 
 def test_tracklets_move_smoothly(mars):
-    """Neighbouring frames are more alike than frames of different tracklets of the same person and camera."""
+    """Consecutive frames are more alike than frames of two tracklets of the same person."""
     dataset = data_manager.Mars(mars, name='toy_mars')
 
     def difference(a, b):
@@ -128,23 +130,23 @@ def test_equal_arguments_equal_files(tmp_path, draw):
     assert sorted(os.listdir(tmp_path)) == ['a', 'b', 'c']  # no temporary folder is left
 
 
-def test_what_is_there_stays(tmp_path):
+def test_an_existing_folder_is_left_alone(tmp_path):
     (tmp_path / 'toy').mkdir()
     toy.draw_market1501(tmp_path / 'toy', **SMALL)
     assert not os.listdir(tmp_path / 'toy')
 
 
 def test_complete_or_absent(tmp_path, monkeypatch):
-    shoot, shots = toy._shoot, []
+    photograph, paths = formats.photograph, []
 
     def fail_later(path, *args):
         assert not (tmp_path / 'data' / 'toy').exists()
-        shots.append(path)
-        if len(shots) == 5:
+        paths.append(path)
+        if len(paths) == 5:
             raise OSError(28, 'No space left on device')
-        shoot(path, *args)
+        photograph(path, *args)
 
-    monkeypatch.setattr(toy, '_shoot', fail_later)
+    monkeypatch.setattr(formats, 'photograph', fail_later)
     with pytest.raises(OSError, match='No space'):
         toy.draw_market1501(tmp_path / 'data' / 'toy', **SMALL)
     assert not os.listdir(tmp_path / 'data')
@@ -164,14 +166,14 @@ def test_two_processes_at_once(tmp_path):
 
 
 def test_another_process_is_first(tmp_path):
-    """The folder appears while it is drawn: the other's is kept, as the pictures are the same."""
+    """The folder appears while this process draws it: the other one is kept, since the pictures are the same."""
 
     def draw(folder):
         (tmp_path / 'toy').mkdir()
         (tmp_path / 'toy' / 'of the other').touch()
         Path(folder, 'of this one').touch()
 
-    toy._once(tmp_path / 'toy', draw)
+    formats._once(tmp_path / 'toy', draw)
     assert os.listdir(tmp_path) == ['toy']
     assert os.listdir(tmp_path / 'toy') == ['of the other']
 
@@ -185,43 +187,49 @@ def test_where_nothing_can_be_written(tmp_path):
 # ---- a task worth learning ----
 
 
+def test_every_value_of_a_view_fills_its_range():
+    drawn = [views.random_view(np.random.default_rng(seed)) for seed in range(300)]
+    for name, (low, high) in views.RANGES.items():
+        values = [getattr(view, name) for view in drawn]
+        assert low <= min(values) < low + 0.1 * (high - low) and high - 0.1 * (high - low) < max(values) <= high, name
+
+
 def test_no_attribute_tells_people_apart():
-    people = toy._persons(144, np.random.default_rng(0))
-    for key in toy.CHOICES:
-        values = [getattr(person, key) for person in people]
+    crowd = people.random_persons(144, np.random.default_rng(0))
+    for key in people.CHOICES:
+        values = [getattr(person, key) for person in crowd]
         assert min(values.count(value) for value in set(values)) >= 6, key
-    looks = [[getattr(person, key) for key in toy.CHOICES] for person in people]
+    looks = [[getattr(person, key) for key in people.CHOICES] for person in crowd]
     apart = [
         sum(a != b for a, b in zip(one, other, strict=True)) for one in looks for other in looks if one is not other
     ]
-    assert min(apart) >= toy.LOOK_APART
+    assert min(apart) >= people.LOOK_APART
 
 
 def test_a_crowd_of_any_size(monkeypatch):
-    """More persons than can all look very different: they are told apart by less, and none stands there twice."""
-    monkeypatch.setattr(toy, 'LOOK_APART', 14)
-    monkeypatch.setattr(toy, 'PATIENCE', 20)
-    people = toy._persons(200, np.random.default_rng(0))
-    assert len(set(people)) == 200
+    """More persons than can differ in many attributes: they differ in fewer, and no two are the same."""
+    monkeypatch.setattr(people, 'LOOK_APART', 14)
+    monkeypatch.setattr(people, 'PATIENCE', 20)
+    assert len(set(people.random_persons(200, np.random.default_rng(0)))) == 200
 
 
 def test_every_look_can_be_drawn(tmp_path):
-    """Every value of every attribute, from the front, from behind and from both sides, with each thing in front."""
+    """Every value of every attribute, from the front, from behind and from both sides; all that can hide a person."""
     rng = np.random.default_rng(0)
-    camera = toy._camera(0, 48, 24, rng)
+    camera = scenes.random_camera(0, 48, 24, rng)
     pictures = set()
-    for count, person in enumerate(toy._persons(80, rng)):
+    for count, person in enumerate(people.random_persons(80, rng)):
         yaw = count * np.pi / 2 + 0.1
-        screen = 1 - toy.SCREENED * rng.uniform(0, 1) if count % 2 else 0
-        view = toy.replace(toy._view(rng), yaw=yaw, screen=screen)
-        toy._shoot(str(tmp_path / 'one.jpg'), person, camera, view, 48, 24, rng)
+        screen = 1 - scenes.SCREENED * rng.uniform(0, 1) if count % 2 else 0
+        view = replace(views.random_view(rng), yaw=yaw, screen=screen)
+        scenes.photograph(tmp_path / 'one.jpg', person, camera, view, 48, 24, rng)
         pictures.add((tmp_path / 'one.jpg').read_bytes())
     assert len(pictures) == 80
 
 
 @pytest.mark.parametrize(('balanced', 'bound'), [(False, 0.35), (True, 0.65)])  # 0.29 and 0.60 seen
 def test_colours_alone_do_not_solve_it(balanced, bound, market):
-    """Colour histograms of six horizontal stripes, people's best features before deep ones, also after white balance.
+    """Colour histograms of six horizontal stripes, the best features before deep ones, with and without white balance.
 
     The demo's network reaches 0.85.
     """
