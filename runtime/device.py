@@ -11,7 +11,6 @@ import os
 import random
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -24,6 +23,7 @@ import models
 from arguments import RunOptions
 from runtime.errors import UserError
 from runtime.files import Unwritten
+from runtime.precision import allow_tf32, has_bf16
 from runtime.processes import Group, Processes
 from runtime.signals import Signals
 from utils import Logger
@@ -217,7 +217,7 @@ def start(
     """
     group = group or Group(Processes())
     device = _device(options, group.processes)
-    precision = _precision(options, device)
+    chosen = _precision(options, device)
     for option, wanted in (('--sync-bn', options.sync_bn), ('--compile', options.compile)):
         if wanted and device.type != 'cuda':
             raise UserError(f'{option} is for CUDA devices: leave it out on the CPU')
@@ -225,16 +225,15 @@ def start(
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS is refused without it
         torch.backends.cudnn.benchmark = False  # it might choose another algorithm each time
         torch.use_deterministic_algorithms(True)
-    for allow in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        allow.allow_tf32 = precision == 'tf32'
+    allow_tf32(chosen == 'tf32')
     random.seed(options.seed)
     np.random.seed(options.seed % 2**32)  # noqa: NPY002 (for the user's code that draws from it)
     torch.manual_seed(options.seed)
     group.join(device)
     return Run(
         device,
-        precision,
-        'fp32' if options.precision == 'auto' else precision,
+        chosen,
+        'fp32' if options.precision == 'auto' else chosen,
         options.seed,
         compiled=options.compile,
         sync_bn=options.sync_bn,
@@ -300,25 +299,20 @@ def gpus(options: RunOptions, processes: int = 1) -> list[int]:
 
 
 def _precision(options: RunOptions, device: torch.device) -> str:
+    """fp32, tf32 or bf16: what --precision asks for, or what trains faster and is right on this device.
+
+    Raises:
+        UserError: the device has no such precision, or the network is wrong in it.
+    """
     narrowest = models.factory[options.arch].narrowest_bf16
     narrow = device.type == 'cpu' and options.width < narrowest
     if options.precision == 'auto':
-        return 'bf16' if _has_bf16(device) and not narrow else 'fp32'
+        return 'bf16' if has_bf16(device) and not narrow else 'fp32'
     if options.precision == 'bf16' and narrow:
         raise UserError(
-            f'--precision bf16 with --width {options.width}: on CPUs {options.arch} in bf16 is wrong for images less '
-            f'than {narrowest} pixels wide; use --precision fp32'
+            f'--precision bf16 with --width {options.width}: on CPUs bf16 is wrong for images up to {narrowest - 1} '
+            f'pixels wide; use --precision fp32'
         )
     if options.precision == 'tf32' and device.type != 'cuda':
         raise UserError('--precision tf32 is for CUDA devices; use fp32 or bf16 on the CPU')
     return options.precision
-
-
-def _has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware."""
-    if device.type == 'cuda':
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    with contextlib.suppress(OSError):
-        flags = Path('/proc/cpuinfo').read_text(encoding='ascii', errors='replace').split()
-        return 'avx512_bf16' in flags or 'amx_bf16' in flags
-    return False

@@ -1,0 +1,40 @@
+"""In which precision a device multiplies."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    with contextlib.suppress(OSError):
+        flags = Path('/proc/cpuinfo').read_text(encoding='ascii', errors='replace').split()
+        return 'avx512_bf16' in flags or 'amx_bf16' in flags
+    return False
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether products and convolutions of float32 may be rounded to TF32, on GPUs that can."""
+    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, 'fp32_precision'):  # since torch 2.9, where reading the older name may raise
+        matmul.fp32_precision = 'tf32' if allowed else 'ieee'
+        convolutions.conv.fp32_precision = 'tf32' if allowed else 'ieee'
+    else:
+        matmul.allow_tf32 = convolutions.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Products of float32 in full, whatever was allowed."""
+    matmul = torch.backends.cuda.matmul
+    name, off = ('fp32_precision', 'ieee') if hasattr(matmul, 'fp32_precision') else ('allow_tf32', False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, off)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)

@@ -1,0 +1,170 @@
+"""Distances in tiles: products on threads or on a GPU, and the nearest items of a tile as sortable keys."""
+
+import contextlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from runtime.errors import UserError
+from runtime.precision import without_tf32
+
+NONE = np.iinfo(np.int64).max  # the key of no item, behind all others
+
+
+@dataclass(frozen=True)
+class Points:
+    """Features (N, D) of any float type and their squared norms (N,) float32, on one device."""
+
+    features: Tensor
+    norms: Tensor
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, rows) -> 'Points':
+        """Some of them, in float32."""
+        return Points(self.features[rows].float(), self.norms[rows])
+
+
+def points(q_features, g_features, num_queries: int, num_gallery: int) -> tuple[Points, Points]:
+    """Queries and gallery, checked, on the gallery's device. Raises UserError as `rank` does."""
+    gallery = torch.as_tensor(g_features).detach()
+    queries = torch.as_tensor(q_features).detach().to(gallery.device)
+    both = []
+    for subset, features, number in (('query', queries, num_queries), ('gallery', gallery, num_gallery)):
+        if tuple(features.shape) != (number, gallery.size(-1)):
+            raise UserError(
+                f'the {subset} features are {tuple(features.shape)}: they must be ({number}, {gallery.size(-1)})'
+            )
+        norms = _squared_norms(features)
+        wrong = (4 * norms).isfinite().logical_not().nonzero().flatten().tolist()  # 4 |x|^2 bounds |q - g|^2
+        if wrong:
+            raise UserError(
+                f'{len(wrong)} of {number} {subset} features are not finite or too large to be squared, the first at '
+                f'{wrong[0]}: check the weights and the precision of the model'
+            )
+        both.append(Points(features, norms))
+    return tuple(both)
+
+
+def squared_distances(queries: Points, gallery: Points) -> Tensor:
+    """(B, W) float32: |q|^2 + |g|^2 - 2 q.g, which rounding may leave a little below 0."""
+    if not is_host(gallery.features.device):
+        result = queries.features @ gallery.features.t()  # (B, W)
+    elif 4 * len(queries) < len(gallery):
+        result = products(gallery.features, queries.features).t()
+    else:
+        result = products(queries.features, gallery.features)
+    return result.mul_(-2).add_(gallery.norms).add_(queries.norms[:, None])
+
+
+def _squared_norms(features: Tensor) -> Tensor:
+    norms = torch.empty(len(features), device=features.device)
+
+    def work(part: Tensor, norm: Tensor) -> None:
+        torch.sum(part.float().square(), 1, out=norm)
+
+    in_threads(work, zip(features.split(128), norms.split(128), strict=True), features.device)
+    return norms
+
+
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """left (L, D) @ right (R, D) transposed, (L, R), on the CPU, by a convolution with windows of 1 x 1 pixel.
+
+    That goes to oneDNN, which is twice as fast as the library behind torch.mm on AMD's processors, and which sums each
+    element in one order whatever L and R are. It copies `right`, so L should be the larger.
+    """
+    height = -(-len(left) // 16)  # 16 pictures of height x 1: with fewer, one thread does not go to oneDNN
+    pixels = F.pad(left, (0, 0, 0, 16 * height - len(left))) if len(left) % 16 else left  # (16 h, D)
+    pixels = pixels.reshape(16, height, 1, -1).permute(0, 3, 1, 2)  # (16, D, h, 1), channels_last
+    products = F.conv2d(pixels, right[:, :, None, None])  # (16, R, h, 1), channels_last
+    return products.permute(0, 2, 3, 1).reshape(16 * height, len(right))[: len(left)]
+
+
+def nearest_host(block, places: np.ndarray, nearest: np.ndarray, bounds: np.ndarray | None = None) -> np.ndarray:
+    """Keys (B, at most k) of the finite distances in `block` (B, W) that may belong among the nearest (B, k) so far.
+
+    bounds (B,): a distance that at least k of the row do not exceed, or its largest.
+    """
+    block = np.asarray(block)
+    so_far = distances_of(nearest[:, -1])  # (B,) NaN while there are fewer
+    if bounds is None:
+        k = min(nearest.shape[1], len(places))
+        bounds = np.partition(block, k - 1)[:, k - 1] if np.isnan(so_far).any() else so_far
+    bounds = np.minimum(np.fmin(bounds, so_far), np.finfo(np.float32).max)
+    found, columns = np.divmod(np.flatnonzero(block <= bounds[:, None]), len(places))  # (n,)
+    order = np.arange(len(found)) - np.searchsorted(found, found)  # (n,) from 0, within the row
+    keys = np.full((len(block), order.max(initial=0) + 1), NONE)
+    keys[found, order] = keys_of(block[found, columns], places[columns])
+    return np.sort(keys, axis=1)[:, : nearest.shape[1]]
+
+
+def nearest_device(block: Tensor, places: np.ndarray, nearest: np.ndarray) -> np.ndarray:
+    keys = keys_of(block, torch.from_numpy(places).to(block.device))  # (B, W)
+    keys[block == torch.inf] = NONE
+    return keys.topk(min(nearest.shape[1], len(places)), largest=False).values.cpu().numpy()
+
+
+def nearer(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The k smallest keys of each row of (B, k) and (B, any)."""
+    return np.sort(np.hstack([some, others]), axis=1)[:, : some.shape[1]]
+
+
+def keys_of(distances, places):
+    """int64 that sort as (distance, place) do. distances float32, never -0, places below 2^32; tensors or arrays."""
+    if isinstance(distances, np.ndarray):
+        return keys_of(torch.from_numpy(distances), torch.from_numpy(places)).numpy()
+    bits = distances.view(torch.int32).long()
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32 | places
+
+
+def distances_of(keys: np.ndarray) -> np.ndarray:
+    """float32: the distances in such keys; NaN for NONE."""
+    bits = (keys >> 32).astype(np.int32)
+    return np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(np.float32)
+
+
+def find(places: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many of `places` (W,), which ascend, are below each of `wanted` (p,), and whether it is one of them."""
+    below = np.searchsorted(places, wanted)
+    return below, places[np.minimum(below, len(places) - 1)] == wanted
+
+
+def is_host(device: torch.device) -> bool:
+    return device.type == 'cpu'
+
+
+def tile_of(device: torch.device) -> tuple[int, int]:
+    """Queries and gallery items of one product: enough for its speed, few enough for the cache and for memory."""
+    return (1120, max(512, min(2304, 4608 // torch.get_num_threads()))) if is_host(device) else (1024, 8192)
+
+
+def tiles(height: int, width: int, tile: tuple[int, int]) -> list[tuple[slice, slice]]:
+    return [
+        (slice(top, top + tile[0]), slice(left, left + tile[1]))
+        for top in range(0, height, tile[0])
+        for left in range(0, width, tile[1])
+    ]
+
+
+def in_threads(work: Callable[..., object], tasks: Iterable[tuple], device: torch.device) -> None:
+    """Do work(*task) for all tasks; on the CPU in as many threads as torch would use, with products of one thread."""
+    threads = torch.get_num_threads()
+
+    @torch.inference_mode()  # a setting of the thread, as autocast is, which is off there
+    def do(task: tuple) -> None:
+        work(*task)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads)  # the number set last, anywhere, is that of threads to come
+        if not is_host(device):
+            stack.enter_context(without_tf32())
+        number = threads if is_host(device) else 1
+        pool = stack.enter_context(ThreadPoolExecutor(number, None, torch.set_num_threads, (1,)))
+        for _ in pool.map(do, tasks):
+            pass
