@@ -2,17 +2,28 @@
 
 The protocol is Market-1501's (Zheng et al., Scalable Person Re-identification: A Benchmark, ICCV 2015): for each query,
 gallery items of the same pid and the same camid are dropped; the items of the same pid that remain are its matches; a
-query without a match is skipped, not scored. Items stand by distance, equal distances by place in the gallery.
+query without a match is skipped, not scored. Items are sorted by distance, ties by gallery index.
+
+METRICS lists what is reported. A further metric is a function and a row there: it is then printed, written to
+results.json, results.csv, metrics.csv and TensorBoard, and shown on the page.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from os import cpu_count
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+    from torch import Tensor
+
+    Ids = ArrayLike | Tensor
 
 BLOCK = 1 << 20  # elements of a distance matrix that a thread ranks at a time: its copies of them stay in the cache
 
@@ -104,7 +115,9 @@ def average_precision(ranks: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     rows, matches = rows_of(offsets), np.diff(offsets)  # (M,), (Q,)
     hits = np.arange(1, len(ranks) + 1) - offsets[rows]  # (M,) matches of the query down to this one
     total = np.bincount(rows, hits / ranks, minlength=len(matches))  # (Q,)
-    return np.divide(total, matches, out=np.full(len(matches), np.nan), where=matches > 0)
+    precisions = np.full(len(matches), np.nan)
+    np.divide(total, matches, out=precisions, where=matches > 0)
+    return precisions
 
 
 def inverse_negative_penalty(ranks: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -119,7 +132,33 @@ def inverse_negative_penalty(ranks: np.ndarray, offsets: np.ndarray) -> np.ndarr
     return penalty
 
 
-def evaluate(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 50) -> tuple[np.ndarray, float]:
+def hit(ranks: np.ndarray, offsets: np.ndarray, k: int) -> np.ndarray:
+    """(Q,) float64: 1 with a match at rank k or before, else 0, NaN without a match; arguments as for cmc."""
+    valid = np.diff(offsets) > 0  # (Q,)
+    hits = np.full(len(valid), np.nan)
+    hits[valid] = ranks[offsets[:-1][valid]] <= k
+    return hits
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is reported of a test: the mean of a score over the queries that have a match."""
+
+    name: str  # in results.json, metrics.csv and TensorBoard
+    label: str  # as printed and on the page
+    score: Callable[[np.ndarray, np.ndarray], np.ndarray]  # ranks, offsets as for cmc -> (Q,) float64, 0..1 or NaN
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric('mAP', 'mAP', average_precision),
+    Metric('mINP', 'mINP', inverse_negative_penalty),
+    *(Metric(f'rank{k}', f'Rank-{k}', partial(hit, k=k)) for k in (1, 5, 10)),
+)
+
+
+def evaluate(
+    distmat: 'np.ndarray | Tensor', q_pids: 'Ids', g_pids: 'Ids', q_camids: 'Ids', g_camids: 'Ids', max_rank: int = 50
+) -> tuple[np.ndarray, float]:
     """CMC (max_rank,) and mAP of a distance matrix (Q, G), numpy or torch; ids (Q,) and (G,), anything array-like.
 
     Raises:
@@ -129,7 +168,9 @@ def evaluate(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 50) ->
     return matches.cmc(max_rank), matches.mAP
 
 
-def match_ranks(distmat, q_pids, g_pids, q_camids, g_camids) -> Matches:
+def match_ranks(
+    distmat: 'np.ndarray | Tensor', q_pids: 'Ids', g_pids: 'Ids', q_camids: 'Ids', g_camids: 'Ids'
+) -> Matches:
     """The matches in a distance matrix, which is ranked as one tile of `ranking.count` is.
 
     Arguments and errors as for `evaluate`, but all queries may lack a match.
@@ -156,12 +197,12 @@ def match_ranks(distmat, q_pids, g_pids, q_camids, g_camids) -> Matches:
         counts[own] = count_before(block, np.sort(block, axis=1), rows, distances[own], places)
 
     step = max(1, BLOCK // max(1, len(g_pids)))
-    with ThreadPoolExecutor(min(8, cpu_count())) as pool:
+    with ThreadPoolExecutor(min(8, cpu_count() or 1)) as pool:
         list(pool.map(work, range(0, len(q_pids), step)))
     return rank_matches(pairs, distances, counts)
 
 
-def same_identity(q_pids, g_pids, q_camids, g_camids) -> Pairs:
+def same_identity(q_pids: np.ndarray, g_pids: np.ndarray, q_camids: np.ndarray, g_camids: np.ndarray) -> Pairs:
     """All pairs of one pid; ids as `check_ids` returns them. No step takes memory of queries x gallery."""
     order = np.argsort(g_pids, kind='stable')
     by_pid = g_pids[order]
@@ -172,7 +213,9 @@ def same_identity(q_pids, g_pids, q_camids, g_camids) -> Pairs:
     return Pairs(offsets, places, g_camids[places] == q_camids[rows])
 
 
-def count_before(block, by_distance, rows, distances, earlier) -> np.ndarray:
+def count_before(
+    block: np.ndarray, by_distance: np.ndarray, rows: np.ndarray, distances: np.ndarray, earlier: np.ndarray
+) -> np.ndarray:
     """(p,) int64: how many items of its query stand before each of p items.
 
     Before means nearer, or as near and earlier in the gallery.
@@ -195,7 +238,7 @@ def count_before(block, by_distance, rows, distances, earlier) -> np.ndarray:
     for step in 1 << np.arange(width.bit_length())[::-1]:
         probe = np.minimum(nearer + step, last)
         nearer = np.where(values[probe] < bounds, probe, nearer)
-    counts = nearer + 1 - first
+    counts: np.ndarray = nearer + 1 - first
     # An item inside the block that found its equal there: the earlier ones of its equals stand before it.
     tied = (earlier > 0) & (earlier < width)
     tied[tied] = by_distance[rows[tied], np.minimum(counts[tied], width - 1)] == bounds[tied]
@@ -221,19 +264,21 @@ def rows_of(offsets: np.ndarray) -> np.ndarray:
     return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
 
 
-def check_ids(q_pids, g_pids, q_camids, g_camids) -> list[np.ndarray]:
+def check_ids(q_pids: 'Ids', g_pids: 'Ids', q_camids: 'Ids', g_camids: 'Ids') -> list[np.ndarray]:
     """The four as int64 arrays. Raises UserError when pids and camids are not of one length."""
-    ids = (q_pids, g_pids, q_camids, g_camids)
-    ids = [np.asarray(x.cpu() if hasattr(x, 'cpu') else x).astype(np.int64).reshape(-1) for x in ids]
+    ids = [
+        np.asarray(each.cpu() if hasattr(each, 'cpu') else each).astype(np.int64).reshape(-1)
+        for each in (q_pids, g_pids, q_camids, g_camids)
+    ]
     for subset, pids, camids in (('query', ids[0], ids[2]), ('gallery', ids[1], ids[3])):
         if len(pids) != len(camids):
             raise UserError(f'the {subset} has {len(pids)} pids but {len(camids)} camids: each item needs one of each')
     return ids
 
 
-def _floats(block) -> np.ndarray:
+def _floats(block: 'np.ndarray | Tensor') -> np.ndarray:
     """A copy on the CPU, in its own precision, float32 at least."""
-    if hasattr(block, 'detach'):
+    if not isinstance(block, np.ndarray):
         block = block.detach().cpu()
         block = (block.float() if block.itemsize < 4 else block).numpy()  # numpy has no bfloat16
     return np.array(block, np.result_type(block, np.float32))

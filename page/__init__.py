@@ -1,1 +1,72 @@
 """The result files of a test, and the page made of them."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from page import charts, lists, runs
+from runtime.errors import UserError
+from runtime.files import write_whole
+
+
+def write(save_dir: str | Path) -> Path:
+    """Write report.html into --save-dir, whole or not at all, and return its path.
+
+    Raises:
+        UserError: the folder holds no results of a test, they are damaged or of two tests, or it cannot be written.
+    """
+    run = runs.read(save_dir)
+    return _write(
+        Path(save_dir) / 'report.html',
+        [*charts.history([run], run.losses), charts.cmc([run]), charts.distances(run), charts.embedding(run)],
+        title=f'{run.summary["dataset"]}, {run.summary["arch"]}',
+        runs=[run],
+        cameras=charts.cameras(run),
+        **lists.examples(run),
+    )
+
+
+def compare(save_dirs: Sequence[str | Path], out: str | Path = 'compare.html') -> Path:
+    """Write a page that compares two or more runs over the same queries, and return its path.
+
+    Raises:
+        UserError: as for `write`, or the queries differ.
+    """
+    tested = [runs.read(save_dir) for save_dir in save_dirs]
+    first = tested[0]
+    for run in tested[1:]:
+        if run.queries != first.queries:
+            raise UserError(f'{run.name} and {first.name} were tested with different queries; compare runs of one test')
+    valid = np.all([run.valid for run in tested], axis=0)  # (Q,) in every run
+    if not valid.any():
+        raise UserError(f'{first.name} and the others share no query that has a match; compare runs of one gallery')
+    pairs = []
+    for left, right in itertools.combinations(tested, 2):
+        gain = (right.ap - left.ap)[valid, None]  # (V, 1)
+        pairs.append((left, right, gain.mean(), *runs.interval(gain)[:, 0]))
+    return _write(
+        Path(out),
+        [*charts.history(tested, ['loss']), charts.cmc(tested)],
+        title=f'{len(tested)} runs on {first.summary["dataset"]}',
+        runs=tested,
+        pairs=pairs,
+        **lists.changes(tested, valid),
+    )
+
+
+def _write(path: Path, drawn: Iterable[charts.Chart | None], **content: object) -> Path:
+    import jinja2  # a page is rare, and it is slow to import
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters['percent'] = lambda share, sign='': f'{100 * share:{sign}.1f}'.replace('-', '−')
+    template = environment.get_template('report.html.j2')
+    page = template.render(resamples=runs.RESAMPLES, charts=[chart for chart in drawn if chart], **content)
+    try:
+        write_whole(path, lambda file: file.write_bytes(page.encode('utf-8', 'replace')))
+    except OSError as problem:
+        raise UserError(f'{path} cannot be written ({problem.strerror}); give another folder') from problem
+    return path

@@ -1,47 +1,68 @@
-"""The files that tell of a test: results.json, results.csv and ranking.npz, whole or absent.
+"""The result files of a test: results.json, results.csv and ranking.npz, each whole or absent.
 
-They are what the page is made of, and all that it needs besides the images.
+The page is made from these files, and needs nothing else but the images.
 """
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval_metrics import average_precision
+import eval_metrics
+import page
+from ranking import Ranking
 from runtime.files import excused, write_whole
 from utils import write_json
 
+if TYPE_CHECKING:
+    from data_manager import Market1501, Mars
+
 FILES = ('results.json', 'results.csv', 'ranking.npz', 'report.html')
-FRAMES = 8  # of a tracklet that are named
+FRAMES = 8  # of a tracklet whose paths are written
 KEPT = ('ranks', 'offsets', 'nearest', 'nearest_distances', 'edges', 'match_histogram', 'other_histogram')
+# results.json has these as mAP, mINP and cmc, results.csv as AP and first_rank. Each other one of METRICS is a key and
+# a column of its own.
+HELD = {'mAP', 'mINP', 'rank1', 'rank5', 'rank10'}
 
 
-def write(folder: str | Path, summary: dict, dataset: Any, result: Any, more: dict[str, np.ndarray]) -> None:
-    """Write the files into `folder`; what cannot be written is told, and ends no run.
+def write(
+    folder: str | Path,
+    summary: dict[str, Any],
+    dataset: 'Market1501 | Mars',
+    result: Ranking,
+    more: dict[str, np.ndarray],
+) -> None:
+    """Write the files into `folder`. One that cannot be written is reported, and the run continues.
 
-    - results.json: `summary`.
-    - results.csv: for each query its path, pid, camid, AP, rank of the first match, number of matches, and the pid of
-      the nearest item of another identity, if that is among the ten nearest.
-    - ranking.npz: of `result`, a `ranking.Ranking`, the arrays KEPT; paths, pids and camids of queries and gallery; and
-      `more`.
+    A metric is added if it is in METRICS and not in HELD.
+
+    - results.json: `summary`, and the mean of each added metric.
+    - results.csv: for each query its path, pid, camid, AP, rank of the first match, number of matches, the pid of the
+      nearest item of another identity if that is among the ten nearest, and its score by each added metric.
+    - ranking.npz: the arrays KEPT of `result`, the paths, pids and camids of query and gallery, and `more`.
     """
-    folder = Path(folder)
-    pids = {f'{subset}_pids': _column(items, 1) for subset, items in (('q', dataset.query), ('g', dataset.gallery))}
+    folder, query, gallery = Path(folder), dataset.query, dataset.gallery
+    scores = {
+        metric.name: metric.score(result.ranks, result.offsets)  # (Q,)
+        for metric in eval_metrics.METRICS
+        if metric.name not in HELD
+    }
+    added = {name: float(np.nanmean(values)) for name, values in scores.items()}
     arrays = {
-        'query_files': _files(dataset.query),
-        'gallery_files': _files(dataset.gallery),
-        **pids,
-        'q_camids': _column(dataset.query, 2),
-        'g_camids': _column(dataset.gallery, 2),
+        'query_files': _files(query),
+        'gallery_files': _files(gallery),
+        'q_pids': _column(query, 1),
+        'g_pids': _column(gallery, 1),
+        'q_camids': _column(query, 2),
+        'g_camids': _column(gallery, 2),
         **{name: getattr(result, name) for name in KEPT},
         **more,
     }
     writers: dict[str, Callable[[Path], object]] = {
-        'results.json': lambda path: write_json(summary, path),
-        'results.csv': lambda path: _write_table(path, dataset.query, result, pids['g_pids']),
+        'results.json': lambda path: write_json(summary | added, path),
+        'results.csv': lambda path: _write_table(path, query, result, arrays['g_pids'], scores),
         'ranking.npz': lambda path: _save_arrays(path, arrays),
     }
     for name, writer in writers.items():
@@ -50,37 +71,41 @@ def write(folder: str | Path, summary: dict, dataset: Any, result: Any, more: di
 
 
 def write_page(folder: str | Path) -> None:
-    """Write report.html; whatever goes wrong with it is told, and ends no run."""
-    import report  # with matplotlib, which is slow to import
-
-    path = Path(folder) / 'report.html'
-    with excused(path):
+    """Write report.html. Whatever goes wrong is reported, and the run continues."""
+    with excused(Path(folder) / 'report.html'):
         try:
-            report.write(folder)
+            page.write(folder)
         except Exception as problem:
             raise OSError(f'the page cannot be made ({type(problem).__name__}: {problem})') from problem
 
 
-def _column(items: list, column: int) -> np.ndarray:
+def _column(items: Sequence[tuple], column: int) -> np.ndarray:
     return np.array([item[column] for item in items])
 
 
-def _write_table(path: Path, queries: list, result: Any, g_pids: np.ndarray) -> None:
-    """A line for each query; what a query without a match lacks is left empty."""
-    precisions = average_precision(result.ranks, result.offsets)  # (Q,)
+def _write_table(
+    path: Path, queries: Sequence[tuple], result: Ranking, g_pids: np.ndarray, scores: dict[str, np.ndarray]
+) -> None:
+    """A row for each query; a cell that needs a match is empty where the query has none."""
+    precisions = eval_metrics.average_precision(result.ranks, result.offsets)  # (Q,)
     with open(path, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
         table = csv.writer(file)
-        table.writerow(['query', 'pid', 'camid', 'AP', 'first_rank', 'matches', 'nearest_wrong'])
+        table.writerow(['query', 'pid', 'camid', 'AP', 'first_rank', 'matches', 'nearest_wrong', *scores])
         for row, (paths, pid, camid) in enumerate(queries):
             begin, end = result.offsets[row : row + 2]
+            first_rank = result.ranks[begin] if end > begin else ''
             near = [g_pids[place] for place in result.nearest[row] if place >= 0]
-            found = [f'{precisions[row]:.6f}', result.ranks[begin]] if end > begin else ['', '']
             wrong = next((other for other in near if other != pid), '')
-            table.writerow([_frames(paths)[0], pid, camid, *found, end - begin, wrong])
+            ap, *added = (_shown(values[row]) for values in (precisions, *scores.values()))
+            table.writerow([_frames(paths)[0], pid, camid, ap, first_rank, end - begin, wrong, *added])
 
 
-def _files(items: list) -> np.ndarray:
-    """uint8: the paths of the items, one a line, those of up to FRAMES frames of a tracklet with tabs between."""
+def _shown(score: float) -> str:
+    return '' if np.isnan(score) else f'{score:.6f}'
+
+
+def _files(items: Sequence[tuple]) -> np.ndarray:
+    """uint8: the path of each item, one per line; of a tracklet those of up to FRAMES frames, separated by tabs."""
     lines = []
     for paths, _, _ in items:
         frames = _frames(paths)
@@ -92,6 +117,6 @@ def _frames(paths: str | tuple[str, ...]) -> tuple[str, ...]:
     return (paths,) if isinstance(paths, str) else paths
 
 
-def _save_arrays(path: Path, arrays: dict) -> None:
-    with open(path, 'wb') as file:  # by its name, numpy would add .npz to that of the temporary file
+def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    with open(path, 'wb') as file:  # given a name, numpy would append .npz to it
         np.savez_compressed(file, **arrays)

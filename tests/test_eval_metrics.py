@@ -2,7 +2,16 @@ import numpy as np
 import pytest
 import torch
 
-from eval_metrics import average_precision, check_ids, cmc, evaluate, inverse_negative_penalty, match_ranks
+from eval_metrics import (
+    METRICS,
+    average_precision,
+    check_ids,
+    cmc,
+    evaluate,
+    hit,
+    inverse_negative_penalty,
+    match_ranks,
+)
 from runtime.errors import UserError
 
 
@@ -59,6 +68,18 @@ def test_equals_the_textbook(levels, num_camids, dtype):
     assert scored or num_camids == 1  # with one camera everything is dropped
 
 
+def test_the_means_of_the_metrics_are_the_reported_figures():
+    rng = np.random.default_rng(2)
+    matches = match_ranks(rng.random((40, 200)), *draw_ids(rng, 40, 200, 30, 3))
+    means = {metric.name: np.nanmean(metric.score(matches.ranks, matches.offsets)) for metric in METRICS}
+    assert 0 < matches.num_skipped < 40
+    curve = matches.cmc()
+    assert means == {
+        'mAP': matches.mAP, 'mINP': matches.mINP, 'rank1': curve[0], 'rank5': curve[4], 'rank10': curve[9],
+    }  # fmt: skip
+    assert [metric.label for metric in METRICS] == ['mAP', 'mINP', 'Rank-1', 'Rank-5', 'Rank-10']
+
+
 def test_small_blocks_change_nothing(monkeypatch):
     rng = np.random.default_rng(0)
     ids, distmat = draw_ids(rng, 40, 70, 6, 3), rng.integers(0, 9, (40, 70))
@@ -87,6 +108,8 @@ def test_figures_by_hand():
         average_precision(matches.ranks, matches.offsets), [(1 + 2 / 4) / 2, 1 / 2, np.nan, np.nan]
     )
     np.testing.assert_allclose(inverse_negative_penalty(matches.ranks, matches.offsets), [2 / 4, 1 / 2, np.nan, np.nan])
+    for k, hits in ((1, [1, 0]), (2, [1, 1])):
+        np.testing.assert_array_equal(hit(matches.ranks, matches.offsets, k), [*hits, np.nan, np.nan])
     assert matches.cmc(3).tolist() == cmc(matches.ranks, matches.offsets, 3).tolist() == [0.5, 1, 1]
     assert (matches.mAP, matches.mINP) == pytest.approx((0.625, 0.5))
 

@@ -23,6 +23,8 @@ import data_manager
 import ranking
 import report
 from eval_metrics import average_precision
+from page import activations, charts, lists, runs
+from runtime import commands
 from runtime.errors import UserError
 from transforms import TestTransform
 
@@ -121,6 +123,13 @@ def change(folder, **arrays):
         np.savez(folder / 'ranking.npz', **{**file, **arrays})
 
 
+def drop(folder, name):
+    with np.load(folder / 'ranking.npz') as file:
+        arrays = dict(file)
+    del arrays[name]
+    np.savez(folder / 'ranking.npz', **arrays)
+
+
 @pytest.fixture(scope='session')
 def market(data_dir):
     return data_manager.init_dataset('market1501', str(data_dir))
@@ -192,20 +201,20 @@ def test_tracklets_are_strips(tmp_path, data_dir):
     dataset = data_manager.init_dataset('mars', str(data_dir))
     page = report.write(put_run(tmp_path, dataset)).read_text()
     strips = [Image.open(BytesIO(base64.b64decode(each))) for each in re.findall(r'base64,([^"]+)"', page)]
-    assert {strip.height for strip in strips} == {report.STRIP_HEIGHT}
+    assert {strip.height for strip in strips} == {lists.STRIP_HEIGHT}
     assert {strip.width // 40 for strip in strips} <= set(range(1, 6)) and max(strip.width for strip in strips) > 100
 
 
 def test_which_queries_are_shown(tmp_path, saved):
-    run = report.read(saved)
-    examples = report._examples(run)
+    run = runs.read(saved)
+    examples = lists.examples(run)
     shown = [query['index'] for query in examples['queries']]
-    assert shown == sorted(shown, key=lambda i: (run.scores[i, 0], i)) and set(shown) <= set(np.flatnonzero(run.valid))
+    assert shown == sorted(shown, key=lambda i: (run.ap[i], i)) and set(shown) <= set(np.flatnonzero(run.valid))
     assert all(query['groups'] for query in examples['queries'])
 
 
 def test_rows_that_a_resume_repeats_count_once(saved):
-    run = report.read(saved)
+    run = runs.read(saved)
     assert [len(each) for each in run.curve('loss')] == [15 * 4] * 2 and run.curve('mAP')[0].tolist() == [
         3,
         6,
@@ -227,6 +236,7 @@ def test_rows_that_a_resume_repeats_count_once(saved):
         lambda folder: (folder / 'ranking.npz').write_bytes((folder / 'ranking.npz').read_bytes()[:900]),
         lambda folder: change(folder, ranks=np.load(folder / 'ranking.npz')['ranks'] + 1),  # of another test
         lambda folder: change(folder, query_files=text(['one.jpg'])),
+        lambda folder: drop(folder, 'camera_map'),
         lambda folder: (folder / 'metrics.csv').write_text('epoch,batch\n1,2\n'),
         lambda folder: (folder / 'report.html').mkdir(),
     ],
@@ -245,30 +255,36 @@ def test_interval_is_that_of_a_loop():
     values = np.random.default_rng(3).beta(2, 1, size=(300, 2))
     rng = np.random.default_rng(4)
     means = [values[rng.integers(300, size=300)].mean(0) for _ in range(4000)]
-    assert report.interval(values) == pytest.approx(np.percentile(means, (2.5, 97.5), axis=0), abs=0.004)
+    assert runs.interval(values) == pytest.approx(np.percentile(means, (2.5, 97.5), axis=0), abs=0.004)
 
 
 def test_interval_covers_the_mean_of_the_population_in_95_of_100_samples():
     rng = np.random.default_rng(5)
-    low, high = np.stack([report.interval(rng.exponential(size=(120, 1)))[:, 0] for _ in range(300)]).T
+    low, high = np.stack([runs.interval(rng.exponential(size=(120, 1)))[:, 0] for _ in range(300)]).T
     assert 0.90 < np.mean((low <= 1) & (high >= 1)) < 0.98
 
 
 def test_interval_of_equal_values_is_that_value():
-    assert report.interval(np.full((7, 1), 0.25)).tolist() == [[0.25], [0.25]]
+    assert runs.interval(np.full((7, 1), 0.25)).tolist() == [[0.25], [0.25]]
 
 
 def test_scores_are_the_figures_of_each_query(saved):
-    run = report.read(saved)
+    run = runs.read(saved)
+    assert list(run.scores) == ['mAP', 'mINP', 'rank1', 'rank5', 'rank10']
+    offsets, scores = run.arrays['offsets'], np.stack([*run.scores.values()], axis=1)  # (Q, 5)
     for query in range(len(run.valid)):
-        ranks = run.ranks[run.offsets[query] : run.offsets[query + 1]]
+        ranks = run.arrays['ranks'][offsets[query] : offsets[query + 1]]
         if not len(ranks):
-            assert np.isnan(run.scores[query]).all()
+            assert np.isnan(scores[query]).all()
             continue
         ap = np.mean([(i + 1) / rank for i, rank in enumerate(ranks)])
-        assert run.scores[query].tolist() == pytest.approx(
+        assert scores[query].tolist() == pytest.approx(
             [ap, len(ranks) / ranks[-1], *(float(ranks[0] <= k) for k in (1, 5, 10))]
         )
+    assert [(label, mean) for label, mean, *_ in run.figures] == [
+        (label, pytest.approx(scores[run.valid, column].mean()))
+        for column, label in enumerate(('mAP', 'mINP', 'Rank-1', 'Rank-5', 'Rank-10'))
+    ]
 
 
 def test_threshold_is_the_largest_that_keeps_the_rate(saved):
@@ -278,13 +294,13 @@ def test_threshold_is_the_largest_that_keeps_the_rate(saved):
         match_histogram=np.array([5, 3, 0, 2, 0]),
         other_histogram=np.array([0, 1, 0, 9, 990]),
     )
-    note = report._distances(report.read(saved))['note']
+    note = charts.distances(runs.read(saved))['note']
     assert re.search(r'at 1%, 4\.0* and 100\.0%; at 0\.1%, 3\.0* and 80\.0%', note)
 
 
 def test_no_share_is_above_100():
     nearly_perfect = SimpleNamespace(first_ranks=np.r_[2, np.ones(300)], valid=np.full(301, True))
-    ticks = [float(each) for each in re.findall(r'<text[^>]*>([\d.]+)</text>', report._cmc([nearly_perfect])['svg'])]
+    ticks = [float(each) for each in re.findall(r'<text[^>]*>([\d.]+)</text>', charts.cmc([nearly_perfect])['svg'])]
     assert 99 in ticks and max(ticks) == 100
 
 
@@ -292,15 +308,15 @@ def test_no_share_is_above_100():
 
 
 def test_compare(tmp_path, market):
-    runs = [put_run(tmp_path / name, market, noise) for name, noise in (('a', 0), ('b', 0.15), ('c', 0.3))]
-    page = report.compare(runs, tmp_path / 'out.html').read_text()
-    scores = [report.read(run).scores[:, 0] for run in runs]
+    saved = [put_run(tmp_path / name, market, noise) for name, noise in (('a', 0), ('b', 0.15), ('c', 0.3))]
+    page = report.compare(saved, tmp_path / 'out.html').read_text()
+    scores = [runs.read(folder).ap for folder in saved]
     assert page.count(' against ') - 1 == 3 + 1  # in the table's pairs and its head; what is shown says it once
     for left, right in ((0, 1), (0, 2), (1, 2)):
         gain = scores[right] - scores[left]
-        low, high = report.interval(gain[:, None])[:, 0]
+        low, high = runs.interval(gain[:, None])[:, 0]
         cells = f'<td>{100 * gain.mean():+.1f}</td><td>{100 * low:+.1f} to {100 * high:+.1f}</td>'.replace('-', '−')
-        assert f'{runs[right]} against {runs[left]}</th>{cells}' in page
+        assert f'{saved[right]} against {saved[left]}</th>{cells}' in page
     change_of = np.ptp(scores, axis=0)
     shown = [int(index) for index in re.findall(r'data-index="(\d+)"', page)]
     assert change_of[shown].tolist() == sorted(change_of, reverse=True)[: len(shown)]
@@ -333,7 +349,7 @@ def checkpoint(tmp_path):
 
 def test_activations_are_the_squared_channels(tmp_path, checkpoint, market, monkeypatch):
     cells = []
-    monkeypatch.setattr(report, '_write_grid', lambda found, *_: cells.extend(found))
+    monkeypatch.setattr(activations, '_write_grid', lambda found, *_: cells.extend(found))
     image = market.query[0][0]
     report.activations(checkpoint, [image], 'tiny', 64, 32)
     ((name, picture, under),) = cells
@@ -387,7 +403,7 @@ def test_command_writes_the_page(saved):
 def test_mistakes_are_said_in_one_line(args, words, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['report.py', *args])
     with pytest.raises(SystemExit) as end:
-        report.main()
+        commands.run(report.main)
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.startswith('error: ') and said.count('\n') == 1 and words in said
 

@@ -10,9 +10,10 @@ from tiny import Tiny
 import data_manager
 import eval_metrics
 import evaluation
-import report
-from page import results
+import page
+from page import results, runs
 from runtime import files, launch
+from utils import read_json
 
 
 @pytest.fixture(scope='module', params=['market1501', 'mars'])
@@ -78,6 +79,34 @@ def test_ranking_npz(tested):
     np.testing.assert_allclose(arrays['embedding_features'], everyone[rows], rtol=1e-3, atol=1e-6)
 
 
+def reciprocal_rank(ranks, offsets):
+    scores = np.full(len(offsets) - 1, np.nan)
+    scores[np.diff(offsets) > 0] = 1 / ranks[offsets[:-1][np.diff(offsets) > 0]]
+    return scores
+
+
+def test_a_metric_is_added_by_a_function_and_a_row(data_dir, tmp_path, monkeypatch):
+    row = eval_metrics.Metric('mrr', 'Reciprocal rank', reciprocal_rank)
+    monkeypatch.setattr(eval_metrics, 'METRICS', (*eval_metrics.METRICS, row))
+    torch.manual_seed(0)
+    dataset = data_manager.init_dataset('market1501', str(data_dir))
+    cpu = launch.Run(torch.device('cpu'), 'fp32', 'fp32', 1)
+    evaluation.Test(dataset, options(tmp_path), cpu)(Tiny(3))
+    summary = read_json(tmp_path / 'results.json')
+    with open(tmp_path / 'results.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[-2:] == ['nearest_wrong', 'mrr'] and not {'mAP', 'mINP', 'rank1'} & set(rows[0])
+    for query in rows:
+        first_rank = query['first_rank']
+        assert query['mrr'] == (f'{1 / int(first_rank):.6f}' if first_rank else '')
+    mean = np.mean([1 / int(query['first_rank']) for query in rows if query['first_rank']])
+    assert list(summary)[-1] == 'mrr' and 'rank1' not in summary and summary['mrr'] == pytest.approx(mean)
+    assert f'<dt>Reciprocal rank</dt><dd>{100 * mean:.1f}%' in page.write(tmp_path).read_text()
+    compared = page.compare([tmp_path, tmp_path], tmp_path / 'compare.html').read_text()
+    assert '<th>Rank-10</th><th>Reciprocal rank</th>' in compared
+    assert compared.count(f'<td>{100 * mean:.1f} <small>') == 2
+
+
 def test_the_page_of_a_training_knows_its_last_test(script, tmp_path):
     """It is written after the test has come to metrics.csv; what is wrong with it ends no training."""
     options = ['--max-epoch', 2, '--eval-step', 1, '--print-freq', 1, '--save-dir', tmp_path]
@@ -86,13 +115,13 @@ def test_the_page_of_a_training_knows_its_last_test(script, tmp_path):
         assert script('train_img_model_xent', *options) == 0
     finally:
         TINY.append('--no-report')
-    assert len(report.read(tmp_path).curve('mAP')[1]) == 2
-    page = (tmp_path / 'report.html').read_text()
-    assert 'Tests while training' in page and 'toy' not in page
+    assert len(runs.read(tmp_path).curve('mAP')[1]) == 2
+    html = (tmp_path / 'report.html').read_text()
+    assert 'Tests while training' in html and 'toy' not in html
 
 
 def test_a_page_that_cannot_be_made_ends_no_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, 'write', lambda folder: 1 / 0)
+    monkeypatch.setattr(page, 'write', lambda folder: 1 / 0)
     results.write_page(tmp_path)
     assert 'report.html: the page cannot be made (ZeroDivisionError: division by zero)' in capsys.readouterr().out
     assert files.unwritten.pop().startswith(f'{tmp_path}')

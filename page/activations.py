@@ -1,0 +1,105 @@
+"""Activation maps: where in a picture a network looks."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from runtime.errors import UserError
+from runtime.files import write_whole
+
+
+class Cell(NamedTuple):
+    """A picture in the grid."""
+
+    name: str
+    picture: np.ndarray  # (H, W, 3), 0..1
+    mapped: np.ndarray  # (H, W, 3), 0..1: the picture under its map
+
+
+def activations(
+    checkpoint: str | Path,
+    images: Sequence[str | Path],
+    arch: str | None = None,
+    height: int = 256,
+    width: int = 128,
+    out: str | Path = 'activations.png',
+) -> Path:
+    """Write a grid of pictures, each beside its copy under the map of activations, and return its path.
+
+    The map is the sum of the squared channels of the network's last stage, scaled from its minimum to its maximum in
+    each picture, as torchreid's tools show it; after Zagoruyko and Komodakis, ICLR 2017, arXiv:1612.03928.
+
+    Args:
+        arch: of the checkpoint; None to recognise it by its weights.
+        height, width: of the network's input, in pixels.
+
+    Raises:
+        UserError: the checkpoint or an image cannot be read, they do not fit, or `out` cannot be written.
+    """
+    import torch  # the command also makes pages, which need no torch
+    from matplotlib import colormaps
+    from torch.nn import functional as F
+
+    import models
+    import weights
+    from dataset_loader import read_image
+    from transforms import TestTransform
+
+    loaded = weights.read(checkpoint)
+    state_dict = loaded.state_dict
+    arch = arch or (loaded.state or {}).get('arguments', {}).get('arch') or weights.arch_of(state_dict)
+    if arch is None:
+        raise UserError(f'{checkpoint} is of no architecture that is recognised by its weights; name it with --arch')
+    model = models.init_model(arch, num_classes=len(state_dict.get('classifier.bias', [0]))).eval()
+    weights.load_into(model, state_dict, allow_other_classifier=True, where=str(checkpoint))
+    stage = list(model.get_submodule('base').children())[-1]
+    if isinstance(stage, torch.nn.Sequential):
+        stage = stage[-1]  # ResNet50M calls the blocks of its last stage one by one
+    outputs: list[torch.Tensor] = []
+    stage.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    prepare, colours, cells = TestTransform(height, width), colormaps['inferno'], []
+    for path in images:
+        image = read_image(path)
+        pixels = torch.from_numpy(np.array(image))[None]  # (1, H, W, 3)
+        with torch.inference_mode():
+            model(prepare([(torch.tensor([0]), pixels)]))
+            heat = outputs.pop().square().sum(1, keepdim=True)  # (1, 1, h, w)
+            heat = F.interpolate(heat, (height, width), mode='bilinear')[0, 0]  # (height, width)
+        heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=torch.finfo(heat.dtype).tiny)
+        picture = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)) / 255  # (height, width, 3)
+        cells.append(Cell(Path(path).name, picture, 0.4 * picture + 0.6 * colours(heat.numpy())[..., :3]))
+    return _write_grid(cells, height / width, Path(out))
+
+
+def _write_grid(cells: Sequence[Cell], shape: float, path: Path) -> Path:
+    """Write the cells, whose pictures are `shape` times as high as wide, as one PNG."""
+    from matplotlib import rc_context
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
+    rows = math.ceil(len(cells) / 6)
+    columns = math.ceil(len(cells) / rows)
+    with rc_context({'font.size': 8, 'text.parse_math': False}):
+        figure = Figure(figsize=(2 * columns, rows * (shape + 0.3) + 0.6), dpi=150, layout='constrained')
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for axes, (name, picture, mapped) in zip(grid.flat, cells, strict=False):
+            gap = np.ones((len(picture), max(1, len(picture) // 40), 3))
+            axes.imshow(np.hstack([picture, gap, mapped]))
+            axes.set_title(name if len(name) <= 28 else f'...{name[-25:]}', fontsize=7)
+        bar = figure.colorbar(
+            ScalarMappable(cmap='inferno'), ax=grid, location='bottom', shrink=min(1, 2 / columns), aspect=30,
+            ticks=[0, 1], label='sum of squared channels, in each picture',
+        )  # fmt: skip
+        bar.ax.set_xticklabels(['least', 'most'])
+        bar.outline.set_visible(False)
+        try:
+            write_whole(path, lambda file: figure.savefig(file, format='png', bbox_inches='tight'))
+        except OSError as problem:
+            raise UserError(f'{path} cannot be written ({problem.strerror}); give another --out') from problem
+    return path

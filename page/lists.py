@@ -1,0 +1,129 @@
+"""Queries with the pictures of their nearest gallery items: examples of one run, and what differs between runs."""
+
+import base64
+import functools
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from page.runs import TestedRun
+
+SHOWN = 20  # queries of each kind
+HEIGHT, STRIP_HEIGHT = 128, 80  # of an embedded picture, and of each frame of a tracklet, in pixels
+FRAMES = {'query': 8, 'gallery': 4}  # of a tracklet
+QUALITY = 75  # of the JPEGs
+
+
+def examples(run: TestedRun) -> dict[str, Any]:
+    """The worst, best and some random queries of those that have a match, in order of AP."""
+    order = np.flatnonzero(run.valid)
+    order = order[np.argsort(run.ap[order], kind='stable')]  # (V,)
+    random = np.random.default_rng(0).permutation(order)[:SHOWN]
+    groups = {'worst': order[:SHOWN], 'best': order[-SHOWN:], 'random': random}
+    chosen = order[np.isin(order, np.concatenate([*groups.values()]))]
+    shown = (
+        f'Shown are {len(chosen)} of the {len(order)} queries that have a match: the {len(groups["worst"])} of lowest '
+        f'average precision (AP), the {len(groups["best"])} of highest, and {len(random)} drawn at random (seed 0); '
+        f'a query may be several of these. They stand in order of AP.'
+    )
+    return _lists([run], chosen, groups, shown)
+
+
+def changes(runs: Sequence[TestedRun], valid: np.ndarray) -> dict[str, Any]:
+    """The queries whose AP differs most between any two of the runs, the largest difference first.
+
+    Args:
+        valid: (Q,) bool, the queries that have a match in every run.
+    """
+    ap = np.stack([run.ap for run in runs])  # (R, Q)
+    change = np.where(valid, ap.max(0) - ap.min(0), -1)  # (Q,)
+    chosen = np.argsort(-change, kind='stable')[:SHOWN]
+    chosen = chosen[change[chosen] > 0]
+    gain = ap[-1] - ap[0]  # (Q,)
+    groups = {'better': chosen[gain[chosen] > 0], 'worse': chosen[gain[chosen] < 0]}
+    shown = (
+        f'Shown are the {len(chosen)} queries whose average precision (AP) differs most between the runs, most first. '
+        f'Better and worse are said of the last run against the first.'
+    )
+    return _lists(runs, chosen, groups, shown)
+
+
+def _lists(
+    runs: Sequence[TestedRun], chosen: Iterable[int], groups: dict[str, np.ndarray], shown: str
+) -> dict[str, Any]:
+    """What the template needs to show the chosen queries with the nearest gallery items in each run."""
+    first, missing = runs[0], set()
+    thumbnail = functools.cache(_thumbnail)
+
+    def picture(run: TestedRun, subset: str, index: int) -> dict[str, Any]:
+        paths = run.files[subset][index]
+        name, image = Path(paths[0]).name, thumbnail(tuple(paths), FRAMES[subset])
+        if image is None:
+            missing.add(name)
+        return {'name': name, 'image': image}
+
+    def nearest(run: TestedRun, query: int) -> list[dict[str, Any]]:
+        arrays = run.arrays
+        return [
+            {
+                'place': int(place),
+                'distance': float(distance),
+                'shown': run.distance(distance),
+                'camid': int(arrays['g_camids'][place]),
+                'match': bool(arrays['g_pids'][place] == arrays['q_pids'][query]),
+                **picture(run, 'gallery', place),
+            }
+            for place, distance in zip(arrays['nearest'][query], arrays['nearest_distances'][query], strict=True)
+            if place >= 0
+        ]
+
+    queries = [
+        {
+            'index': int(query),
+            'pid': int(first.arrays['q_pids'][query]),
+            'camid': int(first.arrays['q_camids'][query]),
+            'groups': [name for name, group in groups.items() if query in group],
+            'rankings': [
+                {
+                    'run': run.name,
+                    'ap': float(run.ap[query]),
+                    'first_rank': int(run.first_ranks[query]),
+                    'results': nearest(run, query),
+                }
+                for run in runs
+            ],
+            **picture(first, 'query', query),
+        }
+        for query in chosen
+    ]
+    return {
+        'queries': queries,
+        'groups': {name: len(group) for name, group in groups.items()},
+        'pids': sorted({query['pid'] for query in queries}),
+        'shown': shown,
+        'missing': len(missing),
+        'tracklets': any(len(paths) > 1 for paths in first.files['query']),
+    }
+
+
+def _thumbnail(paths: tuple[str, ...], frames: int) -> str | None:
+    """A small JPEG as a data: URI, for a tracklet up to `frames` frames side by side; None where none can be read."""
+    number = min(len(paths), frames)
+    height = HEIGHT if len(paths) == 1 else STRIP_HEIGHT
+    pictures = []
+    for path in (paths[i * len(paths) // number] for i in range(number)):
+        try:
+            with Image.open(path) as image:
+                width = min(max(1, round(image.width * height / image.height)), 2 * height)
+                pictures.append(np.asarray(image.convert('RGB').resize((width, height), Image.Resampling.BOX)))
+        except Exception:  # the data may have moved, and Pillow's readers raise anything
+            continue
+    if not pictures:
+        return None
+    file = io.BytesIO()
+    Image.fromarray(np.hstack(pictures)).save(file, 'JPEG', quality=QUALITY)
+    return f'data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}'

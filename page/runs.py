@@ -1,0 +1,164 @@
+"""The files of a tested run, and what follows from them."""
+
+import csv
+import functools
+import json
+import math
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import eval_metrics
+from runtime.errors import UserError, plain
+
+POINTS = 400  # of a curve; where there are more, neighbours are averaged
+RESAMPLES = 1000  # of the bootstrap
+NEEDED = {
+    'results.json': {
+        *('mAP', 'queries', 'gallery', 'dataset', 'arch', 'checkpoint', 'rerank', 'height', 'width', 'precision'),
+        *('date', 'seed', 'device', 'versions', 'revision', 'command', 'dataset_fingerprint'),
+    },
+    'ranking.npz': {
+        *('query_files', 'gallery_files', 'q_pids', 'g_pids', 'q_camids', 'g_camids', 'ranks', 'offsets', 'nearest'),
+        *('nearest_distances', 'edges', 'match_histogram', 'other_histogram', 'camera_map', 'camera_queries'),
+        *('embedding_features', 'embedding_pids', 'embedding_is_query'),
+    },
+}
+
+
+@dataclass(frozen=True, eq=False)
+class TestedRun:
+    """What the files of a run hold, and what follows from it."""
+
+    name: str
+    summary: dict[str, Any]  # results.json
+    arrays: dict[str, np.ndarray]  # ranking.npz
+    metrics: dict[str, np.ndarray]  # column of metrics.csv -> (N,) float64, NaN where it is empty; {} without the file
+    losses: list[str]  # the columns of `metrics` that are losses, the total first
+
+    @property
+    def short_name(self) -> str:
+        """For legends."""
+        return self.name if len(self.name) <= 24 else f'…{self.name[-23:]}'
+
+    @functools.cached_property
+    def decimals(self) -> int:
+        """Of every distance on the page: four digits of a usual distance to a near item."""
+        usual = np.nanmedian(self.arrays['nearest_distances']).clip(min=1e-6)
+        return max(0, 3 - math.floor(math.log10(usual)))
+
+    def distance(self, value: float) -> str:
+        return f'{value:.{self.decimals}f}'
+
+    def curve(self, column: str) -> tuple[np.ndarray, np.ndarray]:
+        """Epochs trained (n,) and values (n,) in the rows that have the column; of many, the means of neighbours."""
+        if not np.isfinite(self.metrics.get(column, np.nan)).any():
+            return np.empty(0), np.empty(0)
+        epochs, batches, values = (self.metrics[name] for name in ('epoch', 'batch', column))  # (N,) each
+        epochs = np.where(np.isnan(batches), epochs, epochs - 1 + batches / np.nanmax(batches, initial=1))
+        known = np.flatnonzero(np.isfinite(values))
+        groups = np.array_split(known, min(len(known), POINTS))
+        epochs, values = (np.array([each[group].mean() for group in groups]) for each in (epochs, values))
+        return epochs, values
+
+    @functools.cached_property
+    def valid(self) -> np.ndarray:
+        """(Q,) bool: the queries that have a match."""
+        return np.diff(self.arrays['offsets']) > 0
+
+    @functools.cached_property
+    def first_ranks(self) -> np.ndarray:
+        """(Q,) float64: rank of the first match, NaN without one."""
+        first = np.full(len(self.valid), np.nan)
+        first[self.valid] = self.arrays['ranks'][self.arrays['offsets'][:-1][self.valid]]
+        return first
+
+    @functools.cached_property
+    def scores(self) -> dict[str, np.ndarray]:
+        """Each of METRICS by name: (Q,) float64, NaN where a query has no match."""
+        ranks, offsets = self.arrays['ranks'], self.arrays['offsets']
+        return {metric.name: metric.score(ranks, offsets) for metric in eval_metrics.METRICS}
+
+    @property
+    def ap(self) -> np.ndarray:
+        """(Q,) float64: average precision, NaN where a query has no match."""
+        return self.scores['mAP']
+
+    @functools.cached_property
+    def figures(self) -> list[tuple[str, float, float, float]]:
+        """Label of each of METRICS, its mean over the queries, and the ends of the mean's interval."""
+        scores = np.stack([*self.scores.values()], axis=1)[self.valid]  # (V, K)
+        labels = [metric.label for metric in eval_metrics.METRICS]
+        return list(zip(labels, scores.mean(0), *interval(scores), strict=True))
+
+    @functools.cached_property
+    def files(self) -> dict[str, list[list[str]]]:
+        """'query' and 'gallery' -> for each item the path of its image, or those of up to 8 frames of a tracklet."""
+        texts = {
+            subset: self.arrays[f'{subset}_files'].tobytes().decode('utf-8', 'surrogateescape')
+            for subset in ('query', 'gallery')
+        }
+        return {subset: [line.split('\t') for line in text.split('\n')] for subset, text in texts.items()}
+
+    @functools.cached_property
+    def queries(self) -> list[tuple[str, int, int]]:
+        """File name (the folder may have moved), pid and camid: what two tests that are compared must share."""
+        names = (Path(paths[0]).name for paths in self.files['query'])
+        return list(zip(names, self.arrays['q_pids'].tolist(), self.arrays['q_camids'].tolist(), strict=True))
+
+
+def read(save_dir: str | Path) -> TestedRun:
+    """The files of a run. metrics.csv may be absent: nothing was trained.
+
+    Raises:
+        UserError: the folder holds no results of a test, or they are damaged or of two tests.
+    """
+    folder = Path(save_dir)
+    try:
+        summary = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
+        with np.load(folder / 'ranking.npz') as file:
+            arrays = dict(file)
+        for name, keys in (('results.json', summary.keys()), ('ranking.npz', arrays.keys())):
+            if lacking := NEEDED[name] - keys:
+                raise ValueError(f'no {min(lacking)} in {name}')
+        run = TestedRun(str(save_dir), summary, arrays, *_read_metrics(folder / 'metrics.csv'))
+        same = run.valid.any() and abs(run.ap[run.valid].mean() - summary['mAP']) < 1e-4
+        complete = len(run.queries) == len(run.valid) and len(run.files['gallery']) == len(arrays['g_pids'])
+    except OSError as problem:
+        where = problem.filename or folder
+        raise UserError(
+            f'{where} cannot be read ({problem.strerror}); give the --save-dir of a tested run'
+        ) from problem
+    except (ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as problem:
+        reason = plain(f'{type(problem).__name__}: {problem}')
+        raise UserError(f'{folder} holds damaged results ({reason}); test again with --evaluate') from problem
+    if not same or not complete:
+        raise UserError(f'{folder} holds results.json and ranking.npz of two tests; test again with --evaluate')
+    return run
+
+
+def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The columns of metrics.csv, its rows sorted by epoch and batch with tests last; and which columns are losses."""
+    if not path.exists():
+        return {}, []
+    rows = {}  # (epoch, batch) -> numbers; after a resume some repeat, and the last one counts
+    with path.open(newline='', encoding='utf-8') as file:
+        reader = csv.DictReader(file, restval='')
+        names = list(reader.fieldnames or ())
+        for row in reader:
+            rows[row['epoch'], row['batch']] = [float(row[name] or 'nan') for name in names]
+    table = np.array([*rows.values()], dtype=float).reshape(-1, len(names))  # (N, columns)
+    order = np.lexsort([table[:, names.index(name)] for name in ('batch', 'epoch')])
+    end = min(names.index(metric.name) for metric in eval_metrics.METRICS if metric.name in names)
+    return dict(zip(names, table[order].T, strict=True)), names[names.index('data_wait') + 1 : end]
+
+
+def interval(values: np.ndarray) -> np.ndarray:
+    """(2, K): ends of the 95% percentile bootstrap intervals of the means of `values` (V, K) over V queries."""
+    number = len(values)
+    times = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), RESAMPLES)  # (1000, V)
+    ends: np.ndarray = np.percentile(times @ values / number, (2.5, 97.5), axis=0)
+    return ends
