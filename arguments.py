@@ -176,7 +176,7 @@ class SaveOptions(Shared):
     auto_resume: bool = option(False,
         'continue from the newest whole checkpoint in --save-dir, or else begin: one command for the first start and '
         'for each one after an interruption')  # fmt: skip
-    save_minutes: float = option(5.0,
+    save_minutes: float = option(5,
         'minutes between two saves of resume_{epoch}_{batch}.pth.tar: no more than that is lost',
         type=positive_float)  # fmt: skip
     keep: int = option(3, 'how many of these are kept; checkpoints of tests always are', type=positive_int)

@@ -45,6 +45,10 @@ class ImageDataset(Dataset):
         path, pid, camid = self.dataset[index]
         return (self.transform(read_image(path)) if self.transform else read_pixels(path)), pid, camid
 
+    def files(self) -> Iterator[str]:
+        """All that is read."""
+        return (path for path, _, _ in self.dataset)
+
 
 class VideoDataset(Dataset):
     """Tracklets as items (imgs, pid, camid): `imgs` (S, C, H, W) is what `transform` makes of each frame, stacked.
@@ -87,6 +91,11 @@ class VideoDataset(Dataset):
         if self.transform is None and len({img.shape for img in imgs}) > 1:
             return imgs, pid, camid
         return torch.stack(imgs), pid, camid  # (S, C, H, W)
+
+    def files(self) -> Iterator[str]:
+        """All that is read in epoch 0."""
+        for index, (paths, _, _) in enumerate(self.dataset):
+            yield from (paths[k] for k in self._sampled(len(paths), index, 0))
 
     def _sampled(self, n: int, index: int, epoch: int) -> Iterable[int]:
         length = self.seq_len
@@ -174,10 +183,10 @@ class TrainLoader:
         if self.kind != 'none' or self.advised or self.run.rank or waited <= 1 or share <= 0.05:
             return
         self.advised = True
-        if not takes_rng(self.dataset) and (size := size_of(self.dataset)) < ROOM * free_memory(torch.device('cpu')):
-            print(
-                f'{share:.0%} of the epoch was spent waiting for images; --cache ram would hold all in {gigabytes(size)}'
-            )
+        size = size_of(self.dataset)
+        if not takes_rng(self.dataset) and size < ROOM * free_memory(torch.device('cpu')):
+            waiting = f'{share:.0%} of the epoch was spent waiting for images'
+            print(f'{waiting}; --cache ram would hold all in {gigabytes(size)}')
 
 
 class TestLoader:

@@ -91,13 +91,14 @@ class Matches:
         self.check_valid()
         return float(np.nanmean(inverse_negative_penalty(self.ranks, self.offsets)))
 
+    def figures(self) -> dict[str, float]:
+        """The mean of each of METRICS over the valid queries. Raises UserError when there is none."""
+        self.check_valid()
+        return {metric.name: float(np.nanmean(metric.score(self.ranks, self.offsets))) for metric in METRICS}
+
     def check_valid(self) -> None:
         if self.num_valid == 0:
-            raise UserError(
-                f'none of the {self.num_skipped} queries has a match: {self.num_absent} show an identity that the '
-                f'gallery lacks, {self.num_same_camera} one that it shows in the same camera only; a query needs a '
-                'gallery item of its pid from another camera: check the pids and camids of the data set'
-            )
+            raise no_match(self.num_absent, self.num_same_camera)
 
 
 def cmc(ranks: np.ndarray, offsets: np.ndarray, max_rank: int = 50) -> np.ndarray:
@@ -148,6 +149,9 @@ class Metric:
     label: str  # as printed and on the page
     score: Callable[[np.ndarray, np.ndarray], np.ndarray]  # ranks, offsets as for cmc -> (Q,) float64, 0..1 or NaN
 
+
+# Printed and written in forms of their own, as the original has them: mAP, CMC curve.
+CLASSIC = frozenset({'mAP', 'mINP', 'rank1', 'rank5', 'rank10'})
 
 METRICS: tuple[Metric, ...] = (
     Metric('mAP', 'mAP', average_precision),
@@ -200,6 +204,24 @@ def match_ranks(
     with ThreadPoolExecutor(min(8, cpu_count() or 1)) as pool:
         list(pool.map(work, range(0, len(q_pids), step)))
     return rank_matches(pairs, distances, counts)
+
+
+def check_matches(q_pids: 'Ids', g_pids: 'Ids', q_camids: 'Ids', g_camids: 'Ids') -> None:
+    """Raise UserError if no query has a match, whatever the distances are; ids are anything array-like."""
+    pairs = same_identity(*check_ids(q_pids, g_pids, q_camids, g_camids))
+    if pairs.dropped.all():  # or there is no pair at all
+        absent = int(np.count_nonzero(np.diff(pairs.offsets) == 0))
+        raise no_match(absent, len(pairs.offsets) - 1 - absent)
+
+
+def no_match(absent: int, same_camera: int) -> UserError:
+    """The error for a test without a match: how many queries lack one because of which cause, and the way out."""
+    return UserError(
+        f'none of the {absent + same_camera} queries has a match: {absent} show an identity that the gallery lacks, '
+        f'{same_camera} one that it shows in the same camera only; a query needs a gallery item of its pid from '
+        'another camera: correct the pids and camids of the data set; where the cameras are unknown, give all queries '
+        'one camid and the gallery another'
+    )
 
 
 def same_identity(q_pids: np.ndarray, g_pids: np.ndarray, q_camids: np.ndarray, g_camids: np.ndarray) -> Pairs:

@@ -1,25 +1,33 @@
-"""The test: features of query and gallery, their ranking, the printed figures, and the files that tell of it.
+"""The test: features of query and gallery, their ranking, the printed figures, and the result files.
 
 Several processes share it: each extracts its part of the images, and counts in its part of the gallery. Every image is
 extracted once; no feature of the gallery leaves its process.
 """
 
 import datetime
+import errno
+import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import ranking
+from arguments import TestOptions
 from data_manager import fingerprint
 from dataset_loader import ImageDataset, VideoDataset, test_loader
-from eval_metrics import average_precision
+from eval_metrics import METRICS, average_precision
+from models.network import Network
 from page import results
+from readers.tree import Dataset, Item, ids_of
+from runtime.device import Run
 from runtime.errors import UserError
 from runtime.meters import bar_over
+from runtime.provenance import provenance
+from runtime.testset import check_files, check_items
 from transforms import TestTransform
 from utils import mkdir_if_missing
 
@@ -27,82 +35,103 @@ MAX_RANK = 50
 NO_CAMERAS = {'camera_map': np.zeros((0, 0)), 'camera_queries': np.zeros((0, 0), np.int64)}
 EMBEDDED, EMBEDDED_ROWS = 12, 400  # identities and images whose features are kept for a plot
 
+Extracted = tuple[Tensor, Tensor]  # features (n, D) of this process's items, and which of the items they are of (n,)
+
 
 class Test:
-    """The test of an experiment: `figures = test(model)`, a dict of mAP, mINP, rank1, rank5 and rank10 (0..1).
+    """The test of an experiment: `figures = test(model)`, a dict with the mean of each of METRICS (0..1).
 
-    Args:
-        dataset: what `data_manager.init_dataset` gives.
-        options: `args.test`.
-        run: `launch.start(...)`.
+    Raises:
+        UserError: what would make the test fail and is known before the training: query or gallery is empty, no query
+            has a match, a file is missing, or a package that the page needs.
     """
 
-    def __init__(self, dataset, options, run):
-        self.dataset = dataset
-        self.options = options
-        self.run = run
+    def __init__(self, dataset: Dataset, options: TestOptions, run: Run):
+        self.dataset, self.options, self.run = dataset, options, run
+        check_items(dataset)
+        subsets = (tested_items(items, options) for items in (dataset.query, dataset.gallery))
+        check_files(list(dict.fromkeys(path for items in subsets for path in items.files())), run)
+        if not options.no_report:
+            results.check_packages()
 
     def is_due(self, epoch: int) -> bool:
         """Whether a test follows this epoch (from 0): every --eval-step, and after the last one."""
         return epoch in self.options.test_epochs
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
+    def __call__(self, model: Network) -> dict[str, float]:
         """Print the figures of the original; write results.json, results.csv, ranking.npz and the page of them.
 
         Raises:
-            UserError: no query has a match in the gallery, or features are not finite.
+            UserError: an image cannot be read, features are not finite, or --save-features cannot write them.
         """
+        self.run.signals.release()  # there is nothing to save until the next epoch
         print('Evaluate only' if self.options.evaluate else '==> Test')
         self.run.unify(model)
-        extracted = []
-        for subset in ('query', 'gallery'):
-            items = getattr(self.dataset, subset)
-            file = self._features_file(subset, items, model.feat_dim) if self.options.save_features else None
-            features, indices = extract(model, items, self.options, self.run, file)  # (n, D), (n,)
-            print(f'Extracted features for {subset} set, obtained {len(items)}-by-{features.size(1)} matrix')
-            extracted.append((features, indices))
+        query, gallery = (self._extract(model, subset) for subset in ('query', 'gallery'))
         if self.options.save_features:
             self._keep_features()
-        print('Computing distance matrix')
+        print('Computing distance matrix')  # the original's line; none is ever held
         print('Computing CMC and mAP')
+        result = self._rank(query, gallery)
+        unwanted = self.options.rerank or self.options.no_report
+        cameras = NO_CAMERAS if unwanted else by_camera(query, gallery, self.dataset, self.run)
+        shown = sample(query, gallery, self.dataset, self.run)
+        values = torch.zeros(len(METRICS), dtype=torch.float64)
+        if result:  # in the first process
+            ranking.show(result)
+            figures = result.figures()
+            values = torch.tensor([figures[metric.name] for metric in METRICS], dtype=torch.float64)
+            folder = self.options.save_dir
+            results.write(folder, self._summary(result), self.dataset, result, {**cameras, **shown}, self.run.unwritten)
+            if self.options.evaluate and not self.options.no_report:  # else when the test is in metrics.csv as well
+                results.write_page(folder, self.run.unwritten)
+        return dict(zip((metric.name for metric in METRICS), self.run.sum(values).tolist(), strict=True))
+
+    def _extract(self, model: Network, subset: str) -> Extracted:
+        items = getattr(self.dataset, subset)
+        file = self._features_file(subset, items, model.feat_dim) if self.options.save_features else None
+        features, indices = extract(model, items, self.options, self.run, file)  # (n, D), (n,)
+        print(f'Extracted features for {subset} set, obtained {len(items)}-by-{features.size(1)} matrix')
+        return features, indices
+
+    def _rank(self, query: Extracted, gallery: Extracted) -> ranking.Ranking | None:
+        """The ranking, in the first process; None in the others."""
         if self.options.rerank:
             print('Re-ranking with k1 {k1}, k2 {k2}, lambda {lambda_value}'.format(**vars(self.options)))
-            result = rerank(*extracted, self.dataset, self.options, self.run)
-        else:
-            result = rank(*extracted, self.dataset, self.run)
-        unasked = self.options.rerank or self.options.no_report
-        cameras = NO_CAMERAS if unasked else by_camera(*extracted, self.dataset, self.run)
-        shown = sample(*extracted, self.dataset, self.run)
-        figures = dict.fromkeys(('mAP', 'mINP', 'rank1', 'rank5', 'rank10'), 0.0)
-        if self.run.rank == 0:
-            ranking.show(result)
-            cmc = result.cmc(MAX_RANK)
-            figures = {'mAP': result.mAP, 'mINP': result.mINP, 'rank1': cmc[0], 'rank5': cmc[4], 'rank10': cmc[9]}
-            results.write(self.options.save_dir, self._summary(result), self.dataset, result, {**cameras, **shown})
-            if self.options.evaluate and not self.options.no_report:  # else when the test stands in metrics.csv as well
-                results.write_page(self.options.save_dir)
-        values = torch.tensor(list(figures.values()), dtype=torch.float64)
-        return dict(zip(figures, self.run.sum(values).tolist(), strict=True))
+            return rerank(query, gallery, self.dataset, self.options, self.run)
+        result = rank(query, gallery, self.dataset.query, self.dataset.gallery, self.run)
+        return None if self.run.rank else result
 
-    def _features_file(self, subset: str, items: list, feat_dim: int) -> np.ndarray:
+    def _features_file(self, subset: str, items: Sequence[Item], feat_dim: int) -> np.ndarray:
         """features.npy (N, feat_dim) in memory-mapped form, pids.npy and camids.npy beside it; every process has it.
 
-        Until all are extracted the three stand in `.features`: an image that cannot be read costs no earlier ones.
+        Until all are extracted the three are in `.features`: an image that cannot be read costs no earlier ones.
         """
         folder = Path(self.options.save_dir) / '.features' / subset
         path = folder / 'features.npy'
+        failure = 0
         if self.run.rank == 0:
-            mkdir_if_missing(folder)
-            for column, name in ((1, 'pids'), (2, 'camids')):
-                np.save(folder / f'{name}.npy', np.array([item[column] for item in items]))
-            np.lib.format.open_memmap(path, 'w+', np.float32, (len(items), feat_dim))
-        self.run.sum(torch.zeros(1))  # the others wait until it is there
+            try:
+                mkdir_if_missing(folder)
+                for column, name in ((1, 'pids'), (2, 'camids')):
+                    np.save(folder / f'{name}.npy', np.array([item[column] for item in items]))
+                np.lib.format.open_memmap(path, 'w+', np.float32, (len(items), feat_dim))
+                with open(path, 'r+b') as file:  # a full disk would end a process that writes into the map by SIGBUS
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as problem:
+                failure = problem.errno or errno.ENOSPC  # numpy raises some without a number
+        failure = int(self.run.sum(torch.tensor(failure)))  # the others wait until the files are there
+        if failure:
+            raise UserError(
+                f'--save-features: {path} cannot be written ({os.strerror(failure)}); make room or leave it out'
+            )
         if not path.exists():
             raise UserError(f'--save-features: {path} cannot be seen from every host; use a folder that they share')
-        return np.load(path, mmap_mode='r+')
+        features: np.ndarray = np.load(path, mmap_mode='r+')
+        return features
 
     def _keep_features(self) -> None:
-        """Put the extracted features in the place of those of an earlier test."""
+        """Replace the features of an earlier test by the extracted ones."""
         self.run.sum(torch.zeros(1))  # every process has opened and filled the files
         if self.run.rank == 0:
             folder = Path(self.options.save_dir) / '.features'
@@ -112,7 +141,7 @@ class Test:
                 path.replace(kept)
             shutil.rmtree(folder)
 
-    def _summary(self, result) -> dict:
+    def _summary(self, result: ranking.Ranking) -> dict[str, object]:
         options, dataset = self.options, self.dataset
         return {
             'mAP': result.mAP,
@@ -134,12 +163,21 @@ class Test:
             'width': options.width,
             'precision': self.run.test_precision,
             'dataset_fingerprint': fingerprint(dataset),
-            **self.run.provenance(),
+            **provenance(self.run),
         }
 
 
+def tested_items(items: Sequence[Item], options: TestOptions) -> ImageDataset | VideoDataset:
+    """The images, or --seq-len frames of each tracklet, that are tested."""
+    if isinstance(items[0][0], str):
+        return ImageDataset(items)
+    return VideoDataset(items, options.seq_len, 'evenly')
+
+
 @torch.inference_mode()
-def extract(model: nn.Module, items: list, options, run, file: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+def extract(
+    model: Network, items: Sequence[Item], options: TestOptions, run: Run, file: np.ndarray | None = None
+) -> Extracted:
     """Features of images or tracklets and which of the items they are of: those that this process has to see to.
 
     A tracklet's feature is the mean or maximum over `--seq-len` of its frames. The shape of each batch is taken from
@@ -150,9 +188,8 @@ def extract(model: nn.Module, items: list, options, run, file: np.ndarray | None
         Features (n, feat_dim), float32, on the run's device, and indices (n,) int64, ascending: of one process all N
         in their order, of several a part each, of more processes than items nothing for some.
     """
-    tracklets = isinstance(items[0][0], tuple)
-    dataset = VideoDataset(items, options.seq_len, 'evenly') if tracklets else ImageDataset(items)
-    prepare = TestTransform(options.height, options.width)
+    dataset = tested_items(items, options)
+    prepare = TestTransform(options.height, options.width, model.normalisation)
     loader = test_loader(dataset, options.test_batch, options.workers, run)
     own = torch.tensor([item for batch in loader.items for item in batch], dtype=torch.int64)  # (n,)
     features = torch.empty(len(own), model.feat_dim, device=run.device)  # (n, feat_dim)
@@ -162,7 +199,7 @@ def extract(model: nn.Module, items: list, options, run, file: np.ndarray | None
     for images, indices, counts in bar_over(loader, 'Extracting features', options.quiet, unit='batch'):
         with run.autocast(testing=True):
             found = model(prepare(images)).float()  # (frames, feat_dim)
-        if tracklets:
+        if isinstance(dataset, VideoDataset):
             found = pool(found, counts, options.pool)  # (b, feat_dim)
         features[done : done + len(found)] = found
         done += len(found)
@@ -172,12 +209,14 @@ def extract(model: nn.Module, items: list, options, run, file: np.ndarray | None
     return features, own
 
 
-def rank(query: tuple[Tensor, Tensor], gallery: tuple[Tensor, Tensor], dataset, run) -> ranking.Ranking:
+def rank(
+    query: Extracted, gallery: Extracted, q_items: Sequence[Item], g_items: Sequence[Item], run: Run
+) -> ranking.Ranking:
     """The ranking of the whole gallery, in every process, from what `extract` gave to each.
 
     All get the features of all queries. What each process counts in its part of the gallery adds up to the exact ranks.
     """
-    q_pids, g_pids, q_camids, g_camids = _ids(dataset.query, dataset.gallery)
+    q_pids, g_pids, q_camids, g_camids = ids_of(q_items, g_items)
     features, places = gallery[0], gallery[1].numpy()  # (m, D), (m,)
     queries, items = ranking.points(_collect(*query, len(q_pids), run), features, len(q_pids), len(places))
     pairs = ranking.same_identity(q_pids, g_pids, q_camids, g_camids)
@@ -190,9 +229,9 @@ def rank(query: tuple[Tensor, Tensor], gallery: tuple[Tensor, Tensor], dataset, 
     )
 
 
-def sample(query, gallery, dataset, run) -> dict[str, np.ndarray]:
+def sample(query: Extracted, gallery: Extracted, dataset: Dataset, run: Run) -> dict[str, np.ndarray]:
     """Features of the EMBEDDED identities with most images, in every process: what a plot of them needs."""
-    q_pids, g_pids, q_camids, g_camids = _ids(dataset.query, dataset.gallery)
+    q_pids, g_pids, q_camids, g_camids = ids_of(dataset.query, dataset.gallery)
     pids, camids = np.concatenate([q_pids, g_pids]), np.concatenate([q_camids, g_camids])
     known, sizes = np.unique(pids[np.isin(pids, q_pids)], return_counts=True)
     chosen = known[np.argsort(-sizes, kind='stable')[:EMBEDDED]]
@@ -210,9 +249,9 @@ def sample(query, gallery, dataset, run) -> dict[str, np.ndarray]:
     }
 
 
-def by_camera(query, gallery, dataset, run) -> dict[str, np.ndarray]:
+def by_camera(query: Extracted, gallery: Extracted, dataset: Dataset, run: Run) -> dict[str, np.ndarray]:
     """mAP of the queries of each camera against the gallery of each camera alone, and how many count: (C, C) both."""
-    *_, q_camids, g_camids = _ids(dataset.query, dataset.gallery)
+    *_, q_camids, g_camids = ids_of(dataset.query, dataset.gallery)
     number = 1 + max(q_camids.max(initial=0), g_camids.max(initial=0))
     means, counts = np.full((number, number), np.nan), np.zeros((number, number), np.int64)
     features, places = gallery[0], gallery[1].numpy()  # (m, D), (m,)
@@ -225,8 +264,8 @@ def by_camera(query, gallery, dataset, run) -> dict[str, np.ndarray]:
             features[torch.from_numpy(here).to(features.device)],
             torch.from_numpy(np.searchsorted(items, places[here])),
         )
-        some = SimpleNamespace(query=dataset.query, gallery=[dataset.gallery[item] for item in items])
-        result = rank(query, own, some, run)
+        some = [dataset.gallery[item] for item in items]
+        result = rank(query, own, dataset.query, some, run)
         precisions = average_precision(result.ranks, result.offsets)  # (Q,)
         for of in range(number):
             valid = precisions[(q_camids == of) & result.valid]
@@ -236,32 +275,30 @@ def by_camera(query, gallery, dataset, run) -> dict[str, np.ndarray]:
     return {'camera_map': means, 'camera_queries': counts}
 
 
-def rerank(query, gallery, dataset, options, run) -> ranking.Ranking | None:
+def rerank(
+    query: Extracted, gallery: Extracted, dataset: Dataset, options: TestOptions, run: Run
+) -> ranking.Ranking | None:
     """The re-ranked gallery in the first process, which gets all features from the others; None in these."""
-    ids = _ids(dataset.query, dataset.gallery)
+    ids = ids_of(dataset.query, dataset.gallery)
     features = [_collect(*own, len(pids), run) for own, pids in zip((query, gallery), ids, strict=False)]
     if run.rank:
         return None
     return ranking.rerank(*features, *ids, options.k1, options.k2, options.lambda_value)
 
 
-def _collect(own: Tensor, indices: Tensor, number: int, run) -> Tensor:
+def _collect(own: Tensor, indices: Tensor, number: int, run: Run) -> Tensor:
     """Features (number, D) of all, in every process, from the rows (n, D) at `indices` (n,) that each one has."""
     everyone = own.new_zeros(number, own.size(1))
     everyone[indices.to(own.device)] = own
     return run.sum(everyone)
 
 
-def _sum(values: np.ndarray, run) -> np.ndarray:
-    return run.sum(torch.from_numpy(values)).numpy()
+def _sum(values: np.ndarray, run: Run) -> np.ndarray:
+    total: np.ndarray = run.sum(torch.from_numpy(values)).numpy()
+    return total
 
 
 def pool(features: Tensor, counts: Tensor, how: str) -> Tensor:
     """One feature per tracklet, (b, D): mean ('avg') or maximum ('max') over its `counts` (b,) rows of (frames, D)."""
     tracklets = features.split(counts.tolist())
     return torch.stack([frames.mean(0) if how == 'avg' else frames.amax(0) for frames in tracklets])
-
-
-def _ids(query: list, gallery: list) -> list[np.ndarray]:
-    """pids of query and gallery, then their camids."""
-    return [np.array([item[column] for item in items]) for column in (1, 2) for items in (query, gallery)]

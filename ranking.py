@@ -20,7 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval_metrics import BLOCK, Matches, Pairs, check_ids, count_before, rank_matches, rows_of, same_identity
+from eval_metrics import (
+    BLOCK,
+    CLASSIC,
+    METRICS,
+    Matches,
+    Pairs,
+    check_ids,
+    count_before,
+    rank_matches,
+    rows_of,
+    same_identity,
+)
 from reranking import reranked
 from runtime import commands
 from runtime.errors import UserError
@@ -254,6 +265,10 @@ def show(result: Ranking) -> None:
     )
     print('Results ----------')
     print(f'mAP: {result.mAP:.1%}')
+    figures = result.figures()
+    for metric in METRICS:
+        if metric.name not in CLASSIC:
+            print(f'{metric.label}: {figures[metric.name]:.1%}')
     print('CMC curve')
     for place in PRINTED_RANKS:
         print(f'Rank-{place:<3}: {cmc[place - 1]:.1%}')

@@ -140,7 +140,7 @@ def _range(size: int, like: Tensor) -> Tensor:
 
 def _prepared(images: Images) -> Tensor | None:
     """The batch (B, 3, h, w) if the data set returned float images, which it has prepared itself."""
-    positions, pixels = images[0]
+    _, pixels = images[0]
     return pixels.permute(0, 3, 1, 2) if pixels.is_floating_point() else None  # of one size, so in order
 
 

@@ -2,36 +2,51 @@
 
 from collections.abc import Set
 
+import torch
 from torch import Tensor, nn
 from torchvision.models import DenseNet121_Weights, densenet121
 
-import weights
+from models.network import Network
 
 __all__ = ['DenseNet121']
 
+LAST_RELU = 'names features.* translated, last_relu set as in their networks'
 
-class DenseNet121(nn.Module):
+
+class DenseNet121(Network):
     """DenseNet121 without its classifier; the feature is the global average of the last normalisation.
 
     Huang et al., Densely Connected Convolutional Networks, CVPR 2017, arXiv:1608.06993. The published weights were
-    trained without the ReLU that torchvision puts behind that normalisation: features may be negative.
-
-    (B, 3, H, W) -> eval: features (B, 1024); training: logits (B, num_classes), and features unless loss is {'xent'}.
+    trained without the ReLU that torchvision and torchreid have behind that normalisation: features may be negative.
+    The model into which weights of those projects are loaded has it, and so have the files that it writes.
     """
 
     feat_dim = 1024
     smallest = 29  # pixels of a side: halved five times, the last three rounding down
+    imagenet = DenseNet121_Weights.IMAGENET1K_V1
+    signature = ('base.norm5.weight', (1024,))
+    absent = ('base.denseblock4.denselayer17.norm1.weight',)
+    published = (
+        (LAST_RELU, r'^features\.', 'base.'),
+        ('dotted names of DenseNet translated', r'(\.denselayer\d+\.(?:norm|conv))\.([12])\.', r'\1\2.'),
+    )
+    options = ('last_relu',)
 
-    def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'}), pretrained: str = 'none'):
-        super().__init__()
-        self.loss = loss
+    last_relu: Tensor | None  # any tensor: ReLU behind the last normalisation
+
+    def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
+        super().__init__(num_classes, loss)
         self.base = densenet121(weights=None).features
+        self.register_buffer('last_relu', None)
         self.classifier = nn.Linear(self.feat_dim, num_classes)
-        weights.pretrain(self, pretrained, DenseNet121_Weights.IMAGENET1K_V1)
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        f = self.base(x).mean((2, 3))  # (B, 1024)
-        if not self.training:
-            return f
-        y = self.classifier(f)  # (B, num_classes)
-        return y if self.loss == {'xent'} else (y, f)
+    @classmethod
+    def adapt(cls, state_dict: dict[str, Tensor], notes: Set[str]) -> None:
+        if LAST_RELU in notes:
+            state_dict['last_relu'] = torch.tensor(True)
+
+    def features(self, x: Tensor) -> Tensor:
+        maps: Tensor = self.base(x)  # (B, 1024, H/32, W/32)
+        if self.last_relu is not None:
+            maps = maps.relu()
+        return maps.mean((2, 3))

@@ -4,39 +4,38 @@ The page is made from these files, and needs nothing else but the images.
 """
 
 import csv
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 import eval_metrics
 import page
 from ranking import Ranking
-from runtime.files import excused, write_whole
+from readers.tree import Dataset
+from runtime.errors import UserError
+from runtime.files import Unwritten, write_whole
 from utils import write_json
-
-if TYPE_CHECKING:
-    from data_manager import Market1501, Mars
 
 FILES = ('results.json', 'results.csv', 'ranking.npz', 'report.html')
 FRAMES = 8  # of a tracklet whose paths are written
 KEPT = ('ranks', 'offsets', 'nearest', 'nearest_distances', 'edges', 'match_histogram', 'other_histogram')
-# results.json has these as mAP, mINP and cmc, results.csv as AP and first_rank. Each other one of METRICS is a key and
-# a column of its own.
-HELD = {'mAP', 'mINP', 'rank1', 'rank5', 'rank10'}
+PAGE_PACKAGES = ('jinja2', 'matplotlib')
 
 
 def write(
     folder: str | Path,
     summary: dict[str, Any],
-    dataset: 'Market1501 | Mars',
+    dataset: Dataset,
     result: Ranking,
     more: dict[str, np.ndarray],
+    unwritten: Unwritten,
 ) -> None:
     """Write the files into `folder`. One that cannot be written is reported, and the run continues.
 
-    A metric is added if it is in METRICS and not in HELD.
+    A metric is added if it is in METRICS and not in CLASSIC.
 
     - results.json: `summary`, and the mean of each added metric.
     - results.csv: for each query its path, pid, camid, AP, rank of the first match, number of matches, the pid of the
@@ -47,7 +46,7 @@ def write(
     scores = {
         metric.name: metric.score(result.ranks, result.offsets)  # (Q,)
         for metric in eval_metrics.METRICS
-        if metric.name not in HELD
+        if metric.name not in eval_metrics.CLASSIC
     }
     added = {name: float(np.nanmean(values)) for name, values in scores.items()}
     arrays = {
@@ -66,13 +65,20 @@ def write(
         'ranking.npz': lambda path: _save_arrays(path, arrays),
     }
     for name, writer in writers.items():
-        with excused(folder / name):
+        with unwritten.excuse(folder / name):
             write_whole(folder / name, writer)
 
 
-def write_page(folder: str | Path) -> None:
+def check_packages() -> None:
+    """Raise UserError if a package that `write_page` needs is not installed."""
+    missing = [name for name in PAGE_PACKAGES if not importlib.util.find_spec(name)]
+    if missing:
+        raise UserError(f'report.html needs {" and ".join(missing)}: pip install {" ".join(missing)}, or --no-report')
+
+
+def write_page(folder: str | Path, unwritten: Unwritten) -> None:
     """Write report.html. Whatever goes wrong is reported, and the run continues."""
-    with excused(Path(folder) / 'report.html'):
+    with unwritten.excuse(Path(folder) / 'report.html'):
         try:
             page.write(folder)
         except Exception as problem:

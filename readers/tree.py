@@ -3,6 +3,8 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 from runtime.errors import UserError
 
 Image = tuple[str, int, int]  # path, pid, camid
@@ -76,6 +78,11 @@ class Dataset:
 def count_pids(items: Iterable[Item]) -> int:
     """The number of persons among the items of a data set."""
     return len({pid for _, pid, _ in items})
+
+
+def ids_of(query: Sequence[Item], gallery: Sequence[Item]) -> list[np.ndarray]:
+    """pids of query and gallery, then their camids."""
+    return [np.array([item[column] for item in items]) for column in (1, 2) for items in (query, gallery)]
 
 
 def paths_of(item: Item) -> Sequence[str]:

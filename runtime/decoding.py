@@ -124,7 +124,7 @@ class Block:
 
 
 def collate(items: Sequence[tuple], pin: bool = False) -> Block:
-    """Items (image or images, pid, camid, more ...) of a data set -> a block, its pixels in pinned memory with `pin`."""
+    """Items (image or images, pid, camid, more ...) of a data set -> a block, with `pin` in pinned memory."""
     images, counts = [], []
     for shown, *_ in items:
         frames = shown if isinstance(shown, list) or getattr(shown, 'ndim', 3) == 4 else [shown]

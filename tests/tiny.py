@@ -14,16 +14,16 @@ if str(ROOT) not in sys.path:
 from torch import nn  # noqa: E402
 
 import models  # noqa: E402
+from models.network import Network  # noqa: E402
 
 
-class Tiny(nn.Module):
+class Tiny(Network):
     """Two strided convolutions with BatchNorm; features (B, 16)."""
 
     feat_dim = 16
 
-    def __init__(self, num_classes, loss=frozenset({'xent'}), pretrained='none'):
-        super().__init__()
-        self.loss = set(loss)
+    def __init__(self, num_classes, loss=frozenset({'xent'})):
+        super().__init__(num_classes, loss)
         self.base = nn.Sequential(
             nn.Conv2d(3, 8, 5, stride=4, bias=False),
             nn.BatchNorm2d(8),
@@ -34,12 +34,8 @@ class Tiny(nn.Module):
         )
         self.classifier = nn.Linear(self.feat_dim, num_classes)
 
-    def forward(self, x):
-        features = self.base(x).mean((2, 3))  # (B, 16)
-        if not self.training:
-            return features
-        logits = self.classifier(features)  # (B, num_classes)
-        return logits if self.loss == {'xent'} else (logits, features)
+    def features(self, x):
+        return self.base(x).mean((2, 3))  # (B, 16)
 
 
 models.factory['tiny'] = Tiny

@@ -1,0 +1,54 @@
+"""What is known of a test before the training: whether queries have matches, and whether the files exist."""
+
+import os
+import time
+from collections.abc import Sequence
+
+import torch
+
+from eval_metrics import check_matches
+from readers.tree import Dataset, ids_of
+from runtime.device import Run
+from runtime.errors import UserError
+
+LOOK_UP_SECONDS = 2  # that the start of a run may spend on looking up the files of the test
+
+
+def check_items(dataset: Dataset) -> None:
+    """Raise UserError if, by the pids and camids, no query has a match; no file is looked at."""
+    for subset in ('query', 'gallery'):
+        if not getattr(dataset, subset):
+            raise UserError(f'{dataset.name}: the {subset} set is empty, so there is nothing to test')
+    check_matches(*ids_of(dataset.query, dataset.gallery))
+
+
+def check_files(paths: Sequence[str], run: Run) -> None:
+    """Raise UserError, in every process, if a file of the test is missing.
+
+    The first process looks them up, in their order, for LOOK_UP_SECONDS: on a slow disk the rest is left to the test.
+    """
+    missing = torch.zeros(len(paths), dtype=torch.uint8)
+    if run.rank == 0:
+        missing[look_up(paths, LOOK_UP_SECONDS)] = 1
+    rows = run.sum(missing).nonzero().flatten().tolist()
+    if rows:
+        first, *others = [paths[row] for row in rows]
+        also = f', also {", ".join(others[:2])}{" ..." if len(others) > 2 else ""}' if others else ''
+        text = (
+            f'cannot read the image {first}: No such file or directory (missing: {len(rows)} of {len(paths)} files of '
+            f'the test{also}); unpack the data set again'
+        )
+        raise UserError(' '.join(text.splitlines()))
+
+
+def look_up(paths: Sequence[str], seconds: float) -> list[int]:
+    """Which of `paths`, by index, do not exist, as far as `seconds` suffice; at least one is looked up."""
+    missing, end = [], time.monotonic() + seconds
+    for index, path in enumerate(paths):
+        try:
+            os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):  # other errors may pass: reading an image tries three times
+            missing.append(index)
+        if time.monotonic() >= end:
+            break
+    return missing
