@@ -10,7 +10,8 @@ import inspect
 import os
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -77,6 +78,7 @@ class Run:
         self.signals = signals or Signals(self.processes)
         self.unwritten = Unwritten() if unwritten is None else unwritten
         self.log = log
+        self.rescue: Callable[[], Path | None] | None = None  # saves what was done when the run fails
         self.steps: deque[Step] = deque(maxlen=2)  # the last two
 
     @contextlib.contextmanager

@@ -26,7 +26,7 @@ class Points:
     def __len__(self) -> int:
         return len(self.features)
 
-    def __getitem__(self, rows) -> 'Points':
+    def __getitem__(self, rows: 'slice | Tensor') -> 'Points':
         """Some of them, in float32."""
         return Points(self.features[rows].float(), self.norms[rows])
 
@@ -49,7 +49,7 @@ def points(q_features, g_features, num_queries: int, num_gallery: int) -> tuple[
                 f'{wrong[0]}: check the weights and the precision of the model'
             )
         both.append(Points(features, norms))
-    return tuple(both)
+    return both[0], both[1]
 
 
 def squared_distances(queries: Points, gallery: Points) -> Tensor:
@@ -165,6 +165,6 @@ def in_threads(work: Callable[..., object], tasks: Iterable[tuple], device: torc
         if not is_host(device):
             stack.enter_context(without_tf32())
         number = threads if is_host(device) else 1
-        pool = stack.enter_context(ThreadPoolExecutor(number, None, torch.set_num_threads, (1,)))
+        pool = stack.enter_context(ThreadPoolExecutor(number, initializer=torch.set_num_threads, initargs=(1,)))
         for _ in pool.map(do, tasks):
             pass
