@@ -38,7 +38,8 @@ class Weights:
     state_dict: this project's parameter names -> tensors on the CPU
     layout:     what the file was and what was renamed, in one line
     rank1:      best Rank-1 as a fraction, None where the file names none
-    epoch:      0-based index of the epoch that had just been finished, None where the file names none
+    epoch:      of the epoch that had just been finished, None where the file names none; the original and this project
+                count from 0, torchreid from 1
     state:      the whole content of a checkpoint written by this project, for resuming; None for any other file
     """
 
@@ -57,10 +58,10 @@ def read(path: str | os.PathLike) -> Weights:
 
     Understood are the checkpoints of this project; those of the original, by PyTorch 0.3 under Python 2 and later;
     state dicts by any PyTorch since 0.1, bare or under 'state_dict'; prefixes `module.` and `_orig_mod.`; both layouts
-    of ResNet50M; the dotted names of DenseNet; torchvision's names, whose last layer becomes `classifier`.
+    of ResNet50M; the dotted names of DenseNet; the names of torchvision and of torchreid (`normalised`).
 
     Raises UserError, in one line, for a file that is missing, cut short, damaged, no checkpoint, larger unpacked than
-    packed, or that names anything but weights.
+    packed, that names anything but weights, or that mixes the names of two projects.
     """
     where = _plain(os.fspath(path), 500)
     try:
@@ -130,6 +131,9 @@ def _understand(loaded: Any, kind: str, where: str) -> Weights:
 
 PREFIX = re.compile(r'^(?:module\.|_orig_mod\.)+')  # of nn.DataParallel and of torch.compile
 
+FUSED_FIRST = "torchreid's resnet50mid translated, the columns of its classifier put into the order of ResNet50M"
+LAST_RELU = 'names features.* translated, last_relu set as in their networks'
+
 RENAMED = (  # a note on it, then pattern -> replacement
     ("second names of ResNet50M's layers merged", r'^layers1\.', 'base.'),
     ("second names of ResNet50M's layers merged", r'^layers2\.1\.', 'base.4.'),
@@ -145,17 +149,27 @@ RENAMED = (  # a note on it, then pattern -> replacement
     ("torchvision's names translated", r'^layer3\.', 'base.6.'),
     ("torchvision's names translated", r'^layer4\.', 'base.7.'),
     ("torchvision's names translated", r'^fc\.(weight|bias)$', r'classifier.\1'),
-    ("torchreid's fc_fusion translated", r'^fc_fusion\.', 'fc_fuse.'),
-    ('names features.* translated (torchreid trains them with a last ReLU, not so here)', r'^features\.', 'base.'),
+    (FUSED_FIRST, r'^fc_fusion\.', 'fc_fuse.'),
+    (LAST_RELU, r'^features\.', 'base.'),
     ('dotted names of DenseNet translated', r'(\.denselayer\d+\.(?:norm|conv))\.([12])\.', r'\1\2.'),
 )  # fmt: skip
+OF_THE_ORIGINAL = re.compile(r'(?:base|layers\d[abc]?|fc_fuse)\.')
+OF_OTHERS = re.compile(r'(?:conv1|bn1|layer\d|fc|fc_fusion|features)\.')
 
 
 def normalised(state_dict: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], list[str]]:
     """Any names that the published models have had -> this project's names, and notes on what was renamed.
 
+    Where a network of another project computes otherwise, its weights are changed so that ours gives the same logits:
+
+    - torchreid's resnet50mid puts its 1024 fused features before the 2048 of the last block. ResNet50M puts them
+      behind, and the columns of the classifier follow. The features are torchreid's with these two parts exchanged.
+    - `features.*` are the names of torchvision's and of torchreid's densenet121, which have a ReLU behind the last
+      normalisation: the entry `last_relu` is added, by which `load_into` gives one to DenseNet121.
+
     Prefixes go in any case; other names are left alone where the result is none of this project's architectures.
-    A tensor that the file names twice must be the same twice. Raises UserError where it is not.
+    Raises UserError where a tensor is named twice and differs, and where the names of the original are mixed with
+    those of torchvision or torchreid: nothing then says which network computed with these weights.
     """
     notes = []
     plain = _renamed(state_dict, lambda key: PREFIX.sub('', key), where)
@@ -173,6 +187,17 @@ def normalised(state_dict: Mapping[str, Tensor], where: str) -> tuple[dict[str, 
     ours = _renamed(plain, rename, where)
     if arch_of(ours) is None:
         return plain, notes
+    original, other = (next(filter(names.match, plain), None) for names in (OF_THE_ORIGINAL, OF_OTHERS))
+    if original and other:
+        raise UserError(
+            f'{where} mixes the names of two projects, {_plain(original)} and {_plain(other)}, which compute '
+            f'differently; get the file as it was published'
+        )
+    classifier = ours.get('classifier.weight')  # (num_classes, feat_dim)
+    if FUSED_FIRST in used and classifier is not None and classifier.shape[1:] == (3072,):
+        ours['classifier.weight'] = torch.cat((classifier[:, 1024:], classifier[:, :1024]), dim=1)
+    if LAST_RELU in used:
+        ours['last_relu'] = torch.tensor(True)
     return ours, notes + sorted(used)
 
 
@@ -215,9 +240,17 @@ def load_into(
     with a notice, where `allow_other_classifier`. Anything else that is missing, unexpected or wrongly shaped raises
     UserError, which lists it and guesses the architecture that the weights are for.
 
+    A model's `options` are the names of buffers that are None, and so in no file, unless the network that the weights
+    come from computes in another way; whether one is set follows the weights.
+
     where: the file, for the messages
     """
     own = model.state_dict()
+    options = getattr(model, 'options', ())
+    for option in options:
+        own.pop(option, None)
+        if option in state_dict:
+            own[option] = torch.tensor(True, device=next(model.parameters()).device)
     missing = [key for key in own if key not in state_dict and not key.endswith('.num_batches_tracked')]
     unexpected = [key for key in state_dict if key not in own]
     unlike = [key for key in own if key in state_dict and not _alike(state_dict[key], own[key])]
@@ -243,6 +276,8 @@ def load_into(
             f'{where} has a classifier for other identities: {others}; '
             f'test it with --evaluate, or start from its other weights with --resume-weights-only'
         )
+    for option in options:
+        setattr(model, option, own.get(option))
     model.load_state_dict({**own, **{key: value for key, value in state_dict.items() if key not in classifier}})
     return [f'Left out from {where}: {others}'] if classifier else []
 
@@ -267,8 +302,9 @@ def pretrain(model: nn.Module, pretrained: str, imagenet: 'WeightsEnum | None') 
                 anything else is the path of a file that `read` understands
     imagenet:   torchvision's name of the weights (a WeightsEnum), None where there are none for this model
 
-    The classifier stays random, and so does the `fc_fuse` of ResNet50M where the weights have none. Raises UserError
-    for weights that cannot be had, read, or that do not fit.
+    The classifier stays random, and so does the `fc_fuse` of ResNet50M where the weights have none. ImageNet's weights,
+    known in a file by their 1000 classes, begin a network of this project: as in the original, DenseNet121 does not
+    take over torchvision's last ReLU. Raises UserError for weights that cannot be had, read, or that do not fit.
     """
     if pretrained == 'none':
         return
@@ -277,13 +313,16 @@ def pretrain(model: nn.Module, pretrained: str, imagenet: 'WeightsEnum | None') 
         if imagenet is None:
             raise UserError(f'{type(model).__name__} has no ImageNet weights; give --pretrained none or a path')
         state_dict, _ = normalised(_fetch(imagenet), where)
-        layout = str(imagenet)
+        layout, of_imagenet = str(imagenet), True
     else:
         where, weights = _plain(pretrained, 500), read(pretrained)
         state_dict, layout = weights.state_dict, weights.layout
+        bias = state_dict.get('classifier.bias', torch.empty(0))
+        of_imagenet = LAST_RELU in layout and bias.numel() == 1000
 
     own = model.state_dict()
-    dropped = [key for key in state_dict if key.startswith('classifier.')]
+    others = ('classifier.', 'last_relu') if of_imagenet else ('classifier.',)
+    dropped = [key for key in state_dict if key.startswith(others)]
     taken = {key: value for key, value in state_dict.items() if key not in dropped}
     groups = ('classifier.',) if any(key.startswith('fc_fuse.') for key in taken) else ('classifier.', 'fc_fuse.')
     fresh = {key: value for key, value in own.items() if key.startswith(groups)}
