@@ -36,6 +36,7 @@ TORCHVISION_NAMES = (
     (r'^fc_fuse\.', 'fc_fusion.'),
     (r'^base\.', 'features.'),
 )
+DOTTED = (r'(denselayer\d+\.(?:norm|conv))([12])\.', r'\1.\2.')  # DenseNet's names up to PyTorch 0.3
 
 
 def renamed(state_dict: dict, patterns, prefix: str = '') -> OrderedDict:
@@ -54,7 +55,7 @@ def old_names(state_dict: dict, prefix: str = '') -> OrderedDict:
         base = {key: value for key, value in plain.items() if key.startswith('base.')}
         rest = {key: value for key, value in plain.items() if key not in base}
         plain = {**base, **renamed(base, SECOND_NAMES), **rest}
-    return renamed(plain, [(r'(denselayer\d+\.(?:norm|conv))([12])\.', r'\1.\2.')], prefix)
+    return renamed(plain, [DOTTED], prefix)
 
 
 # ----------------------------------------------------------------------------------------- Python 2, PyTorch up to 0.3
