@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import data_manager
 import models
@@ -75,7 +76,7 @@ class Parser(argparse.ArgumentParser):
         _check_batch(self, parsed)
         _check_files(self, parsed, restarted)
         plain = vars(parsed.plain())
-        recipe = {action.dest for action in self._optionals._group_actions}.difference(FREE.split())
+        actions = [action for action in self._optionals._group_actions if action.dest not in FREE.split()]
         for room, names in ROOMS.items():
             if room == 'test' and self.kind == 'video':
                 names += TEST_OF_TRACKLETS
@@ -84,7 +85,9 @@ class Parser(argparse.ArgumentParser):
         tested = {last, *range(step - 1, last, step)} if step > 0 else {last}
         parsed.test.test_epochs = parsed.save.test_epochs = tested  # epochs (from 0) that a test follows
         parsed.save.arguments = plain
-        parsed.save.recipe = {name: plain[name] for name in sorted(recipe)}
+        parsed.save.recipe = {name: plain[name] for name in sorted(action.dest for action in actions)}
+        # Of the recipe; of two options with one name in `args` the first one's counts.
+        parsed.save.defaults = {action.dest: _default(action) for action in reversed(actions)}
         return parsed
 
 
@@ -192,6 +195,11 @@ def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
     add('--quiet', action='store_true', help='neither lines nor a bar of the losses on the screen; the log has them')
     add('--tensorboard', action='store_true', help="write TensorBoard's event files into --save-dir")
     return parser
+
+
+def _default(action: argparse.Action) -> Any:
+    """The value of an option that is not given: argparse converts a default only if it is a string."""
+    return action.type(action.default) if action.type and isinstance(action.default, str) else action.default
 
 
 def _check_names(parser: Parser, args: argparse.Namespace) -> None:

@@ -35,7 +35,8 @@ class Checkpoint:
     A file is a dict of tensors, numbers, strings and plain containers. `state_dict`, `rank1` (Rank-1 in 0..1) and
     `epoch` (index of the epoch just finished, from 0) mean what they mean in the original's files; `batch` is how many
     batches of the next epoch are done as well, `state` holds the other parts, `best_rank1` the best of all tests so
-    far, `arguments` every option, `recipe` those that a resume must repeat, and `provenance` what made the file.
+    far, `arguments` every option, `recipe` those that a resume must repeat, and `provenance` what made the file. A
+    script may gain options: in a file that it wrote before, they have their defaults.
 
     Raises:
         UserError: the file cannot be read or does not fit the model, or its recipe is another one.
@@ -83,7 +84,10 @@ class Checkpoint:
     def _load(self, found: weights.Weights, goes_on: bool) -> None:
         if goes_on:
             _check_entries(found.state, self.path)
-            _check_recipe(found.state['recipe'], self.options.recipe, self.path)
+            theirs = found.state['recipe']
+            if _script(found.state.get('provenance')) == _script(self.provenance):
+                theirs = self.options.defaults | theirs  # options that the script has gained since
+            _check_recipe(theirs, self.options.recipe, self.path)
         weights_only = self.options.evaluate or self.options.resume_weights_only
         for notice in weights.load_into(
             self.model, found.state_dict, allow_other_classifier=weights_only, where=str(self.path)
@@ -257,6 +261,14 @@ def _check_entries(state: dict, where: str | Path) -> None:
             f'--resume {where}: its {", ".join(wrong)} cannot be gone on from; get the file again, or take its weights '
             f'alone with --resume-weights-only'
         )
+
+
+def _script(provenance: Any) -> str | None:
+    """The name of the script that wrote a file; None if its provenance, which anybody may have changed, has none."""
+    match provenance:
+        case {'command': [str(script), *_]}:
+            return Path(script).name
+    return None
 
 
 def _check_recipe(theirs: dict, ours: dict, where: str | Path) -> None:
