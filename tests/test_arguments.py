@@ -70,6 +70,21 @@ def test_an_option_of_a_script_belongs_to_its_recipe():
     assert parse('train_img_model_cent').save.recipe['lr_cent'] == 0.5
 
 
+def test_a_default_is_the_value_of_an_option_that_is_not_given():
+    parser = arguments.parser('an experiment', dataset='market1501', test_batch=1)
+    parser.add_argument('--alpha', type=float, default='2', help='a default that argparse converts')
+    parser.add_argument('--beta', default='2', help='one that it does not')
+    parser.add_argument('--flip', action='store_true', default=True, help='on')
+    parser.add_argument(
+        '--no-flip', action='store_false', dest='flip', default=False, help='off; the first default counts'
+    )
+    parser.set_defaults(stepsize=7)
+    save = parser.parse_args([]).save
+    assert save.defaults == save.recipe and save.recipe['alpha'] == 2.0 and save.recipe['flip'] is True
+    other = parser.parse_args(['--alpha', '3', '--no-flip', '--stepsize', '9', '--lr', '1']).save
+    assert other.defaults == save.defaults != other.recipe
+
+
 def test_args_are_printed_as_in_the_original():
     text = str(parse('train_img_model_xent').plain())
     assert re.match(r"Namespace\(arch='resnet50', .*dataset='market1501', .*eval_step=-1, .*workers=4\)$", text)

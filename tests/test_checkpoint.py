@@ -1,5 +1,6 @@
 """Resuming bit for bit is tested with the scripts; here the parts."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,7 @@ def options(save_dir, **changes):
         **{
             'save_dir': str(save_dir), 'resume': '', 'resume_weights_only': False, 'overwrite': False, 'start_epoch': 0,
             'evaluate': False, 'auto_resume': False, 'save_minutes': 5, 'keep': 3, 'no_report': True,
-            'test_epochs': {2}, 'recipe': recipe, 'arguments': {**recipe, 'workers': 2}, **changes,
+            'test_epochs': {2}, 'recipe': recipe, 'defaults': recipe, 'arguments': {**recipe, 'workers': 2}, **changes,
         }
     )  # fmt: skip
 
@@ -116,6 +117,27 @@ def test_another_recipe_is_refused_and_listed(tmp_path):
     assert '--margin was not an option, is 0.3' in text
     assert '--resume-weights-only' in text
     assert '--seed' not in text
+
+
+@pytest.mark.parametrize('value', [0.3, 0.5])
+@pytest.mark.parametrize('script', ['same.py', 'other.py', None])
+def test_an_option_that_a_file_does_not_know_has_its_default(script, value, tmp_path, monkeypatch):
+    """In a file of the same script; another script with its default may be another experiment."""
+    monkeypatch.setattr(sys, 'argv', ['/somewhere/same.py', '--lr', '0.01'])
+    _, path = saved(tmp_path)
+    if script is None:
+        changed = torch.load(path, weights_only=True)
+        changed['provenance']['command'] = None
+        torch.save(changed, path)
+    monkeypatch.setattr(sys, 'argv', [script or 'same.py'])
+    recipe, defaults = {'lr': 0.01, 'margin': value, 'seed': 1}, {'lr': 0.0003, 'margin': 0.3, 'seed': 1}
+    gained = options(tmp_path, resume=str(path), recipe=recipe, defaults=defaults)
+    if (script, value) == ('same.py', 0.3):
+        assert begin(gained, **parts()).start_epoch == 1
+        return
+    known = '0.3' if script == 'same.py' else 'not an option'
+    with pytest.raises(UserError, match=f'another recipe: --margin was {known}, is {value}. Give'):
+        begin(gained, **parts())
 
 
 def test_weights_alone_begin_a_run_of_their_own(tmp_path):

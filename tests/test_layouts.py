@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn import functional
 from torchvision.models import DenseNet121_Weights, densenet121, resnet50
 
-import launch
+from runtime import launch
 import models
 import weights
 from checkpoint import Checkpoint
-from errors import UserError
+from runtime.errors import UserError
 
 NUM_CLASSES = 7
 
