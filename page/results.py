@@ -44,12 +44,9 @@ def write(
     - ranking.npz: the arrays KEPT of `result`, the paths, pids and camids of query and gallery, and `more`.
     """
     folder, query, gallery = Path(folder), dataset.query, dataset.gallery
-    scores = {
-        metric.name: metric.score(result.ranks, result.offsets)  # (Q,)
-        for metric in eval_metrics.METRICS
-        if metric.name not in HELD
-    }
-    added = {name: float(np.nanmean(values)) for name, values in scores.items()}
+    added = [metric for metric in eval_metrics.METRICS if metric.name not in HELD]
+    scores = {metric.name: metric.score(result.ranks, result.offsets) for metric in added}  # (Q,) each
+    means = {name: float(np.nanmean(values)) for name, values in scores.items()}
     arrays = {
         'query_files': _files(query),
         'gallery_files': _files(gallery),
@@ -61,7 +58,7 @@ def write(
         **more,
     }
     writers: dict[str, Callable[[Path], object]] = {
-        'results.json': lambda path: write_json(summary | added, path),
+        'results.json': lambda path: write_json(summary | means, path),
         'results.csv': lambda path: _write_table(path, query, result, arrays['g_pids'], scores),
         'ranking.npz': lambda path: _save_arrays(path, arrays),
     }
