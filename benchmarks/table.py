@@ -25,7 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-PARTS = ['input', 'training', 'testing', 'page', 'distributed', 'learning']
+PARTS = ['input', 'training', 'testing', 'reporting', 'distributed', 'learning']
 HEAD = '| what | unit | this project | plain | limit | times plain | time / limit | peak MB | target | met |'
 
 

@@ -3,21 +3,12 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from runtime.errors import UserError
 from runtime.files import write_whole
-
-
-class Cell(NamedTuple):
-    """A picture in the grid."""
-
-    name: str
-    picture: np.ndarray  # (H, W, 3), 0..1
-    mapped: np.ndarray  # (H, W, 3), 0..1: the picture under its map
 
 
 def activations(
@@ -71,12 +62,12 @@ def activations(
             heat = F.interpolate(heat, (height, width), mode='bilinear')[0, 0]  # (height, width)
         heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=torch.finfo(heat.dtype).tiny)
         picture = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)) / 255  # (height, width, 3)
-        cells.append(Cell(Path(path).name, picture, 0.4 * picture + 0.6 * colours(heat.numpy())[..., :3]))
+        cells.append((Path(path).name, picture, 0.4 * picture + 0.6 * colours(heat.numpy())[..., :3]))
     return _write_grid(cells, height / width, Path(out))
 
 
-def _write_grid(cells: Sequence[Cell], shape: float, path: Path) -> Path:
-    """Write the cells, whose pictures are `shape` times as high as wide, as one PNG."""
+def _write_grid(cells: Sequence[tuple[str, np.ndarray, np.ndarray]], shape: float, path: Path) -> Path:
+    """Write name, picture (H, W, 3) in 0..1 and the picture under its map of each cell as one PNG; `shape` is H / W."""
     from matplotlib import rc_context
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure

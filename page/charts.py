@@ -13,6 +13,8 @@ from page.runs import TestedRun, interval
 if TYPE_CHECKING:  # matplotlib is slow to import
     from matplotlib.axes import Axes
 
+    Draw = Callable[[Axes], None]
+
 RATES = (0.01, 0.001)  # false-match rates
 
 # Okabe and Ito's colours, in which matplotlib draws. In the SVG each becomes a CSS variable, which the page sets for
@@ -24,11 +26,13 @@ VARIABLES = dict(
     zip((INK, LINE, *SERIES), ('ink', 'line', 'blue', 'vermillion', 'green', 'purple', 'orange', 'sky'), strict=True)
 )
 DASHES = ('solid', (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1, 1.5)))  # for readers who cannot tell the colours apart
+SMALL: dict[str, Any] = {'s': 18, 'alpha': 0.55, 'linewidths': 0}  # a dot for an item of the gallery
+LARGE: dict[str, Any] = {'s': 42, 'edgecolors': INK, 'linewidths': 0.9}  # and for a query
 
 Chart = dict[str, str]  # title, note and svg
 
 
-def _chart(title: str, note: str, xlabel: str, ylabel: str, draw: 'Callable[[Axes], None]') -> Chart:
+def _chart(title: str, note: str, xlabel: str, ylabel: str, draw: 'Draw') -> Chart:
     """`draw(axes)` as an SVG that takes its font and its colours from the page."""
     from markupsafe import Markup
     from matplotlib import rc_context
@@ -79,7 +83,9 @@ def history(runs: Sequence[TestedRun], losses: Sequence[str]) -> list[Chart | No
     def from_zero(axes: 'Axes') -> None:
         axes.set_ylim(bottom=min(0, axes.dataLim.y0))
 
-    def percent(axes: 'Axes') -> None:
+    def dots(axes: 'Axes') -> None:
+        for line in axes.lines:
+            line.set_marker('o')
         axes.yaxis.set_major_formatter(lambda share, _: f'{100 * share:g}')
 
     labels = {name: name if len(losses) > 1 else None for name in losses}
@@ -92,18 +98,12 @@ def history(runs: Sequence[TestedRun], losses: Sequence[str]) -> list[Chart | No
     return [
         _curves(runs, 'Loss', note, 'loss', labels, from_zero),
         _curves(runs, 'Learning rate', 'On a logarithmic scale.', 'learning rate', {'lr': None}, logarithmic),
-        _curves(runs, 'Tests while training', 'Each dot is a test.', tests, shares, percent, marker='o'),
+        _curves(runs, 'Tests while training', 'Each dot is a test.', tests, shares, dots),
     ]
 
 
 def _curves(
-    runs: Sequence[TestedRun],
-    title: str,
-    note: str,
-    ylabel: str,
-    columns: Mapping[str, str | None],
-    finish: 'Callable[[Axes], None]',
-    marker: str | None = None,
+    runs: Sequence[TestedRun], title: str, note: str, ylabel: str, columns: Mapping[str, str | None], finish: 'Draw'
 ) -> Chart | None:
     """Columns of metrics.csv, with their labels, over the epochs; None where no run has two points."""
     lines = [(run, column, *run.curve(column)) for run in runs for column in columns]
@@ -114,7 +114,7 @@ def _curves(
         for number, (run, column, epochs, values) in enumerate(lines):
             label = columns[column] if len(runs) == 1 else run.short_name
             if len(values):
-                axes.plot(epochs, values, label=label, marker=marker, markersize=3.5, **_line(number))
+                axes.plot(epochs, values, label=label, markersize=3.5, **_line(number))
         axes.locator_params('x', integer=True)
         finish(axes)
 
@@ -158,10 +158,8 @@ def distances(run: TestedRun) -> Chart | None:
         used = np.flatnonzero(histograms[0] + histograms[1])
         last = min(used[-1] + 1, max(np.searchsorted(matches, 0.995), np.searchsorted(others, 0.995)))
         bins = np.linspace(edges[used[0]], edges[last], 81)  # of equal width: shares are interpolated between the edges
-        for shares, label, colour, dash in (
-            (others, 'non-matches', VERMILLION, '--'),
-            (matches, 'matches', GREEN, '-'),
-        ):
+        styles = (others, 'non-matches', VERMILLION, '--'), (matches, 'matches', GREEN, '-')
+        for shares, label, colour, dash in styles:
             heights = 100 * np.diff(np.interp(bins, edges, shares))  # (80,)
             axes.stairs(heights, bins, fill=True, color=colour, alpha=0.22)
             axes.stairs(heights, bins, color=colour, linestyle=dash, label=label, linewidth=1.4)
@@ -175,7 +173,7 @@ def distances(run: TestedRun) -> Chart | None:
         f'at {rate * 100:g}%, {run.distance(edges[index])} and {matches[index]:.1%}'
         for index, rate in zip(thresholds, RATES, strict=True)
     )
-    note = f'Upright: the thresholds at two false-match rates, each given with the share of matches below it: {listed}.'
+    note = f'Vertical: the thresholds at two false-match rates, each with the share of matches below it: {listed}.'
     return _chart('Distances of matches and non-matches', note, kind, 'pairs in a bin, %', draw)
 
 
@@ -193,11 +191,7 @@ def embedding(run: TestedRun) -> Chart | None:
     def draw(axes: 'Axes') -> None:
         for number, pid in enumerate(np.unique(pids)):
             colour, marker = SERIES[number % 6], 'os^DvP'[number // 6 % 6]
-            styles: tuple[dict[str, Any], ...] = (
-                {'s': 18, 'alpha': 0.55, 'linewidths': 0},
-                {'s': 42, 'edgecolors': INK, 'linewidths': 0.9},
-            )
-            for queried, style in enumerate(styles):
+            for queried, style in enumerate((SMALL, LARGE)):
                 some = (pids == pid) & (is_query == queried)
                 label = str(pid) if queried or not is_query[pids == pid].any() else None
                 axes.scatter(*plane[some].T, color=colour, marker=marker, label=label, **style)
@@ -207,7 +201,7 @@ def embedding(run: TestedRun) -> Chart | None:
 
     note = (
         f'Features of {len(np.unique(pids))} identities on their two principal axes; queries are large and outlined.'
-        f' Near in this plane need not be near in all {features.shape[1]} dimensions.'
+        f' What is near in this plane need not be near in all {features.shape[1]} dimensions.'
     )
     first, second = (f'{share:.0%}' for share in shares[:2])
     return _chart('Embedding', note, f'first axis ({first} of variance)', f'second axis ({second} of variance)', draw)

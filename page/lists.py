@@ -28,7 +28,7 @@ def examples(run: TestedRun) -> dict[str, Any]:
     shown = (
         f'Shown are {len(chosen)} of the {len(order)} queries that have a match: the {len(groups["worst"])} of lowest '
         f'average precision (AP), the {len(groups["best"])} of highest, and {len(random)} drawn at random (seed 0); '
-        f'a query may be several of these. They stand in order of AP.'
+        f'a query may be in several of these groups. They are sorted by AP.'
     )
     return _lists([run], chosen, groups, shown)
 
@@ -46,8 +46,8 @@ def changes(runs: Sequence[TestedRun], valid: np.ndarray) -> dict[str, Any]:
     gain = ap[-1] - ap[0]  # (Q,)
     groups = {'better': chosen[gain[chosen] > 0], 'worse': chosen[gain[chosen] < 0]}
     shown = (
-        f'Shown are the {len(chosen)} queries whose average precision (AP) differs most between the runs, most first. '
-        f'Better and worse are said of the last run against the first.'
+        f'Shown are the {len(chosen)} queries whose average precision (AP) differs most between the runs, the '
+        f'largest difference first. Better and worse compare the last run with the first.'
     )
     return _lists(runs, chosen, groups, shown)
 

@@ -16,16 +16,12 @@ from runtime.errors import UserError, plain
 
 POINTS = 400  # of a curve; where there are more, neighbours are averaged
 RESAMPLES = 1000  # of the bootstrap
-NEEDED = {
-    'results.json': {
-        *('mAP', 'queries', 'gallery', 'dataset', 'arch', 'checkpoint', 'rerank', 'height', 'width', 'precision'),
-        *('date', 'seed', 'device', 'versions', 'revision', 'command', 'dataset_fingerprint'),
-    },
-    'ranking.npz': {
-        *('query_files', 'gallery_files', 'q_pids', 'g_pids', 'q_camids', 'g_camids', 'ranks', 'offsets', 'nearest'),
-        *('nearest_distances', 'edges', 'match_histogram', 'other_histogram', 'camera_map', 'camera_queries'),
-        *('embedding_features', 'embedding_pids', 'embedding_is_query'),
-    },
+NEEDED = {  # in results.json and, from query_files on, in ranking.npz
+    *('mAP', 'queries', 'gallery', 'dataset', 'arch', 'checkpoint', 'rerank', 'height', 'width', 'precision', 'date'),
+    *('seed', 'device', 'versions', 'revision', 'command', 'dataset_fingerprint'),
+    *('query_files', 'gallery_files', 'q_pids', 'g_pids', 'q_camids', 'g_camids', 'ranks', 'offsets', 'nearest'),
+    *('nearest_distances', 'edges', 'match_histogram', 'other_histogram', 'camera_map', 'camera_queries'),
+    *('embedding_features', 'embedding_pids', 'embedding_is_query'),
 }
 
 
@@ -97,11 +93,7 @@ class TestedRun:
     @functools.cached_property
     def files(self) -> dict[str, list[list[str]]]:
         """'query' and 'gallery' -> for each item the path of its image, or those of up to 8 frames of a tracklet."""
-        texts = {
-            subset: self.arrays[f'{subset}_files'].tobytes().decode('utf-8', 'surrogateescape')
-            for subset in ('query', 'gallery')
-        }
-        return {subset: [line.split('\t') for line in text.split('\n')] for subset, text in texts.items()}
+        return {subset: _split(self.arrays[f'{subset}_files']) for subset in ('query', 'gallery')}
 
     @functools.cached_property
     def queries(self) -> list[tuple[str, int, int]]:
@@ -121,17 +113,14 @@ def read(save_dir: str | Path) -> TestedRun:
         summary = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
         with np.load(folder / 'ranking.npz') as file:
             arrays = dict(file)
-        for name, keys in (('results.json', summary.keys()), ('ranking.npz', arrays.keys())):
-            if lacking := NEEDED[name] - keys:
-                raise ValueError(f'no {min(lacking)} in {name}')
+        if lacking := NEEDED - summary.keys() - arrays.keys():
+            raise ValueError(f'no {min(lacking)} in results.json or ranking.npz')
         run = TestedRun(str(save_dir), summary, arrays, *_read_metrics(folder / 'metrics.csv'))
         same = run.valid.any() and abs(run.ap[run.valid].mean() - summary['mAP']) < 1e-4
         complete = len(run.queries) == len(run.valid) and len(run.files['gallery']) == len(arrays['g_pids'])
     except OSError as problem:
-        where = problem.filename or folder
-        raise UserError(
-            f'{where} cannot be read ({problem.strerror}); give the --save-dir of a tested run'
-        ) from problem
+        where, why = problem.filename or folder, problem.strerror
+        raise UserError(f'{where} cannot be read ({why}); give the --save-dir of a tested run') from problem
     except (ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as problem:
         reason = plain(f'{type(problem).__name__}: {problem}')
         raise UserError(f'{folder} holds damaged results ({reason}); test again with --evaluate') from problem
@@ -154,6 +143,11 @@ def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     order = np.lexsort([table[:, names.index(name)] for name in ('batch', 'epoch')])
     end = min(names.index(metric.name) for metric in eval_metrics.METRICS if metric.name in names)
     return dict(zip(names, table[order].T, strict=True)), names[names.index('data_wait') + 1 : end]
+
+
+def _split(paths: np.ndarray) -> list[list[str]]:
+    """What `results` joined: the frames of each item."""
+    return [line.split('\t') for line in paths.tobytes().decode('utf-8', 'surrogateescape').split('\n')]
 
 
 def interval(values: np.ndarray) -> np.ndarray:

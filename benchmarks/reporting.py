@@ -1,7 +1,7 @@
 """What the page of a run costs: `python report.py RUN`, imports and all. Rows of `table.py`.
 
-The files of a test are written by the test itself, for features that are drawn; the pictures are a toy's, which at
-Market1501's size are named many times each.
+The files of a test are written by the test itself, for random features; the pictures are those of a toy data set, each
+of which is used many times at the size of Market1501.
 """
 
 import contextlib
