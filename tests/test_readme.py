@@ -49,7 +49,8 @@ def test_a_command_runs(command, script, data_dir, tmp_path, monkeypatch, capsys
 
 def test_each_row_of_the_originals_tables_has_its_command():
     assert len(ROWS) == len(set(ROWS)) == 13
-    assert {command.split()[1].removesuffix('.py') for command in ROWS} == set(SCRIPTS)
+    scripts = {command.split()[1].removesuffix('.py') for command in ROWS}
+    assert len(scripts) == 5 and scripts <= set(SCRIPTS)
 
 
 def test_the_rows_options_are_good(tmp_path, monkeypatch):
