@@ -1,11 +1,13 @@
-"""README's commands are run, at tiny size, and its tables name every row once."""
+"""The commands of README.md, CONTRIBUTING.md and docs/ are run, at tiny size, and what these texts refer to exists."""
 
+import ast
 import importlib
 import re
 import runpy
 import shlex
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,17 @@ from conftest import ROOT, SCRIPTS, TINY
 from tiny import Tiny
 from torch.distributed.run import get_args_parser
 
-README = (ROOT / 'README.md').read_text()
-BLOCKS = [line.strip() for block in re.findall(r'```\w*\n(.*?)```', README, re.S) for line in block.splitlines()]
-COMMANDS = [line for line in BLOCKS if line.startswith('python train_')]
+TEXTS = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md')))
+}
+README = TEXTS['README.md']
+FENCED = [pair for text in TEXTS.values() for pair in re.findall(r'```(\w*)\n(.*?)```', text, re.S)]  # language, lines
+PYTHON = [block for language, block in FENCED if language == 'python']
+LINES = list(dict.fromkeys(line.strip() for language, block in FENCED if not language for line in block.splitlines()))
+COMMANDS = [line for line in LINES if line.startswith('python train_')]
 ROWS = re.findall(r'`(python train_[^`]*-d [^`]*)`', README)
+MOST_BYTES = 15 * 1024  # of README.md: it is read in full
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -25,7 +34,7 @@ def test_a_command_runs(command, script, data_dir, tmp_path, monkeypatch, capsys
     """As written, but for the network, the number of epochs and the folder of the weights."""
     monkeypatch.chdir(tmp_path)
     name, *args = shlex.split(command)[1:]
-    if '--resume' in args and '--evaluate' not in args:  # the run that it goes on with
+    if '--resume' in args and '--evaluate' not in args:  # the run that it resumes
         path = args[args.index('--resume') + 1]
         begun = [value for value in args if value not in ('--resume', path)]
         assert script(name.removesuffix('.py'), *begun, *TINY, '--max-epoch', 1, '--train-batch', 8) == 0
@@ -40,7 +49,8 @@ def test_a_command_runs(command, script, data_dir, tmp_path, monkeypatch, capsys
 
 def test_each_row_of_the_originals_tables_has_its_command():
     assert len(ROWS) == len(set(ROWS)) == 13
-    assert {command.split()[1].removesuffix('.py') for command in ROWS} == set(SCRIPTS)
+    scripts = {command.split()[1].removesuffix('.py') for command in ROWS}
+    assert len(scripts) == 5 and scripts <= set(SCRIPTS)
 
 
 def test_the_rows_options_are_good(tmp_path, monkeypatch):
@@ -52,7 +62,7 @@ def test_the_rows_options_are_good(tmp_path, monkeypatch):
 
 def test_torchruns_options_are_good(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    lines = [line for line in BLOCKS if 'torchrun ' in line]
+    lines = [line for line in LINES if 'torchrun ' in line]
     assert lines
     for line in lines:
         launcher, name, args = re.fullmatch(r'.*?torchrun (.*?) (train_\w+)\.py (.*)', line).groups()
@@ -62,19 +72,69 @@ def test_torchruns_options_are_good(tmp_path, monkeypatch):
 
 def test_commands_of_make_exist():
     targets = re.findall(r'^([a-z]+):', (ROOT / 'Makefile').read_text(), re.M)
-    assert {line.split()[1] for line in BLOCKS if line.startswith('make ')} <= set(targets)
+    assert {line.split()[1] for line in LINES if line.startswith('make ')} == set(targets)
     assert COMMANDS
 
 
 def test_files_that_are_named_exist():
-    for name in re.findall(r'`([\w/*]+\.(?:py|md|txt))`', README):
-        assert '{' in name or 'log_' in name or list(ROOT.glob(name)), name
+    for where, text in TEXTS.items():
+        for name in re.findall(r'`([\w/*]+\.(?:py|md|txt))`', text):
+            assert '{' in name or 'log_' in name or list(ROOT.glob(name)), f'{where}: {name}'
+
+
+def test_files_that_commands_name_exist():
+    for line in LINES:
+        words = shlex.split(line) if line.startswith(('.venv/', 'cp ', 'python ')) else []
+        for name in words[: 2 if words[:1] in (['cp'], ['python']) else None]:
+            assert not name.endswith('.py') or (ROOT / name).exists(), line
+
+
+@pytest.mark.parametrize('path', [*TEXTS, 'data/README.md', 'CHANGELOG.md'])
+def test_relative_links_lead_somewhere(path):
+    for link in re.findall(r'\]\(([^)\s]+)\)', (ROOT / path).read_text()):
+        if not re.match(r'\w+:', link):
+            assert (ROOT / path).parent.joinpath(link.partition('#')[0]).exists(), link
+
+
+def test_readme_is_short_and_names_the_original():
+    assert len(README.encode()) <= MOST_BYTES
+    assert '(https://github.com/KaiyangZhou/deep-person-reid)' in README and 'Kaiyang Zhou' in README
+
+
+@pytest.mark.parametrize('block', PYTHON)
+def test_examples_are_python(block):
+    ast.parse(block)
+
+
+@pytest.mark.parametrize('block', [block for block in PYTHON if re.search(r'^scheduler = ', block, re.M)])
+def test_an_optimizer_and_its_schedule_replace_those_of_a_script(block, script, tmp_path, monkeypatch):
+    """The run learns, and a resumed one ends with the same weights."""
+    source = (ROOT / 'train_img_model_xent.py').read_text()
+    imports, lines = block.split('\n\n')
+    for name, replacement in (('optimizer', ''), ('scheduler', textwrap.indent(lines, '    '))):
+        source, count = re.subn(rf'^    {name} = .*\n', lambda _, by=replacement: by, source, flags=re.M)
+        assert count == 1
+    (tmp_path / 'train_img_model_mine.py').write_text(f'{imports}\n{source}')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'train_img_model_mine', raising=False)
+    whole, parted = tmp_path / 'whole', tmp_path / 'parted'
+    options = ['--max-epoch', 3, '--eval-step', 1, '--save-dir']
+    assert script('train_img_model_mine', *options, whole) == 0
+    assert script('train_img_model_mine', *options, parted, '--resume', whole / 'checkpoint_ep1.pth.tar') == 0
+    first, one, other = (
+        torch.load(path, weights_only=True)['state_dict']
+        for path in (whole / 'checkpoint_ep1.pth.tar', *(each / 'checkpoint_ep3.pth.tar' for each in (whole, parted)))
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert not torch.equal(first['classifier.weight'], one['classifier.weight'])
 
 
 def test_the_other_commands_run(script, data_dir, tmp_path, monkeypatch, capsys):
     """Those of the rooms, on tiny runs in the folders that they name, and toys drawn small."""
-    commands = [shlex.split(line) for line in BLOCKS if re.match(r'python (?!train_)\w+\.py', line)]
-    assert {command[1] for command in commands} == {'report.py', 'ranking.py', 'data_manager.py'}
+    commands = [shlex.split(line) for line in LINES if re.match(r'python (?!train_)\w+\.py', line)]
+    main = "if __name__ == '__main__':"
+    there = {path.name for path in ROOT.glob('*.py') if path.stem not in SCRIPTS and main in path.read_text()}
+    assert {command[1] for command in commands} == there
     monkeypatch.chdir(tmp_path)
     for command in commands:
         for word in command:
