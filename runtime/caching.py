@@ -44,9 +44,11 @@ class Cache:
         self.home = device if kind == 'device' else torch.device('cpu')
         size *= processes if self.home.type == 'cpu' else 1
         free = free_memory(self.home)
-        self.plan = f'--cache {kind}: {number} training images take about {gigabytes(size)} of {gigabytes(free)} free'
+        self.plan = (
+            f'--cache {kind}: {number} training images take about {gigabytes(size)} of {gigabytes(free)} free memory'
+        )
         if size > ROOM * free:
-            raise UserError(f'{self.plan} memory, too much: use --cache none')
+            raise UserError(f'{self.plan}, too much: use --cache none')
         chunks = [list(range(number)[at : at + CHUNK]) for at in range(0, number, CHUNK)]
         self.items: list[tuple] = []  # (image, pid, camid, more ...), the image a tensor (3, H, W) at home
         for block in workers.blocks(map(Task, chunks)):

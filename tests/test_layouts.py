@@ -8,15 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from checkpoint import Checkpoint
 from published_files import DOTTED, renamed
 from torch import nn
 from torch.nn import functional
 from torchvision.models import DenseNet121_Weights, densenet121, resnet50
 
-from runtime import launch
 import models
 import weights
-from checkpoint import Checkpoint
+from runtime import launch
 from runtime.errors import UserError
 
 NUM_CLASSES = 7
