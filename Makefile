@@ -1,5 +1,5 @@
 # make demo     train and test on a toy data set, from a fresh machine, in minutes
-# make test     every test, with coverage, and the linter
+# make test     every test, with coverage, the linter and the type checker
 # make soak     the tests that take long
 # make fuzz     random files for the readers of foreign files, FUZZ_SECONDS each (600) by each of two engines
 # make bench    speeds against the original's way, in ratios; BENCH=full for the large sizes
@@ -27,6 +27,7 @@ test: .venv/dev
 	$(PY) -m pytest -m 'not soak' --cov --cov-report=term --cov-fail-under=90
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
+	$(PY) -m mypy
 
 soak: .venv/dev
 	$(PY) -m pytest -m soak
