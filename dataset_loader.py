@@ -145,6 +145,8 @@ class TrainLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple]:
         """Batches start, start + 1, ...: (images, pids int64 (B,), draws float64 (B, 4), more ...), on the device."""
+        if start == len(self):  # a resumed run has nothing to decode before its test
+            return
         rank, world_size = self.run.rank, self.run.world_size
         indices, draws = (drawn[start:, rank::world_size] for drawn in self.sampler.draw(epoch))  # (batches, B, ...)
         draws = draws.contiguous().to(self.run.device)  # one copy an epoch

@@ -1,5 +1,7 @@
 """The state of a run: what is saved and when, what a resume restores, and the epochs that are left."""
 
+import contextlib
+import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -131,6 +133,9 @@ class Checkpoint:
         """The epochs that are left, counted from 0; the first one may have begun before, at batch `start_batch`.
 
         A run that starts from weights alone at `--start-epoch` has the learning rate of that epoch.
+
+        Raises:
+            UserError: no epoch is left, or the disk has no room for a checkpoint.
         """
         first = self.epoch
         if first >= max_epoch:
@@ -143,6 +148,8 @@ class Checkpoint:
             )
         if self.run.rank == 0:
             self._clear('.*.pth.tar.*')  # what a killed process left half written
+        if not self.options.overwrite:  # which makes room
+            self._check_room()
         self.saved = time.monotonic()
         self.run.rescue = self.rescue
         for self.epoch in range(first, max_epoch):
@@ -156,6 +163,20 @@ class Checkpoint:
             self.start_batch = 0
         self.run.rescue = None
         self.run.signals.release()
+
+    def _check_room(self) -> None:
+        """Raise UserError, in every process, if the disk has no room for the weights alone: each save would fail."""
+        free = -1
+        with contextlib.suppress(OSError):
+            usage = shutil.disk_usage(self.folder)
+            free = usage.free if usage.total else -1  # some network file systems report zeros
+        free = int(self.run.stack(torch.tensor(free))[0])  # that of the first process, which saves
+        needed = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        if 0 <= free < needed:
+            raise UserError(
+                f'--save-dir {self.folder}: {free / 1e6:.1f} MB are free on its disk, but the weights alone take '
+                f'{needed / 1e6:.1f} MB; make room, or name another folder'
+            )
 
     def after_step(self, epoch: int, meter: LossMeter) -> None:
         """Save the state every --save-minutes, before a test, and when a signal asks the run to stop, which ends it.
