@@ -259,7 +259,7 @@ class Parser(commands.Parser):
         )
         self.requirements: list[tuple[Callable[[argparse.Namespace], bool], str]] = []
 
-    def add_argument(self, *names: str, **how: Any) -> argparse.Action:  # type: ignore[override]  # fewer overloads
+    def add_argument(self, *names: str, **how: Any) -> argparse.Action:
         """An option of the experiment, as a script adds it."""
         if not hasattr(self, 'experiment'):  # -h, which argparse itself adds
             return super().add_argument(*names, **how)
@@ -275,7 +275,7 @@ class Parser(commands.Parser):
         """Refuse the options unless `holds(args)`. `message` may name their values: `--margin {margin}`."""
         self.requirements.append((holds, message))
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> Arguments:  # type: ignore[override]
+    def parse_args(self, args: Sequence[str] | None = None) -> Arguments:  # type: ignore[override]  # no namespace
         parsed = super().parse_args(args, Arguments())
         if of_environment().restarts:  # by torchrun --max-restarts
             parsed.auto_resume, parsed.overwrite = True, False

@@ -103,7 +103,8 @@ class VideoDataset(Dataset):
             return range(n)
         if self.sample == 'random':
             key = int(self.seed < 0), abs(self.seed), epoch, index % len(self)  # -1 is the last one, as in a list
-            return np.sort(np.random.default_rng(key).choice(n, length, replace=n < length)).tolist()
+            chosen: list[int] = np.sort(np.random.default_rng(key).choice(n, length, replace=n < length)).tolist()
+            return chosen
         return (min(k * max(n // length, 1), n - 1) for k in range(length))
 
 
@@ -156,8 +157,7 @@ class TrainLoader:
         )
         feed = Feed(self._source().blocks(tasks), self.run.device, self.stream)
         began = time.perf_counter()
-        for batch_draws in draws:
-            images, pids, _, more = feed.next()
+        for batch_draws, (images, pids, _, more) in zip(draws, feed, strict=False):
             if images[0][1].is_floating_point() and not self.announced:
                 self.announced = True
                 print('The data set returns float images: they are taken as prepared and are not augmented')
@@ -215,8 +215,7 @@ class TestLoader:
 
     def __iter__(self) -> Iterator[tuple[list[Group], Tensor, Tensor]]:
         feed = Feed(self.workers.blocks(map(Task, self.items)), self.device, self.stream)
-        for items in self.items:
-            images, _, counts, _ = feed.next()
+        for items, (images, _, counts, _) in zip(self.items, feed, strict=False):
             yield images, torch.tensor(items), torch.tensor(counts)
         self.workers.close()
 
@@ -243,7 +242,8 @@ def workers_for(dataset: Items, number: int, device: torch.device, seed: int) ->
     def item(index: int, epoch: int, position: int) -> tuple:
         if not draws:
             return dataset[index]
-        return type(dataset).__getitem__(dataset, index, rng=generator(ITEMS, seed, epoch, position))
+        rng = generator(ITEMS, seed, epoch, position)
+        return type(dataset).__getitem__(dataset, index, rng=rng)  # type: ignore[call-arg]  # takes_rng
 
     def work(task: Task) -> Block:
         positions = range(task.first, task.first + task.step * len(task.items), task.step)

@@ -222,8 +222,8 @@ def rank(
     pairs = ranking.same_identity(q_pids, g_pids, q_camids, g_camids)
     distances = _sum(ranking.measure(queries, items, places, pairs), run)  # (P,), each by the process that has the item
     tally = ranking.count(queries, items, places, pairs, distances)
-    nearest = run.stack(torch.from_numpy(tally.nearest)).transpose(0, 1).flatten(1)  # (Q, W * NEAREST)
-    nearest = nearest.sort(1).values[:, : ranking.NEAREST].numpy()  # (Q, NEAREST)
+    listed = run.stack(torch.from_numpy(tally.nearest)).transpose(0, 1).flatten(1)  # (Q, W * NEAREST)
+    nearest = listed.sort(1).values[:, : ranking.NEAREST].numpy()  # (Q, NEAREST)
     return ranking.assemble(
         pairs, distances, ranking.Tally(_sum(tally.counts, run), nearest, _sum(tally.histogram, run))
     )
@@ -279,11 +279,12 @@ def rerank(
     query: Extracted, gallery: Extracted, dataset: Dataset, options: TestOptions, run: Run
 ) -> ranking.Ranking | None:
     """The re-ranked gallery in the first process, which gets all features from the others; None in these."""
-    ids = ids_of(dataset.query, dataset.gallery)
-    features = [_collect(*own, len(pids), run) for own, pids in zip((query, gallery), ids, strict=False)]
+    q_pids, g_pids, q_camids, g_camids = ids_of(dataset.query, dataset.gallery)
+    queries, items = _collect(*query, len(q_pids), run), _collect(*gallery, len(g_pids), run)
     if run.rank:
         return None
-    return ranking.rerank(*features, *ids, options.k1, options.k2, options.lambda_value)
+    how = options.k1, options.k2, options.lambda_value
+    return ranking.rerank(queries, items, q_pids, g_pids, q_camids, g_camids, *how)
 
 
 def _collect(own: Tensor, indices: Tensor, number: int, run: Run) -> Tensor:

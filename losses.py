@@ -46,7 +46,8 @@ def collapsed(features: Tensor) -> Tensor:
     features = features.detach().float()
     mean = features.mean(0)  # (D,)
     farthest = (features - mean).norm(dim=1).max()  # ()
-    return ((farthest <= 1e-3 * mean.norm()) & (len(features) > 1)).float()
+    equal: Tensor = (farthest <= 1e-3 * mean.norm()) & (len(features) > 1)
+    return equal.float()
 
 
 class TripletLoss(nn.Module):

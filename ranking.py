@@ -38,11 +38,13 @@ from runtime.errors import UserError
 from runtime.tiles import (
     NONE,
     Points,
+    Tile,
     distances_of,
     find,
     in_threads,
     is_host,
     keys_of,
+    keys_on_device,
     nearer,
     nearest_device,
     nearest_host,
@@ -53,7 +55,7 @@ from runtime.tiles import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    pass
+    from eval_metrics import Ids
 
 NEAREST = 10  # gallery items listed for each query
 OWN = 64  # queries, ordered by pid, that are measured together against the gallery items of all their pids
@@ -84,7 +86,15 @@ class Ranking(Matches):
     other_histogram: np.ndarray  # (H,) int64, distances between two identities
 
 
-def rank(q_features, g_features, q_pids, g_pids, q_camids, g_camids, tile: tuple[int, int] | None = None) -> Ranking:
+def rank(
+    q_features: np.ndarray | Tensor,
+    g_features: np.ndarray | Tensor,
+    q_pids: 'Ids',
+    g_pids: 'Ids',
+    q_camids: 'Ids',
+    g_camids: 'Ids',
+    tile: Tile | None = None,
+) -> Ranking:
     """Rank the gallery for each query by squared Euclidean distance in float32.
 
     Args:
@@ -104,7 +114,15 @@ def rank(q_features, g_features, q_pids, g_pids, q_camids, g_camids, tile: tuple
 
 
 def rerank(
-    q_features, g_features, q_pids, g_pids, q_camids, g_camids, k1: int = 20, k2: int = 6, lambda_value: float = 0.3
+    q_features: np.ndarray | Tensor,
+    g_features: np.ndarray | Tensor,
+    q_pids: 'Ids',
+    g_pids: 'Ids',
+    q_camids: 'Ids',
+    g_camids: 'Ids',
+    k1: int = 20,
+    k2: int = 6,
+    lambda_value: float = 0.3,
 ) -> Ranking:
     """Rank the gallery for each query by the distance of `reranked`; the rest as for `rank`."""
     ids = check_ids(q_pids, g_pids, q_camids, g_camids)
@@ -130,7 +148,7 @@ def rerank(
     return assemble(pairs, distances, tally)
 
 
-def measure(queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, tile=None) -> np.ndarray:
+def measure(queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, tile: Tile | None = None) -> np.ndarray:
     """(P,) float32: squared distances of the pairs; 0 for those whose gallery item is not in this part of the gallery.
 
     `places` (G,) ascending: where the items of `gallery` stand in the whole gallery, of which `pairs` speak. On
@@ -163,7 +181,9 @@ def measure(queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, 
     return distances
 
 
-def count(queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, distances, tile=None) -> Tally:
+def count(
+    queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, distances: np.ndarray, tile: Tile | None = None
+) -> Tally:
     """Stream the gallery, or the part of it that stands at `places`, past the pairs at their `distances` (P,)."""
     tally = _no_tally(len(pairs.places), len(queries), NEAREST)
     device = gallery.features.device
@@ -206,7 +226,14 @@ def assemble(pairs: Pairs, distances: np.ndarray, tally: Tally) -> Ranking:
     )
 
 
-def _tally_host(block, places, rows, own_places, distances, nearest) -> Tally:
+def _tally_host(
+    block: np.ndarray | Tensor,
+    places: np.ndarray,
+    rows: np.ndarray,
+    own_places: np.ndarray,
+    distances: np.ndarray,
+    nearest: np.ndarray,
+) -> Tally:
     """Count one block; it is overwritten.
 
     Args:
@@ -228,20 +255,24 @@ def _tally_host(block, places, rows, own_places, distances, nearest) -> Tally:
     return Tally(counts, nearest_host(block, places, nearest, bounds), histogram[:BINS])
 
 
-def _tally_device(block: Tensor, places, rows, own_places, distances, nearest) -> Tally:
+def _tally_device(
+    block: Tensor,
+    places: np.ndarray,
+    rows: np.ndarray,
+    own_places: np.ndarray,
+    distances: np.ndarray,
+    nearest: np.ndarray,
+) -> Tally:
     """The same, where sorting is dear and comparing is cheap."""
     columns, present = find(places, own_places)
-    rows, columns, present, distances, own_places = (
-        torch.from_numpy(x).to(block.device) for x in (rows, columns, present, distances, own_places)
+    at_row, at_column, is_here, own_distance, own_place, place = (
+        torch.from_numpy(x).to(block.device) for x in (rows, columns, present, distances, own_places, places)
     )
-    block[rows[present], columns[present]] = torch.inf
+    block[at_row[is_here], at_column[is_here]] = torch.inf
     histogram = (block.view(torch.int32) >> 16).clamp_(min=0).flatten().bincount(minlength=BINS)
     histogram[INFINITY] = 0
-    keys, marks = (
-        keys_of(block, torch.from_numpy(places).to(block.device)),
-        keys_of(distances, own_places),
-    )  # (B, W), (p,)
-    parts = zip(rows.split(1024), marks.split(1024), strict=True)
+    keys, marks = keys_on_device(block, place), keys_on_device(own_distance, own_place)  # (B, W), (p,)
+    parts = zip(at_row.split(1024), marks.split(1024), strict=True)
     counts = torch.cat([(keys[part] < mark[:, None]).sum(1) for part, mark in parts])
     return Tally(counts.cpu().numpy(), nearest_device(block, places, nearest), histogram.cpu().numpy())
 

@@ -31,9 +31,13 @@ class EpochSampler(Sampler):
     """
 
     def __init__(self, data_source: Sequence, batch_size: int | None, seed: int):
-        self.data_source, self.batch_size, self.seed, self.epoch = data_source, batch_size, seed, 0
+        self.data_source, self.seed, self.epoch = data_source, seed, 0
+        self.batch_size: int = batch_size  # type: ignore[assignment]  # None: `draw` must not be called
         if batch_size is not None and batch_size < 1:
             raise UserError(f'--train-batch is {batch_size}: give the number of images in a batch, 1 or more')
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def order(self, epoch: int) -> np.ndarray:
         """Indices of the epoch in order, int64 (len(self),)."""

@@ -16,6 +16,7 @@ from evaluation import Test
 from losses import CenterLoss, CrossEntropyLabelSmooth, collapsed
 from runtime import launch
 from runtime.checkpoint import Checkpoint
+from runtime.device import Run
 from runtime.meters import LossMeter
 from samplers import RandomSampler
 from transforms import TrainTransform
@@ -26,7 +27,7 @@ parser.add_argument('--lr-cent', type=arguments.positive_float, default=0.5, hel
 parser.add_argument('--weight-cent', type=arguments.positive_float, default=0.0005, help='weight of the center loss')
 
 
-def main(args, run):
+def main(args: arguments.Arguments, run: Run) -> None:
     dataset = data_manager.init_dataset(args.dataset, args.data_dir)
     sampler = RandomSampler(dataset.train, args.train_batch, args.seed)
     trainloader = train_loader(ImageDataset(dataset.train), sampler, args.data, run)
@@ -53,7 +54,8 @@ def main(args, run):
         scheduler=scheduler,
     )
     if args.evaluate:
-        return test(model)
+        test(model)
+        return
 
     replica, replica_cent = run.replicate(model), run.replicate(criterion_cent)
     meter = LossMeter(args.show, run, optimizer)

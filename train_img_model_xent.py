@@ -15,6 +15,7 @@ from evaluation import Test
 from losses import CrossEntropyLabelSmooth
 from runtime import launch
 from runtime.checkpoint import Checkpoint
+from runtime.device import Run
 from runtime.meters import LossMeter
 from samplers import RandomSampler
 from transforms import TrainTransform
@@ -23,7 +24,7 @@ parser = arguments.parser(__doc__, dataset='market1501', test_batch=32)
 parser.set_defaults(max_epoch=60, stepsize=20)
 
 
-def main(args, run):
+def main(args: arguments.Arguments, run: Run) -> None:
     dataset = data_manager.init_dataset(args.dataset, args.data_dir)
     sampler = RandomSampler(dataset.train, args.train_batch, args.seed)
     trainloader = train_loader(ImageDataset(dataset.train), sampler, args.data, run)
@@ -39,7 +40,8 @@ def main(args, run):
     test = Test(dataset, args.test, run)
     checkpoint = Checkpoint(dataset, args.save, run, model=model, optimizer=optimizer, scheduler=scheduler)
     if args.evaluate:
-        return test(model)
+        test(model)
+        return
 
     replica = run.replicate(model)
     meter = LossMeter(args.show, run, optimizer)

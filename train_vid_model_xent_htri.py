@@ -16,6 +16,7 @@ from evaluation import Test
 from losses import CrossEntropyLabelSmooth, TripletLoss
 from runtime import launch
 from runtime.checkpoint import Checkpoint
+from runtime.device import Run
 from runtime.meters import LossMeter
 from samplers import RandomIdentitySampler
 from transforms import TrainTransform
@@ -30,7 +31,7 @@ parser.require(
 )
 
 
-def main(args, run):
+def main(args: arguments.Arguments, run: Run) -> None:
     dataset = data_manager.init_dataset(args.dataset, args.data_dir)
     frames = [(path, pid, camid) for paths, pid, camid in dataset.train for path in paths]  # trained one by one
     sampler = RandomIdentitySampler(frames, args.num_instances, args.train_batch, args.seed)
@@ -48,7 +49,8 @@ def main(args, run):
     test = Test(dataset, args.test, run)
     checkpoint = Checkpoint(dataset, args.save, run, model=model, optimizer=optimizer, scheduler=scheduler)
     if args.evaluate:
-        return test(model)
+        test(model)
+        return
 
     replica = run.replicate(model)
     meter = LossMeter(args.show, run, optimizer)

@@ -52,7 +52,7 @@ class Random2DTranslation:
     random place, else it is resized to (height, width). `TrainTransform` does the same to a batch.
     """
 
-    def __init__(self, height: int, width: int, p: float = 0.5, interpolation: int = Image.BILINEAR):
+    def __init__(self, height: int, width: int, p: float = 0.5, interpolation: int = Image.Resampling.BILINEAR):
         self.height, self.width, self.p, self.interpolation = height, width, p, interpolation
 
     def __call__(self, img: Image.Image) -> Image.Image:
@@ -196,7 +196,8 @@ def _pass(pixels: Tensor, taps: Tensor, weights: Tensor, work: Tensor) -> Tensor
         torch.index_select(source, 0, tap, out=lines)
         total.addcmul_(lines, weight)
     total >>= BITS  # from at most 255.5 * 2^22: int32 holds it
-    return total.view(n, -1, width, 3)
+    result: Tensor = total.view(n, -1, width, 3)
+    return result
 
 
 @functools.lru_cache(maxsize=16)

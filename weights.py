@@ -86,7 +86,7 @@ def _understand(loaded: Any, kind: str, where: str) -> Weights:
     return Weights(
         state_dict=state_dict,
         layout=', '.join(layout),
-        rank1=float(rank1) if isinstance(rank1, int | float | np.number) and abs(rank1) < 2**31 else None,
+        rank1=float(rank1) if isinstance(rank1, int | float | np.number) and abs(rank1) < 2**31 else None,  # type: ignore[operator]  # abs() of numbers
         epoch=epoch if isinstance(epoch, int) else None,
         state=checkpoint if ours else None,
     )
@@ -259,9 +259,10 @@ def _fetch(imagenet: 'WeightsEnum') -> dict[str, Tensor]:
     path = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(imagenet.url))
     elsewise = 'give another file with --pretrained PATH, or start from random weights with --pretrained none'
     try:
-        return imagenet.get_state_dict(
+        state_dict: dict[str, Tensor] = imagenet.get_state_dict(
             progress=sys.stderr.isatty(), check_hash=True, weights_only=True, map_location='cpu'
         )
+        return state_dict
     except (OSError, http.client.HTTPException) as error:
         reason = plain(str(getattr(error, 'reason', error)))
         raise UserError(

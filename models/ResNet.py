@@ -89,7 +89,8 @@ class ResNet50M(Network):
             state_dict['classifier.weight'] = torch.cat((columns[:, 1024:], columns[:, :1024]), dim=1)
 
     def features(self, x: Tensor) -> Tensor:
-        *stem, (block_a, block_b, block_c) = self.base
+        *stem, last = self.base
+        block_a, block_b, block_c = last.children()
         for layer in stem:
             x = layer(x)
         x_a = block_a(x)  # (B, 2048, H/32, W/32)

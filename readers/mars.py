@@ -159,4 +159,5 @@ def _read_table(path: str, key: str) -> np.ndarray:
     whole = isinstance(table, np.ndarray) and table.dtype.kind in 'iuf'
     if not whole or not (np.abs(table.astype(np.float64)) < 2**31).all() or (table != np.trunc(table)).any():
         raise UserError(f"{path}: '{key}' is no table of whole numbers; fetch info/ again")
-    return table.astype(np.int64)
+    numbers: np.ndarray = table.astype(np.int64)
+    return numbers

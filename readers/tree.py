@@ -9,7 +9,7 @@ from runtime.errors import UserError
 
 Image = tuple[str, int, int]  # path, pid, camid
 Tracklet = tuple[tuple[str, ...], int, int]  # paths of the frames in order, pid, camid
-Item = Image | Tracklet
+Item = tuple[str | tuple[str, ...], int, int]  # either
 
 IMAGE_TYPES = ('.jpg', '.jpeg', '.png')
 
@@ -50,7 +50,7 @@ class Dataset:
         if len(self.train_pids) < 2:
             raise UserError(f'{name}: the training set is of one person; there must be two or more to tell apart')
         labels = {pid: label for label, pid in enumerate(self.train_pids)}
-        self.train: list[Item] = [(paths, labels[pid], camid) for paths, pid, camid in train]  # type: ignore[misc]
+        self.train: list[Item] = [(paths, labels[pid], camid) for paths, pid, camid in train]
         self.query, self.gallery = list(query), list(gallery)
         self.num_train_pids, self.num_query_pids, self.num_gallery_pids = map(
             count_pids, (self.train, self.query, self.gallery)

@@ -250,9 +250,10 @@ class Worker:
             answer = self.blocks.recv()
             if isinstance(answer, Exception):
                 raise answer
+            block: Block
             block, kind, size = answer
             block.pixels = torch.empty(size, dtype=kind, pin_memory=pin)
-            _read(self.blocks.fileno(), memoryview(block.pixels.numpy()).cast('B'))
+            _read(self.blocks.fileno(), block.pixels.numpy().data.cast('B'))
         except (EOFError, OSError) as problem:
             raise self._lost() from problem
         return block
@@ -288,7 +289,7 @@ def _serve(work: Callable[[Task], Block], tasks: Connection, blocks: Connection,
             else:
                 pixels, block.pixels = block.pixels, torch.empty(0)
                 blocks.send((block, pixels.dtype, pixels.numel()))
-                _write(blocks.fileno(), memoryview(pixels.numpy()).cast('B'))
+                _write(blocks.fileno(), pixels.numpy().data.cast('B'))
 
 
 def _write(file: int, data: memoryview) -> None:

@@ -90,7 +90,7 @@ class Run:
 
     def place(self, module: Module) -> Module:
         """`module` on the device, channels last in memory: the layout in which convolutions are fastest."""
-        return module.to(self.device, memory_format=torch.channels_last)
+        return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]  # not in torch's stubs
 
     def replicate(self, module: nn.Module) -> nn.Module:
         """The copy of `module` to train with, compiled with --compile; `module` itself is what is saved and tested.
@@ -104,8 +104,9 @@ class Run:
             if self.sync_bn:
                 replica = nn.SyncBatchNorm.convert_sync_batchnorm(replica)  # the same parameters, buffers and keys
             devices = [self.device.index] if self.device.type == 'cuda' else None
-            replica = DistributedDataParallel(replica, devices, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})
-        return torch.compile(replica, mode='reduce-overhead') if self.compiled else replica
+            how = {'gradient_as_bucket_view': True, SYNC_BUFFERS: False}
+            replica = DistributedDataParallel(replica, devices, **how)  # type: ignore[arg-type]  # both take a bool
+        return torch.compile(replica, mode='reduce-overhead') if self.compiled else replica  # type: ignore[return-value]  # a module
 
     def gather(self, features: Tensor, pids: Tensor) -> tuple[Tensor, Tensor]:
         """The features (B, D) and pids (B,) of the whole batch, over all processes, in the batch's order.

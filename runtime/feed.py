@@ -25,18 +25,15 @@ class Feed:
         self.coming = self._send() if stream else None
         self.waited = 0.0
 
-    def next(self) -> Arrived | None:
-        """The next batch; None after the last one."""
-        if self.stream is None:
-            return self._send()
-        arrived = self.coming
-        if arrived is not None:
-            computing = torch.cuda.current_stream(self.device)
-            computing.wait_stream(self.stream)
-            for tensor in _tensors(arrived):
-                tensor.record_stream(computing)  # its memory is not used again before the computation has ended
-            self.coming = self._send()
-        return arrived
+    def __iter__(self) -> Iterator[Arrived]:
+        while arrived := self.coming if self.stream else self._send():
+            if self.stream:
+                computing = torch.cuda.current_stream(self.device)
+                computing.wait_stream(self.stream)
+                for tensor in _tensors(arrived):
+                    tensor.record_stream(computing)  # its memory is not used again before the computation has ended
+                self.coming = self._send()
+            yield arrived
 
     def _send(self) -> Arrived | None:
         asked = time.perf_counter()

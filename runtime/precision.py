@@ -22,7 +22,7 @@ def allow_tf32(allowed: bool) -> None:
     matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     if hasattr(matmul, 'fp32_precision'):  # since torch 2.9, where reading the older name may raise
         matmul.fp32_precision = 'tf32' if allowed else 'ieee'
-        convolutions.conv.fp32_precision = 'tf32' if allowed else 'ieee'
+        convolutions.conv.fp32_precision = 'tf32' if allowed else 'ieee'  # type: ignore[attr-defined]  # set at run time
     else:
         matmul.allow_tf32 = convolutions.allow_tf32 = allowed
 

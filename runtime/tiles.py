@@ -13,6 +13,8 @@ from torch import Tensor
 from runtime.errors import UserError
 from runtime.precision import without_tf32
 
+Tile = tuple[int, int]  # queries and gallery items of one product
+
 NONE = np.iinfo(np.int64).max  # the key of no item, behind all others
 
 
@@ -31,7 +33,9 @@ class Points:
         return Points(self.features[rows].float(), self.norms[rows])
 
 
-def points(q_features, g_features, num_queries: int, num_gallery: int) -> tuple[Points, Points]:
+def points(
+    q_features: np.ndarray | Tensor, g_features: np.ndarray | Tensor, num_queries: int, num_gallery: int
+) -> tuple[Points, Points]:
     """Queries and gallery, checked, on the gallery's device. Raises UserError as `rank` does."""
     gallery = torch.as_tensor(g_features).detach()
     queries = torch.as_tensor(q_features).detach().to(gallery.device)
@@ -86,7 +90,9 @@ def products(left: Tensor, right: Tensor) -> Tensor:
     return products.permute(0, 2, 3, 1).reshape(16 * height, len(right))[: len(left)]
 
 
-def nearest_host(block, places: np.ndarray, nearest: np.ndarray, bounds: np.ndarray | None = None) -> np.ndarray:
+def nearest_host(
+    block: np.ndarray | Tensor, places: np.ndarray, nearest: np.ndarray, bounds: np.ndarray | None = None
+) -> np.ndarray:
     """Keys (B, at most k) of the finite distances in `block` (B, W) that may belong among the nearest (B, k) so far.
 
     bounds (B,): a distance that at least k of the row do not exceed, or its largest.
@@ -105,7 +111,7 @@ def nearest_host(block, places: np.ndarray, nearest: np.ndarray, bounds: np.ndar
 
 
 def nearest_device(block: Tensor, places: np.ndarray, nearest: np.ndarray) -> np.ndarray:
-    keys = keys_of(block, torch.from_numpy(places).to(block.device))  # (B, W)
+    keys = keys_on_device(block, torch.from_numpy(places).to(block.device))  # (B, W)
     keys[block == torch.inf] = NONE
     return keys.topk(min(nearest.shape[1], len(places)), largest=False).values.cpu().numpy()
 
@@ -115,10 +121,13 @@ def nearer(some: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.sort(np.hstack([some, others]), axis=1)[:, : some.shape[1]]
 
 
-def keys_of(distances, places):
-    """int64 that sort as (distance, place) do. distances float32, never -0, places below 2^32; tensors or arrays."""
-    if isinstance(distances, np.ndarray):
-        return keys_of(torch.from_numpy(distances), torch.from_numpy(places)).numpy()
+def keys_of(distances: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """int64 that sort as (distance, place) do. distances float32, never -0, places below 2^32."""
+    return keys_on_device(torch.from_numpy(distances), torch.from_numpy(places)).numpy()
+
+
+def keys_on_device(distances: Tensor, places: Tensor) -> Tensor:
+    """The same, of tensors."""
     bits = distances.view(torch.int32).long()
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32 | places
 
@@ -139,12 +148,12 @@ def is_host(device: torch.device) -> bool:
     return device.type == 'cpu'
 
 
-def tile_of(device: torch.device) -> tuple[int, int]:
+def tile_of(device: torch.device) -> Tile:
     """Queries and gallery items of one product: enough for its speed, few enough for the cache and for memory."""
     return (1120, max(512, min(2304, 4608 // torch.get_num_threads()))) if is_host(device) else (1024, 8192)
 
 
-def tiles(height: int, width: int, tile: tuple[int, int]) -> list[tuple[slice, slice]]:
+def tiles(height: int, width: int, tile: Tile) -> list[tuple[slice, slice]]:
     return [
         (slice(top, top + tile[0]), slice(left, left + tile[1]))
         for top in range(0, height, tile[0])

@@ -48,7 +48,7 @@ def load(path: str | os.PathLike) -> tuple[Any, str]:
 def _load(file: BinaryIO) -> Any:
     scalar = np.float32().__reduce__()[0]  # its module is numpy.core or numpy._core, by numpy's version
     scalars = [(scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')]
-    safe = [*scalars, np.dtype, type(np.dtype('f4')), type(np.dtype('f8'))]
+    safe: list = [*scalars, np.dtype, type(np.dtype('f4')), type(np.dtype('f8'))]
     with warnings.catch_warnings(), torch.serialization.safe_globals(safe):
         warnings.simplefilter('ignore')  # 'encoding' is obeyed, but warned about
         return torch.load(file, map_location='cpu', weights_only=True, encoding='latin1')  # latin1: Python 2's strings
@@ -143,8 +143,8 @@ def _inspect_zip(file: BinaryIO, size: int) -> None:
         storages: dict[str, tuple[str, int]] = {}
         _inspect(io.BytesIO(archive.read(names[f'{top}/data.pkl'])), storages)
         for key, (kind, elements) in storages.items():
-            record = names.get(f'{top}/data/{key}'.lower())
-            if record is None or record.file_size != elements * ELEMENT_BYTES[kind]:
+            held = names.get(f'{top}/data/{key}'.lower())
+            if held is None or held.file_size != elements * ELEMENT_BYTES[kind]:
                 raise Refused(f'claims another size for its storage {plain(key)} than it holds; get the file again')
         if damaged := archive.testzip():
             raise Refused(f'is damaged: its record {plain(damaged)} fails its checksum; get the file again')
@@ -176,6 +176,7 @@ def _inspect(stream: BinaryIO, storages: dict[str, tuple[str, int]] | None) -> A
     stack: list = []
     below: list[list] = []  # the stacks under the marks, as PyTorch keeps them
     memo: dict[int, Any] = {}
+    argument: Any
 
     def since_mark() -> list:
         nonlocal stack
@@ -197,13 +198,11 @@ def _inspect(stream: BinaryIO, storages: dict[str, tuple[str, int]] | None) -> A
             case 'MARK':
                 below.append(stack)
                 stack = []
-            case 'TUPLE':
-                values = since_mark()
-                stack.append(_tuple(values))
-            case 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
-                length = int(opcode.name[-1])
-                values = [stack.pop() for _ in range(length)][::-1]
-                stack.append(_tuple(values))
+            case 'TUPLE' | 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
+                length = opcode.name.removeprefix('TUPLE')
+                values = [stack.pop() for _ in range(int(length))][::-1] if length else since_mark()
+                stack.append(Value('tuple', values))
+                stack[-1].place(values)
             case 'APPEND' | 'APPENDS':
                 values = [stack.pop()] if opcode.name == 'APPEND' else since_mark()
                 _expect(_kind(stack[-1]) == 'list', 'appends to what is no list')
@@ -219,14 +218,14 @@ def _inspect(stream: BinaryIO, storages: dict[str, tuple[str, int]] | None) -> A
                 stack.append(memo[argument])
             case 'GLOBAL':
                 if argument not in CALLABLES and argument not in ELEMENT_BYTES:
-                    name = plain(argument.replace(' ', '.', 1))
                     raise Refused(
-                        f'asks for {name}, which weights never need; nothing of it was run; '
-                        f'take the file from a source that you trust, or save only a state dict where it was made'
+                        f'asks for {plain(argument.replace(" ", ".", 1))}, which weights never need; nothing of it was '
+                        f'run; take the file from a source that you trust, or save only a state dict where it was made'
                     )
                 stack.append(Value('global', [argument]))
             case 'BINPERSID':
-                _expect(storages is not None, 'has a tensor where none belongs')
+                if storages is None:
+                    raise Refused('has a tensor where none belongs; nothing of it was run; get the file again')
                 stack.append(_storage(stack.pop(), storages))
             case 'REDUCE':
                 arguments = stack.pop()
@@ -234,9 +233,7 @@ def _inspect(stream: BinaryIO, storages: dict[str, tuple[str, int]] | None) -> A
             case 'BUILD':
                 state = stack.pop()
                 _expect(_may_build(stack[-1], state), 'sets the state of an object, which weights never need')
-            case 'STOP':
-                pass
-            case name:
+            case name if name != 'STOP':
                 raise Refused(f'has the pickle instruction {name}, which weights never need; nothing of it was run')
     return stack.pop()
 
@@ -252,12 +249,6 @@ def _kind(value: Any) -> str:
 
 def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
-
-
-def _tuple(values: list) -> Value:
-    made = Value('tuple', values)
-    made.place(values)
-    return made
 
 
 def _set_items(target: Value, keys: list, values: list) -> None:
@@ -281,9 +272,8 @@ def _storage(identity: Any, storages: dict[str, tuple[str, int]]) -> Value:
     if view and view[0] is not None:
         _expect(_kind(view[0]) == 'tuple' and len(view[0].items) == 3, 'has a storage of an unknown form')
         _, offset, length = view[0].items
-        _expect(
-            _is_size(offset) and _is_size(length) and offset + length <= elements, 'has a view outside of its storage'
-        )
+        inside = _is_size(offset) and _is_size(length) and offset + length <= elements
+        _expect(inside, 'has a view outside of its storage')
         elements = length
     return Value('storage', [elements])
 
@@ -297,10 +287,9 @@ def _call(function: Any, arguments: Any) -> Value | bytes:
         case 'collections OrderedDict':
             made = Value('OrderedDict')
             if given:  # Python 2 gives a list of [key, value]
-                pairs = given[0].items if kinds == ['list'] else [None]
-                _expect(
-                    all(_kind(pair) == 'list' and len(pair.items) == 2 for pair in pairs), 'has a dict without pairs'
-                )
+                pairs: list = given[0].items if kinds == ['list'] else [None]
+                paired = all(_kind(pair) == 'list' and len(pair.items) == 2 for pair in pairs)
+                _expect(paired, 'has a dict without pairs')
                 _set_items(made, [pair.items[0] for pair in pairs], [pair.items[1] for pair in pairs])
             return made
         case 'collections Counter':
@@ -318,16 +307,16 @@ def _call(function: Any, arguments: Any) -> Value | bytes:
             _expect(kinds == ['tensor'], 'has a parameter of an unknown form')
             return Value('parameter')
         case 'numpy dtype':
-            _expect(kinds[:1] == ['str'] and given[0] in ('f4', 'f8'), 'has a number that is no float')
-            _expect(given[1:] == [False, True], 'has a number that is no float')
+            is_float = kinds[:1] == ['str'] and given[0] in ('f4', 'f8') and given[1:] == [False, True]
+            _expect(is_float, 'has a number that is no float')
             return Value('dtype', given[:1])
         case 'numpy.core.multiarray scalar' | 'numpy._core.multiarray scalar':
-            _expect(kinds in (['dtype', 'str'], ['dtype', 'bytes']), 'has a number of an unknown form')
-            _expect(len(given[1]) == int(given[0].items[0][1]), 'has a number of an unknown form')
+            fits = kinds in (['dtype', 'str'], ['dtype', 'bytes']) and len(given[1]) == int(given[0].items[0][1])
+            _expect(fits, 'has a number of an unknown form')
             return Value('scalar')
         case '_codecs encode':
             _expect(kinds == ['str', 'str'] and given[1] == 'latin1', 'has bytes of an unknown form')
-            return given[0].encode('latin1')
+            return bytes(given[0], 'latin1')
     raise Refused(f'calls {plain(name.replace(" ", "."))}, which cannot be called; nothing of it was run')
 
 
@@ -338,10 +327,8 @@ def _no_hooks(hooks: Any) -> bool:
 def _expect_inside(storage: Value, offset: int, size: Value, stride: Value) -> None:
     """A tensor may not be larger than its storage: a stride of 0 would make anything of a single number."""
     lengths, steps = size.items, stride.items
-    _expect(
-        len(lengths) == len(steps) <= 8 and all(map(_is_size, [offset, *lengths, *steps])),
-        'has a tensor of an unknown form',
-    )
+    known = len(lengths) == len(steps) <= 8 and all(map(_is_size, [offset, *lengths, *steps]))
+    _expect(known, 'has a tensor of an unknown form')
     end = offset + 1 + sum((length - 1) * step for length, step in zip(lengths, steps, strict=True))
     inside = math.prod(lengths) <= storage.items[0] and (0 in lengths or end <= storage.items[0])
     _expect(inside, 'has a tensor that is larger than its storage')
@@ -352,7 +339,7 @@ def _may_build(target: Any, state: Any) -> bool:
         case 'OrderedDict', 'dict':  # the versions of the modules
             return state.items == ['_metadata'] and not target.placed
         case 'dtype', 'tuple':  # the float's byte order and nothing else
-            return state.items == [3, '<', None, None, None, -1, -1, 0]
+            return bool(state.items == [3, '<', None, None, None, -1, -1, 0])
         case 'parameter', 'tuple':  # requires_grad, volatile, hooks
             *flags, hooks = state.items
             return len(flags) == 2 and all(isinstance(flag, bool) for flag in flags) and _no_hooks(hooks)
