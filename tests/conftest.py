@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pictures
 import pytest
 import tiny  # registers the network
 import torch
@@ -27,6 +28,18 @@ def data_dir(tmp_path_factory) -> Path:
     )
     toy.draw_mars(folder / 'mars', num_train=4, num_test=4, num_distractors=2, num_frames=(3, 5), height=48, width=24)
     return folder
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory) -> list:
+    """Six identities with four images each, all of one size."""
+    return pictures.draw(tmp_path_factory.mktemp('images'), 'jpg', pictures.SIZES[:1])
+
+
+@pytest.fixture(scope='session')
+def mixed(tmp_path_factory) -> list:
+    """The same identities in three sizes."""
+    return pictures.draw(tmp_path_factory.mktemp('mixed'), 'png', pictures.SIZES)
 
 
 @pytest.fixture
