@@ -1,5 +1,6 @@
 """The state of a run: what is saved and when, what a resume restores, and the epochs that are left."""
 
+import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from page import results
 from readers.tree import Dataset
 from runtime.device import Run
 from runtime.errors import UserError
+from runtime.files import free_space
 from runtime.meters import LossMeter
 from runtime.provenance import provenance
 from utils import save_checkpoint
@@ -60,7 +62,7 @@ class Checkpoint:
         self.epoch, self.start_batch, self.done = options.start_epoch, 0, 0  # the epoch, and how many of its batches
         self.best_rank1 = -1.0
         self.saved = time.monotonic()
-        self.begun = False  # a step was taken
+        self.meter: LossMeter | None = None  # None until a step was taken
         self.position: Path | None = None  # the file that holds what was done so far, while there is one
         self.path: str | Path | None  # of the file that the run continues from
         self.path, loaded = self._newest() if options.auto_resume and not options.evaluate else (None, None)
@@ -131,6 +133,9 @@ class Checkpoint:
         """The epochs that are left, counted from 0; the first one may have begun before, at batch `start_batch`.
 
         A run that starts from weights alone at `--start-epoch` has the learning rate of that epoch.
+
+        Raises:
+            UserError: no epoch is left, or the disk has no room for a checkpoint.
         """
         first = self.epoch
         if first >= max_epoch:
@@ -143,6 +148,8 @@ class Checkpoint:
             )
         if self.run.rank == 0:
             self._clear('.*.pth.tar.*')  # what a killed process left half written
+        if not self.options.overwrite:  # which makes room
+            self._check_room()
         self.saved = time.monotonic()
         self.run.rescue = self.rescue
         for self.epoch in range(first, max_epoch):
@@ -157,6 +164,16 @@ class Checkpoint:
         self.run.rescue = None
         self.run.signals.release()
 
+    def _check_room(self) -> None:
+        """Refuse, in every process, to begin where each save would fail."""
+        free = int(self.run.stack(torch.tensor(free_space(self.folder)))[0])  # of the first process, which saves
+        needed = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        if 0 <= free < needed:
+            raise UserError(
+                f'--save-dir {self.folder}: {free / 1e6:.1f} MB are free on its disk, but the weights alone take '
+                f'{needed / 1e6:.1f} MB; make room, or name another folder'
+            )
+
     def after_step(self, epoch: int, meter: LossMeter) -> None:
         """Save the state every --save-minutes, before a test, and when a signal asks the run to stop, which ends it.
 
@@ -165,7 +182,8 @@ class Checkpoint:
         """
         self.done, self.position = meter.count, None
         last = self.done == meter.total
-        if not self.begun:
+        if self.meter is None:
+            self.meter = meter
             self._begin(afresh=(epoch, self.done) == (0, 1))
         stop = self.run.stopping(last)
         if stop or (last and epoch in self.options.test_epochs):
@@ -178,7 +196,6 @@ class Checkpoint:
 
     def _begin(self, afresh: bool) -> None:
         """After the first step, not before: a run that fails at once must not delete anything of the previous one."""
-        self.begun = True
         if self.run.rank or not self._is_finite():
             return
         if self.options.overwrite and (not self.options.resume or self.options.resume_weights_only):
@@ -194,8 +211,13 @@ class Checkpoint:
                     path.unlink()
 
     def rescue(self) -> Path | None:
-        """Save what was done when the run fails, unless it is saved already; the file, None where there is none."""
-        if self.begun and self.position is None:
+        """Save what was done when the run fails, unless it is saved already; the file, None where there is none.
+
+        Nothing is saved in the middle of a step: BatchNorm has seen its batch, and some weights may have changed.
+        """
+        if self.meter and self.meter.count == self.done and self.position is None:
+            if self.run.world_size == 1:  # else it needs the others
+                self.meter.record()
             self._save_position()
         return self.position if self.position and self.position.exists() else None
 
@@ -225,12 +247,12 @@ class Checkpoint:
         rank1 = figures['rank1']
         is_best = rank1 > self.best_rank1
         self.best_rank1 = max(rank1, self.best_rank1)
+        self.position = path = self.folder / f'checkpoint_ep{epoch + 1}.pth.tar'
         if self.run.rank:
             return
         meter.tested(epoch, figures)
         if not self._is_finite():
             raise UserError(f'weights are not finite after epoch {epoch + 1}; nothing was saved. Try a lower --lr')
-        path = self.folder / f'checkpoint_ep{epoch + 1}.pth.tar'
         with self.run.unwritten.excuse(path):
             save_checkpoint(self._state(epoch, 0, rank1), is_best, path)
         self.saved = time.monotonic()
@@ -252,9 +274,9 @@ class Checkpoint:
         }
 
 
-def _age(path: Path) -> tuple[int, str]:
-    """Sorts the newest first."""
-    return -path.stat().st_mtime_ns, path.name
+def _age(path: Path) -> tuple[int, ...]:
+    """Sorts the newest first; of files of the same moment (some milliseconds) that of the later epoch and batch."""
+    return -path.stat().st_mtime_ns, *(-int(number) for number in re.findall(r'\d+', path.name))
 
 
 ENTRIES = {'recipe': dict, 'state': dict, 'epoch': int, 'best_rank1': int | float}  # what a run continues from
