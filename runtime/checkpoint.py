@@ -1,7 +1,6 @@
 """The state of a run: what is saved and when, what a resume restores, and the epochs that are left."""
 
-import contextlib
-import shutil
+import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,11 +14,11 @@ from torch.optim.lr_scheduler import LRScheduler
 import weights
 from arguments import SaveOptions
 from data_manager import fingerprint
-from models.network import Network
 from page import results
 from readers.tree import Dataset
 from runtime.device import Run
 from runtime.errors import UserError
+from runtime.files import free_space
 from runtime.meters import LossMeter
 from runtime.provenance import provenance
 from utils import save_checkpoint
@@ -56,14 +55,14 @@ class Checkpoint:
         UserError: the file cannot be read or does not fit the model, or its recipe is another one.
     """
 
-    def __init__(self, dataset: Dataset, options: SaveOptions, run: Run, *, model: Network, **parts: Stateful):
+    def __init__(self, dataset: Dataset, options: SaveOptions, run: Run, *, model: nn.Module, **parts: Stateful):
         self.options, self.run, self.model, self.parts = options, run, model, parts
         self.folder = Path(options.save_dir)
         self.provenance = {**provenance(run), 'dataset_fingerprint': fingerprint(dataset)}
         self.epoch, self.start_batch, self.done = options.start_epoch, 0, 0  # the epoch, and how many of its batches
         self.best_rank1 = -1.0
         self.saved = time.monotonic()
-        self.begun = False  # a step was taken
+        self.meter: LossMeter | None = None  # None until a step was taken
         self.position: Path | None = None  # the file that holds what was done so far, while there is one
         self.path: str | Path | None  # of the file that the run continues from
         self.path, loaded = self._newest() if options.auto_resume and not options.evaluate else (None, None)
@@ -125,11 +124,10 @@ class Checkpoint:
             where = f'in epoch {self.epoch + 1} after batch {self.start_batch}'
         print(f'Continuing {where}; best Rank-1 so far {max(self.best_rank1, 0):.1%}')
 
-    def _known(self, state: dict) -> dict[str, Any]:
+    def _known(self, state: dict) -> dict:
         """The recipe of a file. Options that its script has gained since have their defaults there."""
         same_script = _script(state.get('provenance')) == _script(self.provenance)
-        recipe: dict[str, Any] = state['recipe']
-        return self.options.defaults | recipe if same_script else recipe
+        return self.options.defaults | state['recipe'] if same_script else state['recipe']
 
     def epochs(self, max_epoch: int) -> Iterator[int]:
         """The epochs that are left, counted from 0; the first one may have begun before, at batch `start_batch`.
@@ -167,12 +165,8 @@ class Checkpoint:
         self.run.signals.release()
 
     def _check_room(self) -> None:
-        """Raise UserError, in every process, if the disk has no room for the weights alone: each save would fail."""
-        free = -1
-        with contextlib.suppress(OSError):
-            usage = shutil.disk_usage(self.folder)
-            free = usage.free if usage.total else -1  # some network file systems report zeros
-        free = int(self.run.stack(torch.tensor(free))[0])  # that of the first process, which saves
+        """Refuse, in every process, to begin where each save would fail."""
+        free = int(self.run.stack(torch.tensor(free_space(self.folder)))[0])  # of the first process, which saves
         needed = sum(tensor.nbytes for tensor in self.model.state_dict().values())
         if 0 <= free < needed:
             raise UserError(
@@ -188,7 +182,8 @@ class Checkpoint:
         """
         self.done, self.position = meter.count, None
         last = self.done == meter.total
-        if not self.begun:
+        if self.meter is None:
+            self.meter = meter
             self._begin(afresh=(epoch, self.done) == (0, 1))
         stop = self.run.stopping(last)
         if stop or (last and epoch in self.options.test_epochs):
@@ -201,7 +196,6 @@ class Checkpoint:
 
     def _begin(self, afresh: bool) -> None:
         """After the first step, not before: a run that fails at once must not delete anything of the previous one."""
-        self.begun = True
         if self.run.rank or not self._is_finite():
             return
         if self.options.overwrite and (not self.options.resume or self.options.resume_weights_only):
@@ -217,8 +211,13 @@ class Checkpoint:
                     path.unlink()
 
     def rescue(self) -> Path | None:
-        """Save what was done when the run fails, unless it is saved already; the file, None where there is none."""
-        if self.begun and self.position is None:
+        """Save what was done when the run fails, unless it is saved already; the file, None where there is none.
+
+        Nothing is saved in the middle of a step: BatchNorm has seen its batch, and some weights may have changed.
+        """
+        if self.meter and self.meter.count == self.done and self.position is None:
+            if self.run.world_size == 1:  # else it needs the others
+                self.meter.record()
             self._save_position()
         return self.position if self.position and self.position.exists() else None
 
@@ -248,12 +247,12 @@ class Checkpoint:
         rank1 = figures['rank1']
         is_best = rank1 > self.best_rank1
         self.best_rank1 = max(rank1, self.best_rank1)
+        self.position = path = self.folder / f'checkpoint_ep{epoch + 1}.pth.tar'
         if self.run.rank:
             return
         meter.tested(epoch, figures)
         if not self._is_finite():
             raise UserError(f'weights are not finite after epoch {epoch + 1}; nothing was saved. Try a lower --lr')
-        path = self.folder / f'checkpoint_ep{epoch + 1}.pth.tar'
         with self.run.unwritten.excuse(path):
             save_checkpoint(self._state(epoch, 0, rank1), is_best, path)
         self.saved = time.monotonic()
@@ -275,9 +274,9 @@ class Checkpoint:
         }
 
 
-def _age(path: Path) -> tuple[int, str]:
-    """Sorts the newest first."""
-    return -path.stat().st_mtime_ns, path.name
+def _age(path: Path) -> tuple[int, ...]:
+    """Sorts the newest first; of files of the same moment (some milliseconds) that of the later epoch and batch."""
+    return -path.stat().st_mtime_ns, *(-int(number) for number in re.findall(r'\d+', path.name))
 
 
 ENTRIES = {'recipe': dict, 'state': dict, 'epoch': int, 'best_rank1': int | float}  # what a run continues from

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,6 +29,14 @@ def write_whole(fpath: str | Path, write: Callable[[Path], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def free_space(folder: str | Path) -> int:
+    """Free bytes on the disk of `folder`; -1 where they are not known: some network file systems report zeros."""
+    with contextlib.suppress(OSError):
+        usage = shutil.disk_usage(folder)
+        return usage.free if usage.total else -1
+    return -1
 
 
 class Unwritten(list[str]):

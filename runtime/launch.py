@@ -26,7 +26,7 @@ from utils import Logger, mkdir_if_missing
 
 ENDS = (0, 2, 128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit statuses after which --max-restarts does not restart
 
-LAUNCHER_ENDS = 10  # seconds in which the launcher ends the other processes of one that was killed
+WORD_COMES = 30  # seconds, more than a launcher needs to end the other processes of one that was killed
 
 Experiment = Callable[[Arguments, Run], object]
 End = tuple[int, str]  # exit status, and what is written to stderr and the log
@@ -77,27 +77,51 @@ def _run(experiment: Experiment, args: Arguments, group: Group, unwritten: Unwri
     run: Run | None = None
     with signals.heeded():
         try:
-            print(f'==========\nArgs:{args.plain()}\n==========')
-            run = device.start(args.run, group, signals, unwritten, log)
-            experiment(args, run)
-            group.leave()
-            elapsed = datetime.timedelta(seconds=round(time.time() - started))
-            print(f'Finished. Total elapsed time (h:m:s): {elapsed}')
-            return 0, ''
-        except Stopped as stopped:
-            print(stopped)
-            if stopped.together:
+            try:
+                print(f'==========\nArgs:{args.plain()}\n==========')
+                run = device.start(args.run, group, signals, unwritten, log)
+                experiment(args, run)
                 group.leave()
+                elapsed = datetime.timedelta(seconds=round(time.time() - started))
+                print(f'Finished. Total elapsed time (h:m:s): {elapsed}')
+                return 0, ''
+            except Exception as problem:
+                signals.hold()
+                return _end(problem, run, group, signals)
+        except Stopped as stopped:
+            if stopped.together:
+                print(stopped)
+                with contextlib.suppress(RuntimeError):  # another process has not lived to leave
+                    group.leave()
+            else:  # in a test, before which the position was saved; a second SIGINT does not wait for a save
+                saved = '' if signals.held else _rescue(run)
+                print(f'{stopped}; {saved}' if saved else stopped)
             return 128 + stopped.signal, ''
-        except Exception as problem:
-            signals.hold()
-            if processes.lost_another(problem) and signals.wait(LAUNCHER_ENDS):
-                return 128 + signals.waiting, ''  # the launcher reports the one that was lost
-            if run and run.rescue:
-                run.rescue()
-            if isinstance(problem, UserError):
-                return group.agree(problem.status, f'error: {problem}\n')
-            return group.agree(1, traceback.format_exc())
+
+
+def _end(problem: Exception, run: Run | None, group: Group, signals: Signals) -> End:
+    """How the run ends with an exception: its report, and where the run was saved."""
+    saved = ''
+    if processes.lost_another(problem):  # in the middle of a step, of which nothing is saved
+        end = time.monotonic() + WORD_COMES
+        while not (group.has_failed() or signals.waiting) and time.monotonic() < end:
+            time.sleep(0.01)
+        if signals.waiting and not group.has_failed():
+            return 128 + signals.waiting, ''  # the launcher reports the one that was killed
+    else:
+        saved = _rescue(run)
+    if isinstance(problem, UserError):
+        return group.agree(problem.status, f'error: {problem}; {saved}\n' if saved else f'error: {problem}\n')
+    fault = ''.join(traceback.format_exception(problem))
+    return group.agree(1, f'{fault}{saved}\n' if saved else fault)
+
+
+def _rescue(run: Run | None) -> str:
+    """Save what was done, unless it is saved; the words that say where, or none."""
+    with contextlib.suppress(Exception):  # the device has failed: that is reported
+        if run and run.rescue and (path := run.rescue()):
+            return f'saved {path}, from which --auto-resume continues'
+    return ''
 
 
 def _supervise(options: RunOptions) -> End:

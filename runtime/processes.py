@@ -119,6 +119,13 @@ class Group:
             dist.barrier()
             dist.destroy_process_group()
 
+    def has_failed(self) -> bool:
+        """Whether a process has reported its failure, or the store is lost."""
+        try:
+            return self.store is None or self.store.check(['failed'])
+        except RuntimeError:
+            return True
+
     def agree(self, status: int, text: str) -> tuple[int, str]:
         """Exit status and text of a process that fails: the status of the first one that did, and its text alone.
 

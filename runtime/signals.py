@@ -6,14 +6,11 @@ import shlex
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 from runtime.processes import Processes
-
-PASSED_ON = 1  # seconds within which a launcher forwards a signal that its processes have received as well
 
 
 class Stopped(BaseException):  # like KeyboardInterrupt: no `except Exception` may take it for a fault
@@ -41,9 +38,9 @@ class Signals:
     def __init__(self, processes: Processes):
         self.processes = processes
         self.waiting = 0  # the signal's number, 0 for none
+        self.received = 0  # how many came
         self.held = False  # until the end of a step
         self.ending = False  # `Stopped` was raised
-        self.received = 0.0
 
     def hold(self) -> None:
         """From now on a signal waits until somebody asks for it: `waiting`, or `release`."""
@@ -61,16 +58,12 @@ class Signals:
         text = f' after saving {saved}. {how_to_continue(self.processes)}' if saved else ''
         return Stopped(number, text, together=True)
 
-    def wait(self, seconds: float) -> bool:
-        """Whether a signal came before so many seconds have passed; it has to be held."""
-        end = time.monotonic() + seconds
-        while not self.waiting and time.monotonic() < end:
-            time.sleep(0.01)
-        return bool(self.waiting)
-
     @contextlib.contextmanager
     def heeded(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the run with `Stopped`, at once or when it is ready; a second SIGINT at once."""
+        """SIGTERM and SIGINT end the run with `Stopped`, at once or when it is ready; a second SIGINT at once.
+
+        Under a launcher the third one: it forwards the first, which a terminal sends to its processes as well.
+        """
         before = {}
         if threading.current_thread() is threading.main_thread():
             before = {number: signal.signal(number, self._heed) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -81,11 +74,9 @@ class Signals:
                 signal.signal(number, handler)
 
     def _heed(self, number: int, _: FrameType | None) -> None:
-        forwarded = self.processes.started and time.monotonic() - self.received <= PASSED_ON
-        again = self.waiting and not forwarded
-        if not self.waiting:
-            self.waiting, self.received = number, time.monotonic()
-        at_once = again and number == signal.SIGINT
+        self.waiting = self.waiting or number
+        self.received += 1
+        at_once = number == signal.SIGINT and self.received > (2 if self.processes.started else 1)
         if self.ending:  # the run is on its way out, where nothing would catch a second `Stopped`
             if at_once:
                 os._exit(128 + number)

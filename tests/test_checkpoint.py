@@ -1,7 +1,7 @@
 """Resuming bit for bit is tested with the scripts; here the parts."""
 
+import os
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,28 +10,41 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import StepLR
 
 import weights
-from runtime import launch
+from arguments import SaveOptions, ShowOptions
+from readers.tree import Dataset
 from runtime.checkpoint import Checkpoint
+from runtime.device import Run
 from runtime.errors import UserError
+from runtime.meters import LossMeter
 
 
 def options(save_dir, **changes):
     recipe = {'lr': 0.01, 'seed': 1}
-    return SimpleNamespace(
-        **{
-            'save_dir': str(save_dir), 'resume': '', 'resume_weights_only': False, 'overwrite': False, 'start_epoch': 0,
-            'evaluate': False, 'auto_resume': False, 'save_minutes': 5, 'keep': 3, 'no_report': True,
-            'test_epochs': {2}, 'recipe': recipe, 'defaults': recipe, 'arguments': {**recipe, 'workers': 2}, **changes,
-        }
-    )  # fmt: skip
-
-
-DATA = SimpleNamespace(train=[('a.jpg', 0, 0)], query=[], gallery=[])
+    more = {'recipe': recipe, 'defaults': recipe, 'arguments': {**recipe, 'workers': 2}, **changes}
+    return SaveOptions(save_dir=str(save_dir), no_report=True, max_epoch=3, **more)
 
 
 def begin(options, **state):
-    run = launch.Run(torch.device('cpu'), 'fp32', 'fp32', 1)
-    return Checkpoint(DATA, options, run, **state)
+    dataset = Dataset('drawn', [('a.jpg', 0, 0), ('b.jpg', 1, 0)], [], [])
+    return Checkpoint(dataset, options, Run(torch.device('cpu')), **state)
+
+
+def meter_of(checkpoint):
+    return LossMeter(ShowOptions(save_dir=checkpoint.options.save_dir), checkpoint.run, checkpoint.parts['optimizer'])
+
+
+def record_test(checkpoint, epoch, rank1):
+    checkpoint.tested(epoch, {'rank1': rank1}, meter_of(checkpoint))
+
+
+class Batches(list):
+    """In place of a loader; an exception among its batches is raised in its turn."""
+
+    def epoch(self, epoch, start):
+        for batch in self[start:]:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
 
 
 def parts(num_classes=3):
@@ -55,8 +68,12 @@ def train(model, optimizer, scheduler, epochs=1):
 def saved(tmp_path, epoch=0, rank1=0.5):
     state = parts()
     train(**state)
-    begin(options(tmp_path), **state).tested(epoch, {'rank1': rank1})
+    record_test(begin(options(tmp_path), **state), epoch, rank1)
     return state, tmp_path / f'checkpoint_ep{epoch + 1}.pth.tar'
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def equal(one, other):
@@ -102,7 +119,7 @@ def test_best_model_is_the_best_also_after_a_resume(tmp_path):
     checkpoint = begin(options(tmp_path, resume=str(path)), **parts())
     best = tmp_path / 'best_model.pth.tar'
     for epoch, rank1, expected in ((1, 0.4, 0), (2, 0.6, 2), (3, 0.6, 2)):
-        checkpoint.tested(epoch, {'rank1': rank1})
+        record_test(checkpoint, epoch, rank1)
         assert torch.load(best, weights_only=True)['epoch'] == expected
     assert len(list(tmp_path.glob('checkpoint_ep*.pth.tar'))) == 4
 
@@ -133,7 +150,7 @@ def test_an_option_that_a_file_does_not_know_has_its_default(script, value, tmp_
     recipe, defaults = {'lr': 0.01, 'margin': value, 'seed': 1}, {'lr': 0.0003, 'margin': 0.3, 'seed': 1}
     gained = options(tmp_path, resume=str(path), recipe=recipe, defaults=defaults)
     if (script, value) == ('same.py', 0.3):
-        assert begin(gained, **parts()).start_epoch == 1
+        assert begin(gained, **parts()).epoch == 1
         return
     known = '0.3' if script == 'same.py' else 'not an option'
     with pytest.raises(UserError, match=f'another recipe: --margin was {known}, is {value}. Give'):
@@ -190,8 +207,20 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with torch.no_grad():
         state['model'].classifier.weight[0, 0] = float('nan')
     with pytest.raises(UserError, match='weights are not finite after epoch 1'):
-        begin(options(tmp_path), **state).tested(0, {'rank1': 0.5})
-    assert not list(tmp_path.iterdir())
+        record_test(begin(options(tmp_path), **state), 0, 0.5)
+    assert names(tmp_path) == ['metrics.csv']  # the figures of the test
+
+
+def test_of_files_of_the_same_moment_the_later_position_is_the_newest(tmp_path):
+    """A clock of files has steps of some milliseconds, in which two small ones can be written."""
+    order = ['resume_1_9', 'resume_1_10', 'checkpoint_ep1', 'resume_2_1', 'checkpoint_ep10', 'resume_11_1']
+    _, path = saved(tmp_path)
+    for name in order:
+        (tmp_path / f'{name}.pth.tar').write_bytes(path.read_bytes())
+        os.utime(tmp_path / f'{name}.pth.tar', (1, 1))
+    for name in reversed(order):
+        assert begin(options(tmp_path, auto_resume=True), **parts()).path == tmp_path / f'{name}.pth.tar'
+        (tmp_path / f'{name}.pth.tar').unlink()
 
 
 @pytest.mark.parametrize('loss', [1.0, float('nan')])
@@ -199,17 +228,92 @@ def test_overwrite_removes_the_old_run_after_the_first_step_of_the_new_one(loss,
     saved(tmp_path, epoch=7)
     kept = ['log_train.txt', 'mine.pth.tar']
     old = ['best_model.pth.tar', 'checkpoint_ep8.pth.tar', *kept, 'metrics.csv', 'report.html']
-    for name in ('log_train.txt', *old[4:]):
+    for name in ('log_train.txt', 'report.html'):
         (tmp_path / name).write_text(name)
     state = parts()
     begun_with = tmp_path / 'mine.pth.tar'
     begun_with.write_bytes(b'')
     changes = {'overwrite': True, 'arguments': {'pretrained': str(begun_with)}}
     checkpoint = begin(options(tmp_path, **changes), **state)
-    meter = SimpleNamespace(watch=lambda *_: iter([0, 1]))
-    batches = checkpoint.batches(range(2), next(checkpoint.epochs(1)), meter)
-    next(batches)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(old)  # the first batch might not fit into memory
-    checkpoint.run.guard(torch.tensor(loss), state['optimizer'])
-    next(batches)
-    assert sorted(path.name for path in tmp_path.iterdir()) == (kept if loss == 1.0 else sorted(old))
+    meter, epoch = meter_of(checkpoint), next(checkpoint.epochs(1))
+    next(meter.watch(Batches([0, 1]), epoch))
+    assert names(tmp_path) == sorted(old)  # the first batch might not fit into memory
+    checkpoint.run.skip_unless_finite(torch.tensor(loss), state['optimizer'])
+    checkpoint.after_step(epoch, meter)
+    assert names(tmp_path) == (kept if loss == 1.0 else sorted(old))
+
+
+@pytest.fixture
+def training(tmp_path):
+    """A checkpoint, the loader, and what takes the steps of the run, one with each `next`: epoch and batch."""
+    state, loader = parts(), Batches([1, 2])
+    checkpoint = begin(options(tmp_path, eval_step=2), **state)
+    meter = meter_of(checkpoint)
+
+    def steps():
+        for epoch in checkpoint.epochs(3):
+            for batch in meter.watch(loader, epoch):
+                yield epoch, batch
+                loss = state['model'](torch.zeros(2, 3, 32, 16)).square().sum()
+                checkpoint.run.skip_unless_finite(loss, state['optimizer'])
+                meter.update(loss=loss)
+                checkpoint.after_step(epoch, meter)
+            yield epoch, 'end'
+            if epoch == 1:
+                record_test(checkpoint, epoch, 0.5)
+
+    return checkpoint, loader, steps()
+
+
+def until(steps, *place):
+    assert place in steps
+
+
+def test_a_run_that_fails_before_its_first_step_saves_nothing(training, tmp_path):
+    checkpoint, _, steps = training
+    assert checkpoint.run.rescue is None
+    until(steps, 0, 1)
+    assert checkpoint.run.rescue() is None and names(tmp_path) == []
+
+
+def test_a_run_that_fails_between_two_steps_is_saved_once(training, tmp_path):
+    checkpoint, loader, steps = training
+    loader.append(UserError('an image that cannot be read'))
+    with pytest.raises(UserError):
+        list(steps)
+    position = tmp_path / 'resume_1_2.pth.tar'
+    assert checkpoint.run.rescue() == position
+    found = torch.load(position, weights_only=True)
+    assert (found['epoch'], found['batch']) == (-1, 2)
+    assert (tmp_path / 'metrics.csv').read_text().count('\n') == 2  # the losses of both steps are in a row
+    position.write_text('')
+    assert checkpoint.run.rescue() == position and position.read_text() == ''
+
+
+def test_in_the_middle_of_a_step_nothing_is_saved(training, tmp_path):
+    checkpoint, _, steps = training
+    until(steps, 0, 2)
+    assert checkpoint.run.rescue() is None and names(tmp_path) == []
+
+
+def test_a_run_that_fails_in_a_test_or_after_it_names_the_newest_file(training, tmp_path):
+    checkpoint, _, steps = training
+    until(steps, 1, 'end')
+    assert names(tmp_path) == ['metrics.csv', 'resume_2_2.pth.tar']  # saved before the test
+    assert checkpoint.run.rescue() == tmp_path / 'resume_2_2.pth.tar'
+    until(steps, 2, 1)
+    assert checkpoint.run.rescue() == tmp_path / 'checkpoint_ep2.pth.tar'
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(training, tmp_path):
+    checkpoint, _, steps = training
+    until(steps, 0, 2)
+    checkpoint.run.skip_unless_finite(torch.tensor(float('nan')))
+    until(steps, 0, 'end')
+    assert checkpoint.run.rescue() is None and 'resume_1_2.pth.tar' not in names(tmp_path)
+
+
+def test_a_run_that_has_ended_has_nothing_to_save(training):
+    checkpoint, _, steps = training
+    list(steps)
+    assert checkpoint.run.rescue is None and not checkpoint.run.signals.held

@@ -1,11 +1,11 @@
 import csv
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import utils
+from arguments import ShowOptions
 from runtime.errors import UserError
 from runtime.meters import LossMeter
 
@@ -32,10 +32,12 @@ def watch(meter, losses, epoch=0, start=0, **extra):
 
 
 @pytest.fixture
-def meter(tmp_path):
+def meter(tmp_path, run):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+
     def make(print_freq, **changes):
-        options = {'quiet': False, 'tensorboard': False, 'save_dir': tmp_path, 'train_batch': 8, 'max_epoch': 3}
-        return LossMeter(SimpleNamespace(print_freq=print_freq, **options | changes))
+        options = ShowOptions(print_freq=print_freq, save_dir=str(tmp_path), train_batch=8, max_epoch=3, **changes)
+        return LossMeter(options, run, optimizer)
 
     return make
 
@@ -49,7 +51,7 @@ def test_the_lines_of_the_original(capsys, meter):
     assert capsys.readouterr().out == 'Batch 2/2\t Loss 9.000000 (8.000000)\n'
 
 
-def test_an_epoch_that_goes_on(capsys, meter):
+def test_an_epoch_that_continues(capsys, meter):
     watch(meter(2), [1.0, 2.0, 3.0, 4.0, 5.0], start=3)
     assert capsys.readouterr().out == 'Batch 4/5\t Loss 4.000000 (4.000000)\n'
 
@@ -69,7 +71,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(bad, print_freq, meter):
         watch(meter(print_freq), [1.0, 1.0, bad, 1.0], epoch=2)
 
 
-def test_collapse_is_told_once_when_it_lasts_an_epoch(capsys, meter):
+def test_collapse_is_reported_once_when_it_lasts_an_epoch(capsys, meter):
     shown = meter(1)
     for value in (0.0, 1.0, 1.0):
         watch(shown, [0.3, 0.3], collapsed=torch.tensor(value))
@@ -101,10 +103,11 @@ def test_metrics_csv(meter, tmp_path, capsys):
     assert [(row['epoch'], row['batch'], row['loss'], row['mAP']) for row in found] == [
         ('1', '2', '1.5', ''), ('1', '3', '6', ''), ('1', '', '', '0.5'),
     ]  # fmt: skip
+    assert [row['lr'] for row in found] == ['0.5', '0.5', '']
     assert all(float(row['images_per_s']) > 0 and 0 <= float(row['data_wait']) <= 1 for row in found[:2])
-    watch(meter(1), [1.0, 2.0], epoch=1, start=1, htri=torch.tensor(0.5))  # a run that goes on
+    watch(meter(1), [1.0, 2.0], epoch=1, start=1, htri=torch.tensor(0.5))  # a run that continues
     assert [row['batch'] for row in rows(tmp_path)] == ['2', '3', '', '2']
-    late = meter(1)  # a run that goes on behind the last batch of an epoch, with its test
+    late = meter(1)  # a run that continues with the test of an epoch
     watch(late, [1.0, 2.0], epoch=1, start=2)
     late.tested(1, FIGURES)
     assert rows(tmp_path)[-1] == {
@@ -129,15 +132,15 @@ def test_tensorboard_reads_what_is_written(meter, tmp_path):
     } == set(events.Tags()['scalars'])
 
 
-def test_a_bar_on_terminals_and_lines_elsewhere(meter, tmp_path, monkeypatch, capfd):
+def test_a_bar_on_terminals_and_lines_elsewhere(meter, run, tmp_path, monkeypatch, capfd):
     """On a terminal the lines go to the log alone; with --quiet neither they nor the bar are shown."""
     monkeypatch.setattr(utils.Logger, 'isatty', lambda self: True)
     for quiet in (False, True):
         log = tmp_path / f'{quiet}.txt'
-        with utils.Logger(log):
+        with utils.Logger(log) as run.log:
             watch(meter(1, quiet=quiet), [1.0, 2.0])
         found = capfd.readouterr()
         assert 'Batch' not in found.out
         assert ('loss=2.000' in found.err) == ('Epoch 1/3' in found.err) == (not quiet)
-        assert quiet or re.search(r'2/2 \|.*\| 00:00, left=00:00, img/s=\d+, wait=\d+%, loss=2.000', found.err)
+        assert quiet or re.search(r'2/2 \|.*\| \d+:\d\d, left=00:00, img/s=\d+, wait=\d+%, loss=2.000', found.err)
         assert log.read_text() == 'Batch 1/2\t Loss 1.000000 (1.000000)\nBatch 2/2\t Loss 2.000000 (1.500000)\n'

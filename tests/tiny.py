@@ -1,10 +1,20 @@
 """A network of a thousand parameters for tests, and a way to run a script with it in a process of its own.
 
 python tests/tiny.py train_img_model_xent.py -a tiny ...
+
+Something can happen to the process in the middle of a step, so that no test has to catch it there by the clock:
+ACT='stop 61 0; kill 901 0' in the environment stops the process of rank 0 at its 61st batch and kills it at its 901st.
 """
 
+import functools
+import multiprocessing
+import os
 import runpy
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,6 +25,7 @@ from torch import nn  # noqa: E402
 
 import models  # noqa: E402
 from models.network import Network  # noqa: E402
+from runtime.errors import UserError  # noqa: E402
 
 
 class Tiny(Network):
@@ -40,6 +51,92 @@ class Tiny(Network):
 
 models.factory['tiny'] = Tiny
 
+
+def at_batch(number: int, act: Callable[[], object]) -> None:
+    """Call `act` while batch `number` of the trainings of this process, counted from 1, is computed."""
+    count, whole = 0, Tiny.forward
+
+    def forward(model, x):
+        nonlocal count
+        count += model.training
+        if model.training and count == number:
+            act()
+        return whole(model, x)
+
+    Tiny.forward = forward
+
+
+def waiting() -> int:
+    """The signal that the run of this process was sent and has not heeded yet."""
+    return signal.getsignal(signal.SIGTERM).__self__.waiting  # of its Signals, whose method is the handler
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_later(lines):
+    """End this process when that many more lines of Python have run."""
+
+    def trace(frame, event, arg):
+        nonlocal lines
+        lines -= event == 'line'
+        if lines < 0:
+            kill()
+        return trace
+
+    sys.settrace(trace)
+
+
+def kill_worker():
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+
+def stop():
+    """Stop until SIGCONT comes; the process that started this one can wait for that (`os.WUNTRACED`)."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def ask_launcher():
+    """Ask the launcher of this process to stop, and take no further step before it has forwarded that."""
+    os.kill(os.getppid(), signal.SIGTERM)
+    while not waiting():
+        time.sleep(0.01)
+
+
+def ask_all():
+    """Ask the launcher and all processes of the run to stop, as a batch system does."""
+    children = subprocess.run(['pgrep', '-P', str(os.getppid())], capture_output=True, text=True, check=True).stdout
+    for pid in (os.getppid(), *map(int, children.split())):
+        os.kill(pid, signal.SIGTERM)
+
+
+def ignore():
+    """Receive no signal to stop."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def mistake():
+    raise UserError(f'what process {os.environ["RANK"]} says')
+
+
+def fault():
+    raise ValueError(f'what process {os.environ["RANK"]} says')
+
+
+ACTS = [kill, kill_later, kill_worker, stop, ask_launcher, ask_all, ignore, mistake, fault]
+
+
+def plan() -> None:
+    """What ACT asks for: name, batch and rank of each act, and its arguments."""
+    for words in filter(None, os.environ.get('ACT', '').split(';')):
+        name, batch, rank, *numbers = words.split()
+        if os.environ.get('RANK', '0') == rank:
+            (act,) = (act for act in ACTS if act.__name__ == name)
+            at_batch(int(batch), functools.partial(act, *map(int, numbers)))
+
+
 if __name__ == '__main__':
+    plan()
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name='__main__')

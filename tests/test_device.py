@@ -1,0 +1,181 @@
+import os
+import platform
+import random
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from tiny import Tiny
+from torch.optim import SGD, Adam
+
+import models
+from arguments import RunOptions
+from runtime import device
+from runtime.device import Run
+from runtime.errors import UserError
+from runtime.precision import has_bf16
+from runtime.processes import Processes
+
+CPU = torch.device('cpu')
+
+
+def start(**options):
+    return device.start(RunOptions(**{'use_cpu': True, **options}))
+
+
+def test_start_seeds_everything():
+    drawn = []
+    for _ in range(2):
+        start(seed=5)
+        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))  # noqa: NPY002
+    assert drawn[0] == drawn[1]
+    start(seed=6)
+    assert torch.rand(()).item() != drawn[0][2]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='memory is kept by an option of glibc')
+def test_freed_memory_is_kept_on_a_cpu():
+    """Eight blocks of 16 MB take 32768 pages from the kernel: once or twice, where it could be each of ten times."""
+    program = """if True:
+        import resource, torch
+        from arguments import RunOptions
+        from runtime import device
+        device.start(RunOptions(use_cpu=True, precision='fp32'))
+        def faults():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        before = faults()
+        for _ in range(10):
+            blocks = [torch.ones(1 << 22) for _ in range(8)]
+            del blocks
+        print(faults() - before)
+    """
+    env = {name: value for name, value in os.environ.items() if not name.startswith(('MALLOC_', 'GLIBC_TUNABLES'))}
+    command = [sys.executable, '-c', program]
+    printed = subprocess.run(command, check=True, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True).stdout
+    assert int(printed.split()[-1]) < 3 * 32768
+
+
+def test_an_allocator_that_the_user_has_tuned_is_left_alone(monkeypatch):
+    calls = []
+    library = SimpleNamespace(mallopt=lambda *option: calls.append(option) or 1)
+    monkeypatch.setattr(device.ctypes, 'CDLL', lambda name: library)
+    for name in [name for name in os.environ if name.startswith(('MALLOC_', 'GLIBC_TUNABLES'))]:
+        monkeypatch.delenv(name)
+    start()
+    assert calls == [(device.M_MMAP_THRESHOLD, 1 << 28), (device.M_TRIM_THRESHOLD, (1 << 31) - 1)]
+    monkeypatch.setenv('MALLOC_ARENA_MAX', '8')
+    start()
+    assert len(calls) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='this machine has CUDA')
+def test_gpus_that_are_not_there(capsys):
+    assert start(use_cpu=False).device.type == 'cpu'
+    assert 'Currently using CPU (GPU is highly recommended)' in capsys.readouterr().out
+    with pytest.raises(UserError, match='--gpu-devices 0,1: this machine has 0 CUDA devices'):
+        start(use_cpu=False, gpu_devices='0,1')
+
+
+def test_precision(monkeypatch):
+    monkeypatch.setattr(device, 'has_bf16', lambda device: True)
+    run = start()
+    assert (run.precision, run.test_precision) == ('bf16', 'fp32')
+    assert start(precision='bf16').test_precision == 'bf16'
+    assert start(width=32).precision == 'fp32'
+    with pytest.raises(UserError, match='--precision bf16 with --width 32'):
+        start(precision='bf16', width=32)
+    with pytest.raises(UserError, match='tf32 is for CUDA'):
+        start(precision='tf32')
+    with pytest.raises(UserError, match='--compile is for CUDA'):
+        start(compile=True)
+    with pytest.raises(UserError, match='--sync-bn is for CUDA'):
+        start(sync_bn=True)
+    monkeypatch.setattr(device, 'has_bf16', lambda device: False)
+    assert start().precision == 'fp32'
+
+
+def test_autocast_is_for_the_model_call():
+    weight = torch.ones(2, 2)
+    run = Run(CPU, 'bf16', 'fp32')
+    with run.autocast():
+        assert (weight @ weight).dtype == torch.bfloat16
+    with run.autocast(testing=True):
+        assert (weight @ weight).dtype == torch.float32
+
+
+@pytest.mark.parametrize('kind', [Adam, SGD])
+def test_a_loss_that_is_not_finite_steps_nothing(kind, run):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = kind([weight], lr=0.1, fused=True)
+
+    def step(loss):
+        optimizer.zero_grad()
+        loss.backward()
+        run.skip_unless_finite(loss, optimizer)
+        optimizer.step()
+
+    step(weight.sum())
+    after_one = weight.detach().clone()
+    assert (after_one < 1).all()
+    step(weight.sum() * float('nan'))
+    assert torch.equal(weight, after_one)
+    assert not run.is_healthy()
+    step(weight.sum())  # nor does any step after it: BatchNorm has seen what was not finite
+    assert torch.equal(weight, after_one) and not run.is_healthy()
+
+
+def test_an_optimizer_that_cannot_skip_a_step_is_refused(run):
+    weight = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(UserError, match='SGD cannot skip a step on the device: give it fused=True'):
+        run.skip_unless_finite(weight.sum(), SGD([weight], lr=0.1))
+
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    return models.init_model('resnet50', 2).eval().to(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(not has_bf16(CPU), reason='this CPU has no bf16 instructions')
+@pytest.mark.parametrize(('height', 'width'), [(96, 48), (256, 128)])
+def test_features_of_bf16_are_those_of_fp32(model, height, width):
+    images = torch.randn(2, 3, height, width).contiguous(memory_format=torch.channels_last)
+    features = []
+    for precision in ('fp32', 'bf16'):
+        run = Run(CPU, precision, precision)
+        with torch.inference_mode(), run.autocast(testing=True):
+            features.append(model(images).float())
+    full, half = features
+    assert ((full - half).norm(dim=1) / full.norm(dim=1)).max() < 0.02  # 8 bits of mantissa through 50 layers
+
+
+def test_sync_bn_keeps_parameters_and_keys(monkeypatch):
+    monkeypatch.setattr(device, 'DistributedDataParallel', lambda module, *args, **kwargs: module)
+    model = Tiny(3)
+    keys, params = list(model.state_dict()), list(model.parameters())
+    replica = Run(CPU, sync_bn=True, processes=Processes(world_size=2)).replicate(model)
+    assert sum(isinstance(module, torch.nn.SyncBatchNorm) for module in replica.modules()) == 2
+    assert list(model.state_dict()) == list(replica.state_dict()) == keys
+    assert all(mine is theirs for mine, theirs in zip(replica.parameters(), params, strict=True))
+    assert model.eval()(torch.rand(2, 3, 32, 16)).shape == (2, 16)  # a test on the CPU
+
+
+def test_which_gpu_a_process_takes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    taken = []
+    monkeypatch.setattr(torch.cuda, 'set_device', taken.append)
+
+    def take(local_rank, number, listed):
+        processes = Processes(local_rank=local_rank, local_world_size=number)
+        return device._device(RunOptions(gpu_devices=listed), processes)
+
+    for local_rank, number, listed in ((0, 1, '2'), (1, 2, '0'), (1, 2, '2,3')):
+        assert take(local_rank, number, listed) == taken[-1]
+    assert [each.index for each in taken] == [2, 1, 3]
+    with pytest.raises(UserError, match='0,1,2: 3 GPUs for 2 processes on this host'):
+        take(1, 2, '0,1,2')
