@@ -7,6 +7,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import inspect
 import io
 import json
 import runpy
@@ -14,8 +15,9 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fake_gpu
 import numpy as np
@@ -527,3 +529,282 @@ def test_nothing_is_left_of_the_emulation(data_dir, tmp_path):
     assert [getattr(*name) for name in names] == before and not torch.cuda.is_available()
     gc.collect()
     assert not [thing for thing in gc.get_objects() if type(thing) is DeviceTensor]
+
+
+# Faults
+
+
+class Fault(NamedTuple):
+    """A mistake that somebody could make: `function` is called with the function at `place` and its arguments."""
+
+    place: str
+    kind: str  # of the report
+    function: Callable
+    line: int | None  # which must be reported
+
+
+FAULTS: list[Fault] = []
+
+
+def fault(place: str, kind: str) -> Callable[[Callable], Callable]:
+    """A decorator of faults. The line that must be reported ends with `# here`; without one it is the project's own."""
+
+    def add(function: Callable) -> Callable:
+        lines, first = inspect.getsourcelines(function)
+        line = next((number for number, text in enumerate(lines, first) if text.endswith('# here\n')), None)
+        # The code is passed off as that of a file of the project, with the line numbers that it has in this one.
+        function.__code__ = function.__code__.replace(co_filename=str(ROOT / 'fault.py'))
+        FAULTS.append(Fault(place, kind, function, line))
+        return function
+
+    return add
+
+
+# Of the loss. `whole` is the function without the fault.
+
+
+@fault('criterion', WAIT)
+def reads_the_loss(whole, *args):
+    loss = whole(*args)
+    loss.item()  # here
+    return loss
+
+
+@fault('criterion', WAIT)
+def branches_on_the_loss(whole, *args):
+    loss = whole(*args)
+    if loss > 0:  # here
+        return loss
+    return -loss
+
+
+@fault('criterion', WAIT)
+def prints_the_loss(whole, *args):
+    loss = whole(*args)
+    print(loss)  # here
+    return loss
+
+
+@fault('criterion', WAIT)
+def formats_the_loss(whole, *args):
+    loss = whole(*args)
+    print(f'{loss:.3f}')  # here
+    return loss
+
+
+@fault('criterion', WAIT)
+def counts_what_is_right(whole, criterion, logits, pids):
+    (logits.argmax(1) == pids).float().mean().tolist()  # here
+    return whole(criterion, logits, pids)
+
+
+@fault('criterion', WAIT)
+def selects_by_a_mask(whole, criterion, logits, pids):
+    logits[pids > 0].sum()  # here
+    return whole(criterion, logits, pids)
+
+
+@fault('criterion', WAIT)
+def writes_by_a_mask(whole, criterion, logits, pids):
+    scores = torch.zeros_like(logits.detach())
+    scores[pids > 0] = scores.new_ones(logits.shape[1])  # here
+    return whole(criterion, logits, pids)
+
+
+@fault('criterion', WAIT)
+def selects_by_an_index_on_the_host(whole, criterion, logits, pids):
+    logits[torch.arange(2)].sum()  # here
+    return whole(criterion, logits, pids)
+
+
+@fault('criterion', WAIT)
+def makes_one_hot_labels_of_unknown_size(whole, criterion, logits, pids):
+    F.one_hot(pids)  # here
+    return whole(criterion, logits, pids)
+
+
+@fault('criterion', WAIT)
+def lists_the_identities(whole, criterion, logits, pids):
+    pids.unique()  # here
+    return whole(criterion, logits, pids)
+
+
+@fault('criterion', WAIT)
+def compares_on_the_host(whole, criterion, logits, pids):
+    torch.equal(pids, pids.sort().values)  # here
+    return whole(criterion, logits, pids)
+
+
+@fault('criterion', WAIT)
+def makes_a_constant_in_each_step(whole, criterion, logits, pids):
+    weight = torch.tensor(1.0, device=logits.device)  # here
+    return weight * whole(criterion, logits, pids)
+
+
+@fault('criterion', WAIT)
+def writes_one_element(whole, criterion, logits, pids):
+    weights = torch.ones_like(pids)
+    weights[0] = 0  # here
+    return whole(criterion, logits, pids)
+
+
+@fault('criterion', WAIT)
+def fetches_the_loss(whole, *args):
+    loss = whole(*args)
+    loss.detach().cpu()  # here
+    return loss
+
+
+@fault('criterion', RACE)
+def fetches_the_loss_and_reads_it_too_early(whole, *args):
+    loss = whole(*args)
+    copy = loss.detach().to('cpu', non_blocking=True)
+    float(copy)  # here
+    return loss
+
+
+@fault('criterion', PAGEABLE)
+def fetches_the_loss_to_memory_that_is_not_pinned(whole, *args):
+    loss = whole(*args)
+    torch.empty(()).copy_(loss.detach(), non_blocking=True)  # here
+    return loss
+
+
+@fault('criterion', MIXED)
+def leaves_weights_on_the_host(whole, criterion, logits, pids):
+    weights = torch.ones(logits.shape[1])
+    return whole(criterion, logits * weights, pids)  # here
+
+
+@fault('criterion', MIXED)
+def looks_up_in_a_table_on_the_host(whole, criterion, logits, pids):
+    torch.ones(logits.shape[1])[pids]  # here
+    return whole(criterion, logits, pids)
+
+
+@fault('criterion', MIXED)
+def hands_the_loss_to_numpy(whole, *args):
+    loss = whole(*args)
+    np.mean(np.asarray(loss.detach()))  # here
+    return loss
+
+
+@fault('criterion', MIXED)
+def names_the_first_gpu(whole, criterion, logits, pids):
+    weights = torch.ones(logits.shape[1], device='cuda:0')
+    return whole(criterion, logits * weights, pids)  # here
+
+
+@fault('criterion', MIXED)
+def assumes_that_a_thread_is_on_the_same_gpu(whole, criterion, logits, pids):
+    with ThreadPoolExecutor(1) as pool:
+        weights = pool.submit(torch.ones, logits.shape[1], device='cuda').result()
+    return whole(criterion, logits * weights, pids)  # here
+
+
+@fault('distances', MIXED)
+def assumes_a_gpu_in_a_thread_of_the_ranking(whole, *args):
+    distances = whole(*args)
+    return distances + torch.zeros(1, device=torch.cuda.current_device())  # here
+
+
+# Of what surrounds it
+
+
+@fault('augmentation', WAIT)
+def counts_what_is_translated(whole, transform, images, draws):
+    (draws[:, 0] >= 0.5).nonzero()  # here
+    return whole(transform, images, draws)
+
+
+@fault('augmentation', WAIT)
+def sends_a_table_in_each_step(whole, transform, images, draws):
+    table = torch.zeros(4, dtype=draws.dtype).to(draws.device)  # here
+    return whole(transform, images, draws + table)
+
+
+@fault('guard', WAIT)
+def reads_the_flag(whole, run, loss, *optimizers):
+    whole(run, loss, *optimizers)
+    bool(optimizers[0].found_inf)  # here
+
+
+@fault('guard', WAIT)
+def clips_gradients_and_checks_them(whole, run, loss, *optimizers):
+    params = optimizers[0].param_groups[0]['params']
+    nn.utils.clip_grad_norm_(params, 1.0, error_if_nonfinite=True)  # here
+    whole(run, loss, *optimizers)
+
+
+@fault('guard', MIXED)
+def leaves_the_state_of_the_optimizer_on_the_host(whole, run, loss, *optimizers):
+    whole(run, loss, *optimizers)
+    for state in optimizers[0].state.values():
+        state['step'] = state['step'].cpu()
+
+
+@fault('meter', WAIT)
+def reads_each_loss(whole, meter, **losses):
+    whole(meter, **losses)
+    print(float(losses['loss'].detach()))  # here
+
+
+@fault('meter', WAIT)
+def synchronizes_to_measure_time(whole, meter, **losses):
+    torch.cuda.synchronize()  # here
+    whole(meter, **losses)
+
+
+@fault('meter', WAIT)
+def saves_in_each_step(whole, meter, **losses):
+    torch.save(losses, io.BytesIO())  # here
+    whole(meter, **losses)
+
+
+@fault('copy of a batch', WAIT)
+def waits_for_the_copy_of_a_batch(whole, block, device):
+    block[1].to(device)  # here
+    return whole(block, device)
+
+
+@fault('copy of a batch', PAGEABLE)
+def copies_a_batch_that_is_not_pinned(whole, block, device):
+    return whole((block[0], block[1].clone()), device)
+
+
+@fault('prefetching', RACE)
+def uses_a_batch_that_may_be_on_its_way(whole, blocks, device):
+    stream = torch.cuda.Stream(device)
+    for block in blocks:
+        with torch.cuda.stream(stream):
+            images = find('copy of a batch')[2](block, device)
+        for _, pixels in images:
+            pixels.record_stream(torch.cuda.current_stream(device))
+        yield images
+
+
+@fault('prefetching', RACE)
+def lets_the_memory_of_a_batch_be_used_again(whole, blocks, device):
+    stream = torch.cuda.Stream(device)
+    for block in blocks:
+        with torch.cuda.stream(stream):
+            images = find('copy of a batch')[2](block, device)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        yield images
+
+
+@pytest.mark.parametrize('fault', FAULTS, ids=lambda fault: fault.function.__name__)
+def test_a_fault_is_reported_with_its_line(fault, data_dir, tmp_path, monkeypatch):
+    owner, name, whole = find(fault.place)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: fault.function(whole, *args, **kwargs))
+    with fake_gpu.emulated() as gpu, marked_steps(gpu) as marks:
+        options = ['--gpu-devices', '1', '--precision', 'fp32']
+        status = run_script('train_img_model_xent', data_dir, tmp_path, *options)
+    reports = gpu.of(MIXED) if fault.kind == MIXED else of_steps(gpu, marks)
+    assert {report.kind for report in reports} == {fault.kind}
+    assert status == (1 if fault.kind == MIXED else 0)
+    for report in reports:
+        first, *others = report.lines
+        if fault.line:
+            assert first == ('fault.py', fault.line, fault.function.__name__)
+        assert (ROOT / (others[0] if fault.line else first).path).exists()
