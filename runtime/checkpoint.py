@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 import weights
 from arguments import SaveOptions
 from data_manager import fingerprint
+from models.network import Network
 from page import results
 from readers.tree import Dataset
 from runtime.device import Run
@@ -55,7 +56,7 @@ class Checkpoint:
         UserError: the file cannot be read or does not fit the model, or its recipe is another one.
     """
 
-    def __init__(self, dataset: Dataset, options: SaveOptions, run: Run, *, model: nn.Module, **parts: Stateful):
+    def __init__(self, dataset: Dataset, options: SaveOptions, run: Run, *, model: Network, **parts: Stateful):
         self.options, self.run, self.model, self.parts = options, run, model, parts
         self.folder = Path(options.save_dir)
         self.provenance = {**provenance(run), 'dataset_fingerprint': fingerprint(dataset)}
@@ -124,10 +125,11 @@ class Checkpoint:
             where = f'in epoch {self.epoch + 1} after batch {self.start_batch}'
         print(f'Continuing {where}; best Rank-1 so far {max(self.best_rank1, 0):.1%}')
 
-    def _known(self, state: dict) -> dict:
+    def _known(self, state: dict) -> dict[str, Any]:
         """The recipe of a file. Options that its script has gained since have their defaults there."""
         same_script = _script(state.get('provenance')) == _script(self.provenance)
-        return self.options.defaults | state['recipe'] if same_script else state['recipe']
+        recipe: dict[str, Any] = state['recipe']
+        return self.options.defaults | recipe if same_script else recipe
 
     def epochs(self, max_epoch: int) -> Iterator[int]:
         """The epochs that are left, counted from 0; the first one may have begun before, at batch `start_batch`.

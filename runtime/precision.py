@@ -18,13 +18,12 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether products and convolutions of float32 may be rounded to TF32, on GPUs that can."""
-    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(matmul, 'fp32_precision'):  # since torch 2.9, where reading the older name may raise
-        matmul.fp32_precision = 'tf32' if allowed else 'ieee'
-        convolutions.conv.fp32_precision = 'tf32' if allowed else 'ieee'  # type: ignore[attr-defined]  # set at run time
-    else:
-        matmul.allow_tf32 = convolutions.allow_tf32 = allowed
+    """Whether products and convolutions of float32 may be rounded to TF32, on GPUs that can.
+
+    By the older names: where a part was set by the newer `fp32_precision`, torch raises when it reads all by the older.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Scripts are run from their files, as from the shell. See fake_gpu.py for what th
 """
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import importlib
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import fake_gpu
 import numpy as np
@@ -38,18 +40,18 @@ PLACES = {
     'augmentation': 'transforms:TrainTransform.__call__',
     'augmentation of a CPU': 'transforms:TrainTransform._on_cpu',
     'augmentation of a GPU': 'transforms:TrainTransform._anywhere',
-    'prefetching': 'dataset_loader:_ahead',
-    'copy of a batch': 'dataset_loader:_unpack',
+    'prefetching': 'runtime.feed:Feed._send',
+    'arrival of a batch': 'runtime.feed:Feed.next',
+    'copy of a batch': 'runtime.decoding:Block.images',
     'criterion': 'losses:CrossEntropyLabelSmooth.forward',
-    'guard': 'launch:Run.guard',
-    'meter': 'meters:LossMeter.update',
+    'guard': 'runtime.device:Run.skip_unless_finite',
+    'meter': 'runtime.meters:LossMeter.update',
     'distances': 'ranking:squared_distances',
     'tally': 'ranking:_tally_device',
-    'neighbours': 'ranking:_nearest_device',
+    'neighbours': 'reranking:nearest_device',
     'rank': 'ranking:rank',
     'rerank': 'ranking:rerank',
-    'replica': 'launch:Run.replicate',
-    'store of the processes': 'launch:_store',
+    'replica': 'runtime.device:Run.replicate',
 }
 REAL = [name for name, model in models.factory.items() if model.__module__.startswith('models.')]
 EPOCHS = 2
@@ -379,7 +381,6 @@ def test_one_process_of_two(data_dir, tmp_path, monkeypatch):
     for name, value in {**environment, 'MASTER_ADDR': 'localhost'}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(*find('replica')[:2], lambda run, module: module)
-    monkeypatch.setattr(*find('store of the processes'))  # to be restored
     with fake_gpu.emulated() as gpu, marked_steps(gpu) as marks:
         assert run_script('train_img_model_xent_htri', data_dir, tmp_path, '--gpu-devices', '1,0') == 0
     assert {key for key in given if isinstance(key, str)} == {'nccl'}
@@ -763,34 +764,25 @@ def saves_in_each_step(whole, meter, **losses):
 
 @fault('copy of a batch', WAIT)
 def waits_for_the_copy_of_a_batch(whole, block, device):
-    block[1].to(device)  # here
+    block.pixels.to(device)  # here
     return whole(block, device)
 
 
 @fault('copy of a batch', PAGEABLE)
 def copies_a_batch_that_is_not_pinned(whole, block, device):
-    return whole((block[0], block[1].clone()), device)
+    return whole(dataclasses.replace(block, pixels=block.pixels.clone()), device)
 
 
-@fault('prefetching', RACE)
-def uses_a_batch_that_may_be_on_its_way(whole, blocks, device):
-    stream = torch.cuda.Stream(device)
-    for block in blocks:
-        with torch.cuda.stream(stream):
-            images = find('copy of a batch')[2](block, device)
-        for _, pixels in images:
-            pixels.record_stream(torch.cuda.current_stream(device))
-        yield images
+@fault('arrival of a batch', RACE)
+def uses_a_batch_that_may_be_on_its_way(whole, feed):
+    with mock.patch.object(torch.cuda.Stream, 'wait_stream', lambda *_: None):
+        return whole(feed)
 
 
-@fault('prefetching', RACE)
-def lets_the_memory_of_a_batch_be_used_again(whole, blocks, device):
-    stream = torch.cuda.Stream(device)
-    for block in blocks:
-        with torch.cuda.stream(stream):
-            images = find('copy of a batch')[2](block, device)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        yield images
+@fault('arrival of a batch', RACE)
+def lets_the_memory_of_a_batch_be_used_again(whole, feed):
+    with mock.patch.object(DeviceTensor, 'record_stream', lambda *_: None):
+        return whole(feed)
 
 
 @pytest.mark.parametrize('fault', FAULTS, ids=lambda fault: fault.function.__name__)
