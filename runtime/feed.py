@@ -22,8 +22,9 @@ class Feed:
 
     def __init__(self, blocks: Iterator[Block | Resident], device: torch.device, stream: torch.cuda.Stream | None):
         self.blocks, self.device, self.stream = blocks, device, stream
-        self.coming = self._send() if stream else None
         self.waited = 0.0
+        self.coming = self._send() if stream else None
+        self.waited = 0.0  # the first one waits for the workers to start
 
     def __iter__(self) -> Iterator[Arrived]:
         while arrived := self.coming if self.stream else self._send():
