@@ -157,7 +157,7 @@ class TrainLoader:
         )
         feed = Feed(self._source().blocks(tasks), self.run.device, self.stream)
         began = time.perf_counter()
-        for batch_draws, (images, pids, _, more) in zip(draws, feed, strict=False):
+        for (images, pids, _, more), batch_draws in zip(feed, draws, strict=True):
             if images[0][1].is_floating_point() and not self.announced:
                 self.announced = True
                 print('The data set returns float images: they are taken as prepared and are not augmented')

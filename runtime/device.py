@@ -46,7 +46,7 @@ class Step(NamedTuple):
 
     flags: Tensor  # (2,) on the device
     host: Tensor  # (2,) the same, on the host once it is `copied`
-    copied: torch.cuda.Event | None
+    copied: 'torch.cuda.Event | None'
 
 
 class Run:

@@ -20,34 +20,39 @@ class Feed:
     `waited`: seconds that were spent waiting for blocks, but for the first one
     """
 
-    def __init__(self, blocks: Iterator[Block | Resident], device: torch.device, stream: torch.cuda.Stream | None):
+    def __init__(self, blocks: Iterator[Block | Resident], device: torch.device, stream: 'torch.cuda.Stream | None'):
         self.blocks, self.device, self.stream = blocks, device, stream
-        self.waited = 0.0
+        self.waited, self.asked = 0.0, 0  # blocks asked for; the first one waits for the workers to start
         self.coming = self._send() if stream else None
-        self.waited = 0.0  # the first one waits for the workers to start
 
-    def __iter__(self) -> Iterator[Arrived]:
-        while arrived := self.coming if self.stream else self._send():
-            if self.stream:
-                computing = torch.cuda.current_stream(self.device)
-                computing.wait_stream(self.stream)
-                for tensor in _tensors(arrived):
-                    tensor.record_stream(computing)  # its memory is not used again before the computation has ended
-                self.coming = self._send()
-            yield arrived
+    def __iter__(self) -> 'Feed':
+        return self
+
+    def __next__(self) -> Arrived:
+        arrived = self.coming if self.stream else self._send()
+        if arrived is None:
+            raise StopIteration
+        if self.stream:
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_stream(self.stream)
+            for tensor in _tensors(arrived):
+                tensor.record_stream(computing)  # its memory is not used again before the computation has ended
+            self.coming = self._send()
+        return arrived
 
     def _send(self) -> Arrived | None:
-        asked = time.perf_counter()
+        began = time.perf_counter()
         block = next(self.blocks, None)
-        self.waited += time.perf_counter() - asked
+        self.waited += time.perf_counter() - began if self.asked else 0
+        self.asked += 1
         if block is None:
             return None
         pin = self.stream is not None
         with torch.cuda.stream(self.stream):  # of None: nothing
             images = block.images(self.device)
-            pids = torch.tensor(block.pids, pin_memory=pin).to(self.device, non_blocking=True)
             more = default_collate(block.more) if block.more[0] else []
-            return images, pids, block.counts, [_moved(part, self.device, pin) for part in more]
+            pids, *more = (_moved(part, self.device, pin) for part in (torch.tensor(block.pids), *more))
+            return images, pids, block.counts, more
 
 
 def _moved(value: Any, device: torch.device, pin: bool) -> Any:

@@ -41,7 +41,7 @@ PLACES = {
     'augmentation of a CPU': 'transforms:TrainTransform._on_cpu',
     'augmentation of a GPU': 'transforms:TrainTransform._anywhere',
     'prefetching': 'runtime.feed:Feed._send',
-    'arrival of a batch': 'runtime.feed:Feed.next',
+    'arrival of a batch': 'runtime.feed:Feed.__next__',
     'copy of a batch': 'runtime.decoding:Block.images',
     'criterion': 'losses:CrossEntropyLabelSmooth.forward',
     'guard': 'runtime.device:Run.skip_unless_finite',
