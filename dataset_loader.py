@@ -237,7 +237,7 @@ def takes_rng(dataset: Items) -> bool:
 
 def workers_for(dataset: Items, number: int, device: torch.device, seed: int) -> Workers:
     """Processes that call `dataset.__getitem__` for the items of a task."""
-    draws = takes_rng(dataset)
+    draws, pin = takes_rng(dataset), device.type == 'cuda'
 
     def item(index: int, epoch: int, position: int) -> tuple:
         if not draws:
@@ -247,9 +247,10 @@ def workers_for(dataset: Items, number: int, device: torch.device, seed: int) ->
 
     def work(task: Task) -> Block:
         positions = range(task.first, task.first + task.step * len(task.items), task.step)
-        return collate([item(index, task.epoch, at) for index, at in zip(task.items, positions, strict=True)])
+        items = [item(index, task.epoch, at) for index, at in zip(task.items, positions, strict=True)]
+        return collate(items, pin=pin and number == 0)  # a worker's block is pinned where it arrives
 
-    return Workers(number, work, pin=device.type == 'cuda')
+    return Workers(number, work, pin)
 
 
 def size_of(dataset: Items) -> int:

@@ -48,7 +48,7 @@ PLACES = {
     'meter': 'runtime.meters:LossMeter.update',
     'distances': 'ranking:squared_distances',
     'tally': 'ranking:_tally_device',
-    'neighbours': 'reranking:nearest_device',
+    'neighbours': 'runtime.tiles:keys_on_device',
     'rank': 'ranking:rank',
     'rerank': 'ranking:rerank',
     'replica': 'runtime.device:Run.replicate',
@@ -775,7 +775,7 @@ def copies_a_batch_that_is_not_pinned(whole, block, device):
 
 @fault('arrival of a batch', RACE)
 def uses_a_batch_that_may_be_on_its_way(whole, feed):
-    with mock.patch.object(torch.cuda.Stream, 'wait_stream', lambda *_: None):
+    with mock.patch.object(type(torch.cuda.current_stream()), 'wait_stream', lambda *_: None):
         return whole(feed)
 
 
