@@ -6,11 +6,11 @@ Each process writes FOLDER/{number of processes}/{rank}.pt; each script of an ex
 """
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import tiny
@@ -22,8 +22,10 @@ import data_manager
 import evaluation
 import losses
 import models
+from arguments import DataOptions, RunOptions, TestOptions
 from dataset_loader import ImageDataset, train_loader
-from runtime import launch
+from runtime import device, processes
+from runtime.device import Run
 from samplers import RandomIdentitySampler
 from transforms import TrainTransform
 
@@ -42,12 +44,12 @@ class Frozen(tiny.Tiny):
         return self
 
 
-class Whole(nn.Module):
+class Whole(tiny.Tiny):
     """Features that are small whole numbers, many of them equal: they rank exactly."""
 
     feat_dim = 3
 
-    def forward(self, x):
+    def features(self, x):
         return (2 * x.mean((2, 3))).round()
 
 
@@ -72,12 +74,12 @@ def steps(run):
         loss = xent(logits, pids) + htri(*run.gather(features, pids)) + 0.1 * replica_cent(features, pids)
         optimizer.zero_grad()
         (factor * loss).backward()
-        run.guard(factor * loss, optimizer)
+        run.skip_unless_finite(factor * loss, optimizer)
         optimizer.step()
         return loss.detach()
 
     for _ in range(5):
-        shown.append(launch.mean(step()))
+        shown.append(run.mean(step()))
         gradients.append([param.grad.clone() for param in params])
     weights = [param.detach().clone() for param in params]
     step(float('nan') if run.rank == run.world_size - 1 else 1.0)
@@ -88,17 +90,16 @@ def steps(run):
 def batches(run, dataset):
     """The pixels and pids of an epoch, as they enter the network."""
     sampler = RandomIdentitySampler(dataset.train, 4, BATCH, seed=1)
-    loader = train_loader(ImageDataset(dataset.train), sampler, SimpleNamespace(workers=0), run)
+    loader = train_loader(ImageDataset(dataset.train), sampler, DataOptions(workers=0), run)
     augment = TrainTransform(32, 16)
     return [(augment(images, draws), pids) for images, pids, draws in loader.epoch(2)]
 
 
 def tests(run, dataset, folder):
     """What the test prints, with statistics of BatchNorm that only the first process has right, and exact rankings."""
-    options = SimpleNamespace(
-        dataset='market1501', arch='tiny', height=32, width=16, workers=0, test_batch=5,
-        resume='', save_dir=str(folder), evaluate=True, save_features=True,
-        rerank=False, k1=6, k2=3, lambda_value=0.3, no_report=False, quiet=False,
+    options = TestOptions(
+        arch='tiny', height=32, width=16, workers=0, test_batch=5, save_dir=str(folder), evaluate=True,
+        save_features=True, k1=6, k2=3,
     )  # fmt: skip
     torch.manual_seed(4)
     model = tiny.Tiny(5)
@@ -107,20 +108,19 @@ def tests(run, dataset, folder):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         rank1 = [evaluation.Test(dataset, options, run)(model)]
-        options.rerank = True
-        rank1.append(evaluation.Test(dataset, options, run)(model))
-    few = SimpleNamespace(query=dataset.query[:1], gallery=[])
-    few.gallery = [item for item in dataset.gallery if item[1] == few.query[0][1] and item[2] != few.query[0][2]][:1]
+        rank1.append(evaluation.Test(dataset, dataclasses.replace(options, rerank=True), run)(model))
+    (_, pid, camid), *_ = dataset.query
+    matches = [item for item in dataset.gallery if item[1] == pid and item[2] != camid]
     rankings, seen = [], []
-    for part in (dataset, few):
-        extracted = [evaluation.extract(Whole(), items, options, run) for items in (part.query, part.gallery)]
+    for subsets in ((dataset.query, dataset.gallery), (dataset.query[:1], matches[:1])):
+        extracted = [evaluation.extract(Whole(5), items, options, run) for items in subsets]
         seen.append([indices.tolist() for _, indices in extracted])
-        rankings.append({name: np.asarray(x) for name, x in vars(evaluation.rank(*extracted, part, run)).items()})
+        rankings.append({name: np.asarray(x) for name, x in vars(evaluation.rank(*extracted, *subsets, run)).items()})
     return {'printed': printed.getvalue(), 'rank1': rank1, 'rankings': rankings, 'seen': seen}
 
 
-def train(name, folder, data_dir, *options):
-    """Train with a script of an experiment, its train() untouched; plain SGD, whose steps are as large as gradients."""
+def train(name, folder, data_dir, group):
+    """Train with a script of an experiment, its steps untouched; plain SGD, whose steps are as large as gradients."""
     module = importlib.import_module(name)
     module.Adam = lambda params, lr, **_: SGD(params, lr, fused=True)
     module.Test = _NoTest
@@ -128,12 +128,12 @@ def train(name, folder, data_dir, *options):
         [
             '-a', 'frozen', '--height', '32', '--width', '16', '--workers', '0', '--use-cpu', '--precision', 'fp32',
             '--pretrained', 'none', '--train-batch', '8', '--lr', '0.1', '--max-epoch', '2', '--print-freq', '1',
-            '--data-dir', str(data_dir), '--save-dir', str(folder), *options,
+            '--data-dir', str(data_dir), '--save-dir', str(folder),
         ]
     )  # fmt: skip
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        module.main(args)
+        module.main(args, run_of(args.run, group))
     return [line for line in printed.getvalue().splitlines() if line.startswith('Batch')]
 
 
@@ -148,30 +148,26 @@ class _NoTest:
         return {'rank1': 0.5}
 
 
+def run_of(options, group):
+    """Another run of processes that have met."""
+    group.join = lambda device: None
+    return device.start(options, group)
+
+
 def main(folder, data_dir):
     torch.set_num_threads(1)
-    options = SimpleNamespace(
-        seed=1,
-        use_cpu=True,
-        gpu_devices='0',
-        precision='fp32',
-        sync_bn=False,
-        compile=False,
-        width=16,
-        deterministic=False,
-        max_restarts=0,
-    )
-    run = launch.start(options)
+    group = processes.Group(processes.of_environment())
+    run = device.start(RunOptions(use_cpu=True, precision='fp32'), group)
     folder = Path(folder) / str(run.world_size)
     dataset = data_manager.init_dataset('market1501', data_dir)
     found = {'steps': steps(run), 'batches': batches(run, dataset), 'tests': tests(run, dataset, folder), 'lines': {}}
     if run.world_size < 3:
-        found['lines'] = {name: train(name, folder / name, data_dir) for name in SCRIPTS}
-        gather, launch.Run.gather = launch.Run.gather, lambda run, features, pids: (features, pids)
-        train('train_img_model_xent_htri', folder / 'without_gather', data_dir)
-        launch.Run.gather = gather
+        found['lines'] = {name: train(name, folder / name, data_dir, group) for name in SCRIPTS}
+        gather, Run.gather = Run.gather, lambda run, features, pids: (features, pids)
+        train('train_img_model_xent_htri', folder / 'without_gather', data_dir, group)
+        Run.gather = gather
     torch.save(found, folder / f'{run.rank}.pt')
-    launch._leave()
+    group.leave()
 
 
 if __name__ == '__main__':

@@ -1,33 +1,33 @@
 """Several processes on the CPU: the result of one, and no process that is left behind."""
 
 import importlib
-import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, TINY
+from conftest import ENV, HANG, ROOT, SCRIPTS, TINY
 from torch import nn
 
+import data_manager
 import ranking
 from runtime import launch
 
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'}
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
 
 
-def torchrun(number, *command, timeout=120, **options):
+def torchrun(number, *command):
     """`command` in `number` processes, finished."""
-    launcher = [*TORCHRUN, '--standalone', '--nproc-per-node', str(number)]
-    return finished([*launcher, *map(str, command)], timeout, **options)
+    return finished([*TORCHRUN, '--standalone', '--nproc-per-node', str(number), *map(str, command)])
 
 
-def finished(command, timeout=120, env=ENV, **options):
-    return subprocess.run(command, timeout=timeout, env=env, capture_output=True, text=True, **options)
+def finished(command, env=ENV):
+    return subprocess.run(command, timeout=HANG, env=env, capture_output=True, text=True)
 
 
 @pytest.fixture(scope='module')
@@ -151,32 +151,24 @@ def test_a_script_that_forgets_the_gather_is_noticed(found):
     assert max((one[key] - two[key]).abs().max() for key in one if one[key].is_floating_point()) > 1e-4
 
 
-def on_two_gpus(name, *options, fault=None, timeout=60):
-    """A script as a plain command with --gpu-devices 0,1."""
-    command = [
-        ROOT / 'tests' / 'two_gpus.py',
-        ROOT / f'{name}.py',
-        *TINY,
-        '--gpu-devices',
-        '0,1',
-        '--pretrained',
-        'none',
-    ]
-    command = [sys.executable, *map(str, [*command, '--train-batch', 8, *options])]
-    command.remove('--use-cpu')
-    return finished(command, timeout, env={**ENV, 'FAULT': fault} if fault else ENV)
+def on_two_gpus(name, *options, act=''):
+    """A script as a plain command with --gpu-devices 0,1, and an `ACT` of tiny.py."""
+    shared = [option for option in TINY if option != '--use-cpu']
+    shared += ['--gpu-devices', '0,1', '--pretrained', 'none', '--train-batch', 8]
+    command = [sys.executable, ROOT / 'tests' / 'two_gpus.py', ROOT / f'{name}.py', *shared, *options]
+    return finished([*map(str, command)], {**ENV, 'ACT': act})
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_one_process_per_listed_gpu(name, data_dir, tmp_path, script, capsys):
-    """Two go on from where one stopped, and one from there; all that is printed and written is so once."""
+    """Two continue from where one stopped, and one from there; all that is printed and written is so once."""
     one, two, last = tmp_path / 'one', tmp_path / 'two', tmp_path / 'last'
     options = ['--eval-step', 1, '--data-dir', data_dir]
     assert script(name, *options, '--max-epoch', 1, '--save-dir', one) == 0
     resume = ['--resume', one / 'checkpoint_ep1.pth.tar', '--max-epoch', 3]
     run = on_two_gpus(name, *options, *resume, '--save-dir', two)
     assert (run.returncode, run.stderr) == (0, '')
-    once = ('2 processes', 'Args:', 'Going on after epoch 1', '==> Epoch 2/3', '==> Epoch 3/3', 'Finished')
+    once = ('2 processes', 'Args:', 'Continuing after epoch 1', '==> Epoch 2/3', '==> Epoch 3/3', 'Finished')
     assert [run.stdout.count(text) for text in once] == [1] * len(once)
     assert run.stdout.count('==> Test') == 2 and '==> Epoch 1/' not in run.stdout
     assert (two / 'log_train.txt').read_text() == run.stdout
@@ -187,7 +179,7 @@ def test_one_process_per_listed_gpu(name, data_dir, tmp_path, script, capsys):
 
     capsys.readouterr()
     assert script(name, *options, '--save-dir', last, '--resume', two / 'checkpoint_ep2.pth.tar', '--max-epoch', 3) == 0
-    assert 'Going on after epoch 2' in capsys.readouterr().out
+    assert 'Continuing after epoch 2' in capsys.readouterr().out
     mine, theirs = (torch.load(folder / 'checkpoint_ep3.pth.tar', weights_only=True) for folder in (two, last))
     assert mine['state_dict'].keys() == theirs['state_dict'].keys()
     assert mine['best_rank1'] >= torch.load(one / 'best_model.pth.tar', weights_only=True)['best_rank1']
@@ -207,32 +199,70 @@ def test_two_processes_evaluate_as_one(data_dir, tmp_path, script, capsys):
 
 
 @pytest.mark.parametrize(
-    ('fault', 'status', 'text'),
+    ('act', 'status', 'text'),
     [
-        ('mistake', 2, r'error: what the second process says\n'),
-        ('fault', 1, r'Traceback (?:(?!Traceback).)*\nValueError: what the second process says\n'),
-        ('killed', 137, r'error: process 1 of the run was ended by signal 9\n'),
+        ('mistake', 2, r'error: what process 1 says\n'),
+        ('fault', 1, r'Traceback (?:(?!Traceback).)*\nValueError: what process 1 says\n'),
+        ('kill', 137, r'error: process 1 of the run was ended by signal 9\n'),
     ],
 )
-def test_a_process_that_fails_ends_the_run(fault, status, text, data_dir, tmp_path):
-    """In seconds, with the first error once and its exit status."""
-    run = on_two_gpus(
-        'train_img_model_xent_htri', '--data-dir', data_dir, '--save-dir', tmp_path, fault=fault, timeout=30
-    )
+def test_a_process_that_fails_ends_the_run(act, status, text, data_dir, tmp_path):
+    """With the first error once and its exit status."""
+    options = ['--data-dir', data_dir, '--save-dir', tmp_path]
+    run = on_two_gpus('train_img_model_xent_htri', *options, act=f'{act} 2 1')
     assert run.returncode == status
     assert re.fullmatch(text, run.stderr, re.DOTALL), run.stderr
     log = (tmp_path / 'log_train.txt').read_text()
-    assert log.endswith(run.stderr) and log.count('what the second') == run.stderr.count('what the second')
+    assert log.endswith(run.stderr) and log.count('what process 1') == run.stderr.count('what process 1')
+    assert list(tmp_path.glob('*.pth.tar')) == []  # the first process lost the second in the middle of a step
 
 
-def test_a_mistake_of_all_processes_is_told_once(tmp_path):
+@pytest.fixture
+def copied(data_dir, tmp_path):
+    """A folder with a copy of market1501, and of its gallery the first image that the second process reads."""
+    shutil.copytree(data_dir / 'market1501', tmp_path / 'data' / 'market1501')
+    return tmp_path / 'data', Path(data_manager.init_dataset('market1501', str(tmp_path / 'data')).gallery[1][0])
+
+
+def test_two_processes_report_at_once_a_file_that_is_missing(copied, tmp_path):
+    data, image = copied
+    image.unlink()
+    image.symlink_to('nowhere')
+    run = on_two_gpus('train_img_model_xent', '--data-dir', data, '--save-dir', tmp_path / 'log')
+    assert run.returncode == 2 and '==> Epoch' not in run.stdout
+    assert re.fullmatch(rf'error: cannot read the image {image}: No such .* \(missing: 1 of .*\n', run.stderr)
+
+
+def test_two_processes_continue_with_a_test_that_failed_in_one(copied, tmp_path):
+    """Whose message says where the first one saved."""
+    data, image = copied
+    content = image.read_bytes()
+    image.write_bytes(content[:100])
+    options = ['train_img_model_xent_htri', '--data-dir', data, '--max-epoch', 1, '--save-dir', tmp_path / 'log']
+    run = on_two_gpus(*options)
+    assert run.returncode == 2
+    (position,) = (tmp_path / 'log').glob('*.pth.tar')
+    note = f'saved {position}, from which --auto-resume continues'
+    assert re.fullmatch(rf'error: cannot read the image {image}: .*; {note}\n', run.stderr), run.stderr
+    image.write_bytes(content)
+    run = on_two_gpus(*options, '--auto-resume')
+    assert (run.returncode, run.stderr) == (0, '')
+    assert '==> Epoch 1/1\n==> Test\n' in run.stdout
+    one, other = (
+        torch.load(path, weights_only=True)['state_dict']
+        for path in (position, tmp_path / 'log/checkpoint_ep1.pth.tar')
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_mistake_of_all_processes_is_reported_once(tmp_path):
     run = on_two_gpus('train_img_model_xent', '--data-dir', tmp_path, '--save-dir', tmp_path)
     assert run.returncode == 2
     assert run.stderr.startswith('error: ') and run.stderr.count('bounding_box_train') == 1
 
 
 @pytest.mark.parametrize(
-    ('options', 'told'),
+    ('options', 'reported'),
     [
         (['--train-batch', 9], 'error: --train-batch 9 cannot be shared by 2 processes, each with the same number of '
                                'images, 2 or more: use 8 or 10\n'),
@@ -240,17 +270,17 @@ def test_a_mistake_of_all_processes_is_told_once(tmp_path):
         (['--gpu-devices', '0,1,3'], 'error: --gpu-devices 0,1,3: this machine has 2 CUDA devices, and none of '),
     ],
 )  # fmt: skip
-def test_mistakes_that_are_seen_before_a_process_is_started(options, told, data_dir, tmp_path, monkeypatch, capsys):
+def test_mistakes_that_are_seen_before_a_process_is_started(options, reported, tmp_path, monkeypatch, capsys):
     module = importlib.import_module('train_img_model_xent')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    tiny = [option for option in TINY if option != '--use-cpu']
-    argv = ['x.py', *tiny, '--gpu-devices', '0,1', '--train-batch', 12, '--save-dir', tmp_path, *options]
+    shared = [option for option in TINY if option != '--use-cpu']
+    argv = ['x.py', *shared, '--gpu-devices', '0,1', '--train-batch', 12, '--save-dir', tmp_path, *options]
     monkeypatch.setattr(sys, 'argv', [str(arg) for arg in argv])
     with pytest.raises(SystemExit) as end:
         launch.main(module.main, module.parser)
     assert end.value.code == 2
     err = capsys.readouterr().err
-    assert told in err and err.count('\n') == 1
+    assert reported in err and err.count('\n') == 1
 
 
 def test_batches_of_whole_identities_are_proposed(monkeypatch, capsys):
@@ -293,7 +323,7 @@ def test_two_hosts_train_as_one_process(found, data_dir, tmp_path):
     meet = ['--nnodes', '2', '--nproc-per-node', '1', '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'localhost:{port}']
     command = [*TORCHRUN, *meet, ROOT / 'tests' / 'processes.py', tmp_path, data_dir]
     hosts = [subprocess.Popen([str(arg) for arg in command], env=ENV, stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [host.wait(timeout=120) for host in hosts] == [0, 0]
+    assert [host.wait(HANG) for host in hosts] == [0, 0]
     one = found[1][1][0]
     for rank in (0, 1):
         process = torch.load(tmp_path / '2' / f'{rank}.pt', weights_only=False)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -11,24 +12,18 @@ import data_manager
 import eval_metrics
 import evaluation
 import ranking
-from runtime import launch
+from arguments import TestOptions
+from readers.tree import ids_of
+from runtime import commands, testset
 from runtime.errors import UserError
+
+OPTIONS = TestOptions(
+    arch='tiny', height=32, width=16, workers=0, test_batch=5, evaluate=True, no_report=True, seq_len=4
+)
 
 
 def options(save_dir, **changes):
-    return SimpleNamespace(
-        **{
-            'dataset': 'market1501', 'arch': 'tiny', 'height': 32, 'width': 16, 'workers': 0, 'test_batch': 5,
-            'test_epochs': {2}, 'resume': '', 'save_dir': str(save_dir), 'evaluate': True,
-            'save_features': False, 'rerank': False, 'k1': 20, 'k2': 6, 'lambda_value': 0.3,
-            'no_report': True, 'quiet': False, 'seq_len': 4, 'pool': 'avg', **changes,
-        }
-    )  # fmt: skip
-
-
-@pytest.fixture
-def cpu():
-    return launch.Run(torch.device('cpu'), 'fp32', 'fp32', 1)
+    return dataclasses.replace(OPTIONS, save_dir=str(save_dir), **changes)
 
 
 @pytest.fixture
@@ -46,8 +41,8 @@ def printed(capsys):
     return capsys.readouterr().out.splitlines()
 
 
-def test_prints_the_lines_of_the_original(dataset, model, cpu, tmp_path, capsys):
-    figures = evaluation.Test(dataset, options(tmp_path), cpu)(model)
+def test_prints_the_lines_of_the_original(dataset, model, run, tmp_path, capsys):
+    figures = evaluation.Test(dataset, options(tmp_path), run)(model)
     lines = printed(capsys)[-14:]
     results = json.loads((tmp_path / 'results.json').read_text())
     queries = lines.pop(5)
@@ -71,16 +66,13 @@ def test_prints_the_lines_of_the_original(dataset, model, cpu, tmp_path, capsys)
     assert list(figures.values()) == [results['mAP'], results['mINP'], *(results['cmc'][k - 1] for k in (1, 5, 10))]
 
 
-def test_results_are_those_of_the_textbook(dataset, model, cpu, tmp_path):
-    test = evaluation.Test(dataset, options(tmp_path), cpu)
+def test_results_are_those_of_the_textbook(dataset, model, run, tmp_path):
+    test = evaluation.Test(dataset, options(tmp_path), run)
     test(model)
     results = json.loads((tmp_path / 'results.json').read_text())
-    features = [evaluation.extract(model, items, test.options, cpu)[0] for items in (dataset.query, dataset.gallery)]
+    features = [evaluation.extract(model, items, test.options, run)[0] for items in (dataset.query, dataset.gallery)]
     distmat = torch.cdist(*features).square().numpy()
-    ids = [
-        np.array([item[column] for item in items]) for column in (1, 2) for items in (dataset.query, dataset.gallery)
-    ]
-    cmc, mean_ap = eval_metrics.evaluate(distmat, *ids)
+    cmc, mean_ap = eval_metrics.evaluate(distmat, *ids_of(dataset.query, dataset.gallery))
     assert results['mAP'] == pytest.approx(mean_ap, abs=1e-6)
     np.testing.assert_allclose(results['cmc'], cmc, atol=1e-6)
     assert len(results['cmc']) == 50
@@ -90,13 +82,13 @@ def test_results_are_those_of_the_textbook(dataset, model, cpu, tmp_path):
     assert results['versions']['torch'] == torch.__version__
 
 
-def test_reranked(dataset, model, cpu, tmp_path, capsys):
-    test = evaluation.Test(dataset, options(tmp_path, rerank=True, k1=4, k2=2, lambda_value=0.1), cpu)
+def test_reranked(dataset, model, run, tmp_path, capsys):
+    test = evaluation.Test(dataset, options(tmp_path, rerank=True, k1=4, k2=2, lambda_value=0.1), run)
     figures = test(model)
     assert 'Re-ranking with k1 4, k2 2, lambda 0.1' in printed(capsys)
     results = json.loads((tmp_path / 'results.json').read_text())
-    features = [evaluation.extract(model, items, test.options, cpu)[0] for items in (dataset.query, dataset.gallery)]
-    ids = evaluation._ids(dataset.query, dataset.gallery)
+    features = [evaluation.extract(model, items, test.options, run)[0] for items in (dataset.query, dataset.gallery)]
+    ids = ids_of(dataset.query, dataset.gallery)
     everyone = torch.cat(features)
     expected = reranked_densely(torch.cdist(everyone, everyone).square().numpy(), len(dataset.query), 4, 2, 0.1)
     cmc, mean_ap = eval_metrics.evaluate(expected, *ids)
@@ -105,20 +97,20 @@ def test_reranked(dataset, model, cpu, tmp_path, capsys):
     assert results['rerank'] == {'k1': 4, 'k2': 2, 'lambda_value': 0.1}
 
 
-def test_every_test_batch_prints_the_same(dataset, model, cpu, tmp_path, capsys):
+def test_every_test_batch_prints_the_same(dataset, model, run, tmp_path, capsys):
     seen = set()
     for test_batch in (1, 2, 3, 7, len(dataset.gallery) - 1, len(dataset.gallery), 10_000):
-        evaluation.Test(dataset, options(tmp_path, test_batch=test_batch), cpu)(model)
+        evaluation.Test(dataset, options(tmp_path, test_batch=test_batch), run)(model)
         seen.add(tuple(printed(capsys)[-12:]))
     assert len(seen) == 1
 
 
-def test_the_mode_of_the_model_is_kept(data_dir, model, cpu, tmp_path):
+def test_the_mode_of_the_model_is_kept(data_dir, model, run, tmp_path):
     dataset = data_manager.init_dataset('market1501', str(data_dir))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for mode in (True, False):
         model.train(mode)
-        evaluation.extract(model, dataset.query, options(tmp_path), cpu)
+        evaluation.extract(model, dataset.query, options(tmp_path), run)
         assert model.training is mode
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -130,22 +122,97 @@ def test_pool():
     assert evaluation.pool(features, counts, 'max').tolist() == [[3.0, 5.0], [7.0, 7.0]]
 
 
-def test_queries_without_a_match(data_dir, model, cpu, tmp_path):
+def test_queries_without_a_match_are_noticed_without_a_look_at_the_disk(data_dir, run, tmp_path, monkeypatch):
     dataset = data_manager.init_dataset('market1501', str(data_dir))
-    dataset.gallery = [(path, pid + 1000, camid) for path, pid, camid in dataset.gallery]
-    with pytest.raises(UserError, match='gallery'):
-        evaluation.Test(dataset, options(tmp_path), cpu)(model)
-    assert not (tmp_path / 'results.json').exists()
+    monkeypatch.setattr(testset, 'look_up', lambda *_: pytest.fail('a file was looked up'))
+    gallery, number = dataset.gallery, len(dataset.query)
+    dataset.gallery = [(path, pid + 1000, camid) for path, pid, camid in gallery]
+    with pytest.raises(
+        UserError, match=rf'none of the {number} queries .*: {number} show .* lacks, 0 one .* same camera'
+    ):
+        evaluation.Test(dataset, options(tmp_path), run)
+    dataset.query = [(path, pid, 0) for path, pid, _ in dataset.query]
+    dataset.gallery = [(path, pid, 0) for path, pid, _ in gallery]
+    with pytest.raises(
+        UserError, match=rf'none of the {number} queries .*: 0 show .* lacks, {number} one .* same camera'
+    ):
+        evaluation.Test(dataset, options(tmp_path), run)
 
 
-def test_saved_features_are_ranked_from_disk(dataset, model, cpu, tmp_path, capsys, monkeypatch):
-    test = evaluation.Test(dataset, options(tmp_path, save_features=True), cpu)
+def test_one_query_with_a_match_is_enough(data_dir, model, run, tmp_path):
+    dataset = data_manager.init_dataset('market1501', str(data_dir))
+    _, pid, camid = dataset.query[0]
+    match = next(item for item in dataset.gallery if item[1] == pid and item[2] != camid)
+    dataset.query, dataset.gallery = [item for item in dataset.query if item[1:] == (pid, camid)], [match]
+    dataset.query.append((dataset.query[0][0], 999, 0))
+    evaluation.Test(dataset, options(tmp_path), run)(model)
+    counts = json.loads((tmp_path / 'results.json').read_text())['queries']
+    assert (counts['all'] - counts['valid'], counts['not in the gallery']) == (1, 1)
+
+
+@pytest.mark.parametrize('subset', ['query', 'gallery'])
+def test_an_empty_test_set_is_refused(subset, dataset, run, tmp_path):
+    setattr(dataset, subset, [])
+    with pytest.raises(UserError, match=f'{dataset.name}: the {subset} set is empty'):
+        evaluation.Test(dataset, options(tmp_path), run)
+
+
+def test_files_that_are_missing_are_named(dataset, run, tmp_path):
+    *gallery, (paths, pid, camid) = dataset.gallery
+    gone = f'{tmp_path}/gone.jpg'
+    dataset.gallery = [*gallery, (gone if isinstance(paths, str) else (*paths, gone), pid, camid)]
+    with pytest.raises(
+        UserError, match=rf'image {gone}: No such file or directory \(missing: 1 of \d+ files of the test\)'
+    ):
+        evaluation.Test(dataset, options(tmp_path, seq_len=99), run)
+    if not isinstance(paths, str):  # only the frames that a test reads are looked up
+        evaluation.Test(dataset, options(tmp_path, seq_len=1), run)
+
+
+def test_the_first_process_alone_looks_files_up_and_all_fail(data_dir, tmp_path, monkeypatch):
+    dataset = data_manager.init_dataset('market1501', str(data_dir))
+    monkeypatch.setattr(testset, 'look_up', lambda *_: pytest.fail('a file was looked up'))
+    missing = torch.zeros(len(dataset.query) + len(dataset.gallery), dtype=torch.uint8)
+    second = SimpleNamespace(rank=1, sum=lambda values: values + missing)
+    evaluation.Test(dataset, options(tmp_path), second)
+    missing[:2] = 1
+    with pytest.raises(UserError, match=rf'{dataset.query[0][0]}: .*missing: 2 of .*, also {dataset.query[1][0]}'):
+        evaluation.Test(dataset, options(tmp_path), second)
+
+
+def test_the_look_up_ends_with_its_time(tmp_path):
+    gone = [f'{tmp_path}/{number}' for number in range(3)]
+    assert testset.look_up(gone, seconds=0) == [0]
+    (tmp_path / '1').touch()
+    (tmp_path / '3').symlink_to('4')
+    gone += [f'{tmp_path}/3', f'{tmp_path}/1/below_a_file']
+    assert testset.look_up(gone, seconds=float('inf')) == [0, 2, 3, 4]
+
+
+def test_lists_of_frames_are_tracklets_too(data_dir, model, run, tmp_path):
+    """In the training part they are as good as tuples."""
+    dataset = data_manager.init_dataset('mars', str(data_dir))
+    figures = evaluation.Test(dataset, options(tmp_path), run)(model)
+    for subset in ('query', 'gallery'):
+        setattr(dataset, subset, [(list(paths), pid, camid) for paths, pid, camid in getattr(dataset, subset)])
+    assert evaluation.Test(dataset, options(tmp_path), run)(model) == figures
+
+
+def test_features_that_do_not_fit_on_the_disk(dataset, run, small_disk):
+    """They are a map of the file, and a process that writes into one on a full disk ends by SIGBUS."""
+    test = evaluation.Test(dataset, options(small_disk, save_features=True), run)
+    with pytest.raises(UserError, match=r'--save-features: .*query/features.npy cannot be written \(No space left'):
+        test._features_file('query', dataset.query, 200_000 // len(dataset.query))
+
+
+def test_saved_features_are_ranked_from_disk(dataset, model, run, tmp_path, capsys, monkeypatch):
+    test = evaluation.Test(dataset, options(tmp_path, save_features=True), run)
     test(model)
     figures = printed(capsys)[-9:]
     folders = [tmp_path / 'features' / subset for subset in ('query', 'gallery')]
     features, pids, camids = ranking.read(folders[1])
     assert isinstance(features, np.memmap)
-    np.testing.assert_array_equal(features, evaluation.extract(model, dataset.gallery, test.options, cpu)[0])
+    np.testing.assert_array_equal(features, evaluation.extract(model, dataset.gallery, test.options, run)[0])
     assert list(zip(pids, camids, strict=True)) == [item[1:] for item in dataset.gallery]
     monkeypatch.setattr('sys.argv', ['ranking.py', *map(str, folders)])
     ranking.main()
@@ -154,6 +221,6 @@ def test_saved_features_are_ranked_from_disk(dataset, model, cpu, tmp_path, caps
     for spoil in (lambda path: path.write_bytes(b'no array'), lambda path: path.unlink()):
         spoil(folders[0] / 'pids.npy')
         with pytest.raises(SystemExit) as end:
-            ranking.main()
+            commands.run(ranking.main)
         err = capsys.readouterr().err
         assert end.value.code == 2 and err.count('\n') == 1 and 'pids.npy cannot be read' in err

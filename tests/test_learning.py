@@ -2,10 +2,10 @@
 
 import json
 import re
+import resource
 import shlex
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT, SCRIPTS
@@ -15,13 +15,16 @@ pytestmark = pytest.mark.soak
 MAKEFILE = (ROOT / 'Makefile').read_text()
 SMALL = ['--height', '96', '--width', '48', '--pretrained', 'none', '--workers', '2']
 DEMO = shlex.split(re.search(r'train_img_model_xent\.py((?:[^\n]*\\\n)*[^\n]*)', MAKEFILE)[1].replace('\\\n', ' '))
-EPOCHS = {  # that fit into three minutes on 2 cores
+EPOCHS = {  # that fit into MINUTES on 2 cores
     'train_img_model_cent': 5,
     'train_img_model_xent': 5,
     'train_img_model_xent_htri': 26,
     'train_vid_model_xent': 4,
     'train_vid_model_xent_htri': 45,
 }
+
+
+MINUTES, DEMO_MINUTES = 3, 4
 
 
 @pytest.fixture(scope='module')
@@ -36,17 +39,26 @@ def results(name, save_dir, *args) -> dict:
     return json.loads((save_dir / 'results.json').read_text())
 
 
+def cpu_minutes() -> float:
+    """Of all processes so far that have ended, on both cores: a busy machine takes longer, but has no more to do."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (usage.ru_utime + usage.ru_stime) / 60
+
+
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_a_script_at_least_doubles_the_map_of_its_untrained_self(name, toys, tmp_path, capsys):
     data = ['-d', 'toy_mars' if 'vid' in name else 'toy_market1501', '--data-dir', toys]
     before = results(name, tmp_path / 'before', *data, *SMALL, '--evaluate')
-    begun = time.monotonic()
+    begun = cpu_minutes()
     after = results(name, tmp_path / 'after', *data, *SMALL, '--max-epoch', EPOCHS[name])
-    took = time.monotonic() - begun
+    took = cpu_minutes() - begun
     with capsys.disabled():
-        print(f'\n{name}: mAP {before["mAP"]:.1%} -> {after["mAP"]:.1%}, Rank-1 {after["cmc"][0]:.1%}, {took:.0f} s')
+        print(
+            f'\n{name}: mAP {before["mAP"]:.1%} -> {after["mAP"]:.1%}, Rank-1 {after["cmc"][0]:.1%}, '
+            f'{took:.1f} minutes of a core'
+        )
     assert after['mAP'] >= 2 * before['mAP']
-    assert took <= 180
+    assert took <= 2 * MINUTES
 
 
 @pytest.mark.parametrize('seed', [1, 2, 3])
@@ -54,13 +66,14 @@ def test_the_demo(seed, toys, tmp_path, capsys):
     """The command of `make demo`, but for the folder."""
     seeded = [*DEMO, '--data-dir', toys, '--seed', seed]
     before = results('train_img_model_xent', tmp_path / 'before', *seeded, '--evaluate')
-    begun = time.monotonic()
+    begun = cpu_minutes()
     after = results('train_img_model_xent', tmp_path / 'after', *seeded)
-    took = time.monotonic() - begun
+    took = cpu_minutes() - begun
     with capsys.disabled():
         print(
-            f'\nseed {seed}: mAP {before["mAP"]:.1%} -> {after["mAP"]:.1%}, Rank-1 {after["cmc"][0]:.1%}, {took:.0f} s'
+            f'\nseed {seed}: mAP {before["mAP"]:.1%} -> {after["mAP"]:.1%}, Rank-1 {after["cmc"][0]:.1%}, '
+            f'{took:.1f} minutes of a core'
         )
     assert after['mAP'] >= 0.8 and after['cmc'][0] >= 0.9
     assert before['mAP'] < after['mAP'] / 4
-    assert took <= 240
+    assert took <= 2 * DEMO_MINUTES

@@ -1,4 +1,5 @@
 import csv
+import importlib.util
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ import eval_metrics
 import evaluation
 import page
 from page import results, runs
-from runtime import files, launch
+from runtime.device import Run
+from runtime.errors import UserError
+from runtime.files import Unwritten
 from utils import read_json
 
 
@@ -22,7 +25,7 @@ def tested(request, data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp('tested')
     dataset = data_manager.init_dataset(request.param, str(data_dir))
     torch.manual_seed(0)
-    model, cpu = Tiny(3), launch.Run(torch.device('cpu'), 'fp32', 'fp32', 1)
+    model, cpu = Tiny(3), Run(torch.device('cpu'))
     test = evaluation.Test(dataset, options(folder, no_report=False), cpu)
     figures = test(model)
     features = [evaluation.extract(model, items, test.options, cpu)[0] for items in (dataset.query, dataset.gallery)]
@@ -50,6 +53,14 @@ def test_results_csv(tested):
         assert row['first_rank'] == (str(order.index(pid) + 1) if pid in order else '')
         wrong = [there for there in order[:10] if there != pid]
         assert row['nearest_wrong'] == (str(wrong[0]) if wrong else '')
+
+
+def test_packages_of_the_page_are_looked_for_before_a_training(tested, run, monkeypatch, tmp_path):
+    dataset, find_spec = tested[0], importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'matplotlib' else find_spec(name))
+    with pytest.raises(UserError, match=r'report\.html needs matplotlib: pip install matplotlib, or --no-report'):
+        evaluation.Test(dataset, options(tmp_path, no_report=False), run)
+    evaluation.Test(dataset, options(tmp_path, no_report=True), run)
 
 
 def test_ranking_npz(tested):
@@ -85,13 +96,12 @@ def reciprocal_rank(ranks, offsets):
     return scores
 
 
-def test_a_metric_is_added_by_a_function_and_a_row(data_dir, tmp_path, monkeypatch):
+def test_a_metric_is_added_by_a_function_and_a_row(data_dir, run, tmp_path, monkeypatch):
     row = eval_metrics.Metric('mrr', 'Reciprocal rank', reciprocal_rank)
     monkeypatch.setattr(eval_metrics, 'METRICS', (*eval_metrics.METRICS, row))
     torch.manual_seed(0)
     dataset = data_manager.init_dataset('market1501', str(data_dir))
-    cpu = launch.Run(torch.device('cpu'), 'fp32', 'fp32', 1)
-    evaluation.Test(dataset, options(tmp_path), cpu)(Tiny(3))
+    evaluation.Test(dataset, options(tmp_path), run)(Tiny(3))
     summary = read_json(tmp_path / 'results.json')
     with open(tmp_path / 'results.csv', newline='') as file:
         rows = list(csv.DictReader(file))
@@ -122,6 +132,7 @@ def test_the_page_of_a_training_knows_its_last_test(script, tmp_path):
 
 def test_a_page_that_cannot_be_made_ends_no_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(page, 'write', lambda folder: 1 / 0)
-    results.write_page(tmp_path)
+    unwritten = Unwritten()
+    results.write_page(tmp_path, unwritten)
     assert 'report.html: the page cannot be made (ZeroDivisionError: division by zero)' in capsys.readouterr().out
-    assert files.unwritten.pop().startswith(f'{tmp_path}')
+    assert len(unwritten) == 1 and unwritten[0].startswith(f'{tmp_path}')

@@ -5,7 +5,7 @@ last step (test, checkpoint) is replaced. So the losses and their weights, the o
 the schedule are all held here.
 
 Either side takes its three steps alone, and both must end at the same weights, to 1e-6. The tiny network starts as a
-training does. ResNet50 goes on as a resumed training does: with residual branches as calm as trained ones, and with
+training does. ResNet50 continues as a resumed training does: with residual branches as calm as trained ones, and with
 second moments that are not zero. Adam's first step is nearly the sign of the gradient, which float32 leaves open where
 a gradient is of the size of its rounding error, and 53 BatchNorms over random weights make millions of such differences
 in two more steps.
@@ -19,6 +19,8 @@ import pytest
 import textbook
 import torch
 from torch import Tensor, nn
+
+from runtime import device
 
 NUM_PIDS = 6
 EPOCHS = [2, 1]  # steps in each; the learning rate is halved in between
@@ -37,14 +39,16 @@ SQUARE = 1e-2  # second moment that they left
 
 
 class Fixed(list):
-    """Stands for the loader: the batches of each epoch."""
+    """In place of the loader: the batches of each epoch."""
 
     def epoch(self, epoch, start):
         return iter(self[epoch])
 
 
 class Record:
-    """Stands for the checkpoint: hands out fixed batches, and copies all weights before each of them and at the end."""
+    """In place of the checkpoint: copies all weights, before the first step and after each."""
+
+    start_batch = 0
 
     def __init__(self, dataset, options, run, model, optimizer, criterion_cent=None, **others):
         if before := BEFORE[options.arguments['arch']]:
@@ -56,16 +60,13 @@ class Record:
         self.modules = nn.ModuleDict({'model': model})
         if criterion_cent is not None:
             self.modules['cent'] = criterion_cent
-        self.snapshots = []
+        self.snapshots = [copy.deepcopy(self.modules)]
 
     def epochs(self, max_epoch):
-        yield from range(max_epoch)
-        self.snapshots.append(copy.deepcopy(self.modules))
+        return range(max_epoch)
 
-    def batches(self, loader, epoch, meter):
-        for batch in meter.watch(Fixed(loader), epoch):
-            self.snapshots.append(copy.deepcopy(self.modules))
-            yield batch
+    def after_step(self, epoch, meter):
+        self.snapshots.append(copy.deepcopy(self.modules))
 
 
 def fixed_batches(arch: str) -> list[list[tuple[Tensor, Tensor, None]]]:
@@ -95,14 +96,15 @@ def run_script(name: str, arch: str, epochs: list, save_dir, monkeypatch) -> tup
     update = module.LossMeter.update
     monkeypatch.setattr(module.LossMeter, 'update', lambda *a, **all: losses.append(all['loss']) or update(*a, **all))
     monkeypatch.setattr(module.data_manager, 'init_dataset', lambda *_: dataset)
-    monkeypatch.setattr(module, 'train_loader', lambda *_: epochs)
+    monkeypatch.setattr(module, 'train_loader', lambda *_: Fixed(epochs))
     monkeypatch.setattr(module, 'TrainTransform', lambda *_: lambda images, draws: images)
     monkeypatch.setattr(module, 'Test', lambda *_: SimpleNamespace(is_due=lambda epoch: False))
     monkeypatch.setattr(module, 'Checkpoint', record)
     height, width = SIZES[arch]
     options = f'--use-cpu --precision fp32 --pretrained none -a {arch} --height {height} --width {width}'
     options += f' --train-batch 8 --max-epoch {len(EPOCHS)} --stepsize 1 --gamma 0.5 --save-dir {save_dir}'
-    module.main(module.parser.parse_args(options.split()))
+    args = module.parser.parse_args(options.split())
+    module.main(args, device.start(args.run))
     return records[0].snapshots, losses
 
 
