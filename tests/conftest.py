@@ -4,17 +4,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny  # registers the network
 import torch
 
 import toy
+from runtime.device import Run
 
 ROOT = tiny.ROOT
 TINY = ['-a', 'tiny', '--height', '32', '--width', '16', '--workers', '0', '--use-cpu', '--precision', 'fp32']
 TINY.append('--no-report')  # it takes a second
+HANG = 600  # seconds after which a process that is waited for is taken to hang; nothing is measured by it
 SCRIPTS = [path.stem for path in sorted(ROOT.glob('train_*.py'))]
 
 
@@ -30,19 +31,19 @@ def data_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run() -> SimpleNamespace:
-    """A run of one process on the CPU, as far as the rooms below `launch` look at it."""
-    return SimpleNamespace(device=torch.device('cpu'), rank=0, world_size=1, seed=1)
+def run() -> Run:
+    """A run of one process on the CPU."""
+    return Run(torch.device('cpu'))
 
 
 @pytest.fixture
 def python():
     """Run `python tests/tiny.py ARGS` in a process of its own and give back the finished process."""
 
-    def start(*args, cwd=ROOT, timeout=120, check=False):
+    def start(*args, cwd=ROOT, check=False):
         return subprocess.run(
             [sys.executable, str(ROOT / 'tests' / 'tiny.py'), *map(str, args)],
-            cwd=cwd, timeout=timeout, check=check, capture_output=True, text=True,
+            cwd=cwd, timeout=HANG, check=check, capture_output=True, text=True,
             env={**os.environ, 'OMP_NUM_THREADS': '1'},
         )  # fmt: skip
 
