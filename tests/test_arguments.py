@@ -1,3 +1,4 @@
+import dataclasses
 import importlib
 import math
 import re
@@ -57,7 +58,10 @@ def test_rooms_get_their_own_options():
     args = parse('train_vid_model_xent', '--lr', '0.1', '--seq-len', '4')
     assert args.lr == args.save.recipe['lr'] == args.save.arguments['lr'] == 0.1
     assert args.test.seq_len == 4
-    assert not hasattr(args.run, 'lr')
+    assert args.run.lr == 0.1 and args.run.save_dir == args.save.save_dir  # the experiment, and what rooms share
+    assert not hasattr(args.run, 'seq_len') and not hasattr(args.test, 'use_cpu')
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        args.test.seq_len = 5
     assert 'seq_len' not in args.save.recipe
     assert {'seed', 'lr', 'stepsize', 'gamma', 'train_batch', 'arch', 'dataset', 'height', 'width'} <= set(
         args.save.recipe
@@ -107,7 +111,7 @@ def test_nothing_is_fetched_when_weights_are_given(tmp_path):
 
 
 @pytest.mark.parametrize('options', ['--evaluate', '--overwrite', '--resume run/checkpoint_ep1.pth.tar'])
-def test_a_folder_with_checkpoints_may_be_gone_on_with(options, tmp_path):
+def test_a_folder_with_checkpoints_may_be_continued_with(options, tmp_path):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'checkpoint_ep1.pth.tar').touch()
     parse('train_img_model_xent', '--save-dir', 'run', *options.split())
