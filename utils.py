@@ -18,8 +18,7 @@ class AverageMeter:
         self.reset()
 
     def reset(self) -> None:
-        self.val = self.avg = self.sum = 0.0
-        self.count = 0
+        self.val, self.avg, self.sum, self.count = 0.0, 0.0, 0.0, 0
 
     def update(self, val: float, n: int = 1) -> None:
         """Take in `val`, a mean over `n` items."""
@@ -36,9 +35,8 @@ class Logger:
     """
 
     def __init__(self, fpath: str | Path, unwritten: Unwritten | None = None):
-        self.console = sys.stdout
+        self.console, self.failed = sys.stdout, False
         self.unwritten = Unwritten() if unwritten is None else unwritten
-        self.failed = False
         mkdir_if_missing(Path(fpath).parent)
         self.file = open(fpath, 'a', buffering=1, encoding='utf-8')  # noqa: SIM115 (closed by __exit__)
 

@@ -163,8 +163,7 @@ def _inspect_legacy(file: BinaryIO, size: int) -> None:
     if not isinstance(keys, Value) or keys.kind != 'list' or sorted(keys.items) != sorted(storages):
         raise Refused('lists other storages than its tensors use; get the file again')
     need = sum(8 + elements * ELEMENT_BYTES[kind] for kind, elements in storages.values())  # 8: element count
-    held = size - file.tell()
-    if need > held:
+    if need > (held := size - file.tell()):
         raise Refused(f'is cut short: its tensors need {need} bytes, {held} are there; get the file again')
 
 
@@ -201,9 +200,7 @@ def _inspect(stream: BinaryIO, storages: dict[str, tuple[str, int]] | None) -> A
                 values = since_mark()
                 stack.append(_tuple(values))
             case 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
-                length = int(opcode.name[-1])
-                values = [stack.pop() for _ in range(length)][::-1]
-                stack.append(_tuple(values))
+                stack.append(_tuple([stack.pop() for _ in range(int(opcode.name[-1]))][::-1]))
             case 'APPEND' | 'APPENDS':
                 values = [stack.pop()] if opcode.name == 'APPEND' else since_mark()
                 _expect(_kind(stack[-1]) == 'list', 'appends to what is no list')
@@ -219,10 +216,9 @@ def _inspect(stream: BinaryIO, storages: dict[str, tuple[str, int]] | None) -> A
                 stack.append(memo[argument])
             case 'GLOBAL':
                 if argument not in CALLABLES and argument not in ELEMENT_BYTES:
-                    name = plain(argument.replace(' ', '.', 1))
                     raise Refused(
-                        f'asks for {name}, which weights never need; nothing of it was run; '
-                        f'take the file from a source that you trust, or save only a state dict where it was made'
+                        f'asks for {plain(argument.replace(" ", ".", 1))}, which weights never need; nothing of it was '
+                        f'run; take the file from a source that you trust, or save only a state dict where it was made'
                     )
                 stack.append(Value('global', [argument]))
             case 'BINPERSID':
@@ -281,9 +277,8 @@ def _storage(identity: Any, storages: dict[str, tuple[str, int]]) -> Value:
     if view and view[0] is not None:
         _expect(_kind(view[0]) == 'tuple' and len(view[0].items) == 3, 'has a storage of an unknown form')
         _, offset, length = view[0].items
-        _expect(
-            _is_size(offset) and _is_size(length) and offset + length <= elements, 'has a view outside of its storage'
-        )
+        inside = _is_size(offset) and _is_size(length) and offset + length <= elements
+        _expect(inside, 'has a view outside of its storage')
         elements = length
     return Value('storage', [elements])
 
@@ -298,9 +293,8 @@ def _call(function: Any, arguments: Any) -> Value | bytes:
             made = Value('OrderedDict')
             if given:  # Python 2 gives a list of [key, value]
                 pairs = given[0].items if kinds == ['list'] else [None]
-                _expect(
-                    all(_kind(pair) == 'list' and len(pair.items) == 2 for pair in pairs), 'has a dict without pairs'
-                )
+                paired = all(_kind(pair) == 'list' and len(pair.items) == 2 for pair in pairs)
+                _expect(paired, 'has a dict without pairs')
                 _set_items(made, [pair.items[0] for pair in pairs], [pair.items[1] for pair in pairs])
             return made
         case 'collections Counter':
@@ -318,12 +312,11 @@ def _call(function: Any, arguments: Any) -> Value | bytes:
             _expect(kinds == ['tensor'], 'has a parameter of an unknown form')
             return Value('parameter')
         case 'numpy dtype':
-            _expect(kinds[:1] == ['str'] and given[0] in ('f4', 'f8'), 'has a number that is no float')
-            _expect(given[1:] == [False, True], 'has a number that is no float')
+            _expect(given in (['f4', False, True], ['f8', False, True]), 'has a number that is no float')
             return Value('dtype', given[:1])
         case 'numpy.core.multiarray scalar' | 'numpy._core.multiarray scalar':
-            _expect(kinds in (['dtype', 'str'], ['dtype', 'bytes']), 'has a number of an unknown form')
-            _expect(len(given[1]) == int(given[0].items[0][1]), 'has a number of an unknown form')
+            known = kinds in (['dtype', 'str'], ['dtype', 'bytes']) and len(given[1]) == int(given[0].items[0][1])
+            _expect(known, 'has a number of an unknown form')
             return Value('scalar')
         case '_codecs encode':
             _expect(kinds == ['str', 'str'] and given[1] == 'latin1', 'has bytes of an unknown form')
@@ -338,10 +331,8 @@ def _no_hooks(hooks: Any) -> bool:
 def _expect_inside(storage: Value, offset: int, size: Value, stride: Value) -> None:
     """A tensor may not be larger than its storage: a stride of 0 would make anything of a single number."""
     lengths, steps = size.items, stride.items
-    _expect(
-        len(lengths) == len(steps) <= 8 and all(map(_is_size, [offset, *lengths, *steps])),
-        'has a tensor of an unknown form',
-    )
+    known = len(lengths) == len(steps) <= 8 and all(map(_is_size, [offset, *lengths, *steps]))
+    _expect(known, 'has a tensor of an unknown form')
     end = offset + 1 + sum((length - 1) * step for length, step in zip(lengths, steps, strict=True))
     inside = math.prod(lengths) <= storage.items[0] and (0 in lengths or end <= storage.items[0])
     _expect(inside, 'has a tensor that is larger than its storage')
