@@ -64,7 +64,6 @@ def init_dataset(name: str, data_dir: str = 'data') -> Dataset:
         raise UserError(f'{name} cannot be read or drawn in {data_dir}: {error}; choose another --data-dir') from error
     if not isinstance(dataset, Dataset):  # any object with the three lists
         dataset = Dataset(name, dataset.train, dataset.query, dataset.gallery)
-    dataset.kind = 'video' if name in TRACKLETS else 'image'
     return dataset
 
 

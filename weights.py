@@ -65,9 +65,10 @@ def _understand(loaded: Any, kind: str, where: str) -> Weights:
         raise UserError(f'{where} holds no weights but a {type(found).__name__}; give a checkpoint or a state dict')
     for key, value in found.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
+            fault = f'a {type(value).__name__}, not a tensor' if isinstance(key, str) else 'no name of a tensor'
             raise UserError(
-                f'{where} holds no weights: {plain(str(key))} is a {type(value).__name__}, not a tensor; '
-                f"give a state dict, or a checkpoint with one under 'state_dict'"
+                f'{where} holds no weights: {plain(str(key))} is {fault}; give a state dict, or a checkpoint with one '
+                f"under 'state_dict'"
             )
     state_dict = {key: value.detach() for key, value in found.items()}
 
@@ -227,7 +228,8 @@ def pretrain(model: Network, pretrained: str) -> None:
                 anything else is the path of a file that `read` understands
 
     The classifier stays random, and so does what a model's `fresh` names, where the weights have none of it. ImageNet's
-    weights, known in a file by their 1000 classes, begin a network of this project: its `options` stay as they are.
+    weights, known in a file by foreign names and 1000 classes, begin a network of this project: its `options` stay as
+    they are.
     Raises UserError for weights that cannot be fetched or read, or that do not fit.
     """
     if pretrained == 'none':
@@ -241,7 +243,8 @@ def pretrain(model: Network, pretrained: str) -> None:
     else:
         where, weights = plain(pretrained, 500), read(pretrained)
         state_dict, layout = weights.state_dict, weights.layout
-        of_imagenet = weights.state is None and len(state_dict.get('classifier.bias', ())) == 1000
+        foreign = any(note in layout for note, *_ in model.published)
+        of_imagenet = foreign and state_dict.get('classifier.bias', torch.empty(0)).numel() == 1000
 
     own = model.state_dict()
     dropped = [key for key in state_dict if key.startswith('classifier.') or (of_imagenet and key in model.options)]

@@ -49,14 +49,14 @@ def _scan(folder: str) -> list[Image]:
         match = NAME.match(name)
         if not match:
             raise UserError(
-                f"{folder}: the name '{plain(name)}' does not parse; "
-                'it must begin with person and camera, as in 0002_c1s1_'
+                f'{folder}: the name {plain(repr(name))} does not parse; it must begin with person and camera, as in '
+                '0002_c1s1_'
             )
         pid, camera = map(int, match.groups())
         if pid == -1:
             continue
         if not 1 <= camera <= NUM_CAMERAS:
-            raise UserError(f"{folder}: '{plain(name)}' is of camera {camera}, but cameras are 1 to {NUM_CAMERAS}")
+            raise UserError(f'{folder}: {plain(repr(name))} is of camera {camera}, but cameras are 1 to {NUM_CAMERAS}')
         items.append((os.path.join(folder, name), pid, camera - 1))
     if not items:
         kinds = ', '.join(IMAGE_TYPES)

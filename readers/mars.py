@@ -44,8 +44,6 @@ class Mars(Dataset):
     outside 1..6, an empty subset and a training set of one person.
     """
 
-    kind = 'video'
-
     def __init__(self, data_dir: str = 'data', official: bool = False, name: str = 'mars') -> None:
         self.official = official
         self.published = PUBLISHED if name == 'mars' else {}

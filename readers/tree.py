@@ -31,7 +31,6 @@ class Dataset:
     Prints the original's table of statistics. Raises UserError for a training set of one person.
     """
 
-    kind = 'image'
     published: Mapping[str, tuple[int, int]] = {}  # known numbers of persons and items of each subset
 
     def __init__(
@@ -48,7 +47,9 @@ class Dataset:
         self.name = name
         self.train_pids = sorted({pid for _, pid, _ in train})
         if len(self.train_pids) < 2:
-            raise UserError(f'{name}: the training set is of one person; there must be two or more to tell apart')
+            whose = f'of one person ({paths_of(train[0])[0]} ...)' if train else 'empty'
+            raise UserError(f'{name}: the training set is {whose}; it needs two persons or more to tell apart')
+        self.kind = 'image' if isinstance(train[0][0], str) else 'video'
         labels = {pid: label for label, pid in enumerate(self.train_pids)}
         self.train: list[Item] = [(paths, labels[pid], camid) for paths, pid, camid in train]
         self.query, self.gallery = list(query), list(gallery)

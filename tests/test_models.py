@@ -15,15 +15,6 @@ from runtime.errors import UserError
 FEAT_DIM = {'resnet50': 2048, 'resnet50m': 3072, 'densenet121': 1024}
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """These images are so small that threads mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope='module', params=list(FEAT_DIM))
 def model(request):
     """A model whose batch normalisation has seen something, so that eval mode differs from the identity."""

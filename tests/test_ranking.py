@@ -11,6 +11,12 @@ gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 
 
+@pytest.fixture(autouse=True)
+def two_threads(one_thread):
+    """They share the work of a ranking."""
+    torch.set_num_threads(2)
+
+
 @pytest.fixture(params=['host', 'device'])
 def path(request, monkeypatch):
     """Both ways to count, the one for CUDA on CPU tensors."""
