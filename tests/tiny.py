@@ -77,11 +77,12 @@ def kill():
 
 def kill_later(lines):
     """End this process when that many more lines of Python have run."""
+    process = os.getpid()
 
     def trace(frame, event, arg):
         nonlocal lines
         lines -= event == 'line'
-        if lines < 0:
+        if lines < 0 and os.getpid() == process:  # not a worker, which is forked with this
             kill()
         return trace
 
