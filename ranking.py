@@ -14,7 +14,6 @@ ranks features that --save-features has left on disk, in bounded memory whatever
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -51,9 +50,6 @@ from runtime.tiles import (
     tile_of,
     tiles,
 )  # fmt: skip
-
-if TYPE_CHECKING:
-    pass
 
 NEAREST = 10  # gallery items listed for each query
 OWN = 64  # queries, ordered by pid, that are measured together against the gallery items of all their pids
