@@ -4,7 +4,9 @@ import torch
 from test_eval_metrics import draw_ids, figures, textbook
 
 import ranking
+import reranking
 from eval_metrics import match_ranks, same_identity
+from runtime import tiles
 from runtime.errors import UserError
 
 gpu = pytest.mark.gpu
@@ -20,9 +22,11 @@ def two_threads(one_thread):
 @pytest.fixture(params=['host', 'device'])
 def path(request, monkeypatch):
     """Both ways to count, the one for CUDA on CPU tensors."""
-    monkeypatch.setattr(ranking, '_is_host', lambda device: request.param == 'host')
+    for room in (ranking, reranking, tiles):
+        monkeypatch.setattr(room, 'is_host', lambda device: request.param == 'host')
     if request.param == 'device':
-        monkeypatch.setattr(ranking, '_tile', lambda device: (64, 48))
+        for room in (ranking, reranking):
+            monkeypatch.setattr(room, 'tile_of', lambda device: (64, 48))
 
 
 def draw_integers(rng, num_queries, num_gallery, dim, high):
@@ -153,7 +157,10 @@ def test_shards_of_the_gallery_add_up(deal, path):
     parts = [(*ranking.points(features[0], features[1][places], 25, len(places)), places, pairs) for places in shards]
     distances = sum(ranking.measure(*part) for part in parts)
     tallies = [ranking.count(*part, distances, (8, 16)) for part in parts]
-    check(ranking.assemble(pairs, distances, sum(tallies[1:], tallies[0])), exact_distances(*features), ids)
+    nearest = np.sort(np.hstack([tally.nearest for tally in tallies]), axis=1)[:, : ranking.NEAREST]
+    counts, histogram = (sum(getattr(tally, name) for tally in tallies) for name in ('counts', 'histogram'))
+    whole = ranking.Tally(counts, nearest, histogram)
+    check(ranking.assemble(pairs, distances, whole), exact_distances(*features), ids)
 
 
 def test_no_product_is_larger_than_a_tile(monkeypatch):
@@ -187,23 +194,6 @@ def test_other_types_and_layouts(dtype):
     np.testing.assert_array_equal(found.ranks, expected.ranks)
 
 
-def test_settings_of_torch_are_left_as_they_were():
-    def settings():
-        return torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
-
-    before, cpu, seen = torch.backends.cuda.matmul.allow_tf32, torch.device('cpu'), []
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        outside = settings()
-        ranking._in_threads(lambda: seen.append(settings()), [()], cpu)
-        with pytest.raises(ZeroDivisionError):
-            ranking._in_threads(lambda: 1 / 0, [()] * 100, cpu)
-        assert seen == [(1, False)]
-        assert settings() == outside
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), 1e20])
 @pytest.mark.parametrize('side', ['query', 'gallery'])
 def test_features_that_are_not_finite_are_refused(side, value):
@@ -220,84 +210,6 @@ def test_shapes_that_do_not_fit_are_refused():
         ranking.rank(torch.ones(2, 4), torch.ones(3, 4), [1] * 2, [1] * 5, [0] * 2, [1] * 5)
     with pytest.raises(UserError, match='query has 2 pids but 1 camids'):
         ranking.rank(torch.ones(2, 4), torch.ones(3, 4), [1] * 2, [1] * 3, [0], [1] * 3)
-
-
-def reranked_densely(distances, num_queries, k1, k2, lambda_value):
-    """The k-reciprocal distances (Q, G) by the paper's definition; distances (N, N) float, queries first."""
-    distances = distances / distances.max(1, keepdims=True)
-    order = np.argsort(distances, axis=1, kind='stable')
-    number = len(distances)
-
-    def reciprocal(item, k):
-        return {near for near in order[item, : k + 1] if item in order[near, : k + 1]}
-
-    encoding = np.zeros((number, number))
-    for item in range(number):
-        members = set(reciprocal(item, k1))
-        for neighbour in reciprocal(item, k1):
-            others = reciprocal(neighbour, round(k1 / 2))
-            if len(others & reciprocal(item, k1)) > 2 / 3 * len(others):
-                members |= others
-        for member in members:
-            encoding[item, member] = np.exp(-distances[item, member])
-    encoding /= np.maximum(encoding.sum(1, keepdims=True), 1e-30)
-    if k2 > 1:
-        encoding = np.stack([encoding[order[item, :k2]].mean(0) for item in range(number)])
-    smaller = np.stack([np.minimum(row, encoding).sum(1) for row in encoding])
-    larger = np.stack([np.maximum(row, encoding).sum(1) for row in encoding])
-    jaccard = 1 - smaller / np.maximum(larger, 1e-30)
-    return ((1 - lambda_value) * jaccard + lambda_value * distances)[:num_queries, num_queries:]
-
-
-def reranked(queries, gallery, *parameters):
-    points = ranking.points(queries, gallery, len(queries), len(gallery))
-    distances = ranking.reranked(*points, *parameters)
-    return np.concatenate([distances(slice(top, top + 9)) for top in range(0, len(queries), 9)])
-
-
-@pytest.mark.parametrize('listed', [1, 4])
-@pytest.mark.parametrize(
-    ('num_queries', 'num_gallery', 'k1', 'k2', 'lambda_value'),
-    [
-        (30, 120, 20, 6, 0.3),
-        (40, 90, 7, 1, 0.0),
-        (1, 60, 5, 3, np.float64(1)),
-        (10, 100, 3, 8, 0.5),
-        (3, 4, 20, 9, 0.3),
-    ],
-)
-def test_reranking_equals_the_dense_definition(
-    num_queries, num_gallery, k1, k2, lambda_value, listed, path, monkeypatch
-):
-    monkeypatch.setattr(ranking, 'LISTED', listed)
-    rng = np.random.default_rng(k1)
-    parameters = k1, k2, lambda_value
-    pids, camids = rng.integers(0, 12, num_queries + num_gallery), rng.integers(0, 3, num_queries + num_gallery)
-    for everyone in (draw_persons(rng, pids, camids), draw_integers(rng, 0, len(pids), 4, 3)[1]):
-        queries, gallery = everyone[:num_queries], everyone[num_queries:]
-        found = reranked(queries, gallery, *parameters)
-        expected = reranked_densely(exact_distances(everyone, everyone), num_queries, *parameters)
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-    ids = pids[:num_queries], pids[num_queries:], camids[:num_queries], camids[num_queries:]
-    check(ranking.rerank(queries, gallery, *ids, *parameters), found, ids)
-
-
-def test_reranking_helps():
-    rng = np.random.default_rng(8)
-    ids = draw_ids(rng, 60, 800, 40, 6)
-    features = draw_persons(rng, ids[0], ids[2]), draw_persons(rng, ids[1], ids[3])
-    assert ranking.rerank(*features, *ids).mAP > ranking.rank(*features, *ids).mAP + 0.05
-
-
-def test_reranking_of_collapsed_features_is_defined():
-    result = ranking.rerank(torch.ones(3, 4), torch.ones(9, 4), [1] * 3, [1] * 9, [0] * 3, [1] * 9)
-    assert result.ranks.tolist() == [*range(1, 10)] * 3
-
-
-@pytest.mark.parametrize('parameters', [(0, 6, 0.3), (20, 0, 0.3), (20, 6, 1.5)])
-def test_reranking_refuses_odd_parameters(parameters):
-    with pytest.raises(UserError, match='re-ranking needs'):
-        ranking.rerank(torch.ones(3, 4), torch.ones(9, 4), [1] * 3, [1] * 9, [0] * 3, [1] * 9, *parameters)
 
 
 @gpu

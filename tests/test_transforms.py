@@ -203,7 +203,7 @@ def test_neither_the_images_nor_the_draws_are_changed(augment):
 
 def test_a_test_in_inference_mode_does_not_spoil_the_training_after_it(augment):
     T._taps.cache_clear()
-    T._normalisation.cache_clear()
+    T._affine.cache_clear()
     pixels, draws = noise(4, 40, 20), every_kind(4)
     with torch.inference_mode():
         T.TestTransform(32, 16)(group(pixels))
