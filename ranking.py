@@ -14,6 +14,7 @@ ranks features that --save-features has left on disk, in bounded memory whatever
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
