@@ -1,5 +1,6 @@
 """Batches on their way from host memory to the device."""
 
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from runtime.caching import Resident
-from runtime.decoding import Block, Group
+from runtime.workers import Block, Group
 
 Arrived = tuple[list[Group], Tensor, list[int], list[Any]]  # images, pids (b,), images of each item, more
 
@@ -48,9 +49,9 @@ class Feed:
         if block is None:
             return None
         pin = self.stream is not None
-        with torch.cuda.stream(self.stream):  # of None: nothing
+        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():  # torch's own starts CUDA
             images = block.images(self.device)
-            more = default_collate(block.more) if block.more[0] else []
+            more = default_collate(block.more) if any(block.more) else []
             pids, *more = (_moved(part, self.device, pin) for part in (torch.tensor(block.pids), *more))
             return images, pids, block.counts, more
 

@@ -18,11 +18,12 @@ import dataset_loader
 from arguments import DataOptions
 from dataset_loader import ImageDataset, VideoDataset, read_image, train_loader
 from dataset_loader import test_loader as items_loader  # its own name is that of a test
-from runtime import caching, decoding, feed
-from runtime.decoding import collate
+from runtime import caching, decoding
 from runtime.device import Run
 from runtime.errors import UserError
+from runtime.feed import arrivals
 from runtime.processes import Processes
+from runtime.workers import collate
 from samplers import RandomIdentitySampler, RandomSampler
 
 CPU = torch.device('cpu')
@@ -259,10 +260,8 @@ def test_a_run_that_waits_for_images_is_advised_to_cache_them_once(images, monke
     training = loader_of(images)
     for epoch in range(3):
         epoch_of(training, epoch)
-    (line,) = capsys.readouterr().out.splitlines()
-    share, advice = line.split(' ', 1)
-    assert 5 < int(share.removesuffix('%')) < 50
-    assert advice == 'of the epoch was spent waiting for images; --cache ram would hold all in 0.00 GB'
+    line = '33% of the epoch was spent waiting for images; --cache ram would hold all in 0.00 GB\n'
+    assert capsys.readouterr().out == line
     epoch_of(loader_of(images, cache='ram'))
     epoch_of(loader_of(images, run=share_of(1, 2)))
     assert 'waiting' not in capsys.readouterr().out
@@ -368,13 +367,13 @@ def test_one_batch_is_copied_ahead_of_the_computation(mixed, monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
     monkeypatch.setattr(torch.Tensor, 'record_stream', lambda tensor, _: said.append('keep'))
     blocks = [collate([(read_image(path), pid, camid)]) for path, pid, camid in mixed[:6:3]]
-    fed = feed.Feed(iter(blocks), CPU, stream)
+    batches = arrivals(blocks, CPU, stream)
     for path, pid, _ in mixed[:6:3]:
-        groups, pids, counts, more = fed.next()
+        groups, pids, counts, more = next(batches)
         assert (in_order(groups)[0].numpy() == np.asarray(Image.open(path))).all()
         assert pids.tolist() == [pid] and counts == [1] and more == []
         said.append('compute')
-    assert fed.next() is None
+    assert next(batches, None) is None
     steps = [step for index, step in enumerate(said) if step != 'keep' or said[index - 1] != 'keep']
     assert steps == ['copy', 'wait', 'keep', 'copy', 'compute', 'wait', 'keep', 'compute']
 

@@ -42,7 +42,7 @@ PLACES = {
     'augmentation of a GPU': 'transforms:TrainTransform._anywhere',
     'prefetching': 'runtime.feed:Feed._send',
     'arrival of a batch': 'runtime.feed:Feed.__next__',
-    'copy of a batch': 'runtime.decoding:Block.images',
+    'copy of a batch': 'runtime.workers:Block.images',
     'criterion': 'losses:CrossEntropyLabelSmooth.forward',
     'guard': 'runtime.device:Run.skip_unless_finite',
     'meter': 'runtime.meters:LossMeter.update',
