@@ -21,7 +21,7 @@ from dataset_loader import test_loader as items_loader  # its own name is that o
 from runtime import caching, decoding
 from runtime.device import Run
 from runtime.errors import UserError
-from runtime.feed import arrivals
+from runtime.feed import Feed
 from runtime.processes import Processes
 from runtime.workers import collate
 from samplers import RandomIdentitySampler, RandomSampler
@@ -367,7 +367,7 @@ def test_one_batch_is_copied_ahead_of_the_computation(mixed, monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
     monkeypatch.setattr(torch.Tensor, 'record_stream', lambda tensor, _: said.append('keep'))
     blocks = [collate([(read_image(path), pid, camid)]) for path, pid, camid in mixed[:6:3]]
-    batches = arrivals(blocks, CPU, stream)
+    batches = Feed(blocks, CPU, stream)
     for path, pid, _ in mixed[:6:3]:
         groups, pids, counts, more = next(batches)
         assert (in_order(groups)[0].numpy() == np.asarray(Image.open(path))).all()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_ranking import reranked_densely
+from test_reranking import reranked_densely
 from tiny import Tiny
 
 import data_manager
