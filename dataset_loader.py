@@ -4,7 +4,10 @@ Workers call the data set's `__getitem__` and do nothing more: images arrive as 
 decides which images make a batch, `transforms` what becomes of their pixels, on the device.
 """
 
+import contextlib
 import inspect
+import os
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -17,13 +20,19 @@ from torch.utils.data import Dataset
 
 from arguments import DataOptions
 from runtime.caching import ROOM, Cache, free_memory, gigabytes
-from runtime.decoding import Block, Group, Items, Task, Workers, collate, read_image, read_pixels
+from runtime.decoding import read_image
 from runtime.device import Run
 from runtime.errors import UserError
-from runtime.feed import Feed
+from runtime.feed import arrivals
+from runtime.workers import Block, Group, Items, Task, Workers, collate
 from samplers import ITEMS, EpochSampler, generator
 
 SAMPLES = ('evenly', 'random', 'all')
+
+
+def read_pixels(path: str | os.PathLike) -> Tensor:
+    """`read_image` as uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1)
 
 
 class ImageDataset(Dataset):
@@ -103,7 +112,8 @@ class VideoDataset(Dataset):
             return range(n)
         if self.sample == 'random':
             key = int(self.seed < 0), abs(self.seed), epoch, index % len(self)  # -1 is the last one, as in a list
-            return np.sort(np.random.default_rng(key).choice(n, length, replace=n < length)).tolist()
+            chosen: list[int] = np.sort(np.random.default_rng(key).choice(n, length, replace=n < length)).tolist()
+            return chosen
         return (min(k * max(n // length, 1), n - 1) for k in range(length))
 
 
@@ -115,9 +125,12 @@ class TrainLoader:
 
     `dataset[index]` returns (image, pid, camid) and may return more, which arrives behind the draws, in the batch's
     order, collated by `torch.utils.data.default_collate`. The image is uint8, a tensor (3, H, W) or a PIL image, at any
-    size. A float tensor (3, height, width) is taken as prepared by its owner and not augmented. A data set that draws
-    random numbers declares `__getitem__(self, index, rng=None)`: rng is a numpy Generator made from (seed, epoch,
-    position in the epoch), so that its draws do not depend on workers, processes or interruptions.
+    size. A float tensor (3, height, width) is taken as prepared by its owner and not augmented.
+
+    Each item has a seed, a function of (seed, epoch, position in the epoch), so that what is drawn for it does not
+    depend on workers, processes or interruptions. A data set that draws random numbers declares
+    `__getitem__(self, index, rng=None)` and gets a numpy Generator of that seed. For one that does not, but has a
+    transform or a `__getitem__` of its own, the global generators of random, numpy and torch are seeded for each item.
 
     With --cache the data set is asked for each item once, before the first epoch, and the pixels are kept in RAM or on
     the device.
@@ -135,7 +148,7 @@ class TrainLoader:
                 f'--cache {self.kind} keeps what the data set returns once, but this one draws anew in each epoch (its '
                 f'__getitem__ takes rng): use --cache none'
             )
-        self.workers = workers_for(dataset, options.workers, run.device, sampler.seed)
+        self.workers = workers_for(dataset, options.workers, run.device)
         self.cache: Cache | None = None
         self.stream = torch.cuda.Stream(run.device) if run.device.type == 'cuda' else None
         self.advised = self.announced = False
@@ -145,32 +158,31 @@ class TrainLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple]:
         """Batches start, start + 1, ...: (images, pids int64 (B,), draws float64 (B, 4), more ...), on the device."""
-        rank, world_size = self.run.rank, self.run.world_size
-        indices, draws = (drawn[start:, rank::world_size] for drawn in self.sampler.draw(epoch))  # (batches, B, ...)
-        draws = draws.contiguous().to(self.run.device)  # one copy an epoch
-        tasks = (
-            Task(items, epoch, (start + batch) * len(items) * world_size + rank, world_size)
-            for batch, items in enumerate(indices.tolist())
-        )
-        feed = Feed(self._source().blocks(tasks), self.run.device, self.stream)
-        began = time.perf_counter()
-        for batch_draws in draws:
-            images, pids, _, more = feed.next()
+        if start == len(self):  # a resumed run has nothing to decode before its test
+            return
+        indices, draws = self.sampler.draw(epoch)  # (batches, B), (batches, B, 4)
+        seeds = generator(ITEMS, self.sampler.seed, epoch).integers(2**63, size=tuple(indices.shape))  # (batches, B)
+        mine = slice(start, None), slice(self.run.rank, None, self.run.world_size)  # of batches, of each batch
+        tasks = map(Task, indices[mine].tolist(), seeds[mine].tolist())
+        draws = draws[mine].contiguous().to(self.run.device)  # one copy an epoch
+        batches = arrivals(self._source().blocks(tasks), self.run.device, self.stream)
+        began = asked = time.perf_counter()
+        waited = 0.0
+        for batch, (batch_draws, (images, pids, _, more)) in enumerate(zip(draws, batches, strict=True)):
+            waited += time.perf_counter() - asked if batch else 0.0  # the first one waits for the workers to start
             if images[0][1].is_floating_point() and not self.announced:
                 self.announced = True
                 print('The data set returns float images: they are taken as prepared and are not augmented')
             yield images, pids, batch_draws, *more
+            asked = time.perf_counter()
         if start == 0:
-            self._advise(feed.waited, feed.waited / (time.perf_counter() - began))
+            self._advise(waited, waited / (time.perf_counter() - began))
 
     def _source(self) -> Workers | Cache:
         if self.kind == 'none':
             return self.workers
         if self.cache is None:
-            size, processes = size_of(self.dataset), self.run.world_size
-            self.cache = Cache(len(self.dataset), size, self.kind, self.workers, self.run.device, processes)
-            if self.run.rank == 0:
-                print(self.cache.plan)
+            self.cache = Cache(len(self.dataset), size_of(self.dataset), self.kind, self.workers, self.run)
         return self.cache
 
     def paths(self, epoch: int, batch: int) -> list[str]:
@@ -180,11 +192,11 @@ class TrainLoader:
 
     def _advise(self, waited: float, share: float) -> None:
         """Recommends a cache, once, when the run waited for images and their pixels would fit into memory."""
-        if self.kind != 'none' or self.advised or self.run.rank or waited <= 1 or share <= 0.05:
+        helps = self.kind == 'none' and not takes_rng(self.dataset) and waited > 1 and share > 0.05
+        if not helps or self.advised or self.run.rank:
             return
         self.advised = True
-        size = size_of(self.dataset)
-        if not takes_rng(self.dataset) and size < ROOM * free_memory(torch.device('cpu')):
+        if (size := size_of(self.dataset)) < ROOM * free_memory(torch.device('cpu')):
             waiting = f'{share:.0%} of the epoch was spent waiting for images'
             print(f'{waiting}; --cache ram would hold all in {gigabytes(size)}')
 
@@ -205,18 +217,18 @@ class TestLoader:
         items = range(len(dataset))
         shares = (items[at : at + batch_size][run.rank :: run.world_size] for at in items[::batch_size])
         self.items = [list(share) for share in shares if share]
-        self.workers, self.device = workers_for(dataset, workers, run.device, run.seed), run.device
+        self.dataset, self.workers, self.device = dataset, workers, run.device
         self.stream = torch.cuda.Stream(run.device) if run.device.type == 'cuda' else None
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __iter__(self) -> Iterator[tuple[list[Group], Tensor, Tensor]]:
-        feed = Feed(self.workers.blocks(map(Task, self.items)), self.device, self.stream)
-        for items in self.items:
-            images, _, counts, _ = feed.next()
+        workers = workers_for(self.dataset, self.workers, self.device)  # they end with the iteration
+        blocks = workers.blocks(map(Task, self.items, self.items))
+        batches = arrivals(blocks, self.device, self.stream)
+        for items, (images, _, counts, _) in zip(self.items, batches, strict=True):
             yield images, torch.tensor(items), torch.tensor(counts)
-        self.workers.close()
 
 
 def train_loader(dataset: Items, sampler: EpochSampler, options: DataOptions, run: Run) -> TrainLoader:
@@ -231,26 +243,49 @@ def test_loader(dataset: Items, batch_size: int, workers: int, run: Run) -> Test
 
 def takes_rng(dataset: Items) -> bool:
     """Whether the data set wants a random generator for each item."""
-    return 'rng' in inspect.signature(type(dataset).__getitem__).parameters
+    try:
+        return 'rng' in inspect.signature(type(dataset).__getitem__).parameters
+    except ValueError:  # of a built-in type, such as a list
+        return False
 
 
-def workers_for(dataset: Items, number: int, device: torch.device, seed: int) -> Workers:
+def workers_for(dataset: Items, number: int, device: torch.device) -> Workers:
     """Processes that call `dataset.__getitem__` for the items of a task."""
-    draws = takes_rng(dataset)
+    wants_rng = takes_rng(dataset)
+    draws_nothing = type(dataset) in (ImageDataset, VideoDataset) and getattr(dataset, 'transform', None) is None
 
-    def item(index: int, epoch: int, position: int) -> tuple:
-        if not draws:
+    def item(index: int, seed: int) -> tuple:
+        if draws_nothing:
             return dataset[index]
-        return type(dataset).__getitem__(dataset, index, rng=generator(ITEMS, seed, epoch, position))
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        torch.default_generator.manual_seed(seed)
+        if not wants_rng:
+            return dataset[index]
+        rng = np.random.default_rng(seed)
+        return type(dataset).__getitem__(dataset, index, rng=rng)  # type: ignore[call-arg]  # see takes_rng
 
     def work(task: Task) -> Block:
-        positions = range(task.first, task.first + task.step * len(task.items), task.step)
-        return collate([item(index, task.epoch, at) for index, at in zip(task.items, positions, strict=True)])
+        with contextlib.nullcontext() if draws_nothing else generators_kept():
+            return collate([item(index, seed) for index, seed in zip(task.items, task.seeds, strict=True)])
 
     return Workers(number, work, pin=device.type == 'cuda')
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Restore the global random generators, which a run draws from as well: with --workers 0 it makes the items."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
 
 
 def size_of(dataset: Items) -> int:
     """Bytes of the images, estimated from up to 64 of them."""
     sample = range(0, len(dataset), max(len(dataset) // 64, 1))
-    return int(np.mean([collate([dataset[index]]).pixels.nbytes for index in sample]) * len(dataset))
+    with generators_kept():
+        return int(np.mean([collate([dataset[index]]).pixels.nbytes for index in sample]) * len(dataset))

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from runtime.decoding import Block, Group, Task, Workers, collate
+from runtime.device import Run
 from runtime.errors import UserError
+from runtime.workers import Block, Group, Task, Workers, collate
 
 ROOM = 0.8  # of the free memory that a cache may take
 CHUNK = 64  # items that a worker decodes at a time to fill it
@@ -39,19 +40,19 @@ class Cache:
         UserError: they do not fit into memory (each process holds a copy), or an image cannot be read.
     """
 
-    def __init__(self, number: int, size: int, kind: str, workers: Workers, device: torch.device, processes: int):
-        self.device = device
-        self.home = device if kind == 'device' else torch.device('cpu')
-        size *= processes if self.home.type == 'cpu' else 1
+    def __init__(self, number: int, size: int, kind: str, workers: Workers, run: Run):
+        self.device = run.device
+        self.home = run.device if kind == 'device' else torch.device('cpu')
+        size *= run.world_size if self.home.type == 'cpu' else 1
         free = free_memory(self.home)
-        self.plan = (
-            f'--cache {kind}: {number} training images take about {gigabytes(size)} of {gigabytes(free)} free memory'
-        )
+        plan = f'--cache {kind}: {number} training images take about {gigabytes(size)} of {gigabytes(free)} free memory'
         if size > ROOM * free:
-            raise UserError(f'{self.plan}, too much: use --cache none')
+            raise UserError(f'{plan}, too much: use --cache none')
+        if run.rank == 0:
+            print(plan)
         chunks = [list(range(number)[at : at + CHUNK]) for at in range(0, number, CHUNK)]
         self.items: list[tuple] = []  # (image, pid, camid, more ...), the image a tensor (3, H, W) at home
-        for block in workers.blocks(map(Task, chunks)):
+        for block in workers.blocks(Task(chunk, chunk) for chunk in chunks):
             images: dict[int, Tensor] = {}
             for positions, pixels in block.images(self.home):
                 images |= zip(positions.tolist(), pixels.clone().permute(0, 3, 1, 2).unbind(), strict=True)

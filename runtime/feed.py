@@ -1,7 +1,7 @@
 """Batches on their way from host memory to the device."""
 
-import time
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,47 +9,40 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from runtime.caching import Resident
-from runtime.decoding import Block, Group
+from runtime.workers import Block, Group
 
 Arrived = tuple[list[Group], Tensor, list[int], list[Any]]  # images, pids (b,), images of each item, more
 
 
-class Feed:
+def arrivals(
+    blocks: Iterable[Block | Resident], device: torch.device, stream: torch.cuda.Stream | None
+) -> Iterator[Arrived]:
     """The blocks of an epoch, one by one, on the device. A GPU is sent the next one while it computes with this one.
 
-    `waited`: seconds that were spent waiting for blocks, but for the first one
+    Args:
+        stream: of a GPU, for the copies.
     """
+    sent = (_send(block, device, stream) for block in blocks)
+    if stream is None:
+        yield from sent
+        return
+    coming = next(sent, None)
+    while coming is not None:
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(stream)
+        for tensor in _tensors(coming):
+            tensor.record_stream(computing)  # its memory is not used again before the computation has ended
+        arrived, coming = coming, next(sent, None)
+        yield arrived
 
-    def __init__(self, blocks: Iterator[Block | Resident], device: torch.device, stream: torch.cuda.Stream | None):
-        self.blocks, self.device, self.stream = blocks, device, stream
-        self.coming = self._send() if stream else None
-        self.waited = 0.0
 
-    def next(self) -> Arrived | None:
-        """The next batch; None after the last one."""
-        if self.stream is None:
-            return self._send()
-        arrived = self.coming
-        if arrived is not None:
-            computing = torch.cuda.current_stream(self.device)
-            computing.wait_stream(self.stream)
-            for tensor in _tensors(arrived):
-                tensor.record_stream(computing)  # its memory is not used again before the computation has ended
-            self.coming = self._send()
-        return arrived
-
-    def _send(self) -> Arrived | None:
-        asked = time.perf_counter()
-        block = next(self.blocks, None)
-        self.waited += time.perf_counter() - asked
-        if block is None:
-            return None
-        pin = self.stream is not None
-        with torch.cuda.stream(self.stream):  # of None: nothing
-            images = block.images(self.device)
-            pids = torch.tensor(block.pids, pin_memory=pin).to(self.device, non_blocking=True)
-            more = default_collate(block.more) if block.more[0] else []
-            return images, pids, block.counts, [_moved(part, self.device, pin) for part in more]
+def _send(block: Block | Resident, device: torch.device, stream: torch.cuda.Stream | None) -> Arrived:
+    pin = stream is not None
+    with torch.cuda.stream(stream) if stream else contextlib.nullcontext():  # torch's own of None starts CUDA
+        images = block.images(device)
+        pids = torch.tensor(block.pids, pin_memory=pin).to(device, non_blocking=True)
+        more = default_collate(block.more) if any(block.more) else []
+        return images, pids, block.counts, [_moved(part, device, pin) for part in more]
 
 
 def _moved(value: Any, device: torch.device, pin: bool) -> Any:

@@ -1,11 +1,16 @@
 """Reading images, right or refused; the workers that read them, however they end; and the cache."""
 
+import errno
+import gc
+import multiprocessing.util
 import os
 import re
+import resource
 import signal
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 
@@ -16,9 +21,10 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from runtime import caching, decoding
-from runtime.decoding import Block, Task, Workers, collate, read_image
+from runtime import caching, decoding, workers
+from runtime.decoding import read_image
 from runtime.errors import ProcessLost, UserError
+from runtime.workers import Block, Task, Workers, collate
 
 CPU = torch.device('cpu')
 
@@ -148,36 +154,228 @@ def test_an_image_is_tried_three_times(tmp_path, monkeypatch):
     assert len(tries) == 3
 
 
+# What a data set may return
+
+
+def test_a_block_holds_images_by_size_in_one_run_of_bytes(mixed):
+    """What --cache ram sends to a GPU is what workers send to the run."""
+    images = [read_image(path) for path, _, _ in mixed[:7]]
+    block = collate([(image, index, 0, str(index)) for index, image in enumerate(images)])
+    assert block.pixels.dim() == 1 and block.pixels.dtype == torch.uint8 and len(block.groups) == 3
+    assert block.pids == list(range(7)) and block.counts == [1] * 7 and block.more == [(str(k),) for k in range(7)]
+    for arrived, expected in zip(pictures.in_order(block.images(CPU)), images, strict=True):
+        assert (arrived.numpy() == np.asarray(expected)).all()
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3), np.uint8)  # (H, W, 3)
+
+
+@pytest.mark.parametrize(
+    'image',
+    [
+        Image.fromarray(PIXELS),
+        torch.from_numpy(PIXELS).permute(2, 0, 1),
+        torch.from_numpy(PIXELS).permute(2, 0, 1).contiguous(),
+        PIXELS.transpose(2, 0, 1),
+    ],
+    ids=['PIL', 'tensor of a decoder', 'contiguous tensor', 'array'],
+)
+def test_images_of_8_bits_arrive_as_they_are(image):
+    block = collate([(image, 0, 0)] * 2)
+    assert block.pixels.dtype == torch.uint8 and block.pixels.tolist() == PIXELS.ravel().tolist() * 2
+
+
+def test_a_grey_pil_image_becomes_rgb():
+    assert collate([(Image.new('L', (4, 6), 7), 0, 0)]).pixels.tolist() == [7] * 72
+
+
+@pytest.mark.parametrize('kind', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_prepared_images_become_float32(kind):
+    image = torch.arange(24.0).view(3, 4, 2).to(kind)
+    block = collate([(image.requires_grad_(), 0, 0)])
+    assert block.pixels.dtype == torch.float32
+    assert torch.equal(block.images(CPU)[0][1][0], image.detach().float().permute(1, 2, 0))
+
+
+@pytest.mark.parametrize(
+    ('images', 'what'),
+    [
+        ([torch.zeros(4, 2, 3, dtype=torch.uint8)], 'it returned uint8 (4, 2, 3)'),  # height, width, channels
+        ([torch.zeros(4, 2, dtype=torch.uint8)], 'it returned uint8 (4, 2)'),
+        ([torch.zeros(1, 4, 2)], 'it returned float32 (1, 4, 2)'),
+        ([torch.zeros(3, 4, 2, dtype=torch.int64)], 'it returned int64 (3, 4, 2)'),
+        ([torch.zeros(3, 4, 2), torch.zeros(3, 4, 3)], 'it returned float32 (3, 4, 2), float32 (3, 4, 3)'),
+        (
+            [torch.zeros(3, 4, 2), torch.zeros(3, 4, 2, dtype=torch.uint8)],
+            'it returned float32 (3, 4, 2), uint8 (3, 4, 2)',
+        ),
+    ],
+)
+def test_images_that_would_be_misread_are_refused_in_one_line(images, what):
+    with pytest.raises(UserError) as error:
+        collate([(image, 0, 0) for image in images])
+    assert str(error.value).startswith('a data set must return ') and str(error.value).endswith(what)
+
+
 # Workers
 
 
 def work(task: Task) -> Block:
-    """A block whose pixels say which items it is made of; item 13 cannot be read."""
-    if 13 in task.items:
-        raise UserError('cannot read the image 13.jpg: it is missing')
+    """A block whose pixels say which items it is made of."""
     return collate([(torch.full((3, 4, 2), item % 256, dtype=torch.uint8), item, 0) for item in task.items])
 
 
 def tasks_of(number: int, size: int = 2) -> list[Task]:
-    return [Task(list(range(20 + at * size, 20 + at * size + size))) for at in range(number)]
+    items = [list(range(at * size, at * size + size)) for at in range(number)]
+    return [Task(each, each) for each in items]
 
 
 def pids_of(blocks) -> list[list[int]]:
     return [block.pids for block in blocks]
 
 
+@pytest.fixture
+def decoders():
+    """Make workers, which end with the test."""
+    made = []
+
+    def make(number: int, work=work) -> Workers:
+        made.append(Workers(number, work, pin=False))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
 @pytest.mark.parametrize('number', [0, 1, 2, 3])
 @pytest.mark.parametrize('count', [0, 1, 2, 7])
-def test_blocks_come_in_the_order_of_their_tasks(number, count):
-    workers = Workers(number, work, pin=False)
-    tasks = tasks_of(count)
+def test_blocks_come_in_the_order_of_their_tasks(number, count, decoders):
+    some, tasks = decoders(number), tasks_of(count)
     for _ in range(2):
-        blocks = list(workers.blocks(iter(tasks)))
+        blocks = list(some.blocks(iter(tasks)))
         assert pids_of(blocks) == [task.items for task in tasks]
         for block in blocks:
             assert block.pixels.tolist() == [item % 256 for item in block.pids for _ in range(24)]
-    workers.close()
-    assert workers.workers == []
+    assert len(some.workers) == min(number, count)
+    some.close()
+    assert some.workers == []
+
+
+def test_as_many_blocks_are_made_ahead_as_there_are_workers(decoders):
+    asked = []
+
+    def tasks():
+        for task in tasks_of(6):
+            asked.append(task)
+            yield task
+
+    blocks = decoders(3).blocks(tasks())
+    for done in range(1, 4):
+        next(blocks)
+        assert len(asked) == done + 3
+
+
+@pytest.mark.parametrize('number', [0, 2])
+def test_an_iteration_can_be_left_for_another(number, decoders):
+    some, tasks = decoders(number), tasks_of(6)
+    left = some.blocks(tasks)
+    assert next(left).pids == [0, 1]
+    assert pids_of(some.blocks(tasks[3:])) == [task.items for task in tasks[3:]]
+    blocks = some.blocks(tasks)
+    assert next(blocks).pids == [0, 1]
+    left.close()
+    assert next(blocks).pids == [2, 3]
+    blocks.close()
+    assert pids_of(some.blocks(tasks)) == [task.items for task in tasks]
+
+
+def test_an_iteration_that_was_left_does_not_continue_with_blocks_of_another(decoders):
+    some, tasks = decoders(2), tasks_of(6)
+    left = some.blocks(tasks)
+    next(left)
+    blocks = some.blocks(tasks)
+    next(blocks)
+    with pytest.raises(RuntimeError, match='taken over by an iteration that was begun later'):
+        next(left)
+    assert pids_of(blocks) == [task.items for task in tasks[1:]]
+
+
+def test_blocks_and_tasks_that_no_pipe_holds(decoders):
+    """A worker waits in sending a block, while the run may wait in sending a task to it or to another one."""
+
+    def enlarge(task):
+        return collate([(torch.zeros(3, 1000, 700, dtype=torch.uint8), sum(task.items), 0, 'x' * 3_000_000)])
+
+    tasks = tasks_of(8, size=100_000)  # pickled, half a megabyte
+    blocks = list(decoders(2, enlarge).blocks(tasks))
+    assert pids_of(blocks) == [[sum(task.items)] for task in tasks]
+    assert all(len(block.pixels) == 2_100_000 and len(block.more[0][0]) == 3_000_000 for block in blocks)
+
+
+def test_whatever_else_a_data_set_returns_arrives_without_shared_memory(decoders):
+    """Files in /dev/shm, which multiprocessing would send tensors through, are refused to the worker."""
+    more = (
+        torch.arange(6.0).view(2, 3), torch.ones(2).bfloat16(), np.arange(3), 'name', None, 3.5,
+        {'pose': [torch.zeros(2, dtype=torch.int16), (1, 2)]}, torch.ones(0, 4), torch.arange(6).view(2, 3).T,
+    )  # fmt: skip
+
+    def refused(task):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        return collate([(torch.zeros(3, 2, 2), 0, 0, *more)])
+
+    (block,) = decoders(1, refused).blocks(tasks_of(1))
+    (arrived,) = block.more
+    assert all(torch.equal(arrived[k], more[k]) and arrived[k].dtype == more[k].dtype for k in (0, 1, 7, 8))
+    assert (arrived[2] == more[2]).all() and arrived[3:6] == more[3:6]
+    assert torch.equal(arrived[6]['pose'][0], more[6]['pose'][0]) and arrived[6]['pose'][1] == (1, 2)
+
+
+class Unsendable(Exception):
+    def __init__(self):
+        super().__init__(threading.Lock())
+
+
+@pytest.mark.parametrize(
+    'problem',
+    [ValueError('wrong'), Unsendable(), OSError(5, 'Input/output error'), EOFError(), MemoryError(), StopIteration(),
+     SystemExit(3), KeyboardInterrupt(), GeneratorExit()],
+    ids=lambda problem: type(problem).__name__,
+)  # fmt: skip
+@pytest.mark.parametrize('number', [0, 2])
+def test_whatever_a_data_set_raises_ends_the_iteration(number, problem, decoders):
+    def fails(task):
+        if task.items == [4, 5]:
+            raise problem
+        return work(task)
+
+    some = decoders(number, fails)
+    blocks = some.blocks(tasks_of(6))
+    assert [next(blocks).pids, next(blocks).pids] == [[0, 1], [2, 3]]
+    with pytest.raises(RuntimeError if number or isinstance(problem, StopIteration) else type(problem)) as error:
+        next(blocks)
+    if number:
+        assert str(error.value).startswith('in a process that decodes images:\nTraceback')
+        assert type(problem).__name__ in str(error.value) and 'in fails' in str(error.value)
+    assert some.workers == [] and next(blocks, None) is None
+    assert pids_of(some.blocks(tasks_of(2))) == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize('number', [0, 2])
+def test_a_mistake_of_the_user_arrives_as_one(number, decoders):
+    def mistaken(task):
+        raise UserError('cannot read the image 13.jpg: it is missing')
+
+    with pytest.raises(UserError, match=r'^cannot read the image 13\.jpg: it is missing$'):
+        list(decoders(number, mistaken).blocks(tasks_of(6)))
+
+
+def test_what_cannot_be_sent_is_an_error_and_no_lost_worker(decoders):
+    def unsendable(task):
+        return collate([(torch.zeros(3, 2, 2), 0, 0, threading.Lock())])
+
+    with pytest.raises(RuntimeError, match=r"cannot pickle '_thread\.lock' object"):
+        list(decoders(2, unsendable).blocks(tasks_of(6)))
 
 
 @pytest.mark.parametrize(
@@ -185,35 +383,197 @@ def test_blocks_come_in_the_order_of_their_tasks(number, count):
     [
         (signal.SIGKILL, 'was ended by SIGKILL, as happens when memory runs out: use fewer --workers'),
         (signal.SIGALRM, 'was ended by SIGALRM: with --workers 0 the run decodes images itself'),
+        (signal.SIGRTMIN + 3, 'was ended by signal 37: with --workers 0 the run decodes images itself'),
         (None, 'ended with status 5: with --workers 0 the run decodes images itself'),
     ],
 )
-def test_a_lost_worker_is_reported_by_how_it_ended(end, message):
+def test_a_lost_worker_is_reported_by_how_it_ended(end, message, decoders):
     def dies(task):
-        if task.items[0] > 22:
+        if task.items[0] > 3:
             os.kill(os.getpid(), end) if end else os._exit(5)
         return work(task)
 
-    workers = Workers(2, dies, pin=False)
-    blocks = workers.blocks(tasks_of(4))
-    assert next(blocks).pids == [20, 21] and next(blocks).pids == [22, 23]
+    some = decoders(2, dies)
+    blocks = some.blocks(tasks_of(4))
+    assert [next(blocks).pids, next(blocks).pids] == [[0, 1], [2, 3]]
     with pytest.raises(ProcessLost, match=f'^a process that decodes images {re.escape(message)}$'):
         next(blocks)
-    assert workers.workers == []
+    assert some.workers == []
+    assert pids_of(some.blocks(tasks_of(2))) == [[0, 1], [2, 3]]
 
 
-def test_a_worker_that_is_lost_in_the_middle_of_sending(monkeypatch):
+def test_a_worker_that_is_lost_in_the_middle_of_sending(decoders, monkeypatch):
     """The run has read the first bytes of a block, which is larger than any pipe."""
-    workers = Workers(1, lambda task: collate([(torch.zeros(3, 2048, 1024, dtype=torch.uint8), 0, 0)]), pin=False)
+    lost = decoders(1, lambda task: collate([(torch.zeros(3, 2048, 1024, dtype=torch.uint8), 0, 0)]))
 
-    def read(file, room, whole=decoding._read):
+    def read(file, room, whole=workers._read):
         whole(file, room[:1000])
-        workers.workers[0].process.kill()
+        lost.workers[0].process.kill()
         whole(file, room[1000:])
 
-    monkeypatch.setattr(decoding, '_read', read)
+    monkeypatch.setattr(workers, '_read', read)
     with pytest.raises(ProcessLost, match='SIGKILL'):
-        next(workers.blocks(tasks_of(1)))
+        next(lost.blocks(tasks_of(1)))
+
+
+def test_a_worker_that_is_lost_between_two_epochs(decoders):
+    some = decoders(2)
+    list(some.blocks(tasks_of(4)))
+    some.workers[1].process.kill()
+    some.workers[1].process.join()
+    with pytest.raises(ProcessLost, match='SIGKILL'):
+        list(some.blocks(tasks_of(4)))
+
+
+def test_workers_that_cannot_be_started(decoders, monkeypatch):
+    """The third one, as where processes run out; the others end."""
+    start, before = multiprocessing.process.BaseProcess.start, len(multiprocessing.active_children())
+
+    def refuse(process):
+        if len(multiprocessing.active_children()) == before + 2:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, 'start', refuse)
+    message = r'^3 processes that decode images cannot be started \(Resource .*\): use fewer --workers, or 0$'
+    with pytest.raises(UserError, match=message):
+        list(decoders(3).blocks(tasks_of(4)))
+    assert len(multiprocessing.active_children()) == before
+
+
+class Stop(BaseException):
+    """What a signal raises in a run, at any place."""
+
+
+def test_a_signal_that_ends_the_run_while_it_waits_for_a_block(decoders):
+    def stop(number, frame):
+        raise Stop
+
+    run = os.getpid()
+
+    def work_and_signal(task):
+        if task.items == [4, 5]:
+            os.kill(run, signal.SIGUSR1)
+            signal.pause()
+        return work(task)
+
+    some = decoders(2, work_and_signal)
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        blocks = some.blocks(tasks_of(6))
+        with pytest.raises(Stop):
+            list(blocks)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert some.workers == []
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_worker_that_is_just_born_is_ignored(number, decoders):
+    """It would still raise there what it raises in the run."""
+
+    def stop(number, frame):
+        raise Stop
+
+    class Mark:
+        pass
+
+    mark, before = Mark(), signal.signal(number, stop)
+    multiprocessing.util.register_after_fork(mark, lambda _: os.kill(os.getpid(), number))
+    try:
+        assert pids_of(decoders(2).blocks(tasks_of(4))) == [task.items for task in tasks_of(4)]
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_worker_takes_one_thread_and_leaves_signals_to_processes_that_it_starts(decoders):
+    def look(task):
+        pids = [torch.get_num_threads(), len(signal.pthread_sigmask(signal.SIG_BLOCK, []))]
+        return collate([(torch.zeros(3, 2, 2), pid, 0) for pid in pids])
+
+    assert pids_of(decoders(1, look).blocks(tasks_of(1))) == [[1, 0]]
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])  # nor does the run keep them blocked
+
+
+def test_what_is_the_runs_is_not_freed_in_a_worker(decoders):
+    """A cycle that is garbage already, whose finalizer would delete a folder of the run, or memory of a GPU."""
+    freed, end = os.pipe()
+
+    class Folder:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            os.write(end, f'{os.getpid()} '.encode())
+
+    def collect(task):
+        gc.collect()
+        return work(task)
+
+    some = decoders(2, collect)
+    gc.disable()
+    try:
+        Folder()
+        list(some.blocks(tasks_of(4)))
+    finally:
+        gc.enable()
+    some.close()
+    gc.collect()
+    os.close(end)
+    with open(freed) as file:
+        assert file.read() == f'{os.getpid()} '
+
+
+def test_open_files_and_processes_stay_as_they_are(decoders):
+    def look():
+        return len(os.listdir('/proc/self/fd')), len(multiprocessing.active_children())
+
+    some = decoders(2)
+    list(some.blocks(tasks_of(4)))
+    before = look()
+    for turn in range(100):
+        list(some.blocks(tasks_of(4)))
+        if turn % 10 == 0:
+            next(some.blocks(tasks_of(4)))  # left in the middle
+            other = Workers(2, work, pin=False)
+            list(other.blocks(tasks_of(4)))
+            del other
+    assert look() == before
+
+
+ORPHANED = """
+import os, signal, sys, torch
+from runtime.workers import Task, Workers, collate
+
+def work(task):
+    return collate([(torch.zeros(3, 2000, 1000, dtype=torch.uint8), task.items[0], 0)])
+
+def begun():
+    blocks = Workers(2, work, pin=False).blocks(Task([at], [at]) for at in range(9))
+    next(blocks)
+    return blocks
+
+one = begun()  # its workers wait until somebody reads their blocks
+two = begun()
+three = Workers(2, work, pin=False)
+list(three.blocks([Task([0], [0]), Task([1], [1])]))  # these wait for tasks
+print('begun', flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def python(program: str, *args: str) -> subprocess.CompletedProcess:
+    """Returns when the program and all processes that it has started have ended, which hold its pipes open."""
+    return subprocess.run(
+        [sys.executable, '-c', program, *args],
+        cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=120,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def test_no_worker_outlives_a_run_that_was_killed():
+    done = python(ORPHANED)
+    assert (done.stdout, done.returncode) == ('begun\n', -signal.SIGKILL), done.stderr
 
 
 SIGNALLED = """
@@ -245,29 +605,12 @@ if sys.argv[1] == 'raises':
 
 @pytest.mark.parametrize('end', ['returns', 'raises'])
 def test_workers_ignore_signals_and_yet_end_with_the_run(end, images):
-    done = subprocess.run(  # its pipes close when the last of its workers has ended
-        [sys.executable, '-c', SIGNALLED, end, *[path for path, _, _ in images]],
-        cwd=ROOT,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        start_new_session=True,
-    )
+    done = python(SIGNALLED, end, *[path for path, _, _ in images])
     assert 'continued' in done.stdout, done.stderr
     assert done.returncode == (end == 'raises'), done.stderr
 
 
-# The cache
-
-
-def test_a_cache_for_a_gpu_is_sent_in_one_piece(mixed):
-    """What `ram` sends to another device: the same blocks that workers make."""
-    shown = [read_image(path) for path, _, _ in mixed[:7]]
-    block = collate([(picture, index, 0) for index, picture in enumerate(shown)])
-    assert block.pixels.dim() == 1 and len(block.groups) == 3
-    for arrived, expected in zip(pictures.in_order(block.images(CPU)), shown, strict=True):
-        assert (arrived.numpy() == np.asarray(expected)).all()
+# Memory for the cache
 
 
 def test_free_memory_is_that_of_this_machine():

@@ -1,0 +1,317 @@
+"""Batches of images, and the worker processes that make them while the run computes.
+
+A task names the items of a batch, a block is what comes back: their pixels in one run of bytes. Workers do nothing but
+call the data set for each item, so what its `__getitem__` does happens there.
+
+A worker has one task at a time, and is sent the next one when its block has been received: no side can wait to write
+while the other does. The workers hold a block each, so as many batches are decoded ahead of the run.
+"""
+
+import atexit
+import contextlib
+import fcntl
+import gc
+import io
+import itertools
+import multiprocessing
+import os
+import pickle
+import signal
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from runtime.errors import ProcessLost, UserError
+
+PIPE_BYTES = 1 << 20  # that a worker can send before it waits; Linux's default is 64 kB
+STOPS = (signal.SIGINT, signal.SIGTERM)  # which a terminal or a batch system sends to all processes of a run
+RETURNS = (
+    'a data set must return a PIL image or a uint8 tensor (3, H, W), of any size, or a prepared float tensor (3, '
+    'height, width), always of one size; it returned'
+)
+
+# Positions in the batch (n,) and pixels (n, H, W, 3) of the images of one size: uint8, or float32 if prepared.
+Group = tuple[Tensor, Tensor]
+
+
+class Items(Protocol):
+    """A data set: `items[index]` is (image, pid, camid, more ...)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]: ...
+
+
+@dataclass
+class Task:
+    """The items of a batch, and for each one the seed of what the data set draws for it."""
+
+    items: list[int]
+    seeds: list[int]
+
+
+@dataclass
+class Block:
+    """The images of a batch in host memory, and what belongs to them."""
+
+    groups: list[tuple[np.ndarray, tuple[int, ...]]]  # of equal size: positions in the batch (n,), shape (n, H, W, 3)
+    pixels: Tensor  # of one group after the other, flat
+    counts: list[int]  # images of each item: 1, or the frames of a tracklet
+    pids: list[int]
+    more: list[tuple]  # what the data set returns for each item beyond (image, pid, camid)
+
+    def images(self, device: torch.device) -> list[Group]:
+        """The images on `device`; if they were pinned, the host does not wait for their copy."""
+        parts = self.pixels.to(device, non_blocking=True).split([int(np.prod(shape)) for _, shape in self.groups])
+        return [
+            (torch.from_numpy(positions), part.view(shape))
+            for (positions, shape), part in zip(self.groups, parts, strict=True)
+        ]
+
+
+def collate(items: Sequence[tuple], pin: bool = False) -> Block:
+    """Items (image or images, pid, camid, more ...) of a data set -> a block, with `pin` in pinned memory.
+
+    Raises:
+        UserError: an image is not one that a data set may return.
+    """
+    images, counts = [], []
+    for shown, *_ in items:
+        frames = shown if isinstance(shown, list) or getattr(shown, 'ndim', 3) == 4 else [shown]
+        images += [_channels_last(frame) for frame in frames]  # (H, W, 3) each
+        counts.append(len(frames))
+    by_form: dict[tuple[np.dtype, tuple[int, ...]], list[int]] = {}
+    for position, image in enumerate(images):
+        by_form.setdefault((image.dtype, image.shape), []).append(position)
+    if len(by_form) > 1 and any(dtype != np.uint8 for dtype, _ in by_form):
+        forms = ', '.join(f'{dtype} (3, {height}, {width})' for dtype, (height, width, _) in by_form)
+        raise UserError(f'{RETURNS} {forms}')
+    kind = torch.uint8 if images[0].dtype == np.uint8 else torch.float32
+    pixels = torch.empty(sum(image.size for image in images), dtype=kind, pin_memory=pin)
+    np.concatenate([images[i].reshape(-1) for group in by_form.values() for i in group], out=pixels.numpy())
+    groups = [(np.array(group), (len(group), *shape)) for (_, shape), group in by_form.items()]
+    return Block(groups, pixels, counts, [int(pid) for _, pid, *_ in items], [tuple(item[3:]) for item in items])
+
+
+def _channels_last(image: Any) -> np.ndarray:
+    """An image as uint8 or float32 (H, W, 3), from a PIL image or a tensor (3, H, W)."""
+    if isinstance(image, Image.Image):
+        return np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
+    if isinstance(image, Tensor) and image.is_floating_point():
+        image = image.detach().float()  # numpy has no bfloat16
+    array = np.asarray(image)
+    if array.ndim != 3 or len(array) != 3 or not (array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)):
+        raise UserError(f'{RETURNS} {array.dtype} {array.shape}')
+    return (array if array.dtype == np.uint8 else array.astype(np.float32, copy=False)).transpose(1, 2, 0)
+
+
+# Workers
+
+
+class Workers:
+    """Processes that do `work` on tasks, one task each at a time, so that as many are done ahead of the run.
+
+    They are forked when they are first needed, and end with `close` or with the run, however that ends. They ignore
+    SIGINT and SIGTERM, which a terminal or a batch system sends to them as well: the run saves first, then ends them.
+    """
+
+    def __init__(self, number: int, work: Callable[[Task], Block], pin: bool):
+        self.number, self.work, self.pin = number, work, pin
+        self.workers: list[Worker] = []
+        self.busy: deque[Worker] = deque()  # those that owe a block to the iteration that was begun last
+        end = weakref.finalize(self, _end_all, self.workers, os.getpid())
+        atexit.register(end)  # runs before multiprocessing, registered earlier, would wait for them to heed SIGTERM
+
+    def blocks(self, tasks: Iterable[Task]) -> Iterator[Block]:
+        """The blocks of the tasks, in their order. With `number` 0 the run does the work itself.
+
+        An iteration that is left in the middle ends the workers, and so does one that is begun before another is done:
+        the blocks that they would still send are of no use.
+
+        Raises:
+            UserError: what `work` raised in a worker, or no worker could be started.
+            ProcessLost: a worker was killed.
+        """
+        tasks = iter(tasks)
+        if self.number == 0:
+            for task in tasks:
+                yield self.work(task)
+            return
+        if self.busy:
+            self.close()
+        busy = self.busy = deque()
+        try:
+            for place, task in enumerate(itertools.islice(tasks, self.number)):
+                if place == len(self.workers):
+                    self._start()
+                busy.append(self.workers[place])
+                busy[-1].send(task)
+            while busy:
+                if busy is not self.busy:
+                    raise RuntimeError('the workers were taken over by an iteration that was begun later')
+                block = busy[0].receive(self.pin)
+                worker = busy.popleft()
+                if following := next(tasks, None):
+                    busy.append(worker)
+                    worker.send(following)
+                yield block
+        finally:
+            if busy and busy is self.busy:
+                self.close()
+
+    def _start(self) -> None:
+        try:
+            worker = Worker(self.work, self.workers)
+            self.workers.append(worker)  # before it runs: a signal may end this function anywhere
+            worker.start()
+        except OSError as problem:
+            self.close()
+            raise UserError(
+                f'{self.number} processes that decode images cannot be started ({problem.strerror}): use fewer '
+                f'--workers, or 0'
+            ) from problem
+
+    def close(self) -> None:
+        """End the workers, also one that hangs in a read."""
+        self.busy = deque()
+        _end_all(self.workers, os.getpid())
+
+
+def _end_all(workers: list['Worker'], owner: int) -> None:
+    if os.getpid() != owner:  # a process that was forked with a copy of this
+        return
+    for worker in workers:
+        worker.end()
+    workers.clear()
+
+
+class Worker:
+    """One process, and the pipes by which tasks reach it and blocks come back."""
+
+    def __init__(self, work: Callable[[Task], Block], others: Sequence['Worker']):
+        context = multiprocessing.get_context('fork')  # the data set needs no pickling, its memory no copy
+        tasks, self.tasks = context.Pipe(duplex=False)
+        self.blocks, blocks = context.Pipe(duplex=False)
+        with contextlib.suppress(OSError, AttributeError):  # a limit of the system's; another system than Linux
+            fcntl.fcntl(blocks.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        inherited = [self.tasks, self.blocks, *(end for other in others for end in (other.tasks, other.blocks))]
+        self.ends = tasks, blocks  # the worker's
+        self.process = context.Process(target=_serve, args=(work, tasks, blocks, inherited), daemon=True)
+
+    def start(self) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until the worker ignores them
+        try:
+            self.process.start()
+        finally:
+            for end in self.ends:
+                end.close()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def send(self, task: Task) -> None:
+        with self._watched():
+            self.tasks.send(task)
+
+    def receive(self, pin: bool) -> Block:
+        with self._watched():
+            message = self.blocks.recv_bytes()
+        answer = pickle.loads(message)
+        if isinstance(answer, Exception):
+            raise answer
+        block: Block
+        block, kind, size = answer
+        block.pixels = torch.empty(size, dtype=kind, pin_memory=pin)
+        with self._watched():
+            _read(self.blocks.fileno(), block.pixels.numpy().data.cast('B'))
+        return block
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """A pipe that is closed at its other end, maybe in the middle of a block, means that the worker is lost."""
+        try:
+            yield
+        except (EOFError, OSError) as problem:
+            self.process.join(timeout=60)  # its pipe closes a little before it has ended
+            raise ProcessLost(f'a process that decodes images {_ended(self.process.exitcode)}') from problem
+
+    def end(self) -> None:
+        self.tasks.close()
+        self.blocks.close()
+        if self.process.pid is not None:  # it was started
+            self.process.kill()  # it holds nothing that must be written
+            self.process.join()
+
+
+def _serve(work: Callable[[Task], Block], tasks: Connection, blocks: Connection, inherited: list[Connection]) -> None:
+    """What a worker does: its tasks, until the run closes the pipe or is gone."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    gc.freeze()  # what is the run's must not be freed here as well: a tensor on a GPU, a temporary folder
+    for end in inherited:  # or a worker would keep the pipes of another open
+        end.close()
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            message, pixels = _answer(work, tasks.recv())
+            blocks.send_bytes(message)
+            _write(blocks.fileno(), pixels)
+
+
+def _answer(work: Callable[[Task], Block], task: Task) -> tuple[bytes, memoryview]:
+    """What is sent for a task: its block without pixels, their dtype and number, then the pixels; or an exception."""
+    try:
+        block = work(task)
+        pixels, block.pixels = block.pixels, torch.empty(0)
+        return _pickled((block, pixels.dtype, pixels.numel())), pixels.numpy().data.cast('B')
+    except UserError as mistake:
+        return pickle.dumps(UserError(str(mistake))), memoryview(b'')
+    except BaseException:  # SystemExit as well; it may not pickle, its traceback does
+        text = f'in a process that decodes images:\n{traceback.format_exc()}'
+        return pickle.dumps(RuntimeError(text)), memoryview(b'')
+
+
+def _pickled(answer: object) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(answer)
+    return file.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    """Takes the bytes of a tensor, ten times faster than torch does; multiprocessing would go through /dev/shm."""
+
+    def reducer_override(self, value: object) -> Any:
+        if type(value) is Tensor:
+            with contextlib.suppress(TypeError, RuntimeError):  # of a dtype that numpy does not have
+                return torch.from_numpy, (value.detach().numpy(),)
+        return NotImplemented
+
+
+def _write(file: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(file, data) :]
+
+
+def _read(file: int, room: memoryview) -> None:
+    while room:
+        count = os.readv(file, [room])
+        if not count:
+            raise EOFError
+        room = room[count:]
+
+
+def _ended(exitcode: int | None) -> str:
+    if exitcode == -signal.SIGKILL:
+        return 'was ended by SIGKILL, as happens when memory runs out: use fewer --workers'
+    names = {each.value: each.name for each in signal.Signals}
+    code = exitcode or 0
+    end = f'ended with status {code}' if code >= 0 else f'was ended by {names.get(-code, f"signal {-code}")}'
+    return f'{end}: with --workers 0 the run decodes images itself'
