@@ -34,7 +34,10 @@ from runtime.errors import ProcessLost, UserError
 
 PIPE_BYTES = 1 << 20  # that a worker can send before it waits; Linux's default is 64 kB
 STOPS = (signal.SIGINT, signal.SIGTERM)  # which a terminal or a batch system sends to all processes of a run
-RETURNS = 'a data set must return an image as a PIL image, a uint8 tensor (3, H, W), or a prepared float tensor'
+RETURNS = (
+    'a data set must return a PIL image or a uint8 tensor (3, H, W), of any size, or a prepared float tensor (3, '
+    'height, width), always of one size; it returned'
+)
 
 # Positions in the batch (n,) and pixels (n, H, W, 3) of the images of one size: uint8, or float32 if prepared.
 Group = tuple[Tensor, Tensor]
@@ -86,30 +89,29 @@ def collate(items: Sequence[tuple], pin: bool = False) -> Block:
         frames = shown if isinstance(shown, list) or getattr(shown, 'ndim', 3) == 4 else [shown]
         images += [_channels_last(frame) for frame in frames]  # (H, W, 3) each
         counts.append(len(frames))
-    by_form: dict[tuple, list[int]] = {}
+    by_form: dict[tuple[np.dtype, tuple[int, ...]], list[int]] = {}
     for position, image in enumerate(images):
-        by_form.setdefault((image.dtype.name, *image.shape), []).append(position)
-    if len(by_form) > 1 and any(name != 'uint8' for name, *_ in by_form):
-        forms = ', '.join(f'{name} (3, {height}, {width})' for name, height, width, _ in by_form)
-        raise UserError(f'{RETURNS}, all of one size in a batch; in one it returned {forms}')
+        by_form.setdefault((image.dtype, image.shape), []).append(position)
+    if len(by_form) > 1 and any(dtype != np.uint8 for dtype, _ in by_form):
+        forms = ', '.join(f'{dtype} (3, {height}, {width})' for dtype, (height, width, _) in by_form)
+        raise UserError(f'{RETURNS} {forms}')
     kind = torch.uint8 if images[0].dtype == np.uint8 else torch.float32
     pixels = torch.empty(sum(image.size for image in images), dtype=kind, pin_memory=pin)
     np.concatenate([images[i].reshape(-1) for group in by_form.values() for i in group], out=pixels.numpy())
-    groups = [(np.array(group), (len(group), *shape)) for (_, *shape), group in by_form.items()]
+    groups = [(np.array(group), (len(group), *shape)) for (_, shape), group in by_form.items()]
     return Block(groups, pixels, counts, [int(pid) for _, pid, *_ in items], [tuple(item[3:]) for item in items])
 
 
 def _channels_last(image: Any) -> np.ndarray:
     """An image as uint8 or float32 (H, W, 3), from a PIL image or a tensor (3, H, W)."""
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert('RGB'))
-    tensor = torch.as_tensor(image)
-    if tensor.ndim != 3 or len(tensor) != 3 or not (tensor.dtype == torch.uint8 or tensor.is_floating_point()):
-        kind = str(tensor.dtype).removeprefix('torch.')
-        raise UserError(f'{RETURNS}, all of one size in a batch; it returned {kind} {tuple(tensor.shape)}')
-    if tensor.dtype != torch.uint8:
-        tensor = tensor.detach().float()
-    return tensor.permute(1, 2, 0).numpy()
+        return np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
+    if isinstance(image, Tensor) and image.is_floating_point():
+        image = image.detach().float()  # numpy has no bfloat16
+    array = np.asarray(image)
+    if array.ndim != 3 or len(array) != 3 or not (array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)):
+        raise UserError(f'{RETURNS} {array.dtype} {array.shape}')
+    return (array if array.dtype == np.uint8 else array.astype(np.float32, copy=False)).transpose(1, 2, 0)
 
 
 # Workers

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import random
 import time
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import numpy as np
 import pictures
 import pytest
 import torch
+from conftest import ROOT
 from pictures import in_order
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -25,6 +27,7 @@ from runtime.feed import Feed
 from runtime.processes import Processes
 from runtime.workers import collate
 from samplers import RandomIdentitySampler, RandomSampler
+from transforms import TrainTransform
 
 CPU = torch.device('cpu')
 
@@ -212,6 +215,25 @@ def test_an_epoch_can_be_left_and_begun_in_the_middle(workers, images):
     assert_equal(epoch_of(training, 2), whole)
 
 
+@pytest.mark.parametrize('cache', ['none', 'ram', 'device'])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_epoch_can_be_begun_while_another_is_under_way(workers, cache, images):
+    training = loader_of(images, batch_size=4, workers=workers, cache=cache)
+    whole = epoch_of(training, 2)
+    left = training.epoch(1)
+    next(left)
+    assert_equal(epoch_of(training, 2), whole)
+    left.close()
+    assert_equal(epoch_of(training, 2), whole)
+
+
+def test_an_epoch_that_was_done_when_the_run_was_stopped_decodes_nothing(images, monkeypatch):
+    monkeypatch.setattr(dataset_loader, 'read_image', None)
+    for cache in ('none', 'ram'):
+        training = loader_of(images, workers=2, cache=cache)
+        assert epoch_of(training, 2, start=3) == [] and processes_of(training) == []
+
+
 @pytest.mark.parametrize('world_size', [2, 3, 4])
 def test_the_batches_of_all_processes_are_the_batch_of_one(world_size, mixed):
     whole = epoch_of(loader_of(mixed, 12), 1)
@@ -268,6 +290,310 @@ def test_a_run_that_waits_for_images_is_advised_to_cache_them_once(images, monke
     monkeypatch.setattr(dataset_loader, 'free_memory', lambda device: 10)
     epoch_of(loader_of(images))
     assert capsys.readouterr().out == ''
+
+
+# Data sets of another kind
+
+
+class Darker(ImageDataset):
+    """A changed decoder."""
+
+    def __getitem__(self, index):
+        img, pid, camid = super().__getitem__(index)
+        return img // 2, pid, camid
+
+
+class Masked(ImageDataset):
+    """A mask behind each item."""
+
+    def __getitem__(self, index):
+        img, pid, camid = super().__getitem__(index)
+        return img, pid, camid, mask_of(index)
+
+
+class Posed(ImageDataset):
+    """A pose behind each item, and a word."""
+
+    def __getitem__(self, index):
+        img, pid, camid = super().__getitem__(index)
+        pose = {'joints': np.full((17, 2), index + 0.5), 'visible': torch.arange(17) < index, 'score': index / 24}
+        return img, pid, camid, pose, f'word {index}'
+
+
+class Tracked(ImageDataset):
+    """Another pid than the list has."""
+
+    def __getitem__(self, index):
+        img, pid, camid = super().__getitem__(index)
+        return img, pid + 100, camid
+
+
+def mask_of(index: int) -> torch.Tensor:
+    return torch.arange(32).view(1, 8, 4) + 100 * index
+
+
+def prepared(image: Image.Image) -> torch.Tensor:
+    """As torchvision's ToTensor."""
+    return torch.from_numpy(np.array(image.resize((12, 24)))).permute(2, 0, 1) / 255  # (3, 24, 12)
+
+
+def turned(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.ROTATE_90)
+
+
+WAYS = pytest.mark.parametrize(
+    ('workers', 'cache'), [(workers, cache) for cache in ('none', 'ram', 'device') for workers in (0, 2)]
+)
+
+
+def pixels_of(items, indices) -> list[np.ndarray]:
+    return [np.asarray(Image.open(items[index][0])) for index in indices.tolist()]
+
+
+@WAYS
+def test_a_changed_decoder(workers, cache, mixed):
+    training = loader_of(mixed, workers=workers, cache=cache, dataset=Darker(mixed))
+    for epoch in range(2):
+        for (images, *_), indices in zip(epoch_of(training, epoch), training.sampler.draw(epoch)[0], strict=True):
+            for image, expected in zip(images, pixels_of(mixed, indices), strict=True):
+                assert image.dtype == torch.uint8 and (image.numpy() == expected // 2).all()
+
+
+@WAYS
+def test_a_pid_of_the_data_sets_own(workers, cache, images):
+    training = loader_of(images, workers=workers, cache=cache, dataset=Tracked(images))
+    for (_, pids, _), indices in zip(epoch_of(training), training.sampler.draw(0)[0], strict=True):
+        assert pids.tolist() == [images[index][1] + 100 for index in indices]
+
+
+@WAYS
+def test_a_mask_arrives_behind_the_draws(workers, cache, mixed):
+    training = loader_of(mixed, workers=workers, cache=cache, dataset=Masked(mixed), identities=True)
+    plain = epoch_of(loader_of(mixed, identities=True), 1)
+    batches = epoch_of(training, 1)
+    assert_equal([batch[:3] for batch in batches], plain)
+    for (*_, masks), indices in zip(batches, training.sampler.draw(1)[0], strict=True):
+        assert torch.equal(masks, torch.stack([mask_of(index) for index in indices.tolist()]))
+    assert_equal(epoch_of(training, 1, start=2), batches[2:])
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_processes_share_the_masks_of_a_batch(workers, mixed):
+    whole = epoch_of(loader_of(mixed, dataset=Masked(mixed)), 1)
+    for rank in range(2):
+        training = loader_of(mixed, workers=workers, dataset=Masked(mixed), run=share_of(rank, 2))
+        assert_equal(epoch_of(training, 1), [tuple(part[rank::2] for part in batch) for batch in whole])
+
+
+@WAYS
+def test_a_pose_and_a_word_arrive_behind_the_draws(workers, cache, images):
+    training = loader_of(images, workers=workers, cache=cache, dataset=Posed(images))
+    for epoch in range(2):
+        for (*_, pose, words), indices in zip(epoch_of(training, epoch), training.sampler.draw(epoch)[0], strict=True):
+            expected = {
+                'joints': (indices + 0.5)[:, None, None].double().expand(-1, 17, 2),
+                'visible': torch.arange(17) < indices[:, None],
+                'score': indices.double() / 24,
+            }
+            assert_same(pose, expected)
+            assert words == [f'word {index}' for index in indices]
+
+
+@WAYS
+def test_float_images_are_taken_as_prepared_and_announced_once(workers, cache, mixed, capsys):
+    training = loader_of(mixed, workers=workers, cache=cache, dataset=ImageDataset(mixed, prepared))
+    augment = TrainTransform(32, 16)
+    for epoch in range(2):
+        for batch, indices in zip(training.epoch(epoch), training.sampler.draw(epoch)[0], strict=True):
+            images, _, draws = batch
+            expected = torch.stack([prepared(read_image(mixed[index][0])) for index in indices.tolist()])
+            assert torch.equal(augment(images, draws), expected)
+    out = capsys.readouterr().out.splitlines()
+    announced = 'The data set returns float images: they are taken as prepared and are not augmented'
+    assert out[-1] == announced and len(out) == 1 + (cache != 'none')
+
+
+@WAYS
+def test_a_pil_image_is_augmented_like_a_decoded_one(workers, cache, mixed):
+    training = loader_of(mixed, workers=workers, cache=cache, dataset=ImageDataset(mixed, turned))
+    for epoch in range(2):
+        for (images, *_), indices in zip(epoch_of(training, epoch), training.sampler.draw(epoch)[0], strict=True):
+            for image, expected in zip(images, pixels_of(mixed, indices), strict=True):
+                assert image.dtype == torch.uint8 and (image.numpy() == np.rot90(expected)).all()
+
+
+@WAYS
+def test_equal_pixels_give_equal_batches(workers, cache, mixed):
+    """Whether they come as a decoder's tensor, as a PIL image, or as a tensor of another layout."""
+
+    def laid_out(image):
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+    plain = epoch_of(loader_of(mixed), 1)
+    for transform in (lambda image: image, laid_out):
+        dataset = ImageDataset(mixed, transform)
+        assert_equal(epoch_of(loader_of(mixed, workers=workers, cache=cache, dataset=dataset), 1), plain)
+
+
+@WAYS
+def test_a_list_is_a_data_set(workers, cache, images):
+    items = [ImageDataset(images)[index] for index in range(24)]
+    assert_equal(epoch_of(loader_of(images, workers=workers, cache=cache, dataset=items)), epoch_of(loader_of(images)))
+
+
+# What is drawn for an item
+
+
+class Noisy(ImageDataset):
+    """Draws from the generator that it is given."""
+
+    def __getitem__(self, index, rng=None):
+        img, pid, camid = super().__getitem__(index)
+        noise = torch.from_numpy(rng.integers(0, 2, img.shape, np.uint8))
+        return img ^ noise, pid, camid, rng.random()
+
+
+class Global(ImageDataset):
+    """Draws from the global generators, like the transforms of torchvision."""
+
+    def __getitem__(self, index):
+        img, pid, camid = super().__getitem__(index)
+        noise = torch.randint(0, 2, img.shape, dtype=torch.uint8)
+        return img ^ noise, pid, camid, random.random(), np.random.rand()  # noqa: NPY002
+
+
+KINDS = pytest.mark.parametrize('kind', [Noisy, Global])
+
+
+def states() -> tuple:
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+
+
+@KINDS
+def test_draws_are_a_function_of_seed_epoch_and_position(kind, images):
+    dataset, before = kind(images), states()
+    alone, helped = loader_of(images, 4, dataset=dataset), loader_of(images, 4, 2, dataset=dataset)
+    epochs = [epoch_of(alone, epoch) for epoch in range(2)]
+    drawn = torch.cat([batch[3] for epoch in epochs for batch in epoch])
+    assert len(drawn.unique()) == len(drawn) == 48  # of each item another one, and others in the next epoch
+    assert 0.3 < drawn.mean() < 0.7
+    assert_equal(epoch_of(helped, 0), epochs[0])
+    assert_equal(epoch_of(helped, 1), epochs[1])
+    for training in (alone, helped):
+        assert_equal(epoch_of(training, 1, start=2), epochs[1][2:])
+        left = training.epoch(0)
+        next(left)
+        assert_equal(epoch_of(training, 1), epochs[1])
+    assert states() == before
+
+
+@KINDS
+def test_draws_depend_on_the_seed(kind, images):
+    options = DataOptions(workers=0)
+    one, two = (
+        epoch_of(train_loader(kind(images), RandomSampler(images, 24, seed), options, share_of())) for seed in (1, 2)
+    )
+    assert not set(one[0][3].tolist()) & set(two[0][3].tolist())
+
+
+@KINDS
+@pytest.mark.parametrize('workers', [0, 2])
+def test_draws_do_not_depend_on_the_number_of_processes(kind, workers, images):
+    whole = epoch_of(loader_of(images, dataset=kind(images)), 1)
+    for rank in range(2):
+        training = loader_of(images, workers=workers, dataset=kind(images), run=share_of(rank, 2))
+        assert_equal(epoch_of(training, 1), [tuple(part[rank::2] for part in batch) for batch in whole])
+
+
+@pytest.mark.parametrize('cache', ['ram', 'device'])
+def test_a_cache_of_what_is_drawn_anew_is_refused_in_one_line(cache, images):
+    with pytest.raises(UserError, match=f'^--cache {cache} keeps .* takes rng\\): use --cache none$'):
+        loader_of(images, cache=cache, dataset=Noisy(images))
+
+
+def test_a_cache_is_not_recommended_for_what_is_drawn_anew(images, monkeypatch, capsys):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(time, 'perf_counter', lambda: next(clock))
+    epoch_of(loader_of(images, dataset=Noisy(images)))
+    assert capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_test_draws_the_same_each_time(workers, images):
+    kept = states()
+    loaders = [items_loader(Noisy(images), batch_size, workers, share_of()) for batch_size in (5, 8)]
+    one, two, again = ([image for groups, *_ in each for image in in_order(groups)] for each in [*loaders, loaders[0]])
+    assert_same(one, two)
+    assert_same(one, again)
+    assert states() == kept
+
+
+@pytest.mark.parametrize('cache', ['ram', 'device'])
+def test_filling_a_cache_draws_nothing_from_the_runs_generators(cache, images):
+    kept = states()
+    epoch_of(loader_of(images, cache=cache, dataset=Global(images)))
+    assert states() == kept
+
+
+# A script with a data set of its own
+
+OWN = """
+class Own(ImageDataset):
+    def __getitem__(self, index{declared}):
+        img, pid, camid = super().__getitem__(index)
+        mask = torch.ones(1, 32, 16)
+        mask[:, index % 32] = 0
+        return img // 2, pid, camid, mask, {{'weight': index % 3, 'drawn': {drawn}}}
+
+
+parser = arguments"""
+CHANGES = {
+    'from torch.optim import Adam': 'import torch\nfrom torch.optim import Adam',
+    'parser = arguments': OWN.format(declared='', drawn=0.5),
+    'train_loader(ImageDataset(dataset.train)': 'train_loader(Own(dataset.train)',
+    'for imgs, pids, draws in': 'for imgs, pids, draws, masks, pose in',
+    'replica(augment(imgs, draws))': 'replica(augment(imgs, draws) * masks)',
+    'loss = criterion_xent(logits.float(), pids)': (
+        "loss = criterion_xent(logits.float(), pids) * (1 + pose['weight'] * pose['drawn']).float().mean()"
+    ),
+}
+DRAWING = CHANGES | {'parser = arguments': OWN.format(declared=', rng=None', drawn='rng.random()')}
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch, script):
+    """Run a changed copy of a script in a folder of its own; its weights after two epochs."""
+    torch.set_num_threads(1)  # so small a network is faster
+
+    def train(changes: dict[str, str], *options) -> dict[str, torch.Tensor]:
+        text = (ROOT / 'train_img_model_xent.py').read_text()
+        for old, new in changes.items():
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        number = len(list(tmp_path.iterdir()))
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / f'train_own_{number}.py').write_text(text)
+        monkeypatch.syspath_prepend(folder)
+        assert script(f'train_own_{number}', '--max-epoch', 2, '--save-dir', folder, *options) == 0
+        return torch.load(folder / 'checkpoint_ep2.pth.tar', weights_only=True)['state_dict']
+
+    return train
+
+
+def test_a_copied_script_with_a_data_set_of_its_own(copied):
+    """It trains to the same weights however its data are loaded; with `rng` they are others."""
+    plain = copied({})
+    cached = [
+        copied(CHANGES, '--workers', workers, '--cache', cache)
+        for cache in ('none', 'ram', 'device') for workers in (0, 2)
+    ]  # fmt: skip
+    drawn = [copied(DRAWING, '--workers', workers) for workers in (0, 2)]
+    for same in (cached, drawn):
+        for weights in same[1:]:
+            assert_same(weights, same[0])
+    assert not torch.equal(cached[0]['classifier.weight'], plain['classifier.weight'])
+    assert not torch.equal(cached[0]['classifier.weight'], drawn[0]['classifier.weight'])
 
 
 # Test batches
@@ -356,6 +682,13 @@ def test_a_cache_names_a_bad_image(images, tmp_path):
 # To the device
 
 
+def test_a_run_on_a_cpu_does_not_start_cuda(images, monkeypatch):
+    """Which would take memory of a GPU that --use-cpu leaves to others, and be lost in the workers."""
+    monkeypatch.setattr(torch.cuda, 'stream', None)
+    monkeypatch.setattr(torch.cuda, 'current_stream', None)
+    assert len(epoch_of(loader_of(images, workers=2))) == 3
+
+
 def test_one_batch_is_copied_ahead_of_the_computation(mixed, monkeypatch):
     """The order of things on a GPU, with streams that only write down what they are asked."""
     said = []
@@ -366,12 +699,13 @@ def test_one_batch_is_copied_ahead_of_the_computation(mixed, monkeypatch):
     monkeypatch.setattr(torch, 'tensor', lambda data, pin_memory=False, make=torch.tensor: make(data))
     monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
     monkeypatch.setattr(torch.Tensor, 'record_stream', lambda tensor, _: said.append('keep'))
-    blocks = [collate([(read_image(path), pid, camid)]) for path, pid, camid in mixed[:6:3]]
+    blocks = [collate([(read_image(path), pid, camid, {'mask': mask_of(pid)})]) for path, pid, camid in mixed[:6:3]]
     batches = Feed(blocks, CPU, stream)
     for path, pid, _ in mixed[:6:3]:
         groups, pids, counts, more = next(batches)
         assert (in_order(groups)[0].numpy() == np.asarray(Image.open(path))).all()
-        assert pids.tolist() == [pid] and counts == [1] and more == []
+        assert pids.tolist() == [pid] and counts == [1]
+        assert_same(more, [{'mask': mask_of(pid)[None]}])
         said.append('compute')
     assert next(batches, None) is None
     steps = [step for index, step in enumerate(said) if step != 'keep' or said[index - 1] != 'keep']
