@@ -40,7 +40,7 @@ class Logger:
         self.unwritten = Unwritten() if unwritten is None else unwritten
         self.failed = False
         mkdir_if_missing(Path(fpath).parent)
-        self.file = open(fpath, 'a', buffering=1, encoding='utf-8')  # noqa: SIM115 (closed by __exit__)
+        self.file = open(fpath, 'a', 1, 'utf-8', 'backslashreplace')  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> 'Logger':
         sys.stdout = self  # type: ignore[assignment]  # it has what print and tqdm use
