@@ -38,7 +38,7 @@ class Logger:
         self.console, self.failed = sys.stdout, False
         self.unwritten = Unwritten() if unwritten is None else unwritten
         mkdir_if_missing(Path(fpath).parent)
-        self.file = open(fpath, 'a', buffering=1, encoding='utf-8')  # noqa: SIM115 (closed by __exit__)
+        self.file = open(fpath, 'a', 1, 'utf-8', 'backslashreplace')  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> 'Logger':
         sys.stdout = self  # it has what print and tqdm use

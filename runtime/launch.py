@@ -65,7 +65,7 @@ def main(experiment: Experiment, parser: Parser) -> None:
             status, text = 2, f'error: {len(unwritten)} files could not be written, first {unwritten[0]}\n'
     if text:
         sys.stderr.write(text)
-        with contextlib.suppress(OSError), open(path, 'a', encoding='utf-8') as file:
+        with contextlib.suppress(OSError), open(path, 'a', encoding='utf-8', errors='backslashreplace') as file:
             file.write(text)
     if status:
         sys.exit(status)

@@ -1,3 +1,4 @@
+import io
 import os
 import signal
 import sys
@@ -56,6 +57,22 @@ def test_mistakes_are_one_line_and_faults_a_traceback(tmp_path, capsys, exceptio
     assert err.startswith(text)
     assert (tmp_path / 'log_train.txt').read_text().endswith(err)
     assert sys.stdout is not None and not isinstance(sys.stdout, Logger)
+
+
+def test_a_path_that_is_no_text_is_reported_and_logged(tmp_path, monkeypatch):
+    """As names of files are that another system wrote."""
+    stderr = io.TextIOWrapper(io.BytesIO(), 'utf-8', 'backslashreplace')  # as Python opens it
+    monkeypatch.setattr(sys, 'stderr', stderr)
+
+    def experiment(args, run):
+        run.log.note('a note of x\udcff\n')
+        raise UserError('no x\udcff')
+
+    with pytest.raises(SystemExit) as end:
+        launch.main(experiment, Parser(tmp_path))
+    stderr.flush()
+    assert (end.value.code, stderr.buffer.getvalue()) == (2, b'error: no x\\udcff\n')
+    assert (tmp_path / 'log_train.txt').read_text().endswith('a note of x\\udcff\nerror: no x\\udcff\n')
 
 
 SAVED = 'saved log/resume_1_3.pth.tar, from which --auto-resume continues'
@@ -149,7 +166,9 @@ def first(monkeypatch, run):
 
 
 def when_it_waits(act, monkeypatch):
-    monkeypatch.setattr(launch.time, 'sleep', lambda _: act())
+    """Call `act` when a process begins to wait, which must end that."""
+    acts = iter([act])
+    monkeypatch.setattr(launch.time, 'sleep', lambda _: next(acts)())
 
 
 def test_a_process_that_lost_another_waits_for_its_report(first, monkeypatch):
