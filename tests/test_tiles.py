@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,8 @@ def test_settings_of_torch_are_left_as_they_were(host, monkeypatch):
             tiles.in_threads(lambda: 1 / 0, [()] * 100, cpu)
         assert seen == [(1, TF32 if host else FULL)]
         assert settings() == (3, TF32)
+        with ThreadPoolExecutor(1) as pool:  # a thread to come
+            assert pool.submit(torch.get_num_threads).result() == 3
     finally:
         setattr(MATMUL, NAME, before)
 
