@@ -65,7 +65,7 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def one_thread(few_threads):
+def one_thread():
     """Tensors are small: more threads only cost time."""
     torch.set_num_threads(1)
 
