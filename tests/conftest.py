@@ -1,5 +1,6 @@
 """What several rooms' tests need: the tiny network, tiny data sets in the real formats, and a way to run a script."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tiny  # registers the network
 import torch
 
 import toy
+from runtime import launch
 from runtime.device import Run
 
 ROOT = tiny.ROOT
@@ -17,6 +19,7 @@ TINY = ['-a', 'tiny', '--height', '32', '--width', '16', '--workers', '0', '--us
 TINY.append('--no-report')  # it takes a second
 HANG = 600  # seconds after which a process that is waited for is taken to hang; nothing is measured by it
 SCRIPTS = [path.stem for path in sorted(ROOT.glob('train_*.py'))]
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'}
 
 
 @pytest.fixture(scope='session')
@@ -41,9 +44,9 @@ def python():
     """Run `python tests/tiny.py ARGS` in a process of its own and give back the finished process."""
 
     def start(*args, cwd=ROOT, check=False):
+        command = [sys.executable, ROOT / 'tests' / 'tiny.py', *args]
         return subprocess.run(
-            [sys.executable, str(ROOT / 'tests' / 'tiny.py'), *map(str, args)],
-            cwd=cwd, timeout=HANG, check=check, capture_output=True, text=True,
+            [*map(str, command)], cwd=cwd, timeout=HANG, check=check, capture_output=True, text=True,
             env={**os.environ, 'OMP_NUM_THREADS': '1'},
         )  # fmt: skip
 
@@ -56,24 +59,11 @@ def script(data_dir, monkeypatch):
 
     Gives back the exit status; what was printed is for `capsys`.
     """
-    import importlib
-
-    from runtime import launch
 
     def start(name: str, *args) -> int:
         module = importlib.import_module(name)
-        argv = [
-            f'{name}.py',
-            *TINY,
-            '--data-dir',
-            str(data_dir),
-            '--pretrained',
-            'none',
-            '--train-batch',
-            '8',
-            *map(str, args),
-        ]
-        monkeypatch.setattr(sys, 'argv', argv)
+        argv = [f'{name}.py', *TINY, '--data-dir', data_dir, '--pretrained', 'none', '--train-batch', '8', *args]
+        monkeypatch.setattr(sys, 'argv', [*map(str, argv)])
         try:
             launch.main(module.main, module.parser)
         except SystemExit as end:
@@ -81,6 +71,20 @@ def script(data_dir, monkeypatch):
         return 0
 
     return start
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 300 kB, where mounting is possible."""
+    folder = tmp_path / 'small'
+    folder.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip('no file system can be mounted here')
+    yield folder
+    subprocess.run(['umount', str(folder)], check=True)
 
 
 @pytest.fixture(autouse=True)
