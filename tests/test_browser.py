@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import HANG
 from PIL import Image
 from test_report import put_run
 
@@ -38,6 +39,7 @@ def browser():
         options.add_argument(argument)
     options.add_argument(f'--window-size={size}')
     options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
+    options.timeouts = {'script': 1000 * HANG, 'pageLoad': 1000 * HANG}
     session = webdriver.Chrome(options, webdriver.ChromeService(driver))
     yield session
     session.quit()
@@ -65,7 +67,7 @@ def show(browser, path):
 
     browser.get('about:blank')  # loading what is there again may return early
     browser.get(path.as_uri())
-    WebDriverWait(browser, 30).until(lambda page: page.execute_script('return document.readyState') == 'complete')
+    WebDriverWait(browser, HANG).until(lambda page: page.execute_script('return document.readyState') == 'complete')
 
 
 def visible(page) -> list[int]:

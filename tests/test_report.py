@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import HANG, ROOT
 from matplotlib import colormaps
 from PIL import Image
 from tiny import Tiny
@@ -379,7 +379,7 @@ def test_activations_write_one_grid(tmp_path, checkpoint, market):
 def command(*args, cwd=ROOT):
     done = subprocess.run(
         [sys.executable, str(ROOT / 'report.py'), *map(str, args)],
-        cwd=cwd, capture_output=True, text=True, timeout=100, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        cwd=cwd, capture_output=True, text=True, timeout=HANG, env={**os.environ, 'OMP_NUM_THREADS': '1'},
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
@@ -410,4 +410,4 @@ def test_mistakes_are_reported_in_one_line(args, words, capsys, monkeypatch):
 
 def test_pictures_are_imported_with_the_first_page():
     check = 'import sys, report; sys.exit(bool({"matplotlib", "jinja2", "torch"} & set(sys.modules)))'
-    assert subprocess.run([sys.executable, '-c', check], cwd=ROOT, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, '-c', check], cwd=ROOT, timeout=HANG).returncode == 0

@@ -60,11 +60,15 @@ from torch import nn
 
 import data_manager
 import weights
+from models.network import Network
+from readers import market1501, mars, tree
+from runtime import unpickling
 from runtime.errors import UserError
 
-READERS = [pickletools, zipfile, weights, data_manager]
+READERS = [pickletools, zipfile, weights, unpickling, market1501, mars, tree, data_manager]
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 20  # that one input may take; a million instructions are followed in 3
+SECONDS = 20  # of a core that one input may take; a million instructions are followed in 3
+HANG = 600  # seconds after which one that takes no time of a core hangs
 MEGABYTES = 400  # that one input may need: the inputs are small
 ENGINES = ['hypothesis', *(['atheris'] if importlib.util.find_spec('atheris') else [])]
 FINDINGS = ROOT / 'tests' / 'fuzz' / 'findings'
@@ -113,8 +117,9 @@ def watched():
     """Reading, and nothing else, in bounded time and memory. What is printed is kept from the terminal."""
     global watching
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    other = signal.signal(signal.SIGALRM, stuck)
-    signal.alarm(SECONDS)
+    others = {number: signal.signal(number, stuck) for number in (signal.SIGPROF, signal.SIGALRM)}
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.alarm(HANG)
     watching = True
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -122,8 +127,10 @@ def watched():
             yield
     finally:
         watching = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, other)
+        for number, other in others.items():
+            signal.signal(number, other)
         done = events[:]
         events.clear()
     assert not done, done
@@ -209,8 +216,8 @@ WORDS = [
 ]
 WORDS += ['0', 'f4', 'latin1', 'base.norm5.weight', 'classifier.weight', '__class__', 'x\n\x1b[31m', '', '\u2028']
 GLOBALS = [
-    *weights.CALLABLES,
-    *weights.ELEMENT_BYTES,
+    *unpickling.CALLABLES,
+    *unpickling.ELEMENT_BYTES,
     'posix system',
     '__builtin__ eval',
     'builtins getattr',
@@ -403,11 +410,19 @@ def weight_files(draw) -> bytes:
     return b''.join(parts)
 
 
+class Small(Network):
+    """Has the names of nn.Linear(2, 2)."""
+
+    def __init__(self, num_classes: int):
+        super().__init__(num_classes)
+        self.weight, self.bias = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
+
+
 def read_weights(data: bytes, folder: Path) -> bool:
     """Refused, or no more tensors than the file has bytes for, which fit a model or are refused there."""
     (folder / 'x.pth').write_bytes(data)
     os.chdir(folder)
-    model = nn.Linear(2, 2)
+    model = Small(2)
     try:
         with watched():
             found = weights.read('x.pth')
@@ -482,7 +497,7 @@ def expected_of(names: dict) -> list[tuple[str, int, int]] | None:
 def read_market(tree: tuple, folder: Path) -> bool:
     """As the slow reading has it, or refused."""
     place, parts = tree
-    for part, files in zip(data_manager.MARKET_PARTS, parts, strict=True):
+    for part, files in zip(market1501.PARTS, parts, strict=True):
         (folder / place).mkdir(parents=True, exist_ok=True)
         if isinstance(files, dict):
             (folder / place / part).mkdir()
@@ -495,7 +510,7 @@ def read_market(tree: tuple, folder: Path) -> bool:
     good = None not in expected and len({pid for _, pid, _ in expected[0]}) > 1
     try:
         with watched():
-            dataset = data_manager.Market1501(str(folder))
+            dataset = market1501.Market1501(str(folder))
             data_manager.fingerprint(dataset)
     except UserError as error:
         assert not good or missing, error
@@ -506,7 +521,7 @@ def read_market(tree: tuple, folder: Path) -> bool:
     labels = {pid: label for label, pid in enumerate(sorted({pid for _, pid, _ in expected[0]}))}
     expected[0] = [(name, labels[pid], camid) for name, pid, camid in expected[0]]
     for part, items, wanted in zip(
-        data_manager.MARKET_PARTS, (dataset.train, dataset.query, dataset.gallery), expected, strict=True
+        market1501.PARTS, (dataset.train, dataset.query, dataset.gallery), expected, strict=True
     ):
         assert items == [(os.path.join(folder, place, part, name), pid, camid) for name, pid, camid in wanted]
     return True
@@ -604,7 +619,7 @@ def good_infos() -> list[bytes]:
 def read_mars(info: tuple, folder: Path) -> bool:
     """Frames of the name files, of one person and one camera each, not many times more than there are; or refused."""
     official, *contents = info
-    parts = list(data_manager.MARS_PARTS)
+    parts = list(mars.PARTS)
     (folder / 'mars' / 'info').mkdir(parents=True)
     for part in parts[:2]:
         (folder / 'mars' / part).mkdir()
@@ -612,7 +627,7 @@ def read_mars(info: tuple, folder: Path) -> bool:
         (folder / 'mars' / part).write_bytes(content)
     try:
         with watched():
-            dataset = data_manager.Mars(str(folder), official=official)
+            dataset = mars.Mars(str(folder), official=official)
             data_manager.fingerprint(dataset)
     except UserError as error:
         assert_one_line(error)
@@ -742,8 +757,8 @@ def fuzz(target: str, engine: str, seconds: float) -> bool:
         process = context.Process(target=loop, args=(target, engine, seconds, Path(folder), seed, there))
         process.start()
         there.close()
-        outcomes, finding = Counter(), f'no answer after {seconds + 300:.0f} s'
-        if here.poll(seconds + 300):  # a finding is made smaller after the time is over
+        outcomes, finding = Counter(), f'no answer {HANG} s after the end of the time'
+        if here.poll(seconds + HANG):  # a finding is made smaller after the time is over
             try:
                 outcomes, finding = here.recv()
             except EOFError:  # it crashed, so the folder holds the input
