@@ -276,9 +276,9 @@ class Checkpoint:
         }
 
 
-def _age(path: Path) -> tuple[int, ...]:
+def _age(path: Path) -> tuple[int, list[int], str]:
     """Sorts the newest first; of files of the same moment (some milliseconds) that of the later epoch and batch."""
-    return -path.stat().st_mtime_ns, *(-int(number) for number in re.findall(r'\d+', path.name))
+    return -path.stat().st_mtime_ns, [-int(number) for number in re.findall(r'\d+', path.name)], path.name
 
 
 ENTRIES = {'recipe': dict, 'state': dict, 'epoch': int, 'best_rank1': int | float}  # what a run continues from

@@ -147,10 +147,8 @@ class LossMeter:
             return {}
         losses = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name != HIDDEN}
         now = time.perf_counter()
-        seconds, wait = (
-            (now - self.began) / self.timed,
-            self.waited / (now - self.began),
-        )  # of a batch; share of waiting
+        seconds = (now - self.began) / self.timed  # of a batch
+        wait = self.waited / (now - self.began)  # share of waiting for batches
         self.began, self.waited, self.timed = now, 0.0, 0
         speed, lr = self.options.train_batch / seconds, self.optimizer.param_groups[0]['lr']
         row = {'epoch': self.epoch + 1, 'batch': self.count, 'lr': lr, 'images_per_s': speed, 'data_wait': wait}

@@ -144,7 +144,8 @@ def lost_another(problem: BaseException) -> bool:
     """Whether an exception means that another process of the group has ended: the launcher reports that one."""
     if not dist.is_initialized():
         return False
-    return isinstance(problem, dist.DistError) or 'gloo' in str(problem) or 'NCCL' in str(problem)
+    named = isinstance(problem, RuntimeError) and any(backend in str(problem) for backend in ('gloo', 'NCCL'))
+    return named or isinstance(problem, dist.DistError)
 
 
 def start_all(number: int, more: Sequence[str]) -> tuple[int, str]:

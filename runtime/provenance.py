@@ -38,7 +38,7 @@ def _revision() -> str | None:
     git = ['git', '-C', str(Path(__file__).parent)]
     try:
         commit, changes = (
-            subprocess.run([*git, *command], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True, timeout=60).stdout.strip()
             for command in (['rev-parse', 'HEAD'], ['status', '--porcelain', '--untracked-files=no'])
         )
     except (OSError, subprocess.SubprocessError):

@@ -434,7 +434,7 @@ def left_alone(started, data_dir, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('act', ['ignore 1 1; ask_launcher 4 0', 'ask_all 4 0'])
+@pytest.mark.parametrize('act', ['ignore 1 1; ask_launcher 4 0', 'ask_launcher 4 0; ask 4 0; ask 4 1'])
 def test_two_processes_stop_after_the_same_step(act, started, left_alone, data_dir, tmp_path):
     """Whoever gets the signal: the launcher, which need not reach all in time (kill), or each process too (srun)."""
     options = [*TWO_EPOCHS, '--data-dir', data_dir, '--save-dir', tmp_path]

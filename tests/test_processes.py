@@ -106,6 +106,7 @@ def test_a_process_that_lost_the_store_is_silent():
             True,
         ),
         (dist.DistBackendError('NCCL error: remote process exited or there was a network error'), True),
+        (UserError('cannot read the image data/gloo/1.jpg'), False),
         (RuntimeError('mat1 and mat2 shapes cannot be multiplied'), False),
     ],
 )

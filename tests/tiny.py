@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # before torch: threads that spin hold up a busy machine
 
 from torch import nn  # noqa: E402
 
@@ -77,15 +78,15 @@ def kill():
 
 def kill_later(lines):
     """End this process when that many more lines of Python have run."""
-    process = os.getpid()
 
     def trace(frame, event, arg):
         nonlocal lines
         lines -= event == 'line'
-        if lines < 0 and os.getpid() == process:  # not a worker, which is forked with this
+        if lines < 0:
             kill()
         return trace
 
+    os.register_at_fork(after_in_child=lambda: sys.settrace(None))  # the lines of workers do not count
     sys.settrace(trace)
 
 
@@ -98,18 +99,16 @@ def stop():
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def ask():
+    """Ask this process to stop."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def ask_launcher():
-    """Ask the launcher of this process to stop, and take no further step before it has forwarded that."""
-    os.kill(os.getppid(), signal.SIGTERM)
+    """Ask the launcher of this process (two_gpus.py) to stop, and take no further step before it has forwarded that."""
+    os.kill(int(os.environ['LAUNCHER']), signal.SIGTERM)
     while not waiting():
         time.sleep(0.01)
-
-
-def ask_all():
-    """Ask the launcher and all processes of the run to stop, as a batch system does."""
-    children = subprocess.run(['pgrep', '-P', str(os.getppid())], capture_output=True, text=True, check=True).stdout
-    for pid in (os.getppid(), *map(int, children.split())):
-        os.kill(pid, signal.SIGTERM)
 
 
 def ignore():
@@ -125,7 +124,7 @@ def fault():
     raise ValueError(f'what process {os.environ["RANK"]} says')
 
 
-ACTS = [kill, kill_later, kill_worker, stop, ask_launcher, ask_all, ignore, mistake, fault]
+ACTS = [kill, kill_later, kill_worker, stop, ask, ask_launcher, ignore, mistake, fault]
 
 
 def plan() -> None:

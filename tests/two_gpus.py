@@ -18,4 +18,5 @@ if 'LOCAL_RANK' in os.environ:
     tiny.plan()
 else:
     torch.cuda.device_count = lambda: 2
+    os.environ['LAUNCHER'] = str(os.getpid())
 runpy.run_path(sys.argv[0], run_name='__main__')
