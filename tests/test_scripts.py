@@ -1,6 +1,7 @@
 """Each script from the outside: trained, resumed, evaluated; and what a copy of one can do."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -126,24 +127,26 @@ def test_a_data_set_of_one_s_own(name, table, whole, script, data_dir, tmp_path,
     assert equal(one, other)
 
 
-def test_a_copy_with_another_loss_trains_and_resumes(python, data_dir, tmp_path):
+def test_a_copy_with_another_loss_trains_and_resumes(script, tmp_path, monkeypatch, capsys):
     """How people start an experiment of their own."""
     text = (ROOT / 'train_img_model_xent.py').read_text()
     option = "parser.add_argument('--scale', type=float, default=2.0, help='of the loss')\n"
     for old, new in (
         ('parser.set_defaults(', option + 'parser.set_defaults('),
-        ('criterion_xent(logits.float(), pids)', '2.0 * nn.functional.multi_margin_loss(logits.float(), pids)'),
+        ('criterion_xent(logits.float(), pids)', 'args.scale * nn.functional.multi_margin_loss(logits.float(), pids)'),
         ('from torch.optim import Adam\n', 'from torch import nn\nfrom torch.optim import Adam\n'),
     ):
         assert old in text
         text = text.replace(old, new)
-    copy = tmp_path / 'my_experiment.py'
-    copy.write_text(f'import sys\nsys.path.insert(0, {str(ROOT)!r})\n' + text)
-    options = [*TINY, '--pretrained', 'none', '--data-dir', data_dir, '--train-batch', 8, '--eval-step', 1]
-    assert python(copy, *options, '--max-epoch', 2, '--save-dir', tmp_path / 'a').returncode == 0
-    resume = ['--resume', tmp_path / 'a' / 'checkpoint_ep1.pth.tar', '--max-epoch', 2, '--save-dir', tmp_path / 'b']
-    assert python(copy, *options, *resume).returncode == 0
+    (tmp_path / 'my_experiment.py').write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'my_experiment', raising=False)
+    options = ['--eval-step', 1, '--max-epoch', 2]
+    assert script('my_experiment', *options, '--save-dir', tmp_path / 'a') == 0
+    resume = [*options, '--resume', tmp_path / 'a' / 'checkpoint_ep1.pth.tar', '--save-dir', tmp_path / 'b']
+    assert script('my_experiment', *resume) == 0
     one, other = (weights_of(tmp_path / folder / 'checkpoint_ep2.pth.tar') for folder in 'ab')
     assert equal(one, other)
-    refused = python(copy, *options, *resume, '--scale', '3')
-    assert refused.returncode == 2 and '--scale was 2.0, is 3.0' in refused.stderr
+    capsys.readouterr()
+    assert script('my_experiment', *resume, '--scale', '3') == 2
+    assert '--scale was 2.0, is 3.0' in capsys.readouterr().err
