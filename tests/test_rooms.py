@@ -7,6 +7,69 @@ from conftest import ROOT
 
 LONGEST, MOST_AT_ROOT = 350, 18  # lines of a room; files at the root
 DOORS = ('models', 'readers', 'runtime', 'page', 'toy')
+EXPERIMENT = (  # what a script may import
+    'arguments data_manager dataset_loader evaluation losses models runtime.checkpoint runtime.launch '
+    'runtime.meters samplers transforms weights'
+)
+MAY_IMPORT = {  # and each room, beside runtime.errors
+    'arguments': 'data_manager models runtime.checks runtime.commands runtime.processes',
+    'data_manager': 'readers.market1501 readers.mars readers.tree runtime.commands runtime.decoding toy',
+    'dataset_loader': 'arguments runtime.caching runtime.decoding runtime.device runtime.feed samplers',
+    'eval_metrics': '',
+    'evaluation': (
+        'arguments data_manager dataset_loader eval_metrics models.network page.results ranking readers.tree '
+        'runtime.device runtime.meters runtime.provenance runtime.testset transforms utils'
+    ),
+    'losses': '',
+    'ranking': 'eval_metrics reranking runtime.commands runtime.tiles',
+    'report': 'page page.activations runtime.commands',
+    'reranking': 'eval_metrics runtime.tiles',
+    'samplers': '',
+    'transforms': '',
+    'utils': 'runtime.files',
+    'weights': 'models models.network runtime.unpickling',
+    'runtime': '',
+    'runtime.caching': 'runtime.decoding',
+    'runtime.checkpoint': (
+        'arguments data_manager page.results readers.tree runtime.device runtime.meters runtime.provenance utils '
+        'weights'
+    ),
+    'runtime.checks': 'data_manager models runtime.processes',
+    'runtime.commands': '',
+    'runtime.decoding': '',
+    'runtime.device': 'arguments models runtime.files runtime.precision runtime.processes runtime.signals utils',
+    'runtime.errors': '',
+    'runtime.feed': 'runtime.caching runtime.decoding',
+    'runtime.files': '',
+    'runtime.launch': 'arguments runtime.commands runtime.device runtime.files runtime.processes runtime.signals utils',
+    'runtime.meters': 'arguments eval_metrics runtime.device utils',
+    'runtime.precision': '',
+    'runtime.processes': '',
+    'runtime.provenance': 'runtime.device',
+    'runtime.signals': 'runtime.processes',
+    'runtime.testset': 'eval_metrics readers.tree runtime.device',
+    'runtime.tiles': 'runtime.precision',
+    'runtime.unpickling': '',
+    'toy': 'toy.formats',
+    'toy.formats': 'toy.people toy.scenes toy.views',
+    'toy.people': 'toy.views',
+    'toy.scenes': 'toy.people toy.views',
+    'toy.views': '',
+    'readers': '',
+    'readers.market1501': 'readers.tree',
+    'readers.mars': 'readers.tree',
+    'readers.tree': '',
+    'models': 'models.DenseNet models.ResNet models.network',
+    'models.DenseNet': 'models.network',
+    'models.ResNet': 'models.network',
+    'models.network': 'transforms',
+    'page': 'page.charts page.lists page.runs runtime.files',
+    'page.activations': 'dataset_loader models runtime.files transforms weights',
+    'page.charts': 'eval_metrics page.runs',
+    'page.lists': 'page.runs',
+    'page.results': 'eval_metrics page ranking readers.tree runtime.files utils',
+    'page.runs': 'eval_metrics',
+}
 
 
 def rooms():
@@ -20,21 +83,37 @@ SCRIPTS = {name for name in FILES if name.startswith('train_')}
 
 
 def imports(name) -> set[str]:
-    """The rooms that a room imports, lazily or not."""
+    """The rooms that a room imports, lazily or for a type alone or not."""
     found = set()
     for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {f'{node.module}.{alias.name}' for alias in node.names} | {node.module}
+            whole = {f'{node.module}.{alias.name}' for alias in node.names}
+            found |= whole & set(FILES) or {node.module}
     return found & set(FILES) - {name}
 
 
+def test_every_room_is_on_the_plan():
+    assert set(FILES) - SCRIPTS == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize('room', sorted(FILES))
+def test_a_room_imports_what_the_plan_allows(room):
+    allowed = EXPERIMENT if room in SCRIPTS else MAY_IMPORT[room]
+    assert imports(room) <= {*allowed.split(), 'runtime.errors'}
+
+
 def test_no_room_is_reached_from_itself():
-    left = {name: imports(name) - {name.rpartition('.')[0]} for name in FILES}
+    left = {name: imports(name) for name in FILES}
     while ground := {name for name, needed in left.items() if not needed}:
         left = {name: needed - ground for name, needed in left.items() if name not in ground}
     assert not left, f'circle among {left}'
+
+
+def test_only_two_rooms_know_of_process_groups():
+    knowing = {name for name, path in FILES.items() if 'torch.distributed' in path.read_text()}
+    assert knowing == {'runtime.processes', 'runtime.device'}
 
 
 def test_rooms_are_short():
