@@ -153,7 +153,7 @@ def test_an_option_that_a_file_does_not_know_has_its_default(script, value, tmp_
         assert begin(gained, **parts()).epoch == 1
         return
     known = '0.3' if script == 'same.py' else 'not an option'
-    with pytest.raises(UserError, match=f'another recipe: --margin was {known}, is {value}. Give'):
+    with pytest.raises(UserError, match=f'a different recipe: --margin was {known}, is {value}. Use'):
         begin(gained, **parts())
 
 

@@ -154,7 +154,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(saved):
         'results.json',
     ]
     assert not re.findall(r'(?:src=|href=|url\()"?(?!data:|"?#)[^"]+', page)
-    for name in ('Loss', 'Learning rate', 'Tests while training', 'Cumulative match', 'Distances', 'Embedding'):
+    for name in ('Loss', 'Learning rate', 'Tests during training', 'Cumulative match', 'Distances', 'Embedding'):
         assert f'<h3>{name}' in page
     assert page.count('<img ') == page.count('data:image/jpeg')
     assert '$' not in ''.join(re.findall(r'<text.*?</text>', page, re.S))
