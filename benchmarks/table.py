@@ -86,9 +86,9 @@ def row(
     peak_target: float | None = None,
     unit: str = 'images/s',
 ) -> Row:
-    """A row of the times of the sides 'ours', 'plain' and `limit`, if measured, in s or `things`/s.
+    """A row of the times of the sides 'ours', 'plain' and `limit`, if measured, in seconds or `things` per second.
 
-    The targets are the least speed relative to plain, the largest time relative to the limit, and the most memory in MB.
+    The targets are the least speed relative to plain, the largest time relative to the limit, and the most MB.
     """
 
     def shown(side: str) -> float | None:

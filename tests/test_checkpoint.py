@@ -198,7 +198,7 @@ def test_a_file_of_another_script_is_refused(tmp_path):
         begin(options(tmp_path, resume=str(path)), **extra, criterion_cent=torch.nn.Linear(1, 1))
     other = parts()
     other['optimizer'].add_param_group({'params': [torch.nn.Parameter(torch.ones(1))]})
-    with pytest.raises(UserError, match="its state of 'optimizer' does not fit"):
+    with pytest.raises(UserError, match="its state for 'optimizer' does not fit"):
         begin(options(tmp_path, resume=str(path)), **other)
 
 

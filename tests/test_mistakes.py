@@ -398,7 +398,7 @@ CHECKPOINTS = [
     checkpoint('a cut file', cut(RESUMED, 5000), 'is damaged, truncated or not a checkpoint', f'--resume {RESUMED}'),
     checkpoint('a flipped bit', flipped, 'record .* fails its checksum; get the file again'),
     checkpoint('a pipe', lambda folder: os.mkfifo(folder / 'weights.pth'), 'no such file', logged=False),
-    checkpoint('a pickle', written('weights.pth', pickle.dumps({}, 2)), 'is a pickle, but no PyTorch file'),
+    checkpoint('a pickle', written('weights.pth', pickle.dumps({}, 2)), 'is a pickle, but not a PyTorch file'),
     checkpoint('a cut pickle', written('weights.pth', b'\x80\x02}q'), 'is damaged, truncated or not a checkpoint'),
     checkpoint('a zip file', zipped(['README']), 'is a zip file, but no checkpoint'),
     checkpoint('a TorchScript program', zipped(['a/data.pkl', 'a/constants.pkl']), 'is a TorchScript program'),

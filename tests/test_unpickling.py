@@ -88,7 +88,7 @@ REFUSED = {
     'a function of torch, legacy': (legacy(TORCH_CALL), r'refers to torch\.hub\.load_state_dict_from_url,'),
     'a function of torch, zip': (zipped(TORCH_CALL), r'refers to torch\.hub\.load_state_dict_from_url,'),
     'a whole model': (pickle.dumps(nn.Linear(1, 1), 2), r'refers to torch\.nn\.modules\.linear\.Linear,.*a state dict'),
-    'a storage made by a call': (zipped(HUGE_STORAGE), r'calls torch\.FloatStorage, which cannot be called'),
+    'a storage made by a call': (zipped(HUGE_STORAGE), r'calls torch\.FloatStorage, which must not be called'),
     'STACK_GLOBAL': (legacy(text('os') + text('system') + b'\x93'), r'has the pickle instruction STACK_GLOBAL'),
     'INST': (zipped(b'(iposix\nsystem\n'), r'has the pickle instruction INST'),
     'OBJ and NEWOBJ': (zipped(b'ccollections\nOrderedDict\n)\x81'), r'has the pickle instruction NEWOBJ'),
@@ -98,10 +98,10 @@ REFUSED = {
         zipped(b'ccollections\nOrderedDict\n)R}' + text('items') + b'K\x01sb'), r'sets the state of an object'
     ),
     'state of a list': (zipped(b']}b'), r'sets the state of an object'),
-    'traversal': (renamed_record('archive/../../executed'), r'named archive/\.\./\.\./executed, which leads out'),
-    'absolute name': (renamed_record('/tmp/executed'), r'a record named /tmp/executed, which leads out'),
-    'a name for Windows': (renamed_record('archive\\..\\executed'), r'which leads out'),
-    'two tops': (renamed_record('other/x'), r'is a zip file, but no checkpoint'),
+    'traversal': (renamed_record('archive/../../executed'), r'named archive/\.\./\.\./executed, which points outside'),
+    'absolute name': (renamed_record('/tmp/executed'), r'a record named /tmp/executed, which points outside'),
+    'a name for Windows': (renamed_record('archive\\..\\executed'), r'which points outside'),
+    'two tops': (renamed_record('other/x'), r'is a zip file, but not a checkpoint'),
     'two records of one name': (renamed_record('archive/DATA.pkl'), r'shared or hidden records'),
     'two records in one place': (overlapping(), r'shared or hidden records'),
     'bytes before the zip': (b'PK\x03\x04' + zip_of(GOOD, RECORDS), r'shared or hidden records'),
@@ -112,7 +112,7 @@ REFUSED = {
     'a view beyond the end': (zipped(state_dict_of(tensor_of(4, 2, (3,), (1,)))), r'larger than its storage'),
     'negative stride': (zipped(state_dict_of(tensor_of(4, 3, (2,), (-1,)))), r'has an unsupported tensor'),
     'a storage of 4 TB, legacy': (
-        legacy(state_dict_of(tensor_of(10**12, 0, (2,), (1,), b'N'))), r'short: its tensors need 4000000000008 bytes'
+        legacy(state_dict_of(tensor_of(10**12, 0, (2,), (1,), b'N'))), r'truncated: its tensors need 4000000000008 bytes'
     ),
     'a storage of 4 TB, zip': (
         zipped(state_dict_of(tensor_of(10**12, 0, (2,), (1,)))), r'declares a size for its storage 0'
@@ -122,16 +122,16 @@ REFUSED = {
     'a storage of two sizes': (
         zipped(b'(' + tensor_of(4, 0, (2,), (1,)) + tensor_of(2, 0, (2,), (1,)) + b't'), r'declares two sizes for one'
     ),
-    'a storage that is not filled': (legacy(GOOD_LEGACY, keys=()), r'lists other storages than its tensors use'),
+    'a storage that is not filled': (legacy(GOOD_LEGACY, keys=()), r'lists storages that differ from those of its tensors'),
     'a view outside of its storage': (
-        legacy(state_dict_of(tensor_of(4, 0, (2,), (1,), b'(' + text('v') + b'K\x03K\x02t'))), r'outside of'
+        legacy(state_dict_of(tensor_of(4, 0, (2,), (1,), b'(' + text('v') + b'K\x03K\x02t'))), r'has a view outside its storage'
     ),
     'a deflated record of 3 GB': (big(), r'has compressed records, which PyTorch never writes'),
     'nested 10^5 deep, legacy': (legacy(DEEP), r'is nested too deeply'),
     'nested 10^5 deep, zip': (zipped(DEEP), r'is nested too deeply'),
     'a key nested 10^5 deep': (zipped(DEEP_KEY), r'is nested too deeply'),
     'a key that is a tuple': (zipped(b'})K\x01s'), r'has unsupported keys'),
-    'billion laughs': (zipped(LAUGHS), r'is nested too deeply or grows too large'),
+    'billion laughs': (zipped(LAUGHS), r'is nested too deeply or is too large'),
     'a list in itself': (zipped(SELF), r'has a list or dict that contains itself'),
     'a list that grows later': (zipped(LATE), r'has a list or dict that contains itself'),
     'a million instructions': (legacy(b'N' * 1_000_001), r'has more instructions than any weights need'),
@@ -145,18 +145,18 @@ REFUSED = {
         zipped(b'cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(' + text('O') + b'K\x00K\x01tR' + text('x') + b'tR'),
         r'has a number that is not a float',
     ),
-    'protocol 4': (pickle.dumps(MAGIC, 4), r'is pickled with another protocol than 2'),
+    'protocol 4': (pickle.dumps(MAGIC, 4), r'is pickled with a protocol other than 2'),
     'a control character in a name': (legacy(b'cos\x1b[31m\nsystem\n'), r'refers to os\\x1b\[31m\.system,'),
     'too few values': (zipped(b'\x85'), r'is damaged, truncated or not a checkpoint'),
     'no STOP': (legacy_of(b'')[:-30], r'is damaged, truncated or not a checkpoint'),
     'a tensor in the frame': (
-        b'\x80\x02' + tensor_of(4, 0, (2,), (1,)) + b'.', r'has a tensor where none belongs'
+        b'\x80\x02' + tensor_of(4, 0, (2,), (1,)) + b'.', r'has a tensor where none is allowed'
     ),
     'an empty file': (b'', r'is empty; get the checkpoint again'),
     'a web page': (b'<!DOCTYPE html>', r"is not a PyTorch file \(it begins with b'<!DO'\)"),
-    'a pickle': (pickle.dumps([1, 2], 2), r'is a pickle, but no PyTorch file'),
+    'a pickle': (pickle.dumps([1, 2], 2), r'is a pickle, but not a PyTorch file'),
     'a zip of something': (
-        zip_of(b'').replace(b'data.pkl', b'data.txt'), r'is a zip file, but no checkpoint'
+        zip_of(b'').replace(b'data.pkl', b'data.txt'), r'is a zip file, but not a checkpoint'
     ),
     'TorchScript': (torchscript(), r'is a TorchScript program, not weights'),
     'a legacy file cut short': (legacy(GOOD_LEGACY)[:-1], r'is truncated: .* need 24 bytes, but it has only 23'),

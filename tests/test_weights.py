@@ -150,7 +150,7 @@ def test_second_names_must_agree():
     state_dict['layers3.0.conv1.weight'] = state_dict['layers3.0.conv1.weight'].clone()
     weights.normalised(state_dict, 'x')  # equal copies are one
     state_dict['layers3.0.conv1.weight'][0] += 1
-    with pytest.raises(UserError, match=r'x names base\.5\.0\.conv1\.weight twice with different values'):
+    with pytest.raises(UserError, match=r'x contains base\.5\.0\.conv1\.weight twice with different values'):
         weights.normalised(state_dict, 'x')
 
 
@@ -186,7 +186,7 @@ def test_checkpoint_of_this_project(folder):
     assert read.state.keys() == state.keys()
     assert read.state['args'] == state['args']
     assert (read.rank1, read.epoch, list(read.state_dict)) == (0.5, 3, ['module.weight'])
-    with pytest.raises(UserError, match='is a deep-person-reid 2, which is not deep-person-reid 1'):
+    with pytest.raises(UserError, match='has the format deep-person-reid 2, not deep-person-reid 1'):
         weights.read(saved({**state, 'format': 'deep-person-reid 2'}, folder / 'x.pth'))
 
 
@@ -257,7 +257,7 @@ def test_other_classifier():
     state_dict = Tiny(7).state_dict()
     model = filled_with_sevens(Tiny(5))
     with pytest.raises(
-        UserError, match=r'best\.pth has a classifier for other .* 7×8 .* 5×8.*--evaluate.*--resume-weig'
+        UserError, match=r'best\.pth has a classifier for a different .* 7×8 .* 5×8.*--evaluate.*--resume-weig'
     ):
         load(model, state_dict)
     assert (model.base[0].weight == 7).all()
@@ -377,7 +377,7 @@ def test_imagenet_weights_without_a_network(resnet, hub):
     assert str(hub) in message
     assert '--pretrained none' in message
     (hub / 'resnet50-0676ba61.pth').write_bytes(b'PK\x03\x04 cut short')
-    with pytest.raises(UserError, match=r'resnet50-0676ba61\.pth is damaged .*; remove it'):
+    with pytest.raises(UserError, match=r'resnet50-0676ba61\.pth is damaged .*; delete it'):
         weights.pretrain(resnet, 'imagenet')
     with pytest.raises(UserError, match='Tiny has no ImageNet weights'):
         weights.pretrain(Tiny(), 'imagenet')
