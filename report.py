@@ -4,7 +4,7 @@
     python report.py log/a log/b --out a_and_b.html     # compares two or more runs
     python report.py --activations log/demo/best_model.pth.tar IMAGE ...    # where the network looks
 
-The page is one file that needs no network and no server. Each test writes it anew.
+The page is one file that needs no network and no server. Each test rewrites it.
 """
 
 from page import compare, write
@@ -13,28 +13,32 @@ from runtime import commands
 
 
 def main() -> None:
-    parser = commands.Parser(description='A page of a run, of several compared, or a grid of activation maps.')
-    parser.add_argument('save_dirs', nargs='*', metavar='SAVE_DIR', help='folder of a tested run; several: compared')
+    parser = commands.Parser(description='Write the page of a run, a comparison of runs, or a grid of activation maps.')
+    parser.add_argument('save_dirs', nargs='*', metavar='SAVE_DIR', help='folder of a tested run; several are compared')
     parser.add_argument('--out', help='file to write (default: SAVE_DIR/report.html, compare.html, activations.png)')
-    parser.add_argument('--activations', nargs='+', metavar=('CHECKPOINT', 'IMAGE'), help='map these images instead')
-    parser.add_argument('-a', '--arch', help='of the checkpoint (default: recognised by its weights)')
-    parser.add_argument('--height', type=int, default=256, help="of the network's input, in pixels (default: 256)")
-    parser.add_argument('--width', type=int, default=128, help='likewise (default: 128)')
+    parser.add_argument(
+        '--activations', nargs='+', metavar=('CHECKPOINT', 'IMAGE'), help='draw activation maps of these images instead'
+    )
+    parser.add_argument('-a', '--arch', help='architecture of the checkpoint (default: recognised by its weights)')
+    parser.add_argument(
+        '--height', type=int, default=256, help="height of the network's input in pixels (default: 256)"
+    )
+    parser.add_argument('--width', type=int, default=128, help="width of the network's input in pixels (default: 128)")
     args = parser.parse_args()
     out = {'out': args.out} if args.out else {}
     if bool(args.save_dirs) == bool(args.activations):
-        parser.error('give the --save-dir of one run or of several, or --activations CHECKPOINT IMAGE ...')
+        parser.error('give the --save-dir of one or more runs, or --activations CHECKPOINT IMAGE ...')
     if args.activations:
         checkpoint, *images = args.activations
         if not images:
-            parser.error('--activations: no image; name one or more after the checkpoint')
+            parser.error('--activations: no image; give at least one after the checkpoint')
         if min(args.height, args.width) < 1:
-            parser.error('--height and --width: at least 1 pixel')
+            parser.error('--height and --width must be at least 1')
         path = activations(checkpoint, images, args.arch, args.height, args.width, **out)
     elif len(args.save_dirs) > 1:
         path = compare(args.save_dirs, **out)
     elif args.out:
-        parser.error('--out: the page of one run is report.html in its folder; leave the option out')
+        parser.error('--out: the page of a single run is report.html in its folder; remove the option')
     else:
         path = write(args.save_dirs[0])
     print(f'Wrote {path}')

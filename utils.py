@@ -1,4 +1,4 @@
-"""The few helpers that people know from the original: a mean, a log file, JSON, and saving a checkpoint."""
+"""The few helpers known from the original: a running mean, a log file, JSON, and saving a checkpoint."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from runtime.files import Unwritten, write_whole
 
 
 class AverageMeter:
-    """The last value of something and its mean since the last reset."""
+    """The last value of a quantity and its mean since the last reset."""
 
     def __init__(self) -> None:
         self.reset()
@@ -21,7 +21,7 @@ class AverageMeter:
         self.val, self.avg, self.sum, self.count = 0.0, 0.0, 0.0, 0
 
     def update(self, val: float, n: int = 1) -> None:
-        """Take in `val`, a mean over `n` items."""
+        """Add `val`, a mean over `n` items."""
         self.val = val
         self.sum += val * n
         self.count += n
@@ -29,9 +29,9 @@ class AverageMeter:
 
 
 class Logger:
-    """A standard output that also goes to a file: `with Logger('log/log_train.txt'): print(...)`.
+    """Standard output that is also written to a file: `with Logger('log/log_train.txt'): print(...)`.
 
-    The file is appended to, line by line: the log of a run that continues, or of a mistake, overwrites nothing.
+    Lines are appended to the file: neither a resumed run nor a mistake overwrites an earlier log.
     """
 
     def __init__(self, fpath: str | Path, unwritten: Unwritten | None = None):
@@ -41,7 +41,7 @@ class Logger:
         self.file = open(fpath, 'a', 1, 'utf-8', 'backslashreplace')  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> 'Logger':
-        sys.stdout = self  # it has what print and tqdm use
+        sys.stdout = self  # it has the methods that print and tqdm use
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,14 +52,14 @@ class Logger:
     def write(self, text: str) -> None:
         self.console.write(text)
         if text.endswith('\n'):
-            self.console.flush()  # or a pipe shows lines late
+            self.console.flush()  # otherwise a pipe receives lines late
         self.note(text)
 
     def note(self, text: str) -> None:
-        """Write to the file alone."""
+        """Write to the file only."""
         try:
             self.file.write(text)
-        except OSError as problem:  # a full disk does not stop a training
+        except OSError as problem:  # a full disk does not stop training
             if not self.failed:
                 self.failed = True
                 self.unwritten.report(self.file.name, problem, 'the run continues without its log')
@@ -84,13 +84,13 @@ def write_json(obj: object, fpath: str | Path) -> None:
 
 
 def save_checkpoint(state: dict, is_best: bool, fpath: str | Path) -> None:
-    """Write `state` to `fpath`, whole or not at all, and to `best_model.pth.tar` beside it when it is the best."""
+    """Write `state` to `fpath`, completely or not at all, and to `best_model.pth.tar` beside it if it is the best."""
 
     def write(path: Path) -> None:
         try:
             with open(path, 'wb') as file:
                 torch.save(state, file)
-        except RuntimeError as problem:  # what torch makes of a full disk
+        except RuntimeError as problem:  # torch's error for a full disk
             if isinstance(problem.__context__, OSError):
                 raise problem.__context__ from None
             raise

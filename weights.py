@@ -1,4 +1,4 @@
-"""Weight files: any published or foreign file -> its weights under this project's names, and what the file was."""
+"""Weight files: any published or foreign file -> weights under this project's names, and a description of it."""
 
 import http.client
 import os
@@ -25,14 +25,14 @@ FORMAT = 'deep-person-reid 1'  # the entry 'format' of the checkpoints written h
 
 @dataclass
 class Weights:
-    """What a weight file held.
+    """The contents of a weight file.
 
     state_dict: this project's parameter names -> tensors on the CPU
-    layout:     what the file was and what was renamed, in one line
-    rank1:      best Rank-1 as a fraction, None where the file names none
-    epoch:      of the epoch that had just been finished, None where the file names none; the original and this project
-                count from 0, torchreid from 1
-    state:      the whole content of a checkpoint written by this project, for resuming; None for any other file
+    layout:     the kind of file and what was renamed, in one line
+    rank1:      best Rank-1 as a fraction, None if the file does not contain it
+    epoch:      of the last finished epoch, None if the file does not contain it; the original and this project count
+                from 0, torchreid from 1
+    state:      the complete checkpoint if this project wrote it, for resuming; None for any other file
     """
 
     state_dict: dict[str, Tensor]
@@ -43,39 +43,39 @@ class Weights:
 
 
 def read(path: str | os.PathLike) -> Weights:
-    """Reads a checkpoint or a bare state dict; runs nothing that is in it (`runtime.unpickling`).
+    """Reads a checkpoint or a bare state dict without running any code in it (`runtime.unpickling`).
 
-    Understood are the checkpoints of this project; those of the original, by PyTorch 0.3 under Python 2 and later;
-    state dicts by any PyTorch since 0.1, bare or under 'state_dict'; prefixes `module.` and `_orig_mod.`; and the names
-    that the models' classes list as `published`.
+    Supported are the checkpoints of this project; those of the original, by PyTorch 0.3 under Python 2 or later; state
+    dicts of any PyTorch since 0.1, bare or under 'state_dict'; the prefixes `module.` and `_orig_mod.`; and the
+    names that the models' classes list as `published`.
 
-    Raises UserError, in one line, for a file that cannot be read safely, that holds no weights, or that mixes the names
-    of two projects.
+    Raises UserError, in one line, for a file that cannot be read safely, contains no weights, or mixes the names of two
+    projects.
     """
     loaded, kind = unpickling.load(path)
     return _understand(loaded, kind, plain(os.fspath(path), 500))
 
 
 def _understand(loaded: Any, kind: str, where: str) -> Weights:
-    """What PyTorch made of the file -> Weights."""
+    """The object that PyTorch loaded -> Weights."""
     checkpoint, found = {}, loaded
     if isinstance(loaded, dict) and 'state_dict' in loaded:
         checkpoint, found = loaded, loaded['state_dict']
     if not isinstance(found, dict) or not found:
-        raise UserError(f'{where} holds no weights but a {type(found).__name__}; give a checkpoint or a state dict')
+        raise UserError(f'{where} contains no weights but a {type(found).__name__}; give a checkpoint or a state dict')
     for key, value in found.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            fault = f'a {type(value).__name__}, not a tensor' if isinstance(key, str) else 'no name of a tensor'
+            fault = f'a {type(value).__name__}, not a tensor' if isinstance(key, str) else 'not the name of a tensor'
             raise UserError(
-                f'{where} holds no weights: {plain(str(key))} is {fault}; give a state dict, or a checkpoint with one '
-                f"under 'state_dict'"
+                f'{where} contains no weights: {plain(str(key))} is {fault}; give a state dict, or a checkpoint '
+                f"with one under 'state_dict'"
             )
     state_dict = {key: value.detach() for key, value in found.items()}
 
     ours = str(checkpoint.get('format', '')).startswith(FORMAT.split()[0])
     if ours and checkpoint['format'] != FORMAT:
         raise UserError(
-            f'{where} is a {plain(checkpoint["format"])}, which is not {FORMAT}: use the version that wrote it'
+            f'{where} has the format {plain(checkpoint["format"])}, not {FORMAT}: use the version that wrote it'
         )
     if ours:
         layout = ['checkpoint of this project']
@@ -99,18 +99,18 @@ OF_OTHERS = re.compile(r'(?:conv1|bn1|layer\d|fc|fc_fusion|features)\.')
 
 
 def normalised(state_dict: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Any names that the published models have had -> this project's names, and notes on what was renamed.
+    """Any names used by published models -> this project's names, and notes on what was renamed.
 
-    A model's class lists the names (`published`), and changes weights of a network that computes in another way
-    (`adapt`). Prefixes are dropped in any case; other names stay where the result is for none of the classes.
+    A model's class lists the names (`published`), and changes weights of a network that computes differently
+    (`adapt`). Prefixes are always removed; other names are unchanged if the result fits none of the classes.
 
-    Raises UserError where a tensor is named twice and differs, and where the names of the original are mixed with
-    those of torchvision or torchreid: nothing then says which network computed with these weights.
+    Raises UserError if a tensor is named twice with different values, or if the names of the original are mixed with
+    those of torchvision or torchreid: it is then unknown which network these weights belong to.
     """
     notes = []
     unprefixed = _renamed(state_dict, lambda key: PREFIX.sub('', key), where)
     if unprefixed.keys() != state_dict.keys():
-        notes.append('prefix module. or _orig_mod. dropped')
+        notes.append('prefix module. or _orig_mod. removed')
     for network in models.factory.values():
         used: set[str] = set()
 
@@ -142,12 +142,12 @@ def _renamed(state_dict: Mapping[str, Tensor], rename: Callable[[str], str], whe
         other = result.setdefault(name, value)
         form, other_form = (value.shape, value.stride(), value.dtype), (other.shape, other.stride(), other.dtype)
         if form != other_form or not (other.data_ptr() == value.data_ptr() or torch.equal(other, value)):
-            raise UserError(f'{where} names {plain(name)} twice with different values; get the file again')
+            raise UserError(f'{where} contains {plain(name)} twice with different values; get the file again')
     return result
 
 
 def arch_of(state_dict: Mapping[str, Tensor]) -> str | None:
-    """The architecture that weights with these names and shapes are for, None for one that is not of this project."""
+    """The architecture that fits weights with these names and shapes, None if it is not one of this project's."""
     return next((arch for arch, network in models.factory.items() if _is_for(network, state_dict)), None)
 
 
@@ -160,15 +160,15 @@ def _is_for(network: type[Network], state_dict: Mapping[str, Tensor]) -> bool:
 def load_into(
     model: Network, state_dict: Mapping[str, Tensor], *, allow_other_classifier: bool, where: str
 ) -> list[str]:
-    """Copies weights into a model, all of them or none; returns notices of what was left out, to be printed.
+    """Copies weights into a model, all or none; returns notices, to be printed, of what was left out.
 
-    Names, shapes and kinds of numbers are compared before anything is copied. Missing `num_batches_tracked` are
-    accepted: PyTorch 0.3 had none, and a fixed momentum does not use them. A classifier of another size is left out,
-    with a notice, where `allow_other_classifier`. Anything else that is missing, unexpected or wrongly shaped raises
-    UserError, which lists it and guesses the architecture that the weights are for.
+    Names, shapes and data types are compared before anything is copied. Missing `num_batches_tracked` are accepted:
+    PyTorch 0.3 had none, and a fixed momentum does not use them. A classifier of another size is left out, with a
+    notice, if `allow_other_classifier`. Anything else that is missing, unexpected or of another shape raises UserError,
+    which lists it and guesses the architecture of the weights.
 
-    A model's `options` are the names of buffers that are None, and so in no file, unless the network that the weights
-    come from computes in another way; whether one is set follows the weights.
+    A model's `options` are the names of buffers that are None, and therefore not saved, unless the network that the
+    weights come from computes differently; the weights determine whether one is set.
 
     where: the file, for the messages
     """
@@ -186,26 +186,26 @@ def load_into(
         faults = [
             f'missing {_listed(missing)}' if missing else '',
             f'unexpected {_listed(unexpected)}' if unexpected else '',
-            f'other shapes in {_listed(_shapes(key, state_dict, own) for key in unlike)}' if unlike else '',
+            f'different shapes in {_listed(_shapes(key, state_dict, own) for key in unlike)}' if unlike else '',
         ]
         arch, own_arch = arch_of(state_dict), arch_of(own)
         if arch is None:
-            guess = 'it looks like no architecture of this project'
+            guess = 'it does not look like an architecture of this project'
         elif arch == own_arch:
-            guess = f'it looks like another {arch} than the one of this project'
+            guess = f"it looks like a {arch} that differs from this project's"
         else:
             guess = f'it looks like a {arch}: try --arch {arch}'
         raise UserError(f'{where} does not fit the model: {"; ".join(filter(None, faults))}; {guess}')
     others = _listed(_shapes(key, state_dict, own) for key in classifier)
     if classifier and not allow_other_classifier:
         raise UserError(
-            f'{where} has a classifier for other identities: {others}; '
+            f'{where} has a classifier for a different number of identities: {others}; '
             f'test it with --evaluate, or start from its other weights with --resume-weights-only'
         )
     for option in model.options:
         setattr(model, option, own.get(option))
     model.load_state_dict({**own, **{key: value for key, value in state_dict.items() if key not in classifier}})
-    return [f'Left out from {where}: {others}'] if classifier else []
+    return [f'Not loaded from {where}: {others}'] if classifier else []
 
 
 def _alike(given: Tensor, own: Tensor) -> bool:
@@ -222,15 +222,16 @@ def _described(tensor: Tensor) -> str:
 
 
 def pretrain(model: Network, pretrained: str) -> None:
-    """Gives a model its first weights; prints what was taken and what was left out.
+    """Initialises a model's weights; prints what was loaded and what was not.
 
-    pretrained: 'none' leaves the model alone; 'imagenet' takes torchvision's weights out of its cache, fetched once;
-                anything else is the path of a file that `read` understands
+    pretrained: 'none' leaves the model unchanged; 'imagenet' loads torchvision's weights, downloaded once into its
+                cache; anything else is the path of a file that `read` supports
 
-    The classifier stays random, and so does what a model's `fresh` names, where the weights have none of it. ImageNet's
-    weights, known in a file by foreign names and 1000 classes, begin a network of this project: its `options` stay as
-    they are.
-    Raises UserError for weights that cannot be fetched or read, or that do not fit.
+    The classifier stays random, and so do the parameters that a model's `fresh` lists if the weights do not contain
+    them. ImageNet's weights, recognised in a file by foreign names and 1000 classes, initialise a network of this
+    project: its `options` do not change.
+
+    Raises UserError for weights that cannot be downloaded or read, or that do not fit.
     """
     if pretrained == 'none':
         return
@@ -254,13 +255,13 @@ def pretrain(model: Network, pretrained: str) -> None:
     load_into(model, taken | fresh, allow_other_classifier=False, where=where)
     print(f'Loaded pretrained weights from {where} ({layout})')
     if dropped:
-        print(f'Left out: {_listed(dropped)}')
-    print(f'Starting from random weights: {_listed(fresh, most=len(fresh))}')
+        print(f'Not loaded: {_listed(dropped)}')
+    print(f'Initialised at random: {_listed(fresh, most=len(fresh))}')
 
 
 def _fetch(imagenet: 'WeightsEnum') -> dict[str, Tensor]:
     path = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(imagenet.url))
-    elsewise = 'give another file with --pretrained PATH, or start from random weights with --pretrained none'
+    elsewise = 'use another file with --pretrained PATH, or start from random weights with --pretrained none'
     try:
         state_dict: dict[str, Tensor] = imagenet.get_state_dict(
             progress=sys.stderr.isatty(), check_hash=True, weights_only=True, map_location='cpu'
@@ -269,12 +270,12 @@ def _fetch(imagenet: 'WeightsEnum') -> dict[str, Tensor]:
     except (OSError, http.client.HTTPException) as error:
         reason = plain(str(getattr(error, 'reason', error)))
         raise UserError(
-            f'the ImageNet weights could not be fetched ({reason}); put the file {imagenet.url} into '
-            f'{os.path.dirname(path)} by hand, {elsewise}'
+            f'the ImageNet weights could not be downloaded ({reason}); download {imagenet.url} into '
+            f'{os.path.dirname(path)} yourself, {elsewise}'
         ) from error
-    except Exception as error:  # a damaged file in the cache, or a download with another checksum than its name says
+    except Exception as error:  # a damaged file in the cache, or a download with a wrong checksum
         reason = plain(f'{type(error).__name__}: {error}')
-        raise UserError(f'{path} is damaged ({reason}); remove it and start again, {elsewise}') from error
+        raise UserError(f'{path} is damaged ({reason}); delete it and start again, {elsewise}') from error
 
 
 def _listed(names: Iterable, most: int = 8) -> str:

@@ -1,13 +1,13 @@
-"""What it costs to share a batch: steps of one process against those of several. Rows of `table.py`.
+"""The cost of sharing a batch: steps of one process compared with those of several. Rows of `table.py`.
 
 ResNet50 with cross entropy and the triplet loss, whose features are gathered, on resident batches of 256x128.
 
-- On CPUs 2 processes with half of the cores each share the batch of 32 that 1 process takes with all of them.
-- On several GPUs each process takes a batch of 64. The limit is the time of one alone: 1.05 times that on 4 GPUs of one
-  host is a scaling efficiency of 95%.
+- On CPUs 2 processes, each with half of the cores, share the batch of 32 that 1 process computes with all cores.
+- On several GPUs each process computes a batch of 64. The limit is the time of one process alone; 1.05 times the limit
+  on 4 GPUs of one host is a scaling efficiency of 95%.
 
-Communication and waiting is what a step needs more than without exchanging anything. On CPUs that others use too the
-1 process suffers most: its threads wait for each other spinning.
+The cost of communication and waiting is the additional time of a step compared with a step without exchange. On shared
+CPUs the single process suffers most, because its threads spin while they wait for each other.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ TURNS, WARM = 7, 2
 
 
 def trainer(run: launch.Run, batch: int):
-    """One step of the script, on `batch` images that are already there."""
+    """One step of the script, on `batch` resident images."""
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):
         model = run.place(models.init_model('resnet50', CLASSES, loss={'xent', 'htri'}))
@@ -52,7 +52,7 @@ def trainer(run: launch.Run, batch: int):
 
 
 def seconds(step, run: launch.Run, steps: int) -> torch.Tensor:
-    """Of a step, in each of the processes (W,), which begin together."""
+    """Seconds of a step in each of the processes (W,), which start together."""
     run.sum(torch.zeros(1))
     began = time.perf_counter()
     for _ in range(steps):
@@ -97,7 +97,7 @@ def main() -> None:
 def rows(full: bool) -> list[Row]:
     gpus = torch.cuda.device_count()
     if gpus == 1:
-        return [Row('a batch shared by several GPUs: needs two or more')]
+        return [Row('a batch shared by several GPUs: needs at least two GPUs')]
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(gpus or 2)]
     path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
     ended = subprocess.run(

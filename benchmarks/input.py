@@ -1,10 +1,10 @@
 """Images per second and CPU core, from JPEG files to the network's input: rows of `table.py`.
 
-The original's way is one image after the other through PIL: decode, Random2DTranslation, flip, ToTensor, Normalize.
-Images are 128x64, as those of Market1501, and become 256x128; in the mixed rows no two sizes are equal. The sides work
-in one process and one thread, and what is counted is CPU time; what batches cost on their way from worker to run
-(plain's are 16 times as large) is left out. Decoding is what is left to the CPU when a GPU augments. The limit is
-Pillow's bare decoding.
+The original's method processes one image after the other with PIL: decode, Random2DTranslation, flip, ToTensor,
+Normalize. Images are 128x64, like those of Market1501, and are resized to 256x128; in the mixed rows no two sizes are
+equal. All sides run in one process and one thread, and CPU time is measured; the transfer of batches from worker to run
+is not included (the batches of plain are 16 times as large). When a GPU augments, only decoding is left to the CPU. The
+limit is Pillow's decoding alone.
 """
 
 import contextlib
@@ -64,14 +64,14 @@ def cpu_seconds(batches: Callable) -> float:
 
 
 def compare(items: list, turns: int, mixed: bool = False) -> list[Row]:
-    """Both sides' pixels agree to 2/255, on average to a tenth of that, see `transforms`."""
+    """Assert that the pixels of both sides agree to within 2/255, on average to a tenth of that; see `transforms`."""
     sampler, augment = RandomSampler(items, BATCH), TrainTransform(HEIGHT, WIDTH)
     loaders = {
         cache: train_loader(ImageDataset(items), sampler, SimpleNamespace(workers=0, cache=cache), RUN)
         for cache in ('none', 'ram')
     }
     std = torch.tensor(IMAGENET_STD)[:, None, None]
-    for cached, decoded, plain in zip(  # this fills the cache, too
+    for cached, decoded, plain in zip(  # this also fills the cache
         epoch(loaders['ram'], augment), epoch(loaders['none'], augment), plain_epoch(items, sampler), strict=True
     ):
         assert torch.equal(cached, decoded)
@@ -107,7 +107,7 @@ def compare(items: list, turns: int, mixed: bool = False) -> list[Row]:
 
 
 def rows(full: bool) -> list[Row]:
-    """Six rows: images of one size, then of mixed sizes. `full` takes more turns."""
+    """Six rows: images of one size, then of mixed sizes. `full` runs more turns."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

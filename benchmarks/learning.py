@@ -16,7 +16,7 @@ SEEDS = (1, 2, 3)
 
 
 def demo(*options: str) -> dict:
-    """results.json of the command of `make demo` with other options."""
+    """results.json after the command of `make demo` with additional options."""
     makefile = (ROOT / 'Makefile').read_text(encoding='utf-8')
     command = re.search(r'(train_img_model_xent\.py(?:.*\\\n)*.*)', makefile)[1].replace('\\\n', ' ')
     with tempfile.TemporaryDirectory() as folder:

@@ -1,11 +1,11 @@
-"""The original's way to test, written straightforwardly: whole matrices, argsort, a loop over queries."""
+"""The original's test method in straightforward code: whole matrices, argsort, a loop over queries."""
 
 import numpy as np
 from torch import Tensor
 
 
 def distance_matrix(q_features: Tensor, g_features: Tensor) -> np.ndarray:
-    """(Q, G) squared Euclidean."""
+    """(Q, G) squared Euclidean distances."""
     distances = q_features.pow(2).sum(1, keepdim=True) + g_features.pow(2).sum(1)  # (Q, G)
     return distances.addmm_(q_features, g_features.t(), alpha=-2).numpy()
 
@@ -28,7 +28,7 @@ def evaluate(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=50):
 
 
 def evaluate_tightly(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=50):
-    """The same by a lean loop: a stable argsort of each row, then its matches alone."""
+    """The same with a lean loop: a stable argsort of each row, then only its matches."""
     curve, precisions = np.zeros(max_rank), []
     for distances, pid, camid in zip(distmat, q_pids, q_camids, strict=True):
         order = np.argsort(distances, kind='stable')

@@ -1,6 +1,6 @@
-"""What the page of a run costs: `python report.py RUN`, imports and all. Rows of `table.py`.
+"""The cost of the page of a run: `python report.py RUN`, including imports. Rows of `table.py`.
 
-The files of a test are written by the test itself, for random features; the pictures are those of a toy data set, each
+The files of a test are written by the test itself, for random features; the images are those of a toy data set, each
 of which is used many times at the size of Market1501.
 """
 
@@ -30,7 +30,7 @@ TURNS = 3
 
 
 def put_run(folder: Path, size: tuple[int, int]) -> None:
-    """Write what a test of a Market1501 of that size writes into `folder`."""
+    """Write into `folder` the files of a test on a Market1501 of that size."""
     toy = data_manager.init_dataset('toy_market1501', str(folder))
     *features, q_pids, g_pids, q_camids, g_camids = draw(*size)
     shown = {'query': (toy.query, q_pids, q_camids), 'gallery': (toy.gallery, g_pids, g_camids)}

@@ -1,13 +1,13 @@
-"""The speeds of this project beside the original's way ("plain") and the bare work that no way can spare ("limit").
+"""The speeds of this project compared with the original's method ("plain") and with the unavoidable work ("limit").
 
     python benchmarks/table.py [--full] [part ...]
 
-The sides of a row work in turn, so that a noisy machine slows all; a ratio is the median of the turns' ratios. Input,
-training (in float32) and testing assert that the sides computed the same. Each part runs in a process of its own and
-prints its rows when it ends.
+The sides of a row run in turn, so that a noisy machine slows all of them; a ratio is the median over the turns. Input,
+training (in float32) and testing assert that all sides compute the same result. Each part runs in a separate process
+and prints its rows when it ends.
 
-`--full` adds the large sizes (11 GB of memory), the training of both precisions, and on a CUDA device the original's
-recipe; what needs a CUDA device says so where there is none.
+`--full` adds the large sizes (11 GB of memory), training in both precisions, and on a CUDA device the original's
+recipe. Rows that need a CUDA device say so if there is none.
 """
 
 import argparse
@@ -31,16 +31,16 @@ HEAD = '| what | unit | this project | plain | limit | times plain | time / limi
 
 @dataclass
 class Row:
-    """Medians of the sides in `unit`, seconds or things per second, and what the targets say of them."""
+    """Medians of the sides in `unit` (seconds or items per second), and whether the targets are met."""
 
     what: str
     unit: str = ''
     ours: float | None = None
     plain: float | None = None
     limit: float | None = None
-    times_plain: float | None = None  # how many times as fast as plain
+    times_plain: float | None = None  # speed relative to plain
     over_limit: float | None = None  # our time over the limit's
-    peak_mb: float | None = None  # above what it works on
+    peak_mb: float | None = None  # in addition to its inputs
     target: str = ''
     met: bool | None = None
 
@@ -53,7 +53,7 @@ class Row:
 
 
 def _digits(value: float | None, digits: int) -> str:
-    """With so many significant ones, and no fewer than before the point."""
+    """`value` with at least `digits` significant digits and all digits before the decimal point."""
     if value is None:
         return ''
     return f'{value:.{max(0, digits - len(str(int(abs(value)))))}f}' if abs(value) >= 1 else f'{value:.{digits - 1}f}'
@@ -86,9 +86,9 @@ def row(
     peak_target: float | None = None,
     unit: str = 'images/s',
 ) -> Row:
-    """A row of what sides 'ours', 'plain' and `limit` took, if they were measured, in seconds or `things` per second.
+    """A row of the times of the sides 'ours', 'plain' and `limit`, if measured, in seconds or `things` per second.
 
-    The targets: so many times as fast as plain at least, so many times the limit's time at most, so many MB at most.
+    The targets are the least speed relative to plain, the largest time relative to the limit, and the most MB.
     """
 
     def shown(side: str) -> float | None:
@@ -118,16 +118,16 @@ def row(
 
 
 def in_a_fresh_process(module: str, function: str, *args):
-    """What a function of a part gives in a process that did nothing before."""
+    """The result of a part's function in a fresh process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as process:
         return process.submit(_call, module, function, *args).result()
 
 
 @contextlib.contextmanager
 def apart(module: str, function: str, **sides: tuple) -> Iterator[dict[str, Callable]]:
-    """The seconds of the work that a function of a part gives for the arguments of each side, when called.
+    """Seconds taken by the work that a part's function returns for the arguments of each side.
 
-    Each side is a process of its own, with the memory, and what it set for its process, that its program would have.
+    Each side has its own process, with the memory and the process settings that its program would have.
     """
     with contextlib.ExitStack() as stack:
         works = {}
@@ -152,7 +152,7 @@ def _work() -> float:
 
 
 def machine() -> str:
-    """What it was measured on, in words."""
+    """A description of the machine."""
     import torch
 
     names = {line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if 'name' in line}
@@ -166,11 +166,11 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('parts', nargs='*', default=PARTS, metavar='part', help=f'of {", ".join(PARTS)}')
-    parser.add_argument('--full', action='store_true', help='large sizes too')
+    parser.add_argument('--full', action='store_true', help='include the large sizes')
     options = parser.parse_args()
     unknown = sorted({*options.parts} - {*PARTS})
     if unknown:
-        parser.error(f'{unknown[0]}: no such part; choose of {", ".join(PARTS)}')
+        parser.error(f'{unknown[0]}: no such part; choose from {", ".join(PARTS)}')
     print(f'{machine()}\n\n{HEAD}\n|{" --- |" * (HEAD.count("|") - 1)}', flush=True)
     for part in options.parts:
         for line in in_a_fresh_process(part, 'rows', options.full):

@@ -1,8 +1,8 @@
 """Seconds and memory of the test's ranking: rows of `table.py`.
 
-Features have 2048 dimensions, sizes are queries x gallery, and ids are dealt as in Market1501. The limit is the product
-of all features alone, into memory that is there: by torch.mm, and in a row of its own as this project makes it. Peak
-memory is what a process of its own needed above the features.
+Features have 2048 dimensions, sizes are queries x gallery, and ids are distributed as in Market1501. The limit is the
+product of all features alone, into preallocated memory: by torch.mm, and in a separate row as this project computes it.
+Peak memory is what a separate process needed in addition to the features.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ MARKET1501, MSMT17, DISTRACTORS = (3368, 15913), (11659, 82161), (3368, 515913)
 
 
 def draw(num_queries: int, num_gallery: int, seed: int = 0):
-    """Features and ids that score about as a trained network does: one part of the gallery shows nobody's pid."""
+    """Features and ids that score about like a trained network; a part of the gallery has pids of no query."""
     rng = np.random.default_rng(seed)
     num_pids = num_queries // 4
     pids = rng.integers(1, num_pids, num_queries), rng.integers(1, num_pids, num_gallery)
@@ -47,7 +47,7 @@ def draw(num_queries: int, num_gallery: int, seed: int = 0):
 
 
 def bare(rows: torch.Tensor, columns: torch.Tensor) -> Callable:
-    """Their product by torch.mm, in parts that fit into 1 GB."""
+    """Their product by torch.mm, in parts of at most 1 GB."""
     width = min(len(columns), (1 << 28) // len(rows))
     memory = torch.empty(len(rows) * width, device=rows.device)
 
@@ -59,27 +59,27 @@ def bare(rows: torch.Tensor, columns: torch.Tensor) -> Callable:
 
 
 def own(rows: torch.Tensor, columns: torch.Tensor) -> Callable:
-    """The same product as this project makes it, tile by tile and thread by thread."""
+    """The same product as this project computes it, tile by tile and thread by thread."""
     device = rows.device
     tiles = ranking._tiles(len(rows), len(columns), ranking._tile(device))
     return lambda: ranking._in_threads(lambda i, j: ranking._products(rows[i], columns[j]), tiles, device)
 
 
 def peak(what: str, num_queries: int, num_gallery: int) -> float:
-    """MB above the features that `ranking.rank` or `ranking.rerank` needs, in a process that did nothing else."""
+    """Memory in MB, in addition to the features, that `ranking.rank` or `ranking.rerank` needs in a fresh process."""
 
     def memory(field: str) -> int:
         return int(Path('/proc/self/status').read_text().split(field + ':')[1].split()[0])  # kB
 
     data = draw(num_queries, num_gallery)
-    ctypes.CDLL(None).malloc_trim(0)  # give back what drawing freed
+    ctypes.CDLL(None).malloc_trim(0)  # return the memory that drawing freed
     before = memory('VmRSS')
     getattr(ranking, what)(*data).mAP  # noqa: B018
     return (memory('VmHWM') - before) / 1024
 
 
 def same_as_textbook(result: ranking.Ranking, data: tuple, number: int) -> None:
-    """Whether some queries have the AP that a stable sort of their distances gives."""
+    """Assert that some queries have the AP given by a stable sort of their distances."""
     q_features, g_features, q_pids, g_pids, q_camids, g_camids = data
     some = np.random.default_rng(1).choice(len(q_features), number, replace=False)
     distmat = np.hstack([plain.distance_matrix(q_features[some], part) for part in g_features.split(20000)])
@@ -89,7 +89,7 @@ def same_as_textbook(result: ranking.Ranking, data: tuple, number: int) -> None:
 
 
 def spared_by_none(queries: torch.Tensor, gallery: torch.Tensor) -> Callable:
-    """The products that re-ranking in bounded memory needs: half of all by all, and queries by gallery once more."""
+    """The products that re-ranking in bounded memory needs: half of all by all, and queries by gallery again."""
     everyone = torch.cat([queries, gallery])
     side = min(ranking._tile(everyone.device))
     tiles = ranking._tiles(len(everyone), len(everyone), (side, side))
@@ -103,7 +103,7 @@ def spared_by_none(queries: torch.Tensor, gallery: torch.Tensor) -> Callable:
 
 
 def limits(one: torch.Tensor, other: torch.Tensor) -> dict[str, Callable]:
-    """The bare product, on CPUs by two libraries."""
+    """The product alone, on CPUs by two libraries."""
     both = {'torch.mm': bare(one, other)}
     return {**both, 'our product': own(one, other)} if one.device.type == 'cpu' else both
 
@@ -142,7 +142,9 @@ def evaluated(size: tuple[int, int], turns: int) -> list[Row]:
         ours=lambda: found.append(evaluate(distmat, *data[2:])),
         lean=lambda: found.append(plain.evaluate_tightly(distmat, *data[2:])),
     )
-    assert all(np.allclose(cmc, found[-1][0], atol=1e-3) for cmc, _ in found)  # the original leaves open how ties stand
+    assert all(
+        np.allclose(cmc, found[-1][0], atol=1e-3) for cmc, _ in found
+    )  # the original does not define the order of ties
     assert all(abs(mean - found[-1][1]) < 1e-5 for _, mean in found)
     what = 'evaluate(distmat), {} x {}'.format(*size)
     sides = {'ours': times['ours'][:turns], 'plain': times['original']}
@@ -154,7 +156,7 @@ def evaluated(size: tuple[int, int], turns: int) -> list[Row]:
 
 
 def from_disk(num_queries: int, num_gallery: int, dim: int) -> Row:
-    """`python ranking.py` on saved features: seconds, and its own memory, without the pages of the files."""
+    """`python ranking.py` on saved features: seconds, and its memory without the mapped pages of the files."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         for subset, number in (('query', num_queries), ('gallery', num_gallery)):
@@ -206,7 +208,7 @@ def reranked_densely(size: tuple[int, int], turns: int) -> Row:
 
 
 def rows(full: bool) -> list[Row]:
-    """`full` adds the large sizes and takes more turns."""
+    """`full` adds the large sizes and runs more turns."""
     table = ranked(MARKET1501, 9, 1.4)
     if full:
         table += [*ranked(MSMT17, 5, 1.25), *ranked(DISTRACTORS, 5, 1.25), from_disk(3368, 1_000_000, 512)]

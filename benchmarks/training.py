@@ -1,8 +1,8 @@
-"""Images per second of training and extraction, on the device that is there: rows of `table.py`.
+"""Images per second of training and extraction on the available device: rows of `table.py`.
 
-The sides work on one resident batch of 32 images of 256x128, ResNet50, each in a process of its own: on a CPU it counts
-what a process has done with its memory before. The original's way is float32, NCHW, eager, Adam as torch gives it.
-"From files" is this project's whole loop (decoding workers, copy, augmentation, step, meter).
+The sides use ResNet50 on one resident batch of 32 images of 256x128, each in its own process, because on a CPU the
+speed depends on how a process has used its memory before. The original's method is float32, NCHW, eager, with torch's
+default Adam. "From files" is this project's complete loop (decoding workers, copy, augmentation, step, meter).
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def resident():
 
 
 def plain_trainer():
-    """One step as the original took it."""
+    """One step as in the original."""
     images, pids = resident()
     model = network().to(images.device).train()
     optimizer = Adam(model.parameters(), 3e-4, weight_decay=5e-4)
@@ -71,18 +71,18 @@ def plain_trainer():
     def step():
         target = torch.full((len(pids), CLASSES), 0.1 / CLASSES, device=images.device)
         target.scatter_(1, pids[:, None], 0.9 + 0.1 / CLASSES)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):  # torch's own way
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):  # torch's default
             loss = (-target * F.log_softmax(model(images), dim=1)).mean(0).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return loss.item()  # as the original's meter read it
+        return loss.item()  # as the original's meter reads it
 
     return step
 
 
 def trainer(precision, compiled=False):
-    """One step of this project's script, on a batch that is already there."""
+    """One step of this project's script, on a resident batch."""
     run = start(precision, compiled)
     images, pids = resident()
     model = run.place(network())
@@ -126,7 +126,7 @@ def extractor(precision):
 
 
 def convolutions(precision):
-    """The convolutions of an extraction alone, each on the input that it has there."""
+    """Only the convolutions of an extraction, each on its own input."""
     run = start(precision)
     images, _ = resident()
     model = run.place(network()).eval()
@@ -146,7 +146,7 @@ def convolutions(precision):
 
 
 def steps(repeats: int, maker: str, *args):
-    """So many steps of a side, until the device has done them; two are made to warm up."""
+    """Run this many steps of a side and wait for the device; two warm-up steps come first."""
     step = globals()[maker](*args)
 
     def work():
@@ -161,20 +161,21 @@ def steps(repeats: int, maker: str, *args):
 
 
 def compare(repeats: int, **sides: tuple) -> dict:
-    """Seconds of so many steps of the sides, each in a process of its own: a maker of this file and its arguments."""
+    """Seconds of this many steps of each side, each in its own process; a side is a function of this file and its
+    arguments."""
     with apart('training', 'steps', **{name: (repeats, *side) for name, side in sides.items()}) as works:
         return take_turns(TURNS, lambda work: work(), **works)
 
 
 def agree(ours, plain, tolerance):
-    """Whether both sides computed the same, as far as the precision goes."""
+    """Assert that both sides computed the same result to within the precision."""
     torch.testing.assert_close(
         torch.as_tensor(ours).cpu(), torch.as_tensor(plain).cpu(), rtol=tolerance, atol=tolerance
     )
 
 
 def from_files(device, limit_target: float, compiled: bool = False, cache: str = 'none') -> Row:
-    """This project's whole loop against its bare step on a resident batch, in turns of an epoch."""
+    """This project's complete loop against its step alone on a resident batch, in turns of an epoch."""
     run = start('auto', compiled)
     workers = 2 if device.type == 'cpu' else 8
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -238,7 +239,7 @@ def rows(full: bool) -> list[dict]:
 
 
 def recipe() -> Row:
-    """The original's 60 epochs over 12936 images (it reported 1:57:44), from the shell, all told."""
+    """The original's 60 epochs over 12936 images (it reported 1:57:44), run from the shell, total time."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / 'data'
         with contextlib.redirect_stdout(io.StringIO()):

@@ -1,4 +1,4 @@
-"""The result files of a test, and the page made of them."""
+"""The page of a test, made from its result files."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -12,10 +12,11 @@ from runtime.files import write_whole
 
 
 def write(save_dir: str | Path) -> Path:
-    """Write report.html into --save-dir, whole or not at all, and return its path.
+    """Write report.html to --save-dir, completely or not at all, and return its path.
 
     Raises:
-        UserError: the folder holds no results of a test, they are damaged or of two tests, or it cannot be written.
+        UserError: the folder contains no test results, they are damaged or from two tests, or the page cannot be
+        written.
     """
     run = runs.read(save_dir)
     return _write(
@@ -38,10 +39,14 @@ def compare(save_dirs: Sequence[str | Path], out: str | Path = 'compare.html') -
     first = tested[0]
     for run in tested[1:]:
         if run.queries != first.queries:
-            raise UserError(f'{run.name} and {first.name} were tested with different queries; compare runs of one test')
+            raise UserError(
+                f'{run.name} and {first.name} were tested with different queries; compare runs with the same queries'
+            )
     valid = np.all([run.valid for run in tested], axis=0)  # (Q,) in every run
     if not valid.any():
-        raise UserError(f'{first.name} and the others share no query that has a match; compare runs of one gallery')
+        raise UserError(
+            f'{first.name} and the other runs have no common query with a match; compare runs with the same gallery'
+        )
     pairs = []
     for left, right in itertools.combinations(tested, 2):
         gain = (right.ap - left.ap)[valid, None]  # (V, 1)
@@ -57,7 +62,7 @@ def compare(save_dirs: Sequence[str | Path], out: str | Path = 'compare.html') -
 
 
 def _write(path: Path, drawn: Iterable[charts.Chart | None], **content: object) -> Path:
-    import jinja2  # a page is rare, and it is slow to import
+    import jinja2  # slow to import, and rarely needed
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -68,5 +73,5 @@ def _write(path: Path, drawn: Iterable[charts.Chart | None], **content: object) 
     try:
         write_whole(path, lambda file: file.write_bytes(page.encode('utf-8', 'replace')))
     except OSError as problem:
-        raise UserError(f'{path} cannot be written ({problem.strerror}); give another folder') from problem
+        raise UserError(f'{path} cannot be written ({problem.strerror}); choose another folder') from problem
     return path

@@ -1,4 +1,4 @@
-"""Activation maps: where in a picture a network looks."""
+"""Activation maps: the parts of an image that a network responds to."""
 
 import math
 from collections.abc import Sequence
@@ -19,19 +19,20 @@ def activations(
     width: int = 128,
     out: str | Path = 'activations.png',
 ) -> Path:
-    """Write a grid of pictures, each beside its copy under the map of activations, and return its path.
+    """Write a grid of images, each beside a copy overlaid with its activation map, and return its path.
 
     The map is the sum of the squared channels of the network's last stage, scaled from its minimum to its maximum in
-    each picture, as torchreid's tools show it; after Zagoruyko and Komodakis, ICLR 2017, arXiv:1612.03928.
+    each image, as torchreid's tools show it; after Zagoruyko and Komodakis, ICLR 2017, arXiv:1612.03928.
 
     Args:
         arch: of the checkpoint; None to recognise it by its weights.
         height, width: of the network's input, in pixels.
 
     Raises:
-        UserError: the checkpoint or an image cannot be read, they do not fit, or `out` cannot be written.
+        UserError: the checkpoint or an image cannot be read, the checkpoint does not fit the architecture, or `out`
+        cannot be written.
     """
-    import torch  # the command also makes pages, which need no torch
+    import torch  # pages, which the command also writes, need no torch
     from matplotlib import colormaps
     from torch.nn import functional as F
 
@@ -44,12 +45,12 @@ def activations(
     state_dict = loaded.state_dict
     arch = arch or (loaded.state or {}).get('arguments', {}).get('arch') or weights.arch_of(state_dict)
     if arch is None:
-        raise UserError(f'{checkpoint} is of no architecture that is recognised by its weights; name it with --arch')
+        raise UserError(f'{checkpoint}: its architecture cannot be recognised by its weights; give it with --arch')
     model = models.init_model(arch, num_classes=len(state_dict.get('classifier.bias', [0]))).eval()
     weights.load_into(model, state_dict, allow_other_classifier=True, where=str(checkpoint))
     stage = list(model.get_submodule('base').children())[-1]
     if isinstance(stage, torch.nn.Sequential):
-        stage = stage[-1]  # ResNet50M calls the blocks of its last stage one by one
+        stage = stage[-1]  # ResNet50M calls the blocks of its last stage individually
     outputs: list[torch.Tensor] = []
     stage.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     prepare, colours, cells = TestTransform(height, width), colormaps['inferno'], []
@@ -67,7 +68,7 @@ def activations(
 
 
 def _write_grid(cells: Sequence[tuple[str, np.ndarray, np.ndarray]], shape: float, path: Path) -> Path:
-    """Write name, picture (H, W, 3) in 0..1 and the picture under its map of each cell as one PNG; `shape` is H / W."""
+    """Write the cells as one PNG: name, image (H, W, 3) in 0..1, and the image under its map. `shape` is H / W."""
     from matplotlib import rc_context
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
@@ -85,12 +86,12 @@ def _write_grid(cells: Sequence[tuple[str, np.ndarray, np.ndarray]], shape: floa
             axes.set_title(name if len(name) <= 28 else f'...{name[-25:]}', fontsize=7)
         bar = figure.colorbar(
             ScalarMappable(cmap='inferno'), ax=grid, location='bottom', shrink=min(1, 2 / columns), aspect=30,
-            ticks=[0, 1], label='sum of squared channels, in each picture',
+            ticks=[0, 1], label='sum of squared channels, scaled per image',
         )  # fmt: skip
-        bar.ax.set_xticklabels(['least', 'most'])
+        bar.ax.set_xticklabels(['minimum', 'maximum'])
         bar.outline.set_visible(False)
         try:
             write_whole(path, lambda file: figure.savefig(file, format='png', bbox_inches='tight'))
         except OSError as problem:
-            raise UserError(f'{path} cannot be written ({problem.strerror}); give another --out') from problem
+            raise UserError(f'{path} cannot be written ({problem.strerror}); choose another --out') from problem
     return path

@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # matplotlib is slow to import
 
 RATES = (0.01, 0.001)  # false-match rates
 
-# Okabe and Ito's colours, in which matplotlib draws. In the SVG each becomes a CSS variable, which the page sets for
-# light and for dark: one drawing is legible in both.
+# matplotlib draws in Okabe and Ito's colours. In the SVG each becomes a CSS variable, which the page sets for its light
+# and dark themes, so that one drawing is legible in both.
 INK, LINE = '#010203', '#040506'
 GREEN, VERMILLION = '#009e73', '#d55e00'  # match, non-match
 SERIES = ('#0072b2', VERMILLION, GREEN, '#cc79a7', '#e69f00', '#56b4e9')
@@ -26,14 +26,14 @@ VARIABLES = dict(
     zip((INK, LINE, *SERIES), ('ink', 'line', 'blue', 'vermillion', 'green', 'purple', 'orange', 'sky'), strict=True)
 )
 DASHES = ('solid', (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1, 1.5)))  # for readers who cannot tell the colours apart
-SMALL: dict[str, Any] = {'s': 18, 'alpha': 0.55, 'linewidths': 0}  # a dot for an item of the gallery
-LARGE: dict[str, Any] = {'s': 42, 'edgecolors': INK, 'linewidths': 0.9}  # and for a query
+SMALL: dict[str, Any] = {'s': 18, 'alpha': 0.55, 'linewidths': 0}  # a dot for a gallery item
+LARGE: dict[str, Any] = {'s': 42, 'edgecolors': INK, 'linewidths': 0.9}  # a dot for a query
 
 Chart = dict[str, str]  # title, note and svg
 
 
 def _chart(title: str, note: str, xlabel: str, ylabel: str, draw: 'Draw') -> Chart:
-    """`draw(axes)` as an SVG that takes its font and its colours from the page."""
+    """The chart drawn by `draw(axes)`, as an SVG that uses the page's font and colours."""
     from markupsafe import Markup
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -64,12 +64,12 @@ def _chart(title: str, note: str, xlabel: str, ylabel: str, draw: 'Draw') -> Cha
 
 
 def _line(number: int) -> dict[str, Any]:
-    """Colour and dashes of the line of this number."""
+    """Colour and dash pattern of line `number`."""
     return {'color': SERIES[number % len(SERIES)], 'linestyle': DASHES[number % len(DASHES)]}
 
 
 def history(runs: Sequence[TestedRun], losses: Sequence[str]) -> list[Chart | None]:
-    """The curves of the training; those of a single run include Rank-1."""
+    """The training curves; those of a single run include Rank-1."""
 
     def logarithmic(axes: 'Axes') -> None:
         from matplotlib.ticker import LogLocator
@@ -91,21 +91,21 @@ def history(runs: Sequence[TestedRun], losses: Sequence[str]) -> list[Chart | No
     labels = {name: name if len(losses) > 1 else None for name in losses}
     shown = ('mAP', 'rank1') if len(runs) == 1 else ('mAP',)
     shares = {metric.name: metric.label for metric in eval_metrics.METRICS if metric.name in shown}
-    note = 'As printed while training.'
+    note = 'As printed during training.'
     if 'active' in losses:
         note += ' active: share of anchors whose triplet violates the margin.'
     tests = f'{" and ".join(shares.values())}, %'
     return [
         _curves(runs, 'Loss', note, 'loss', labels, from_zero),
         _curves(runs, 'Learning rate', 'On a logarithmic scale.', 'learning rate', {'lr': None}, logarithmic),
-        _curves(runs, 'Tests while training', 'Each dot is a test.', tests, shares, dots),
+        _curves(runs, 'Tests during training', 'Each dot is a test.', tests, shares, dots),
     ]
 
 
 def _curves(
     runs: Sequence[TestedRun], title: str, note: str, ylabel: str, columns: Mapping[str, str | None], finish: 'Draw'
 ) -> Chart | None:
-    """Columns of metrics.csv, with their labels, over the epochs; None where no run has two points."""
+    """Columns of metrics.csv, with their labels, over the epochs; None if no run has two points."""
     lines = [(run, column, *run.curve(column)) for run in runs for column in columns]
     if max((len(values) for *_, values in lines), default=0) < 2:
         return None
@@ -122,7 +122,7 @@ def _curves(
 
 
 def cmc(runs: Sequence[TestedRun]) -> Chart:
-    """The share of queries with a match at each rank up to 50 or before, with its interval."""
+    """The share of queries with a match at each rank up to 50 or better, with its interval."""
     ranks = np.arange(1, 51)
 
     def draw(axes: 'Axes') -> None:
@@ -136,14 +136,14 @@ def cmc(runs: Sequence[TestedRun]) -> Chart:
         axes.set_xticks([1, 5, 10, 20, 30, 40, 50])
         axes.set_ylim(min(axes.dataLim.y0, 95), 100)
 
-    note = 'How many queries have a match at this rank or before. The band is the 95% interval over queries.'
+    note = 'Share of queries with a match at this rank or better. The band is the 95% interval over queries.'
     return _chart('Cumulative match characteristic', note, 'rank', 'queries with a match, %', draw)
 
 
 def distances(run: TestedRun) -> Chart | None:
     """Histograms of the distances of matches and non-matches, and the threshold of each false-match rate.
 
-    A threshold is the largest edge of a bin below which the share of non-matches is at most the rate. None where there
+    A threshold is the largest edge of a bin below which the share of non-matches is at most the rate. None if there
     are no matches or no non-matches.
     """
     histograms = run.arrays['match_histogram'], run.arrays['other_histogram']  # (H,) each
@@ -195,13 +195,13 @@ def embedding(run: TestedRun) -> Chart | None:
                 some = (pids == pid) & (is_query == queried)
                 label = str(pid) if queried or not is_query[pids == pid].any() else None
                 axes.scatter(*plane[some].T, color=colour, marker=marker, label=label, **style)
-        axes.set_aspect('equal', 'datalim')  # a distance has the same length in every direction
+        axes.set_aspect('equal', 'datalim')  # distances are the same in every direction
         small: dict[str, Any] = {'fontsize': 9, 'title_fontsize': 9, 'labelspacing': 0.25, 'handletextpad': 0.1}
         axes.legend(title='identity', loc='center left', bbox_to_anchor=(1, 0.5), **small)
 
     note = (
         f'Features of {len(np.unique(pids))} identities on their two principal axes; queries are large and outlined.'
-        f' What is near in this plane need not be near in all {features.shape[1]} dimensions.'
+        f' Points that are near in this plane need not be near in all {features.shape[1]} dimensions.'
     )
     first, second = (f'{share:.0%}' for share in shares[:2])
     return _chart('Embedding', note, f'first axis ({first} of variance)', f'second axis ({second} of variance)', draw)

@@ -1,4 +1,4 @@
-"""Queries with the pictures of their nearest gallery items: examples of one run, and what differs between runs."""
+"""Queries with images of their nearest gallery items: examples of one run, and differences between runs."""
 
 import base64
 import functools
@@ -12,21 +12,21 @@ from PIL import Image
 
 from page.runs import TestedRun
 
-SHOWN = 20  # queries of each kind
-HEIGHT, STRIP_HEIGHT = 128, 80  # of an embedded picture, and of each frame of a tracklet, in pixels
+SHOWN = 20  # queries shown per group
+HEIGHT, STRIP_HEIGHT = 128, 80  # of an embedded image, and of each frame of a tracklet, in pixels
 FRAMES = {'query': 8, 'gallery': 4}  # of a tracklet
 QUALITY = 75  # of the JPEGs
 
 
 def examples(run: TestedRun) -> dict[str, Any]:
-    """The worst, best and some random queries of those that have a match, in order of AP."""
+    """The worst, the best and some random queries among those with a match, sorted by AP."""
     order = np.flatnonzero(run.valid)
     order = order[np.argsort(run.ap[order], kind='stable')]  # (V,)
     random = np.random.default_rng(0).permutation(order)[:SHOWN]
     groups = {'worst': order[:SHOWN], 'best': order[-SHOWN:], 'random': random}
     chosen = order[np.isin(order, np.concatenate([*groups.values()]))]
     shown = (
-        f'Shown are {len(chosen)} of the {len(order)} queries that have a match: the {len(groups["worst"])} of lowest '
+        f'{len(chosen)} of the {len(order)} queries with a match are shown: the {len(groups["worst"])} of lowest '
         f'average precision (AP), the {len(groups["best"])} of highest, and {len(random)} drawn at random (seed 0); '
         f'a query may be in several of these groups. They are sorted by AP.'
     )
@@ -34,7 +34,7 @@ def examples(run: TestedRun) -> dict[str, Any]:
 
 
 def changes(runs: Sequence[TestedRun], valid: np.ndarray) -> dict[str, Any]:
-    """The queries whose AP differs most between any two of the runs, the largest difference first.
+    """The queries whose AP differs most between any two of the runs, sorted from the largest difference.
 
     Args:
         valid: (Q,) bool, the queries that have a match in every run.
@@ -46,7 +46,7 @@ def changes(runs: Sequence[TestedRun], valid: np.ndarray) -> dict[str, Any]:
     gain = ap[-1] - ap[0]  # (Q,)
     groups = {'better': chosen[gain[chosen] > 0], 'worse': chosen[gain[chosen] < 0]}
     shown = (
-        f'Shown are the {len(chosen)} queries whose average precision (AP) differs most between the runs, the '
+        f'The {len(chosen)} queries are shown whose average precision (AP) differs most between the runs, the '
         f'largest difference first. Better and worse compare the last run with the first.'
     )
     return _lists(runs, chosen, groups, shown)
@@ -55,7 +55,7 @@ def changes(runs: Sequence[TestedRun], valid: np.ndarray) -> dict[str, Any]:
 def _lists(
     runs: Sequence[TestedRun], chosen: Iterable[int], groups: dict[str, np.ndarray], shown: str
 ) -> dict[str, Any]:
-    """What the template needs to show the chosen queries with the nearest gallery items in each run."""
+    """The template's variables for showing the chosen queries with their nearest gallery items in each run."""
     first, missing = runs[0], set()
     thumbnail = functools.cache(_thumbnail)
 
@@ -111,7 +111,7 @@ def _lists(
 
 
 def _thumbnail(paths: tuple[str, ...], frames: int) -> str | None:
-    """A small JPEG as a data: URI, for a tracklet up to `frames` frames side by side; None where none can be read."""
+    """A small JPEG as a data: URI, for a tracklet up to `frames` frames side by side; None if none can be read."""
     number = min(len(paths), frames)
     height = HEIGHT if len(paths) == 1 else STRIP_HEIGHT
     pictures = []
@@ -120,7 +120,7 @@ def _thumbnail(paths: tuple[str, ...], frames: int) -> str | None:
             with Image.open(path) as image:
                 width = min(max(1, round(image.width * height / image.height)), 2 * height)
                 pictures.append(np.asarray(image.convert('RGB').resize((width, height), Image.Resampling.BOX)))
-        except Exception:  # the data may have moved, and Pillow's readers raise anything
+        except Exception:  # the data may have moved, and Pillow's readers raise many kinds of errors
             continue
     if not pictures:
         return None

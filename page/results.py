@@ -1,6 +1,6 @@
-"""The result files of a test: results.json, results.csv and ranking.npz, each whole or absent.
+"""The result files of a test: results.json, results.csv and ranking.npz, each complete or absent.
 
-The page is made from these files, and needs nothing else but the images.
+The page is made from these files and the images alone.
 """
 
 import csv
@@ -20,7 +20,7 @@ from runtime.files import Unwritten, write_whole
 from utils import write_json
 
 FILES = ('results.json', 'results.csv', 'ranking.npz', 'report.html')
-FRAMES = 8  # of a tracklet whose paths are written
+FRAMES = 8  # per tracklet whose paths are written
 KEPT = ('ranks', 'offsets', 'nearest', 'nearest_distances', 'edges', 'match_histogram', 'other_histogram')
 PAGE_PACKAGES = ('jinja2', 'matplotlib')
 
@@ -77,12 +77,12 @@ def check_packages() -> None:
 
 
 def write_page(folder: str | Path, unwritten: Unwritten) -> None:
-    """Write report.html. Whatever goes wrong is reported, and the run continues."""
+    """Write report.html. Any error is reported, and the run continues."""
     with unwritten.excuse(Path(folder) / 'report.html'):
         try:
             page.write(folder)
         except Exception as problem:
-            raise OSError(f'the page cannot be made ({type(problem).__name__}: {problem})') from problem
+            raise OSError(f'the page cannot be created ({type(problem).__name__}: {problem})') from problem
 
 
 def _column(items: Sequence[tuple], column: int) -> np.ndarray:
@@ -92,7 +92,7 @@ def _column(items: Sequence[tuple], column: int) -> np.ndarray:
 def _write_table(
     path: Path, queries: Sequence[tuple], result: Ranking, g_pids: np.ndarray, scores: dict[str, np.ndarray]
 ) -> None:
-    """A row for each query; a cell that needs a match is empty where the query has none."""
+    """One row per query; cells that need a match are empty for a query without one."""
     precisions = eval_metrics.average_precision(result.ranks, result.offsets)  # (Q,)
     with open(path, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
         table = csv.writer(file)
@@ -111,7 +111,7 @@ def _shown(score: float) -> str:
 
 
 def _files(items: Sequence[tuple]) -> np.ndarray:
-    """uint8: the path of each item, one per line; of a tracklet those of up to FRAMES frames, separated by tabs."""
+    """uint8: the path of each item, one per line; for a tracklet, up to FRAMES frames separated by tabs."""
     lines = []
     for paths, _, _ in items:
         frames = _frames(paths)

@@ -1,4 +1,4 @@
-"""The files of a tested run, and what follows from them."""
+"""The files of a tested run, and quantities derived from them."""
 
 import csv
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 import eval_metrics
 from runtime.errors import UserError, plain
 
-POINTS = 400  # of a curve; where there are more, neighbours are averaged
+POINTS = 400  # of a curve; if there are more, neighbours are averaged
 RESAMPLES = 1000  # of the bootstrap
 NEEDED = {  # in results.json and, from query_files on, in ranking.npz
     *('mAP', 'queries', 'gallery', 'dataset', 'arch', 'checkpoint', 'rerank', 'height', 'width', 'precision', 'date'),
@@ -27,12 +27,12 @@ NEEDED = {  # in results.json and, from query_files on, in ranking.npz
 
 @dataclass(frozen=True, eq=False)
 class TestedRun:
-    """What the files of a run hold, and what follows from it."""
+    """The contents of a run's files, and quantities derived from them."""
 
     name: str
     summary: dict[str, Any]  # results.json
     arrays: dict[str, np.ndarray]  # ranking.npz
-    metrics: dict[str, np.ndarray]  # column of metrics.csv -> (N,) float64, NaN where it is empty; {} without the file
+    metrics: dict[str, np.ndarray]  # column of metrics.csv -> (N,) float64, NaN for empty cells; {} without the file
     losses: list[str]  # the columns of `metrics` that are losses, the total first
 
     @property
@@ -42,7 +42,7 @@ class TestedRun:
 
     @functools.cached_property
     def decimals(self) -> int:
-        """Of every distance on the page: four digits of a usual distance to a near item."""
+        """Number of decimals of distances on the page: four significant digits of a typical distance to a near item."""
         usual = np.nanmedian(self.arrays['nearest_distances']).clip(min=1e-6)
         return max(0, 3 - math.floor(math.log10(usual)))
 
@@ -50,7 +50,8 @@ class TestedRun:
         return f'{value:.{self.decimals}f}'
 
     def curve(self, column: str) -> tuple[np.ndarray, np.ndarray]:
-        """Epochs trained (n,) and values (n,) in the rows that have the column; of many, the means of neighbours."""
+        """Epochs trained (n,) and values (n,) of the rows that have the column; if there are many, means of
+        neighbouring rows."""
         if not np.isfinite(self.metrics.get(column, np.nan)).any():
             return np.empty(0), np.empty(0)
         epochs, batches, values = (self.metrics[name] for name in ('epoch', 'batch', column))  # (N,) each
@@ -67,25 +68,25 @@ class TestedRun:
 
     @functools.cached_property
     def first_ranks(self) -> np.ndarray:
-        """(Q,) float64: rank of the first match, NaN without one."""
+        """(Q,) float64: rank of the first match, NaN if there is none."""
         first = np.full(len(self.valid), np.nan)
         first[self.valid] = self.arrays['ranks'][self.arrays['offsets'][:-1][self.valid]]
         return first
 
     @functools.cached_property
     def scores(self) -> dict[str, np.ndarray]:
-        """Each of METRICS by name: (Q,) float64, NaN where a query has no match."""
+        """Each of METRICS by name: (Q,) float64, NaN if a query has no match."""
         ranks, offsets = self.arrays['ranks'], self.arrays['offsets']
         return {metric.name: metric.score(ranks, offsets) for metric in eval_metrics.METRICS}
 
     @property
     def ap(self) -> np.ndarray:
-        """(Q,) float64: average precision, NaN where a query has no match."""
+        """(Q,) float64: average precision, NaN if a query has no match."""
         return self.scores['mAP']
 
     @functools.cached_property
     def figures(self) -> list[tuple[str, float, float, float]]:
-        """Label of each of METRICS, its mean over the queries, and the ends of the mean's interval."""
+        """Label of each of METRICS, its mean over the queries, and the limits of the mean's interval."""
         scores = np.stack([*self.scores.values()], axis=1)[self.valid]  # (V, K)
         labels = [metric.label for metric in eval_metrics.METRICS]
         return list(zip(labels, scores.mean(0), *interval(scores), strict=True))
@@ -97,16 +98,16 @@ class TestedRun:
 
     @functools.cached_property
     def queries(self) -> list[tuple[str, int, int]]:
-        """File name (the folder may have moved), pid and camid: what two tests that are compared must share."""
+        """File name (the folder may have moved), pid and camid: two tests can be compared if these are equal."""
         names = (Path(paths[0]).name for paths in self.files['query'])
         return list(zip(names, self.arrays['q_pids'].tolist(), self.arrays['q_camids'].tolist(), strict=True))
 
 
 def read(save_dir: str | Path) -> TestedRun:
-    """The files of a run. metrics.csv may be absent: nothing was trained.
+    """Read the files of a run. metrics.csv may be absent if nothing was trained.
 
     Raises:
-        UserError: the folder holds no results of a test, or they are damaged or of two tests.
+        UserError: the folder contains no test results, or they are damaged or from two tests.
     """
     folder = Path(save_dir)
     try:
@@ -114,7 +115,7 @@ def read(save_dir: str | Path) -> TestedRun:
         with np.load(folder / 'ranking.npz') as file:
             arrays = dict(file)
         if lacking := NEEDED - summary.keys() - arrays.keys():
-            raise ValueError(f'no {min(lacking)} in results.json or ranking.npz')
+            raise ValueError(f'{min(lacking)} is missing in results.json or ranking.npz')
         run = TestedRun(str(save_dir), summary, arrays, *_read_metrics(folder / 'metrics.csv'))
         same = run.valid.any() and abs(run.ap[run.valid].mean() - summary['mAP']) < 1e-4
         complete = len(run.queries) == len(run.valid) and len(run.files['gallery']) == len(arrays['g_pids'])
@@ -123,9 +124,11 @@ def read(save_dir: str | Path) -> TestedRun:
         raise UserError(f'{where} cannot be read ({why}); give the --save-dir of a tested run') from problem
     except (ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as problem:
         reason = plain(f'{type(problem).__name__}: {problem}')
-        raise UserError(f'{folder} holds damaged results ({reason}); test again with --evaluate') from problem
+        raise UserError(f'{folder} contains damaged results ({reason}); test again with --evaluate') from problem
     if not same or not complete:
-        raise UserError(f'{folder} holds results.json and ranking.npz of two tests; test again with --evaluate')
+        raise UserError(
+            f'{folder} contains results.json and ranking.npz of two different tests; test again with --evaluate'
+        )
     return run
 
 
@@ -133,7 +136,7 @@ def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     """The columns of metrics.csv, its rows sorted by epoch and batch with tests last; and which columns are losses."""
     if not path.exists():
         return {}, []
-    rows = {}  # (epoch, batch) -> numbers; after a resume some repeat, and the last one counts
+    rows = {}  # (epoch, batch) -> numbers; after a resume some are repeated, and the last one counts
     with path.open(newline='', encoding='utf-8') as file:
         reader = csv.DictReader(file, restval='')
         names = list(reader.fieldnames or ())
@@ -146,12 +149,12 @@ def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
 
 
 def _split(paths: np.ndarray) -> list[list[str]]:
-    """What `results` joined: the frames of each item."""
+    """The inverse of `results._files`: the frames of each item."""
     return [line.split('\t') for line in paths.tobytes().decode('utf-8', 'surrogateescape').split('\n')]
 
 
 def interval(values: np.ndarray) -> np.ndarray:
-    """(2, K): ends of the 95% percentile bootstrap intervals of the means of `values` (V, K) over V queries."""
+    """(2, K): limits of the 95% percentile bootstrap intervals of the means of `values` (V, K) over V queries."""
     number = len(values)
     times = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), RESAMPLES)  # (1000, V)
     ends: np.ndarray = np.percentile(times @ values / number, (2.5, 97.5), axis=0)

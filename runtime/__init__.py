@@ -1,1 +1,1 @@
-"""What every experiment needs and none is about: processes, devices, checkpoints, meters, files, decoding."""
+"""The infrastructure of every experiment: processes, devices, checkpoints, meters, files, decoding."""

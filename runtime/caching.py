@@ -12,13 +12,13 @@ from runtime.device import Run
 from runtime.errors import UserError
 from runtime.workers import Block, Group, Task, Workers, collate
 
-ROOM = 0.8  # of the free memory that a cache may take
-CHUNK = 64  # items that a worker decodes at a time to fill it
+ROOM = 0.8  # fraction of the free memory that a cache may use
+CHUNK = 64  # items that a worker decodes at a time to fill the cache
 
 
 @dataclass
 class Resident:
-    """A block whose images are on the device already."""
+    """A block whose images are already on the device."""
 
     groups: list[Group]
     counts: list[int]
@@ -30,14 +30,14 @@ class Resident:
 
 
 class Cache:
-    """All items of a data set, decoded once by `workers`; gives the same blocks as they do.
+    """All items of a data set, decoded once by `workers`; yields the same blocks as they do.
 
     Args:
-        size: bytes of all images, as far as a sample tells.
+        size: bytes of all images, estimated from a sample.
         kind: 'ram' or 'device'.
 
     Raises:
-        UserError: they do not fit into memory (each process holds a copy), or an image cannot be read.
+        UserError: the images do not fit into memory (each process holds a copy), or one cannot be read.
     """
 
     def __init__(self, number: int, size: int, kind: str, workers: Workers, run: Run):
@@ -45,7 +45,7 @@ class Cache:
         self.home = run.device if kind == 'device' else torch.device('cpu')
         size *= run.world_size if self.home.type == 'cpu' else 1
         free = free_memory(self.home)
-        plan = f'--cache {kind}: {number} training images take about {gigabytes(size)} of {gigabytes(free)} free memory'
+        plan = f'--cache {kind}: {number} training images need about {gigabytes(size)} of {gigabytes(free)} free memory'
         if size > ROOM * free:
             raise UserError(f'{plan}, too much: use --cache none')
         if run.rank == 0:
@@ -79,12 +79,12 @@ def resident(items: list[tuple]) -> Resident:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free, for this process group (a container or a batch job may have less than the machine)."""
+    """Free memory in bytes for this process group (a container or batch job may have less than the machine)."""
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[0]
     try:
         free = _numbers('/proc/meminfo')['MemAvailable'] * 1024
-    except OSError:  # another system than Linux
+    except OSError:  # a system other than Linux
         return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2
     try:
         group = Path('/sys/fs/cgroup') / Path('/proc/self/cgroup').read_text().rpartition('::')[2].strip().lstrip('/')

@@ -1,4 +1,4 @@
-"""The state of a run: what is saved and when, what a resume restores, and the epochs that are left."""
+"""The state of a run: what is saved and when, what is restored on resuming, and the remaining epochs."""
 
 import re
 import time
@@ -34,7 +34,7 @@ class Stateful(Protocol):
 
 
 class Checkpoint:
-    """The files of a run and its place in them.
+    """The checkpoint files of a run, and its position.
 
         checkpoint = Checkpoint(dataset, args.save, run, model=model, optimizer=optimizer, scheduler=scheduler)
         for epoch in checkpoint.epochs(args.max_epoch):
@@ -43,17 +43,17 @@ class Checkpoint:
                 checkpoint.after_step(epoch, meter)
             checkpoint.tested(epoch, test(model), meter)
 
-    Everything that has a `state_dict` and changes during training is named here: `model` first of all, then optimizers,
-    schedulers and criteria with parameters. With `--resume` or `--auto-resume` their state is restored on construction.
+    Everything that has a `state_dict` and changes during training is passed here: the `model`, optimizers, schedulers
+    and criteria with parameters. With `--resume` or `--auto-resume` their state is restored on construction.
 
     A file is a dict of tensors, numbers, strings and plain containers. `state_dict`, `rank1` (Rank-1 in 0..1) and
-    `epoch` (index of the epoch just finished, from 0) mean what they mean in the original's files; `batch` is how many
-    batches of the next epoch are done as well, `state` holds the other parts, `best_rank1` the best of all tests so
-    far, `arguments` every option, `recipe` those that a resume must repeat, and `provenance` what made the file. A
-    script may gain options: in a file that it wrote before, they have their defaults.
+    `epoch` (index of the epoch just finished, from 0) mean what they mean in the original's files; `batch` is the
+    number of batches of the next epoch that are done as well, `state` holds the other parts, `best_rank1` is the best
+    Rank-1 so far, `arguments` holds every option, `recipe` those that a resumed run must repeat, and `provenance` the
+    origin of the file. If a script gains options, they have their defaults in the files that it wrote before.
 
     Raises:
-        UserError: the file cannot be read or does not fit the model, or its recipe is another one.
+        UserError: the file cannot be read, does not fit the model, or has a different recipe.
     """
 
     def __init__(self, dataset: Dataset, options: SaveOptions, run: Run, *, model: Network, **parts: Stateful):
@@ -63,9 +63,9 @@ class Checkpoint:
         self.epoch, self.start_batch, self.done = options.start_epoch, 0, 0  # the epoch, and how many of its batches
         self.best_rank1 = -1.0
         self.saved = time.monotonic()
-        self.meter: LossMeter | None = None  # None until a step was taken
-        self.position: Path | None = None  # the file that holds what was done so far, while there is one
-        self.path: str | Path | None  # of the file that the run continues from
+        self.meter: LossMeter | None = None  # None before the first step
+        self.position: Path | None = None  # the file that contains the current state, if there is one
+        self.path: str | Path | None  # the file that the run continues from
         self.path, loaded = self._newest() if options.auto_resume and not options.evaluate else (None, None)
         resumes = loaded is not None
         if options.resume and loaded is None:
@@ -83,18 +83,18 @@ class Checkpoint:
             )
 
     def _newest(self) -> tuple[Path | None, weights.Weights | None]:
-        """The checkpoint in --save-dir that was written last and is whole."""
+        """The newest intact checkpoint in --save-dir."""
         for path in sorted(self.folder.glob('*_*.pth.tar'), key=_age):
             if path.name == 'best_model.pth.tar':
                 continue
             try:
                 loaded = weights.read(path)
             except UserError as damage:
-                print(f'Passed over: {damage}')
+                print(f'Skipped: {damage}')
                 continue
             if loaded.state is not None:
                 return path, loaded
-        print(f'No checkpoint in {self.folder}: beginning')
+        print(f'No checkpoint in {self.folder}: starting from the beginning')
         return None, None
 
     def _load(self, loaded: weights.Weights, resumes: bool) -> None:
@@ -119,38 +119,38 @@ class Checkpoint:
         self.best_rank1 = state['best_rank1']
         theirs = state.get('provenance', {}).get('dataset_fingerprint')
         if theirs not in (None, self.provenance['dataset_fingerprint']):
-            print('The data set has changed since this checkpoint was written: the run continues with other files')
+            print('The data set has changed since this checkpoint was written: the run continues with different files')
         where = f'after epoch {self.epoch}'
         if self.start_batch:
             where = f'in epoch {self.epoch + 1} after batch {self.start_batch}'
         print(f'Continuing {where}; best Rank-1 so far {max(self.best_rank1, 0):.1%}')
 
     def _known(self, state: dict) -> dict[str, Any]:
-        """The recipe of a file. Options that its script has gained since have their defaults there."""
+        """The recipe of a file. Options that its script gained later have their defaults."""
         same_script = _script(state.get('provenance')) == _script(self.provenance)
         recipe: dict[str, Any] = state['recipe']
         return self.options.defaults | recipe if same_script else recipe
 
     def epochs(self, max_epoch: int) -> Iterator[int]:
-        """The epochs that are left, counted from 0; the first one may have begun before, at batch `start_batch`.
+        """The epochs that are left, counted from 0; the first one may continue at batch `start_batch`.
 
         A run that starts from weights alone at `--start-epoch` has the learning rate of that epoch.
 
         Raises:
-            UserError: no epoch is left, or the disk has no room for a checkpoint.
+            UserError: no epoch is left, or the disk has no space for a checkpoint.
         """
         first = self.epoch
         if first >= max_epoch:
             if self.options.auto_resume:
-                print(f'{self.path} has finished all of --max-epoch {max_epoch} epochs')
+                print(f'{self.path}: all {max_epoch} epochs of --max-epoch are finished')
                 return
             raise UserError(
                 f'--resume {self.options.resume} has finished epoch {first} of --max-epoch {max_epoch}: there is '
                 f'nothing left to train; raise --max-epoch'
             )
         if self.run.rank == 0:
-            self._clear('.*.pth.tar.*')  # what a killed process left half written
-        if not self.options.overwrite:  # which makes room
+            self._clear('.*.pth.tar.*')  # incomplete files left by a killed process
+        if not self.options.overwrite:  # it frees space
             self._check_room()
         self.saved = time.monotonic()
         self.run.rescue = self.rescue
@@ -160,27 +160,27 @@ class Checkpoint:
             self.done = self.start_batch
             if self.start_batch:
                 self.position = Path(self.path or '')
-                warnings.filterwarnings('ignore', 'Detected call of `lr_scheduler.step')  # the steps came before
+                warnings.filterwarnings('ignore', 'Detected call of `lr_scheduler.step')  # optimizer steps came earlier
             yield self.epoch
             self.start_batch = 0
         self.run.rescue = None
         self.run.signals.release()
 
     def _check_room(self) -> None:
-        """Refuse, in every process, to begin where each save would fail."""
-        free = int(self.run.stack(torch.tensor(free_space(self.folder)))[0])  # of the first process, which saves
+        """Refuse, in every process, to start if each save would fail."""
+        free = int(self.run.stack(torch.tensor(free_space(self.folder)))[0])  # in the first process, which saves
         needed = sum(tensor.nbytes for tensor in self.model.state_dict().values())
         if 0 <= free < needed:
             raise UserError(
                 f'--save-dir {self.folder}: {free / 1e6:.1f} MB are free on its disk, but the weights alone take '
-                f'{needed / 1e6:.1f} MB; make room, or name another folder'
+                f'{needed / 1e6:.1f} MB; free some space, or choose another folder'
             )
 
     def after_step(self, epoch: int, meter: LossMeter) -> None:
-        """Save the state every --save-minutes, before a test, and when a signal asks the run to stop, which ends it.
+        """Save the state every --save-minutes, before a test, and when a signal stops the run.
 
-        An interrupted run then continues after this very step. Between a test and the next epoch a signal ends the run
-        at once.
+        An interrupted run then continues after this step. Between a test and the next epoch a signal ends the run at
+        once.
         """
         self.done, self.position = meter.count, None
         last = self.done == meter.total
@@ -189,7 +189,7 @@ class Checkpoint:
             self._begin(afresh=(epoch, self.done) == (0, 1))
         stop = self.run.stopping(last)
         if stop or (last and epoch in self.options.test_epochs):
-            meter.record()  # which ends the run if a loss was not finite
+            meter.record()  # ends the run if a loss was not finite
             self._save_position()
         elif self.run.rank == 0 and time.monotonic() - self.saved > 60 * self.options.save_minutes:
             self._save_position()
@@ -197,7 +197,7 @@ class Checkpoint:
             raise self.run.signals.stop(stop, self.rescue())
 
     def _begin(self, afresh: bool) -> None:
-        """After the first step, not before: a run that fails at once must not delete anything of the previous one."""
+        """Called after the first step: a run that fails at once must not delete anything of the previous one."""
         if self.run.rank or not self._is_finite():
             return
         if self.options.overwrite and (not self.options.resume or self.options.resume_weights_only):
@@ -213,12 +213,12 @@ class Checkpoint:
                     path.unlink()
 
     def rescue(self) -> Path | None:
-        """Save what was done when the run fails, unless it is saved already; the file, None where there is none.
+        """Save the state of a failing run unless it is saved already. Returns the file, or None if there is none.
 
         Nothing is saved in the middle of a step: BatchNorm has seen its batch, and some weights may have changed.
         """
         if self.meter and self.meter.count == self.done and self.position is None:
-            if self.run.world_size == 1:  # else it needs the others
+            if self.run.world_size == 1:  # otherwise it needs the others
                 self.meter.record()
             self._save_position()
         return self.position if self.position and self.position.exists() else None
@@ -235,7 +235,7 @@ class Checkpoint:
         self.saved = time.monotonic()
 
     def _is_finite(self) -> bool:
-        """Whether losses and weights are: a loss can be finite where its gradients are not."""
+        """Whether losses and weights are finite: a loss can be finite although its gradients are not."""
         modules = [self.model, *(part for part in self.parts.values() if isinstance(part, nn.Module))]
         tensors = [tensor for module in modules for tensor in module.state_dict().values()]
         return self.run.is_healthy() and bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
@@ -243,7 +243,7 @@ class Checkpoint:
     def tested(self, epoch: int, figures: dict[str, float], meter: LossMeter) -> None:
         """Write `checkpoint_ep{N}.pth.tar`, N counted from 1, and `best_model.pth.tar` if Rank-1 is the best so far.
 
-        The first process writes. All hold the same state, and any number of them can continue from it.
+        The first process writes. All processes hold the same state, and any number of processes can continue from it.
         """
         self.run.signals.hold()
         rank1 = figures['rank1']
@@ -277,7 +277,7 @@ class Checkpoint:
 
 
 def _age(path: Path) -> tuple[int, list[int], str]:
-    """Sorts the newest first; of files of the same moment (some milliseconds) that of the later epoch and batch."""
+    """Sort key that puts the newest first; of files written within milliseconds, that of the later epoch and batch."""
     return -path.stat().st_mtime_ns, [-int(number) for number in re.findall(r'\d+', path.name)], path.name
 
 
@@ -285,17 +285,17 @@ ENTRIES = {'recipe': dict, 'state': dict, 'epoch': int, 'best_rank1': int | floa
 
 
 def _check_entries(state: dict, where: str | Path | None) -> None:
-    """Refuse a file of this project's format that somebody has changed."""
+    """Reject a file in this project's format that was altered."""
     wrong = [repr(name) for name, kind in ENTRIES.items() if not isinstance(state.get(name), kind)]
     if wrong:
         raise UserError(
-            f'--resume {where}: its {", ".join(wrong)} cannot be continued from; get the file again, or take its '
-            f'weights alone with --resume-weights-only'
+            f'--resume {where}: its {", ".join(wrong)} is missing or invalid; get the file again, or load only its '
+            f'weights with --resume-weights-only'
         )
 
 
 def _script(provenance: object) -> str | None:
-    """The name of the script that wrote a file; None if its provenance, which anybody may have changed, has none."""
+    """The name of the script that wrote a file; None if its provenance, which may have been altered, has none."""
     match provenance:
         case {'command': [str(script), *_]}:
             return Path(script).name
@@ -303,7 +303,7 @@ def _script(provenance: object) -> str | None:
 
 
 def _check_recipe(theirs: dict, ours: dict, where: str | Path | None) -> None:
-    """Refuse to continue with another learning rate, seed, data set ... than the run began with."""
+    """Refuse to continue with a learning rate, seed, data set ... other than those the run started with."""
     differences = [
         f'--{name.replace("_", "-")} was {theirs.get(name, "not an option")}, is {ours.get(name, "not an option")}'
         for name in sorted({*theirs, *ours})
@@ -311,28 +311,28 @@ def _check_recipe(theirs: dict, ours: dict, where: str | Path | None) -> None:
     ]
     if differences:
         raise UserError(
-            f'--resume {where}: the run has another recipe: {"; ".join(differences)}. Give its values, or begin a run '
-            f'of its own from these weights with --resume-weights-only'
+            f'--resume {where}: the run has a different recipe: {"; ".join(differences)}. Use its values, or start a '
+            f'new run from these weights with --resume-weights-only'
         )
 
 
 def _restore(part: Stateful, name: str, states: dict[str, Any], where: str | Path | None) -> None:
     if name not in states:
-        raise UserError(f'--resume {where} has no state for {name!r}: it was written by another script')
+        raise UserError(f'--resume {where} has no state for {name!r}: it was written by a different script')
     try:
         part.load_state_dict(states[name])
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as problem:
         raise UserError(
-            f'--resume {where}: its state of {name!r} does not fit: {" ".join(str(problem).split())}'
+            f'--resume {where}: its state for {name!r} does not fit: {" ".join(str(problem).split())}'
         ) from None
     if isinstance(part, torch.optim.Optimizer):
         _match_strides(part)
 
 
 def _advance(scheduler: LRScheduler, epochs: int) -> None:
-    """Bring the learning rate of a run that starts from weights alone to that of its first epoch."""
+    """Advance the schedule of a run that starts from weights alone to its first epoch."""
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # "step of the schedule before one of the optimizer": it is intended
+        warnings.simplefilter('ignore')  # "scheduler.step() before optimizer.step()" is intended here
         for _ in range(epochs):
             scheduler.step()
 
@@ -340,8 +340,8 @@ def _advance(scheduler: LRScheduler, epochs: int) -> None:
 def _match_strides(optimizer: torch.optim.Optimizer) -> None:
     """Give the moments the memory layout of their parameter.
 
-    A fused step walks both as flat memory: moments from an NCHW file beside a channels_last weight would be applied to
-    the wrong elements, silently.
+    A fused step treats both as flat memory, so moments from an NCHW file would silently be applied to the wrong
+    elements of a channels_last weight.
     """
     for param, state in optimizer.state.items():
         for name, value in state.items():

@@ -1,4 +1,4 @@
-"""What is checked about options before anything starts; nothing of an earlier run is touched."""
+"""The checks of the options before anything starts; nothing of an earlier run is touched."""
 
 import argparse
 import math
@@ -14,7 +14,7 @@ from runtime.processes import of_environment
 
 
 class Reporter(Protocol):
-    """The parser: what the experiment is about, and how a mistake is reported."""
+    """The parser: the kind of data, and how a mistake is reported."""
 
     kind: str
 
@@ -36,7 +36,7 @@ def check_names(parser: Reporter, args: argparse.Namespace) -> None:
         script = Path(sys.argv[0]).name
         other = script.replace('img', 'vid') if parser.kind == 'image' else script.replace('vid', 'img')
         parser.error(
-            f'-d {args.dataset} holds {there}, and {script} trains on {here}: choose one of {", ".join(names)}, '
+            f'-d {args.dataset} contains {there}, but {script} trains on {here}: choose one of {", ".join(names)}, '
             f'or run {other if other != script else "a script for " + there}'
         )
     if args.dataset not in names:
@@ -46,55 +46,55 @@ def check_names(parser: Reporter, args: argparse.Namespace) -> None:
     smallest = models.factory[args.arch].smallest
     if min(args.height, args.width) < smallest:
         parser.error(
-            f'--height {args.height} --width {args.width} are too small: -a {args.arch} needs {smallest} pixels or '
-            f'more of each'
+            f'--height {args.height} --width {args.width} is too small: -a {args.arch} needs at least {smallest} '
+            f'pixels in each dimension'
         )
     if args.pretrained not in ('imagenet', 'none') and not Path(args.pretrained).is_file():
         parser.error(f'--pretrained {args.pretrained}: no such file; give a path, imagenet or none')
 
 
 def check_batch(parser: Reporter, args: argparse.Namespace) -> None:
-    """Whether each process of the run has the same part of a batch, of 2 images or more: BatchNorm needs two."""
+    """Check that every process gets the same number of images of a batch, at least the 2 that BatchNorm needs."""
     listed = 1 if args.use_cpu else args.gpu_devices.count(',') + 1
     ours = of_environment()
-    processes = ours.world_size if ours.started else listed  # torchrun's, or those that will be started
+    processes = ours.world_size if ours.started else listed  # started by torchrun, or about to be started here
     if args.evaluate or processes == 1 or (args.train_batch % processes == 0 and args.train_batch >= 2 * processes):
         return
-    step = math.lcm(processes, getattr(args, 'num_instances', 1))  # P x K batches hold whole identities as well
+    step = math.lcm(processes, getattr(args, 'num_instances', 1))  # P x K batches must also hold whole identities
     least = -(-2 * processes // step) * step
     below = max(args.train_batch // step * step, least)
     parser.error(
-        f'--train-batch {args.train_batch} cannot be shared by {processes} processes, each with the same number of '
-        f'images, 2 or more: use {below} or {below + step}'
+        f'--train-batch {args.train_batch} cannot be split evenly among {processes} processes with at least 2 images '
+        f'each: use {below} or {below + step}'
     )
 
 
 def check_resume(parser: Reporter, args: argparse.Namespace) -> None:
-    """Whether there is something to resume, something left to train, and no option contradicts another."""
+    """Check that there is something to resume and something to train, and that no options contradict each other."""
     processes = of_environment()
     if args.resume and not Path(args.resume).is_file():
         parser.error(f'--resume {args.resume}: no such file')
     restarts = args.max_restarts or processes.may_restart  # by us, or by torchrun
     if args.overwrite and (args.auto_resume or restarts):
         other = '--auto-resume' if args.auto_resume else '--max-restarts'
-        parser.error(f'--overwrite removes what {other} would continue from: give one of them')
+        parser.error(f'--overwrite removes what {other} would continue from: give only one of the two')
     if args.evaluate and args.auto_resume and not processes.restarts:
-        parser.error('--evaluate tests the file of --resume: leave out --auto-resume')
+        parser.error('--evaluate tests the file given by --resume: remove --auto-resume')
     if args.resume_weights_only and not args.resume:
-        parser.error('--resume-weights-only needs --resume PATH, the file to take the weights from')
+        parser.error('--resume-weights-only needs --resume PATH, the file to load the weights from')
     if args.start_epoch >= args.max_epoch and not args.evaluate:
-        parser.error(f'--start-epoch {args.start_epoch} leaves nothing of --max-epoch {args.max_epoch} epochs to train')
+        parser.error(f'--start-epoch {args.start_epoch} leaves no epoch to train: --max-epoch is {args.max_epoch}')
 
 
 def check_folder(parser: Reporter, args: argparse.Namespace) -> None:
-    """Whether --save-dir holds no run that would be mixed up with this one, and can be written to."""
+    """Check that --save-dir contains no run that would be mixed up with this one, and is writable."""
     save_dir = Path(args.save_dir)
     held = sorted(save_dir.glob('*.pth.tar')) if save_dir.is_dir() else []
     resumes = args.resume and not args.resume_weights_only
     if held and not (args.evaluate or args.overwrite or args.auto_resume or resumes):
         parser.error(
-            f'--save-dir {save_dir} holds the checkpoints of a run ({held[0].name}): continue it with --auto-resume or '
-            f'--resume, remove them with --overwrite, or name another folder'
+            f'--save-dir {save_dir} contains the checkpoints of a run ({held[0].name}): continue it with --auto-resume '
+            f'or --resume, remove them with --overwrite, or choose another folder'
         )
     try:
         save_dir.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def check_folder(parser: Reporter, args: argparse.Namespace) -> None:
             pass
     except OSError as problem:
         reason = os.strerror(problem.errno or 0)
-        parser.error(f'--save-dir {save_dir}: cannot be written to ({reason}); name another folder')
+        parser.error(f'--save-dir {save_dir}: cannot be written to ({reason}); choose another folder')
     for folder in (save_dir / 'features', save_dir / '.features') if args.save_features else ():
         if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-            parser.error(f'--save-features: {folder} cannot be written to; remove it, or name another --save-dir')
+            parser.error(f'--save-features: {folder} cannot be written to; remove it, or choose another --save-dir')

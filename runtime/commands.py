@@ -9,7 +9,7 @@ from runtime.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that does not print its whole usage for a mistake."""
+    """An argparse parser that reports a mistake without printing its usage."""
 
     def error(self, message: str) -> NoReturn:
         refuse(message.removeprefix('argument '))
@@ -22,7 +22,7 @@ def refuse(message: str) -> NoReturn:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Exit with the status that `main` returns, or with its UserError."""
+    """Exit with the status that `main` returns, or report its UserError."""
     try:
         status = main()
     except UserError as mistake:

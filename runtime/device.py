@@ -1,7 +1,7 @@
 """Where and how an experiment runs: its device, precision and processes.
 
-Each process of a run does its share of a batch; gradients, the features that are mined and the losses that are printed
-are those of the whole batch.
+Each process of a run computes its share of a batch; gradients, mined features and printed losses are those of the whole
+batch.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ Module = TypeVar('Module', bound=nn.Module)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
-# One option under two names: that of torch 2.6, and the one that replaces it in the newest releases.
+# One option with two names: broadcast_buffers in torch 2.6, forward_sync_buffers in the newest releases.
 SYNC_BUFFERS = next(
     name
     for name in ('forward_sync_buffers', 'broadcast_buffers')
@@ -42,7 +42,7 @@ SYNC_BUFFERS = next(
 
 
 class Step(NamedTuple):
-    """What the processes agreed on in a step: is any loss not finite so far, and the signal to stop."""
+    """What the processes agreed on in a step: whether any loss so far was not finite, and the stop signal."""
 
     flags: Tensor  # (2,) on the device
     host: Tensor  # (2,) the same, on the host once it is `copied`
@@ -50,10 +50,10 @@ class Step(NamedTuple):
 
 
 class Run:
-    """The run that this process belongs to, as process `rank` of `world_size`; the first one prints and writes.
+    """The run that this process belongs to, as process `rank` of `world_size`; the first one prints and writes files.
 
     precision:      of training: fp32, tf32 or bf16
-    test_precision: of extraction: fp32 unless another one was asked for, so that published figures come out
+    test_precision: of extraction: fp32 unless another is requested, so that published figures are reproduced
     unwritten:      files that could not be written although the run continued
     """
 
@@ -78,31 +78,31 @@ class Run:
         self.signals = signals or Signals(self.processes)
         self.unwritten = Unwritten() if unwritten is None else unwritten
         self.log = log
-        self.rescue: Callable[[], Path | None] | None = None  # saves what was done when the run fails
+        self.rescue: Callable[[], Path | None] | None = None  # saves the state of a failing run
         self.steps: deque[Step] = deque(maxlen=2)  # the last two
 
     @contextlib.contextmanager
     def autocast(self, testing: bool = False) -> Iterator[None]:
-        """bfloat16 around the model call, where it is this run's precision. Weights stay float32."""
+        """Autocast to bfloat16 for the model call, if that is this run's precision. Weights stay float32."""
         precision = self.test_precision if testing else self.precision
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == 'bf16'):
             yield
 
     def place(self, module: Module) -> Module:
-        """`module` on the device, channels last in memory: the layout in which convolutions are fastest."""
+        """Move `module` to the device, in the channels_last layout, in which convolutions are fastest."""
         return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]  # not in torch's stubs
 
     def replicate(self, module: nn.Module) -> nn.Module:
-        """The copy of `module` to train with, compiled with --compile; `module` itself is what is saved and tested.
+        """The copy of `module` that is trained, compiled if --compile is given; `module` itself is saved and tested.
 
-        The gradients of a replica are means over all processes. Its BatchNorm takes its statistics from the images of
-        its own process, or with --sync-bn of all. Running statistics are not exchanged during training, which does not
-        read them: those of the first process are saved and tested with (`unify`).
+        The gradients of a replica are means over all processes. Its BatchNorm computes its statistics over the images
+        of its own process, or with --sync-bn of all processes. Running statistics are not exchanged during training,
+        which does not read them: those of the first process are saved and used in tests (`unify`).
         """
         replica = module
         if self.world_size > 1:
             if self.sync_bn:
-                replica = nn.SyncBatchNorm.convert_sync_batchnorm(replica)  # the same parameters, buffers and keys
+                replica = nn.SyncBatchNorm.convert_sync_batchnorm(replica)  # keeps parameters, buffers and keys
             devices = [self.device.index] if self.device.type == 'cuda' else None
             how = {'gradient_as_bucket_view': True, SYNC_BUFFERS: False}
             replica = DistributedDataParallel(replica, devices, **how)  # type: ignore[arg-type]  # both take a bool
@@ -111,15 +111,15 @@ class Run:
     def gather(self, features: Tensor, pids: Tensor) -> tuple[Tensor, Tensor]:
         """The features (B, D) and pids (B,) of the whole batch, over all processes, in the batch's order.
 
-        Gradients flow back to the process that a feature came from, once per process: each computes the loss of the
-        whole batch, and `replicate` takes the mean.
+        Gradients flow back to the process that a feature came from, once for each process: each computes the loss of
+        the whole batch, and `replicate` takes the mean.
         """
         if self.world_size == 1:
             return features, pids
         return _Gather.apply(features), self.stack(pids).transpose(0, 1).flatten()
 
     def stack(self, tensor: Tensor) -> Tensor:
-        """`tensor` (...) of every process, (world_size, ...); it has the same shape in all."""
+        """`tensor` (...) of every process, stacked: (world_size, ...). It must have the same shape in all of them."""
         if self.world_size == 1:
             return tensor[None]
         parts = [torch.empty_like(tensor, device=self.device) for _ in range(self.world_size)]
@@ -127,7 +127,7 @@ class Run:
         return torch.stack(parts).to(tensor.device)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of `tensor` over all processes; it has the same shape in all."""
+        """The sum of `tensor` over all processes; it must have the same shape in all of them."""
         if self.world_size == 1:
             return tensor
         total = tensor.to(self.device, copy=True)
@@ -139,25 +139,25 @@ class Run:
         return self.sum(tensor) / self.world_size
 
     def unify(self, model: nn.Module) -> None:
-        """Give every process the buffers of the first one, the running statistics of BatchNorm."""
+        """Copy the buffers of the first process, the running statistics of BatchNorm, to all others."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
     def skip_unless_finite(self, loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
-        """Make this and all further steps of the (fused) optimizers do nothing if `loss` is not finite in any process.
+        """Skip this and all later steps of the (fused) optimizers if `loss` is not finite in any process.
 
         The decision stays on the device: the host does not wait for it. Weights and moments keep their values, nothing
-        is saved any more (`is_healthy`), and the meter ends the run when it reads the loss. The one collective of a
-        step also exchanges whether a process was asked to stop (`stopping`).
+        more is saved (`is_healthy`), and the meter ends the run when it reads the loss. This collective, the only one
+        of a step, also exchanges whether a process was asked to stop (`stopping`).
 
         Raises:
-            UserError: an optimizer that is not fused, which cannot skip a step on the device.
+            UserError: an optimizer is not fused, so that it cannot skip a step on the device.
         """
         non_finite = (~torch.isfinite(loss.detach())).float()  # ()
         flags = torch.stack([non_finite, torch.full_like(non_finite, self.signals.waiting)])  # (2,)
         if self.steps:
-            flags[0] = torch.maximum(flags[0], self.steps[-1].flags[0])  # once not finite, it remains so
+            flags[0] = torch.maximum(flags[0], self.steps[-1].flags[0])  # once set, it stays set
         if self.world_size > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         host, copied = flags.to('cpu', non_blocking=True), None
@@ -175,10 +175,10 @@ class Run:
         return not self.steps or not bool(self.steps[-1].flags[0])
 
     def stopping(self, last: bool = False) -> int:
-        """The signal for which all processes stop after this very step; 0 to continue.
+        """The signal for which all processes stop after this step; 0 to continue.
 
-        Several processes read what they exchanged in the step before, so that none waits for a GPU that is still busy
-        with this one; after the `last` step of an epoch they read that one's.
+        Several processes read the flags exchanged in the previous step, so that none waits for a GPU that is still busy
+        with this one; after the `last` step of an epoch they read the flags of that step.
         """
         if self.world_size == 1:
             return self.signals.waiting
@@ -186,12 +186,12 @@ class Run:
             return 0
         step = self.steps[-1 if last else 0]
         if step.copied:
-            step.copied.synchronize()  # waits for that step alone; reading the flags would wait for all that is queued
+            step.copied.synchronize()  # waits for that step only; reading the flags would wait for all queued work
         return int(step.host[1])
 
 
 class _Gather(torch.autograd.Function):
-    """Features (b, D) of each process -> (B, D) of the batch, of which process r of W holds rows r, r + W, ..."""
+    """Features (b, D) of each process -> (B, D) of the batch; process r of W has rows r, r + W, ..."""
 
     @staticmethod
     def forward(ctx: object, features: Tensor) -> Tensor:
@@ -213,20 +213,21 @@ def start(
     unwritten: Unwritten | None = None,
     log: Logger | None = None,
 ) -> Run:
-    """Choose device and precision, join the other processes, and seed what is drawn once: weights and centers.
+    """Choose device and precision, join the other processes, and set the seeds for weights and centers.
 
     Raises:
-        UserError: a GPU that is not there; a precision that the device does not have; --sync-bn or --compile on a CPU.
+        UserError: a GPU does not exist; the device does not support the precision; --sync-bn or --compile is used on a
+        CPU.
     """
     group = group or Group(Processes())
     device = _device(options, group.processes)
     chosen = _precision(options, device)
     for option, wanted in (('--sync-bn', options.sync_bn), ('--compile', options.compile)):
         if wanted and device.type != 'cuda':
-            raise UserError(f'{option} is for CUDA devices: leave it out on the CPU')
+            raise UserError(f'{option} is for CUDA devices: remove it on the CPU')
     if options.deterministic:
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS is refused without it
-        torch.backends.cudnn.benchmark = False  # it might choose another algorithm each time
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # required for deterministic cuBLAS
+        torch.backends.cudnn.benchmark = False  # it may choose a different algorithm each time
         torch.use_deterministic_algorithms(True)
     allow_tf32(chosen == 'tf32')
     random.seed(options.seed)
@@ -258,7 +259,7 @@ def _device(options: RunOptions, processes: Processes) -> torch.device:
     if len(indices) != processes.local_world_size:
         raise UserError(
             f'--gpu-devices {options.gpu_devices}: {len(indices)} GPUs for {processes.local_world_size} processes on '
-            f'this host; with torchrun, list as many as --nproc-per-node says'
+            f'this host; with torchrun, list as many as --nproc-per-node'
         )
     print(f'Currently using GPU {",".join(map(str, indices))}')
     device = torch.device('cuda', indices[processes.local_rank])
@@ -268,15 +269,15 @@ def _device(options: RunOptions, processes: Processes) -> torch.device:
 
 
 def _keep_memory() -> None:
-    """Have the process keep the memory that it frees, unless the user has tuned the allocator.
+    """Let the process keep the memory that it frees, unless the user has tuned the allocator.
 
     Otherwise the activations of each layer are returned to the kernel and requested again, and it clears them page by
-    page: a third of the time of an extraction on a CPU. It costs a training up to a sixth more memory. Blocks of more
-    than 256 MB, of features and caches, are still returned (before glibc 2.35, of more than 32 MB).
+    page, which takes a third of the time of an extraction on a CPU. Training then needs up to a sixth more memory.
+    Blocks of more than 256 MB, of features and caches, are still returned (before glibc 2.35, of more than 32 MB).
     """
     if any(name.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for name in os.environ):
         return
-    with contextlib.suppress(AttributeError):  # another C library than glibc
+    with contextlib.suppress(AttributeError):  # a C library other than glibc
         mallopt = ctypes.CDLL(None).mallopt
         if not mallopt(M_MMAP_THRESHOLD, 1 << 28):
             mallopt(M_MMAP_THRESHOLD, 1 << 25)
@@ -284,7 +285,7 @@ def _keep_memory() -> None:
 
 
 def gpus(options: RunOptions, processes: int = 1) -> list[int]:
-    """The indices in --gpu-devices; if it names one, which is the default, as many from 0 on as there are processes.
+    """The indices in --gpu-devices; if it has only one, as by default, and there are several processes, 0, 1, ...
 
     Raises:
         UserError: this machine has fewer.
@@ -296,16 +297,16 @@ def gpus(options: RunOptions, processes: int = 1) -> list[int]:
     if missing:
         raise UserError(
             f'--gpu-devices {options.gpu_devices}: this machine has {torch.cuda.device_count()} CUDA devices, '
-            f'and none of index {", ".join(missing)}; list fewer, or pass --use-cpu'
+            f'none with index {", ".join(missing)}; list fewer, or pass --use-cpu'
         )
     return indices
 
 
 def _precision(options: RunOptions, device: torch.device) -> str:
-    """fp32, tf32 or bf16: what --precision asks for, or what trains faster and is right on this device.
+    """fp32, tf32 or bf16: as --precision requests, or for auto the faster one of fp32 and bf16 that is correct here.
 
     Raises:
-        UserError: the device has no such precision, or the network is wrong in it.
+        UserError: the device does not support the precision, or the network gives wrong results in it.
     """
     narrowest = models.factory[options.arch].narrowest_bf16
     narrow = device.type == 'cpu' and options.width < narrowest
@@ -313,9 +314,9 @@ def _precision(options: RunOptions, device: torch.device) -> str:
         return 'bf16' if has_bf16(device) and not narrow else 'fp32'
     if options.precision == 'bf16' and narrow:
         raise UserError(
-            f'--precision bf16 with --width {options.width}: on CPUs bf16 is wrong for images up to {narrowest - 1} '
-            f'pixels wide; use --precision fp32'
+            f'--precision bf16 with --width {options.width}: on CPUs bf16 gives wrong results for images up to '
+            f'{narrowest - 1} pixels wide; use --precision fp32'
         )
     if options.precision == 'tf32' and device.type != 'cuda':
-        raise UserError('--precision tf32 is for CUDA devices; use fp32 or bf16 on the CPU')
+        raise UserError('--precision tf32 needs a CUDA device; use fp32 or bf16 on the CPU')
     return options.precision

@@ -1,8 +1,8 @@
-"""Mistakes that the user can correct are reported in one line; a fault of the program keeps its traceback."""
+"""Mistakes that the user can correct are reported in one line; an error in the code keeps its traceback."""
 
 
 class UserError(Exception):
-    """A mistake that the user can correct: what is wrong, where, and what to do, in one sentence or two.
+    """A mistake that the user can correct: what is wrong, where, and what to do, in one or two sentences.
 
     It is printed as `error: ...` on stderr, and the program exits with `status`.
     """
@@ -11,13 +11,13 @@ class UserError(Exception):
 
 
 class ProcessLost(UserError):
-    """A process that the run needs was killed: nobody's mistake, and --max-restarts may start the run again."""
+    """A process that the run needs was killed: not a user's mistake, and --max-restarts may restart the run."""
 
     status = 1
 
 
 def plain(text: str, longest: int = 200) -> str:
-    """Foreign text in one line that cannot control a terminal: its first line, escaped where needed, truncated."""
+    """Foreign text in one line that cannot control a terminal: its first line, escaped if necessary, and truncated."""
     line = text.strip().split('\n', 1)[0]
     line = line if line.isprintable() else ascii(line)[1:-1]
     return line if len(line) <= longest else f'{line[:longest]}...'

@@ -1,4 +1,4 @@
-"""Batches on their way from host memory to the device."""
+"""Copies batches from host memory to the device."""
 
 import contextlib
 import time
@@ -16,14 +16,14 @@ Arrived = tuple[list[Group], Tensor, list[int], list[Any]]  # images, pids (b,),
 
 
 class Feed:
-    """The blocks of an epoch, one by one, on the device. A GPU is sent the next one while it computes with this one.
+    """The blocks of an epoch, one by one, on the device. The next one is copied to a GPU while this one is processed.
 
-    `waited`: seconds that were spent waiting for blocks, but for the first one
+    `waited`: seconds spent waiting for blocks, without the first one
     """
 
     def __init__(self, blocks: Iterator[Block | Resident], device: torch.device, stream: 'torch.cuda.Stream | None'):
         self.blocks, self.device, self.stream = blocks, device, stream
-        self.waited, self.asked = 0.0, 0  # blocks asked for; the first one waits for the workers to start
+        self.waited, self.requested = 0.0, 0  # blocks requested; the first one waits for the workers to start
         self.coming = self._send() if stream else None
 
     def __iter__(self) -> 'Feed':
@@ -37,15 +37,15 @@ class Feed:
             computing = torch.cuda.current_stream(self.device)
             computing.wait_stream(self.stream)
             for tensor in _tensors(arrived):
-                tensor.record_stream(computing)  # its memory is not used again before the computation has ended
+                tensor.record_stream(computing)  # its memory is not reused before the computation has ended
             self.coming = self._send()
         return arrived
 
     def _send(self) -> Arrived | None:
         began = time.perf_counter()
         block = next(self.blocks, None)
-        self.waited += time.perf_counter() - began if self.asked else 0
-        self.asked += 1
+        self.waited += time.perf_counter() - began if self.requested else 0
+        self.requested += 1
         if block is None:
             return None
         pin = self.stream is not None
@@ -57,7 +57,7 @@ class Feed:
 
 
 def _moved(value: Any, device: torch.device, pin: bool) -> Any:
-    """Collated values with every tensor in them on the device."""
+    """The collated values, with all their tensors on the device."""
     match value:
         case Tensor():
             return (value.pin_memory() if pin else value).to(device, non_blocking=True)
@@ -69,7 +69,7 @@ def _moved(value: Any, device: torch.device, pin: bool) -> Any:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors of the device in a batch."""
+    """All tensors on the device in a batch."""
     match value:
         case Tensor():
             if value.is_cuda:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and disks that fail."""
+"""Files that are complete or absent, and disks that fail."""
 
 import contextlib
 import os
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def write_whole(fpath: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `fpath`, then rename it: a file of that name is always whole.
+    """Let `write` fill a temporary file beside `fpath`, then rename it: a file of that name is always complete.
 
     The data reach the disk before the name does, and the name before this returns: a power failure leaves the old file
-    or the new one. Raises OSError where it cannot be written; the old file is then untouched.
+    or the new one. Raises OSError if it cannot be written; the old file is then untouched.
     """
     fpath = Path(fpath)
     fpath.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def write_whole(fpath: str | Path, write: Callable[[Path], object]) -> None:
 
 
 def free_space(folder: str | Path) -> int:
-    """Free bytes on the disk of `folder`; -1 where they are not known: some network file systems report zeros."""
+    """Free bytes on the disk of `folder`; -1 if unknown: some network file systems report zeros."""
     with contextlib.suppress(OSError):
         usage = shutil.disk_usage(folder)
         return usage.free if usage.total else -1

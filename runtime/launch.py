@@ -1,4 +1,4 @@
-"""How a run starts and ends: its log, its lock, its exit status, and the last save of a run that fails."""
+"""How a run starts and ends: its log, its lock, its exit status, and the last save of a failing run."""
 
 import contextlib
 import datetime
@@ -26,26 +26,26 @@ from utils import Logger, mkdir_if_missing
 
 ENDS = (0, 2, 128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit statuses after which --max-restarts does not restart
 
-WORD_COMES = 30  # seconds, more than a launcher needs to end the other processes of one that was killed
+REPORT_SECONDS = 30  # more than a launcher needs to end the other processes after one was killed
 
 Experiment = Callable[[Arguments, Run], object]
-End = tuple[int, str]  # exit status, and what is written to stderr and the log
+End = tuple[int, str]  # exit status, and the text for stderr and the log
 
 
 def main(experiment: Experiment, parser: Parser) -> None:
-    """Run `experiment(args, run)` with the arguments of the command line, and log to a file in `--save-dir`.
+    """Run `experiment(args, run)` with the command-line arguments, logging to a file in `--save-dir`.
 
-    With several `--gpu-devices` this process only starts one for each, with the same command. The first one of them
+    With several `--gpu-devices` this process only starts one process per GPU, with the same command. The first of these
     prints and logs.
 
-    A mistake of the user (`UserError`) is one line on stderr and exit status 2; a fault of the program keeps its
-    traceback and exits with 1; a signal exits with 128 + its number. All are logged. Of several processes the first
-    that fails reports it, and all exit with its status. A file that could not be written while the run continued makes
-    its status 2.
+    A mistake of the user (`UserError`) is one line on stderr and exit status 2; an error in the code keeps its
+    traceback and exits with 1; a signal exits with 128 + its number. All are logged. If several processes fail, the
+    first reports its error and all exit with its status. If a file could not be written during the run, the exit status
+    is 2.
     """
     try:
         ours = processes.of_environment()
-    except UserError as mistake:  # each process reports it: which is the first one is not known
+    except UserError as mistake:  # every process reports it: which one is first is unknown
         refuse(str(mistake))
     args = parser.parse_args()
     path = Path(args.save_dir) / ('log_test.txt' if args.evaluate else 'log_train.txt')
@@ -62,7 +62,7 @@ def main(experiment: Experiment, parser: Parser) -> None:
             stack.enter_context(_silence())
         status, text = _supervise(args.run) if supervises else _run(experiment, args, Group(ours), unwritten, log)
         if not status and unwritten:
-            status, text = 2, f'error: {len(unwritten)} files could not be written, first {unwritten[0]}\n'
+            status, text = 2, f'error: {len(unwritten)} files could not be written, the first was {unwritten[0]}\n'
     if text:
         sys.stderr.write(text)
         with contextlib.suppress(OSError), open(path, 'a', encoding='utf-8', errors='backslashreplace') as file:
@@ -75,7 +75,7 @@ def _run(experiment: Experiment, args: Arguments, group: Group, unwritten: Unwri
     started = time.time()
     signals = Signals(group.processes)
     run: Run | None = None
-    with signals.heeded():
+    with signals.handled():
         try:
             try:
                 print(f'==========\nArgs:{args.plain()}\n==========')
@@ -91,19 +91,19 @@ def _run(experiment: Experiment, args: Arguments, group: Group, unwritten: Unwri
         except Stopped as stopped:
             if stopped.together:
                 print(stopped)
-                with contextlib.suppress(RuntimeError):  # another process has not lived to leave
+                with contextlib.suppress(RuntimeError):  # another process ended before it could leave
                     group.leave()
-            else:  # in a test, before which the position was saved; a second SIGINT does not wait for a save
+            else:  # in a test: the position was saved before; a second SIGINT does not wait for a save
                 saved = '' if signals.held else _rescue(run)
                 print(f'{stopped}; {saved}' if saved else stopped)
             return 128 + stopped.signal, ''
 
 
 def _end(problem: Exception, run: Run | None, group: Group, signals: Signals) -> End:
-    """How the run ends with an exception: its report, and where the run was saved."""
+    """The end of a run that raised an exception: its report, and where the run was saved."""
     saved = ''
-    if processes.lost_another(problem):  # in the middle of a step, of which nothing is saved
-        end = time.monotonic() + WORD_COMES
+    if processes.lost_another(problem):  # in the middle of a step, so nothing is saved
+        end = time.monotonic() + REPORT_SECONDS
         while not (group.has_failed() or signals.waiting) and time.monotonic() < end:
             time.sleep(0.01)
         if signals.waiting and not group.has_failed():
@@ -117,15 +117,15 @@ def _end(problem: Exception, run: Run | None, group: Group, signals: Signals) ->
 
 
 def _rescue(run: Run | None) -> str:
-    """Save what was done, unless it is saved; the words that say where, or none."""
-    with contextlib.suppress(Exception):  # the device has failed: that is reported
+    """Save the state of the run unless it is saved already. Returns a message with the path, or an empty one."""
+    with contextlib.suppress(Exception):  # the device has failed, which is reported
         if run and run.rescue and (path := run.rescue()):
             return f'saved {path}, from which --auto-resume continues'
     return ''
 
 
 def _supervise(options: RunOptions) -> End:
-    """Start a process for each GPU, or one, and all again after a failure, up to --max-restarts times."""
+    """Start one process per GPU, or a single one, and restart all after a failure, at most --max-restarts times."""
     try:
         number = len(device.gpus(options)) if options.several_gpus else 1
     except UserError as mistake:
@@ -136,26 +136,26 @@ def _supervise(options: RunOptions) -> End:
         if status in ENDS or attempt == options.max_restarts:
             break
         reason = text.removeprefix('error: ').strip() or f'the run ended with status {status}'
-        print(f'{reason}; starting it again, {attempt + 1} of {options.max_restarts}')
+        print(f'{reason}; restarting, {attempt + 1} of {options.max_restarts}')
     return status, text
 
 
 @contextlib.contextmanager
 def _alone_in(save_dir: str) -> Iterator[None]:
-    """Keep other trainings out of `save_dir`. The lock is released with the process, however it ends."""
+    """Keep other training runs out of `save_dir`. The lock is released when the process ends, however it ends."""
     mkdir_if_missing(save_dir)
     with open(Path(save_dir) / '.lock', 'a', encoding='ascii') as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which workers of a killed run would keep
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers of a killed run would keep a flock
         except OSError as problem:
-            if problem.errno not in (errno.EACCES, errno.EAGAIN):  # else there are no locks on that file system
+            if problem.errno not in (errno.EACCES, errno.EAGAIN):  # otherwise that file system has no locks
                 yield
                 return
-            owner = Path(file.name).read_text(encoding='ascii') or 'of another host'
+            owner = Path(file.name).read_text(encoding='ascii') or 'on another host'
             raise UserError(
-                f'--save-dir {save_dir}: another training run writes there (process {owner}); name another folder'
+                f'--save-dir {save_dir}: another training run is writing there (process {owner}); choose another folder'
             ) from None
-        with contextlib.suppress(OSError):  # a full disk; the lock holds without the name of its owner
+        with contextlib.suppress(OSError):  # a full disk; the lock works without the name of its owner
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f'{os.getpid()} on {platform.node()}'.encode('ascii', 'replace'))
         yield
@@ -163,7 +163,7 @@ def _alone_in(save_dir: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Print nothing and warn of nothing: the first process does."""
+    """Suppress output and warnings: only the first process prints."""
     warnings.simplefilter('ignore')
     with open(os.devnull, 'w', encoding='utf-8') as nowhere, contextlib.redirect_stdout(nowhere):
         yield

@@ -1,4 +1,4 @@
-"""What is shown during training: lines of losses, a bar on terminals, metrics.csv and TensorBoard's files."""
+"""The output of training: loss lines, a progress bar on terminals, metrics.csv and TensorBoard files."""
 
 import csv
 import importlib.util
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 HIDDEN = 'collapsed'  # not logged; triggers a warning
-BAR = '{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}'  # in 80 columns losses are cut off, not the rest
+BAR = '{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}'  # at 80 columns only losses are cut off
 
 
 class Loader(Protocol):
-    """What gives the batches of an epoch: `dataset_loader.TrainLoader`."""
+    """A source of the batches of an epoch, such as `dataset_loader.TrainLoader`."""
 
     def __len__(self) -> int: ...
 
@@ -38,7 +38,7 @@ class Loader(Protocol):
 
 
 def bar_over(batches: Iterable | None, text: str, quiet: bool, **kwargs: object) -> tqdm:
-    """A progress bar over `batches`, on the terminal of the first process alone; nothing in a pipe or a log."""
+    """A progress bar over `batches`, shown on the terminal of the first process only, not in a pipe or a log."""
     return tqdm(batches, desc=text, disable=quiet or not sys.stdout.isatty(), leave=False, **kwargs)
 
 
@@ -50,14 +50,14 @@ class LossMeter:
             meter.update(loss=loss, xent=xent, htri=htri)
 
     The first name is the loss that is minimised. Values stay on the device until they are printed, so no step waits for
-    the one before, nor for another process: what is shown is the mean over all. `collapsed`, which is 1 where the
-    features of a batch are all but equal, is not logged; it triggers a warning, once, when it holds for a whole epoch.
+    the previous one or for another process; means over all processes are shown. `collapsed`, which is 1 if the features
+    of a batch are nearly equal, is not logged; it triggers a warning, once, if it is 1 for a whole epoch.
 
-    On a terminal a bar replaces the lines, which then go to the log alone; `quiet` keeps both off the screen.
+    On a terminal a progress bar replaces the lines, which then go to the log only; `quiet` keeps both off the screen.
     metrics.csv has a row for each line, for the rest of an epoch, and for each test.
 
     Attributes:
-        count, total: batches of the current epoch: those begun, and all.
+        count, total: batches of the current epoch: the number started, and the total.
 
     Raises:
         UserError: TensorBoard is requested but not installed.
@@ -68,13 +68,13 @@ class LossMeter:
         self.loader: Loader | None = None
         self.epoch = self.count = self.total = 0
         self.unread: list[dict[str, Tensor]] = []  # on the device
-        self.unrecorded: list[dict[str, float]] = []  # read, and not yet in metrics.csv
+        self.unrecorded: list[dict[str, float]] = []  # read, but not yet in metrics.csv
         self.means: dict[str, AverageMeter] = {}
         self.warned = False
-        self.began, self.waited, self.timed = time.perf_counter(), 0.0, 0  # of the batches since the last record
+        self.began, self.waited, self.timed = time.perf_counter(), 0.0, 0  # for the batches since the last record
         self.path = Path(options.save_dir) / 'metrics.csv'
         if options.tensorboard and not importlib.util.find_spec('tensorboard'):
-            raise UserError('--tensorboard needs the package tensorboard: pip install tensorboard, or leave it out')
+            raise UserError('--tensorboard needs the package tensorboard: pip install tensorboard, or omit the option')
         self.board: SummaryWriter | None = None
 
     def watch(self, loader: Loader, epoch: int, start: int = 0) -> Iterator[tuple]:
@@ -104,20 +104,21 @@ class LossMeter:
         if HIDDEN in self.means and self.means[HIDDEN].avg == 1 and not self.warned:
             self.warned = True
             print(
-                f'Collapse: the network gave all images of a batch all but equal features, through epoch {epoch + 1}. '
-                f'Try a lower --lr, pretrained weights, or a few epochs of cross entropy first'
+                f'Collapse: throughout epoch {epoch + 1} the network gave nearly equal features to all images of a '
+                f'batch. Try a lower --lr, pretrained weights, or a few epochs of cross entropy first'
             )
 
     def update(self, **losses: Tensor) -> None:
-        """Take in the 0-dim losses of a batch."""
-        self.unread.append({name: value.detach().clone() for name, value in losses.items()})  # of a CUDA graph's output
+        """Add the losses of a batch, each 0-dim."""
+        # Cloned because a CUDA graph overwrites its output.
+        self.unread.append({name: value.detach().clone() for name, value in losses.items()})
 
     def read(self) -> None:
-        """Fetch the losses of the batches since the last time from the device; every process has to.
+        """Read the losses since the last call from the device. Every process must call this.
 
         Raises:
-            UserError: one of them was not finite, in any process. It names epoch, batch and images; the weights are
-                those before that batch, and all steps since then did nothing.
+            UserError: a loss was not finite in some process. The message names epoch, batch and images. The weights are
+                those before that batch; all later steps were skipped.
         """
         if not self.unread:
             return
@@ -132,12 +133,14 @@ class LossMeter:
                 shown = ', '.join(f'{name} {value}' for name, value in zip(names, row, strict=True))
                 images = self.loader.paths(self.epoch, batch - 1) if self.loader else []
                 raise UserError(
-                    f'the loss is not finite in epoch {self.epoch + 1}, batch {batch}/{self.total} ({shown}); nothing '
-                    f'was saved from it. Try a lower --lr, or --precision fp32. Its images: {", ".join(images)}'
+                    f'the loss is not finite in epoch {self.epoch + 1}, batch {batch}/{self.total} ({shown}); that '
+                    f'step and all later ones were skipped. Try a lower --lr, or --precision fp32. Images of the '
+                    f'batch: {", ".join(images)}'
                 )
 
     def record(self) -> dict[str, str]:
-        """Add the losses since the last time to metrics.csv; every process has to. What a bar shows of them, by name.
+        """Append the losses since the last call to metrics.csv. Every process must call this. Returns what the progress
+        bar shows, by name.
 
         Raises UserError as `read` does.
         """
@@ -158,7 +161,7 @@ class LossMeter:
         return shown | {name: f'{value:.3f}' for name, value in losses.items()}
 
     def tested(self, epoch: int, figures: dict[str, float]) -> None:
-        """Take in the figures of a test after an epoch (from 0), in the first process."""
+        """Record the figures of the test after `epoch` (from 0); called in the first process."""
         self._record({'epoch': epoch + 1, **figures}, (epoch + 1) * self.total, 'test')
 
     def _print(self, bar: tqdm) -> None:
@@ -186,7 +189,7 @@ class LossMeter:
             self.board.flush()
 
     def _add(self, row: dict[str, float]) -> None:
-        """A row of metrics.csv. Those of a run that continues are added to the ones before."""
+        """A row of metrics.csv. A resumed run appends its rows to the existing ones."""
         with open(self.path, 'a+', newline='', encoding='utf-8') as file:
             file.seek(0)
             columns = next(csv.reader(file), None)

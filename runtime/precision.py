@@ -1,4 +1,4 @@
-"""In which precision a device multiplies."""
+"""The precision in which a device multiplies."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,9 +18,9 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether products and convolutions of float32 may be rounded to TF32, on GPUs that can.
+    """Allow or forbid rounding float32 products and convolutions to TF32, on GPUs that support it.
 
-    By the older names: where a part was set by the newer `fp32_precision`, torch raises when it reads all by the older.
+    The older names are used: if a part is set by the newer `fp32_precision`, torch raises when it reads the older ones.
     """
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
@@ -28,7 +28,7 @@ def allow_tf32(allowed: bool) -> None:
 
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
-    """Products of float32 in full, whatever was allowed."""
+    """float32 products in full precision, whatever is allowed otherwise."""
     matmul = torch.backends.cuda.matmul
     name, off = ('fp32_precision', 'ieee') if hasattr(matmul, 'fp32_precision') else ('allow_tf32', False)
     before = getattr(matmul, name)

@@ -1,6 +1,6 @@
-"""The processes of a run: which one this is, how a plain command starts several, and how they end together.
+"""The processes of a run: the rank of this one, how a plain command starts several, and how they end together.
 
-The only room that reads torchrun's environment.
+The only module that reads torchrun's environment variables.
 """
 
 import contextlib
@@ -17,23 +17,23 @@ import torch.distributed as dist
 
 from runtime.errors import UserError
 
-ENVIRONMENT = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')  # of torchrun
-RUN_ID = 'plain-command'  # of processes that a plain command started, for --gpu-devices or --max-restarts
+ENVIRONMENT = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')  # set by torchrun
+RUN_ID = 'plain-command'  # run id of processes started by a plain command, for --gpu-devices or --max-restarts
 TIMEOUT = datetime.timedelta(hours=1)  # of NCCL: the first process may re-rank a large gallery while others wait
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Which process this is, and of how many."""
+    """The rank of this process and the number of processes."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0  # on its host
     local_world_size: int = 1
     hosts: int = 1
-    started: bool = False  # by torchrun, or by a plain command as torchrun does
+    started: bool = False  # by torchrun, or by a plain command in the same way
     by_torchrun: bool = False
-    restarts: int = 0  # how many times torchrun has restarted it
+    restarts: int = 0  # number of restarts by torchrun
     may_restart: bool = False
 
     @property
@@ -43,7 +43,7 @@ class Processes:
 
 
 def of_environment() -> Processes:
-    """What torchrun says in the environment, if it started this process.
+    """The variables that torchrun set, if it started this process.
 
     Raises:
         UserError: the environment is incomplete or contradicts itself.
@@ -53,8 +53,8 @@ def of_environment() -> Processes:
         text = os.environ.get(name, default)
         fits = text.isascii() and text.isdecimal() and int(text) >= least and (most is None or int(text) <= most)
         if not fits:
-            limits = f'{least} or more' if most is None else f'from {least} to {most}'
-            raise UserError(f'{name} is {text!r} in the environment, not a whole number {limits}: start with torchrun')
+            limits = f'of at least {least}' if most is None else f'from {least} to {most}'
+            raise UserError(f'{name} is {text!r} in the environment, not an integer {limits}: start with torchrun')
         return int(text)
 
     restarts = number('TORCHELASTIC_RESTART_COUNT', 0)
@@ -62,7 +62,7 @@ def of_environment() -> Processes:
     if 'LOCAL_RANK' not in os.environ:
         return Processes(restarts=restarts, may_restart=may_restart)
     if missing := [name for name in ENVIRONMENT if name not in os.environ]:
-        raise UserError(f'LOCAL_RANK is in the environment, but {", ".join(missing)} is not: start with torchrun')
+        raise UserError(f'LOCAL_RANK is set in the environment, but {", ".join(missing)} is not: start with torchrun')
     world_size, local_world_size = number('WORLD_SIZE', 1), number('LOCAL_WORLD_SIZE', 1)
     number('MASTER_PORT', 0, 65535)
     return Processes(
@@ -79,17 +79,17 @@ def of_environment() -> Processes:
 
 
 class Group:
-    """The group that a process belongs to: a store to meet by and to end by, and collectives in between."""
+    """The group that a process belongs to: a store for starting and ending together, and collectives in between."""
 
     def __init__(self, processes: Processes):
         self.processes = processes
         self.store: dist.Store | None = None
 
     def join(self, device: torch.device) -> None:
-        """Meet the others; every process calls this.
+        """Meet the others; every process must call this.
 
         Raises:
-            UserError: they cannot meet: the port is taken, or the host is unknown.
+            UserError: they cannot meet because the port is taken or the host is unknown.
         """
         processes = self.processes
         if processes.world_size == 1:
@@ -114,7 +114,7 @@ class Group:
         )
 
     def leave(self) -> None:
-        """Leave once every process has come here, so that none closes a connection that another still reads."""
+        """Leave once every process has arrived here, so that none closes a connection that another still reads."""
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
@@ -127,21 +127,21 @@ class Group:
             return True
 
     def agree(self, status: int, text: str) -> tuple[int, str]:
-        """Exit status and text of a process that fails: the status of the first one that did, and its text alone.
+        """Exit status and text of a process that fails: the status of the first one that failed, and only its message.
 
-        The others fail because they lost it, and have nothing to add.
+        The others fail because they lost that process, and report nothing.
         """
         if self.store is None:
             return status, text
         mine = f'{status} {self.processes.rank}'
-        with contextlib.suppress(RuntimeError):  # the store was lost with the process that held it
+        with contextlib.suppress(RuntimeError):  # the store was lost with its process
             first = self.store.compare_set('failed', '', mine).decode()
             return (status, text) if first == mine else (int(first.split()[0]), '')
         return status, ''
 
 
 def lost_another(problem: BaseException) -> bool:
-    """Whether an exception means that another process of the group has ended: the launcher reports that one."""
+    """Whether an exception means that another process of the group has ended, which the launcher reports."""
     if not dist.is_initialized():
         return False
     named = isinstance(problem, RuntimeError) and any(backend in str(problem) for backend in ('gloo', 'NCCL'))
@@ -149,13 +149,13 @@ def lost_another(problem: BaseException) -> bool:
 
 
 def start_all(number: int, more: Sequence[str]) -> tuple[int, str]:
-    """Run this very command in `number` processes, as torchrun does; the exit status, and what is left to report."""
+    """Run this command in `number` processes, as torchrun does. Returns the exit status and a message to report."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault('OMP_NUM_THREADS', str(max((os.cpu_count() or 1) // number, 1)))
-    logging.disable()  # its processes report for themselves
+    logging.disable()  # its processes report their own errors
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -171,11 +171,11 @@ def start_all(number: int, more: Sequence[str]) -> tuple[int, str]:
         killed = [
             (rank, -failure.exitcode)
             for rank, failure in sorted(failed.failures.items())
-            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM  # by which the launcher ends the others
+            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM  # with which the launcher ends the others
         ]
         if killed:
             rank, number = killed[0]
-            return 128 + number, f'error: process {rank} of the run was ended by signal {number}\n'
+            return 128 + number, f'error: process {rank} of the run was killed by signal {number}\n'
         _, failure = failed.get_first_failure()
         return (failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode), ''
     except SignalException as stopped:

@@ -1,4 +1,4 @@
-"""Where results come from: what stands in every checkpoint and beside every result."""
+"""The origin of results, recorded in every checkpoint and with every result."""
 
 import functools
 import platform
@@ -15,7 +15,7 @@ from runtime.device import Run
 
 
 def provenance(run: Run) -> dict[str, object]:
-    """Seed, devices, versions, command, and the revision of this code if git knows it."""
+    """Seed, device, versions, command, and the git revision of this code if there is one."""
     return {
         'seed': run.seed,
         'device': torch.cuda.get_device_name(run.device) if run.device.type == 'cuda' else 'CPU',
@@ -34,7 +34,7 @@ def provenance(run: Run) -> dict[str, object]:
 
 @functools.cache
 def _revision() -> str | None:
-    """The commit of this code; `+` behind it when files differ from it."""
+    """The commit of this code, followed by `+` if tracked files differ from it."""
     git = ['git', '-C', str(Path(__file__).parent)]
     try:
         commit, changes = (

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a run that is asked to stop finishes its step, saves and ends in order."""
+"""SIGTERM and SIGINT: a run that is asked to stop finishes its step, saves, and ends in an orderly way."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from types import FrameType
 from runtime.processes import Processes
 
 
-class Stopped(BaseException):  # like KeyboardInterrupt: no `except Exception` may take it for a fault
+class Stopped(BaseException):  # like KeyboardInterrupt: `except Exception` must not catch it
     """The run was asked to stop. `together`: all its processes stop here, after the same step."""
 
     def __init__(self, number: int, text: str = '', together: bool = False):
@@ -24,7 +24,7 @@ class Stopped(BaseException):  # like KeyboardInterrupt: no `except Exception` m
 def how_to_continue(processes: Processes) -> str:
     """The command that continues this run."""
     if processes.hosts > 1:
-        return 'Continue with the same command on each host, and --auto-resume'
+        return 'Continue with the same command and --auto-resume on each host'
     launcher = ['python']
     if processes.by_torchrun:
         launcher = ['torchrun', '--standalone', '--nproc-per-node', str(processes.local_world_size)]
@@ -33,51 +33,51 @@ def how_to_continue(processes: Processes) -> str:
 
 
 class Signals:
-    """The signal that asked this run to stop, and whether it has to wait for the end of a step."""
+    """The signal that asked this run to stop, and whether it must wait for the end of a step."""
 
     def __init__(self, processes: Processes):
         self.processes = processes
-        self.waiting = 0  # the signal's number, 0 for none
-        self.received = 0  # how many came
+        self.waiting = 0  # number of the pending signal, 0 if none
+        self.received = 0  # number of signals
         self.held = False  # until the end of a step
         self.ending = False  # `Stopped` was raised
 
     def hold(self) -> None:
-        """From now on a signal waits until somebody asks for it: `waiting`, or `release`."""
+        """From now on a signal stays pending, in `waiting`, until `release`."""
         self.held = True
 
     def release(self) -> None:
-        """From now on a signal ends the run at once; one that waits does so here."""
+        """From now on a signal ends the run at once; a pending one does so here."""
         self.held = False
         if self.waiting:
             self.ending = True
             raise Stopped(self.waiting)
 
     def stop(self, number: int, saved: Path | None) -> Stopped:
-        """The exception that ends the run, all its processes after the same step; `saved` is what it continues from."""
+        """The exception that ends all processes after the same step; `saved` is the file to continue from."""
         text = f' after saving {saved}. {how_to_continue(self.processes)}' if saved else ''
         return Stopped(number, text, together=True)
 
     @contextlib.contextmanager
-    def heeded(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the run with `Stopped`, at once or when it is ready; a second SIGINT at once.
+    def handled(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the run with `Stopped`, at once or later if held; a second SIGINT always at once.
 
-        Under a launcher the third one: it forwards the first, which a terminal sends to its processes as well.
+        Under a launcher the third one: the launcher forwards the first, which a terminal also sends to its processes.
         """
         before = {}
         if threading.current_thread() is threading.main_thread():
-            before = {number: signal.signal(number, self._heed) for number in (signal.SIGTERM, signal.SIGINT)}
+            before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _heed(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         self.waiting = self.waiting or number
         self.received += 1
         at_once = number == signal.SIGINT and self.received > (2 if self.processes.started else 1)
-        if self.ending:  # the run is on its way out, where nothing would catch a second `Stopped`
+        if self.ending:  # the run is already ending, and nothing would catch a second `Stopped`
             if at_once:
                 os._exit(128 + number)
         elif at_once or not self.held:

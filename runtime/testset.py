@@ -1,4 +1,4 @@
-"""What is known of a test before the training: whether queries have matches, and whether the files exist."""
+"""Checks of the test before training: whether queries have matches, and whether the files exist."""
 
 import os
 import time
@@ -11,11 +11,11 @@ from readers.tree import Dataset, ids_of
 from runtime.device import Run
 from runtime.errors import UserError
 
-LOOK_UP_SECONDS = 2  # that the start of a run may spend on looking up the files of the test
+LOOK_UP_SECONDS = 2  # time limit, at the start of a run, for checking that the test's files exist
 
 
 def check_items(dataset: Dataset) -> None:
-    """Raise UserError if, by the pids and camids, no query has a match; no file is looked at."""
+    """Raise UserError if, according to pids and camids, no query has a match; files are not examined."""
     for subset in ('query', 'gallery'):
         if not getattr(dataset, subset):
             raise UserError(f'{dataset.name}: the {subset} set is empty, so there is nothing to test')
@@ -25,7 +25,7 @@ def check_items(dataset: Dataset) -> None:
 def check_files(paths: Sequence[str], run: Run) -> None:
     """Raise UserError, in every process, if a file of the test is missing.
 
-    The first process looks them up, in their order, for LOOK_UP_SECONDS: on a slow disk the rest is left to the test.
+    The first process checks them in order for LOOK_UP_SECONDS; on a slow disk the rest is left to the test.
     """
     missing = torch.zeros(len(paths), dtype=torch.uint8)
     if run.rank == 0:
@@ -42,12 +42,15 @@ def check_files(paths: Sequence[str], run: Run) -> None:
 
 
 def look_up(paths: Sequence[str], seconds: float) -> list[int]:
-    """Which of `paths`, by index, do not exist, as far as `seconds` suffice; at least one is looked up."""
+    """The indices of `paths` that do not exist, as far as can be checked in `seconds`; at least one is checked."""
     missing, end = [], time.monotonic() + seconds
     for index, path in enumerate(paths):
         try:
             os.stat(path)
-        except (FileNotFoundError, NotADirectoryError):  # other errors may pass: reading an image tries three times
+        except (
+            FileNotFoundError,
+            NotADirectoryError,
+        ):  # other errors may be transient: reading an image is tried three times
             missing.append(index)
         if time.monotonic() >= end:
             break

@@ -13,9 +13,9 @@ from torch import Tensor
 from runtime.errors import UserError
 from runtime.precision import without_tf32
 
-Tile = tuple[int, int]  # queries and gallery items of one product
+Tile = tuple[int, int]  # numbers of queries and gallery items in one product
 
-NONE = np.iinfo(np.int64).max  # the key of no item, behind all others
+NONE = np.iinfo(np.int64).max  # the key of no item; it sorts after all others
 
 
 @dataclass(frozen=True)
@@ -29,35 +29,35 @@ class Points:
         return len(self.features)
 
     def __getitem__(self, rows: 'slice | Tensor') -> 'Points':
-        """Some of them, in float32."""
+        """The selected points, in float32."""
         return Points(self.features[rows].float(), self.norms[rows])
 
 
 def points(
     q_features: np.ndarray | Tensor, g_features: np.ndarray | Tensor, num_queries: int, num_gallery: int
 ) -> tuple[Points, Points]:
-    """Queries and gallery, checked, on the gallery's device. Raises UserError as `rank` does."""
+    """Queries and gallery as checked `Points` on the gallery's device. Raises UserError like `rank`."""
     gallery = torch.as_tensor(g_features).detach()
     queries = torch.as_tensor(q_features).detach().to(gallery.device)
     both = []
     for subset, features, number in (('query', queries, num_queries), ('gallery', gallery, num_gallery)):
         if tuple(features.shape) != (number, gallery.size(-1)):
             raise UserError(
-                f'the {subset} features are {tuple(features.shape)}: they must be ({number}, {gallery.size(-1)})'
+                f'the {subset} features have shape {tuple(features.shape)}, not ({number}, {gallery.size(-1)})'
             )
         norms = _squared_norms(features)
         wrong = (4 * norms).isfinite().logical_not().nonzero().flatten().tolist()  # 4 |x|^2 bounds |q - g|^2
         if wrong:
             raise UserError(
                 f'{len(wrong)} of {number} {subset} features are not finite or too large to be squared, the first at '
-                f'{wrong[0]}: check the weights and the precision of the model'
+                f'index {wrong[0]}: check the weights and the precision of the model'
             )
         both.append(Points(features, norms))
     return both[0], both[1]
 
 
 def squared_distances(queries: Points, gallery: Points) -> Tensor:
-    """(B, W) float32: |q|^2 + |g|^2 - 2 q.g, which rounding may leave a little below 0."""
+    """(B, W) float32: |q|^2 + |g|^2 - 2 q.g, which rounding may make slightly negative."""
     if not is_host(gallery.features.device):
         result = queries.features @ gallery.features.t()  # (B, W)
     elif 4 * len(queries) < len(gallery):
@@ -78,12 +78,12 @@ def _squared_norms(features: Tensor) -> Tensor:
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:
-    """left (L, D) @ right (R, D) transposed, (L, R), on the CPU, by a convolution with windows of 1 x 1 pixel.
+    """left (L, D) @ right (R, D) transposed, (L, R), on the CPU, computed as a 1 x 1 convolution.
 
-    That goes to oneDNN, which is twice as fast as the library behind torch.mm on AMD's processors, and which sums each
-    element in one order whatever L and R are. It copies `right`, so L should be the larger.
+    oneDNN runs it, which on AMD processors is twice as fast as the library behind torch.mm, and sums each element in
+    the same order regardless of L and R. It copies `right`, so L should be the larger.
     """
-    height = -(-len(left) // 16)  # 16 pictures of height x 1: with fewer, one thread does not go to oneDNN
+    height = -(-len(left) // 16)  # 16 images of height x 1: with fewer, a single thread does not use oneDNN
     pixels = F.pad(left, (0, 0, 0, 16 * height - len(left))) if len(left) % 16 else left  # (16 h, D)
     pixels = pixels.reshape(16, height, 1, -1).permute(0, 3, 1, 2)  # (16, D, h, 1), channels_last
     products = F.conv2d(pixels, right[:, :, None, None])  # (16, R, h, 1), channels_last
@@ -93,12 +93,12 @@ def products(left: Tensor, right: Tensor) -> Tensor:
 def nearest_host(
     block: np.ndarray | Tensor, places: np.ndarray, nearest: np.ndarray, bounds: np.ndarray | None = None
 ) -> np.ndarray:
-    """Keys (B, at most k) of the finite distances in `block` (B, W) that may belong among the nearest (B, k) so far.
+    """Keys (B, at most k) of the finite distances in `block` (B, W) that may be among the nearest (B, k) so far.
 
-    bounds (B,): a distance that at least k of the row do not exceed, or its largest.
+    bounds (B,): a distance that at least k items of the row do not exceed, or the row's largest distance.
     """
     block = np.asarray(block)
-    so_far = distances_of(nearest[:, -1])  # (B,) NaN while there are fewer
+    so_far = distances_of(nearest[:, -1])  # (B,) NaN while there are fewer than k
     if bounds is None:
         k = min(nearest.shape[1], len(places))
         bounds = np.partition(block, k - 1)[:, k - 1] if np.isnan(so_far).any() else so_far
@@ -117,29 +117,29 @@ def nearest_device(block: Tensor, places: np.ndarray, nearest: np.ndarray) -> np
 
 
 def nearer(some: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """The k smallest keys of each row of (B, k) and (B, any)."""
+    """The k smallest keys in each row of `some` (B, k) and `others` (B, any) together."""
     return np.sort(np.hstack([some, others]), axis=1)[:, : some.shape[1]]
 
 
 def keys_of(distances: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """int64 that sort as (distance, place) do. distances float32, never -0, places below 2^32."""
+    """int64 keys that sort like (distance, place): distances float32, never -0; places below 2^32."""
     return keys_on_device(torch.from_numpy(distances), torch.from_numpy(places)).numpy()
 
 
 def keys_on_device(distances: Tensor, places: Tensor) -> Tensor:
-    """The same, of tensors."""
+    """The same for tensors."""
     bits = distances.view(torch.int32).long()
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32 | places
 
 
 def distances_of(keys: np.ndarray) -> np.ndarray:
-    """float32: the distances in such keys; NaN for NONE."""
+    """The float32 distances of such keys; NaN for NONE."""
     bits = (keys >> 32).astype(np.int32)
     return np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(np.float32)
 
 
 def find(places: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many of `places` (W,), which ascend, are below each of `wanted` (p,), and whether it is one of them."""
+    """For each of `wanted` (p,): how many of the ascending `places` (W,) are below it, and whether it is in them."""
     below = np.searchsorted(places, wanted)
     return below, places[np.minimum(below, len(places) - 1)] == wanted
 
@@ -149,7 +149,7 @@ def is_host(device: torch.device) -> bool:
 
 
 def tile_of(device: torch.device) -> Tile:
-    """Queries and gallery items of one product: enough for its speed, few enough for the cache and for memory."""
+    """Numbers of queries and gallery items per product: enough for speed, few enough for cache and memory."""
     return (1120, max(512, min(2304, 4608 // torch.get_num_threads()))) if is_host(device) else (1024, 8192)
 
 
@@ -162,15 +162,15 @@ def tiles(height: int, width: int, tile: Tile) -> list[tuple[slice, slice]]:
 
 
 def in_threads(work: Callable[..., object], tasks: Iterable[tuple], device: torch.device) -> None:
-    """Do work(*task) for all tasks; on the CPU in as many threads as torch would use, with products of one thread."""
+    """Call work(*task) for all tasks; on the CPU in as many threads as torch would use, one per product."""
     threads = torch.get_num_threads()
 
-    @torch.inference_mode()  # a setting of the thread, as autocast is, which is off there
+    @torch.inference_mode()  # set per thread, like autocast, which is off in new threads
     def do(task: tuple) -> None:
         work(*task)
 
     with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_num_threads, threads)  # the number set last, anywhere, is that of threads to come
+        stack.callback(torch.set_num_threads, threads)  # new threads use the number that was set last in any thread
         if not is_host(device):
             stack.enter_context(without_tf32())
         number = threads if is_host(device) else 1

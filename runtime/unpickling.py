@@ -1,8 +1,8 @@
-"""Reading a stranger's PyTorch file safely.
+"""Reads untrusted PyTorch files safely.
 
-Before PyTorch reads it (always with `weights_only=True`), the instructions of its pickle are followed with stand-ins
-for everything they would create: only what weights need may be named, every tensor must lie inside its storage, every
-storage inside the file, and nothing may be nested deeply or grow without bound.
+Before PyTorch reads it (always with `weights_only=True`), the instructions of its pickle are simulated with
+placeholders for all objects that they would create: only names that weights need are allowed, every tensor must lie
+inside its storage and every storage inside the file, and nesting depth and size are bounded.
 """
 
 import io
@@ -22,15 +22,15 @@ from runtime.errors import UserError, plain
 
 
 def load(path: str | os.PathLike) -> tuple[Any, str]:
-    """What a file holds, tensors on the CPU, and what kind of file it is; runs nothing that is in it.
+    """The contents of a file, with tensors on the CPU, and the kind of file; no code in it is run.
 
-    Raises UserError, in one line, for a file that is missing, truncated, damaged, no checkpoint, larger unpacked than
-    packed, or that names anything but weights.
+    Raises UserError, in one line, for a file that is missing, truncated, damaged, not a checkpoint, compressed, or that
+    refers to anything but weights.
     """
     where = plain(os.fspath(path), 500)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # before it is opened: a pipe would wait for ever
-            raise Refused('is no regular file; give the path of a checkpoint')
+        if not stat.S_ISREG(os.stat(path).st_mode):  # before opening: opening a pipe would block
+            raise Refused('is not a regular file; give the path of a checkpoint')
         with open(path, 'rb') as file:
             kind = inspect_file(file)
             file.seek(0)
@@ -40,24 +40,24 @@ def load(path: str | os.PathLike) -> tuple[Any, str]:
         raise UserError(f'{where} cannot be read ({reason}); give the path of a checkpoint') from error
     except Refused as refused:
         raise UserError(f'{where} {refused}') from refused
-    except Exception as error:  # whatever a stranger's bytes provoke is the file's fault
+    except Exception as error:  # any exception that untrusted bytes cause is the file's fault
         reason = plain(f'{type(error).__name__}: {error}')
-        raise UserError(f'{where} is damaged, cut short or no checkpoint ({reason}); get the file again') from error
+        raise UserError(f'{where} is damaged, truncated or not a checkpoint ({reason}); get the file again') from error
 
 
 def _load(file: BinaryIO) -> Any:
-    scalar = np.float32().__reduce__()[0]  # its module is numpy.core or numpy._core, by numpy's version
+    scalar = np.float32().__reduce__()[0]  # its module is numpy.core or numpy._core, depending on numpy's version
     scalars = [(scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')]
     safe: list = [*scalars, np.dtype, type(np.dtype('f4')), type(np.dtype('f8'))]
     with warnings.catch_warnings(), torch.serialization.safe_globals(safe):
-        warnings.simplefilter('ignore')  # 'encoding' is obeyed, but warned about
+        warnings.simplefilter('ignore')  # 'encoding' works, but with a warning
         return torch.load(file, map_location='cpu', weights_only=True, encoding='latin1')  # latin1: Python 2's strings
 
 
 MAGIC = 0x1950A86A20F9469CFC6C  # first number of a legacy stream
 MAX_INSTRUCTIONS = 1_000_000  # DenseNet121 with Adam has 60 thousand
-MAX_DEPTH = 32  # a checkpoint has about 6
-MAX_SIZE = 5_000_000  # values, counting shared ones as often as they are met
+MAX_DEPTH = 32  # checkpoints have about 6
+MAX_SIZE = 5_000_000  # values, counting shared ones each time they occur
 ELEMENT_BYTES = {
     'torch DoubleStorage': 8, 'torch FloatStorage': 4, 'torch HalfStorage': 2, 'torch BFloat16Storage': 2,
     'torch LongStorage': 8, 'torch IntStorage': 4, 'torch ShortStorage': 2, 'torch CharStorage': 1,
@@ -73,26 +73,26 @@ CALLABLES = {
     'numpy dtype',
     'numpy.core.multiarray scalar',  # up to numpy 1: rank1 in the published files
     'numpy._core.multiarray scalar',
-    '_codecs encode',  # how Python 3 writes bytes for Python 2
+    '_codecs encode',  # how Python 3 pickles bytes for Python 2
 }
 
 
 class Refused(Exception):
-    """Why a file is refused, as the end of a sentence that begins with its path."""
+    """The reason why a file is rejected, as the end of a sentence that begins with its path."""
 
 
 @dataclass(slots=True, eq=False)
 class Value:
-    """Stands for a value, other than a number or a string, that an instruction would make."""
+    """A placeholder for a value, other than a number or a string, that an instruction would create."""
 
     kind: str  # tuple, list, dict, OrderedDict, storage, tensor, parameter, dtype, scalar, global
     items: list = field(default_factory=list)  # elements; keys of a dict; [elements] of a storage; [name] of a global
     depth: int = 1
     size: int = 1
-    placed: bool = False  # inside another value: may not grow any more
+    placed: bool = False  # inside another value, so it must not grow any more
 
     def place(self, values: list) -> None:
-        """Accounts for values that were put into this one; bounds what a walk, a hash or a print would cost later."""
+        """Records that values were put into this one; bounds the cost of traversing, hashing or printing it later."""
         for value in values:
             if isinstance(value, Value):
                 value.placed = True
@@ -101,13 +101,13 @@ class Value:
             else:
                 self.size += 1
         if self.placed:
-            raise Refused('has a list or dict that contains itself, which weights never need; nothing of it was run')
+            raise Refused('has a list or dict that contains itself, which weights never need; no code was run')
         if self.depth > MAX_DEPTH or self.size > MAX_SIZE:
-            raise Refused('is nested too deeply or grows too large for weights; nothing of it was run')
+            raise Refused('is nested too deeply or is too large for weights; no code was run')
 
 
 def inspect_file(file: BinaryIO) -> str:
-    """Follows a file without making anything of it; returns the kind of file. Raises Refused, or whatever it meets."""
+    """Checks a file without creating any of its objects; returns its kind. Raises Refused, or any error on the way."""
     size = os.fstat(file.fileno()).st_size
     head = file.read(4)
     file.seek(0)
@@ -117,7 +117,7 @@ def inspect_file(file: BinaryIO) -> str:
     if head[:1] == b'\x80':
         _inspect_legacy(file, size)
         return 'a legacy stream'
-    what = 'is empty' if size == 0 else f'is no PyTorch file (it begins with {head!r})'
+    what = 'is empty' if size == 0 else f'is not a PyTorch file (it begins with {head!r})'
     raise Refused(f'{what}; get the checkpoint again')
 
 
@@ -127,25 +127,27 @@ def _inspect_zip(file: BinaryIO, size: int) -> None:
         records = archive.infolist()
         for record in records:
             if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
-                raise Refused('has compressed records, which PyTorch never writes and which can fill the memory')
+                raise Refused('has compressed records, which PyTorch never writes and which could fill the memory')
             if set(record.filename.split('/')) & {'', '.', '..'} or '\\' in record.filename:
-                raise Refused(f'has a record named {plain(record.filename)}, which leads out of the file; refused')
+                raise Refused(f'has a record named {plain(record.filename)}, which points outside the file')
         names = {record.filename.lower(): record for record in records}  # PyTorch finds records by any case
         top, *others = {name.split('/')[0] for name in names} or {''}
         if others or f'{top}/data.pkl' not in names:
-            raise Refused('is a zip file, but no checkpoint; give the checkpoint itself')
+            raise Refused('is a zip file, but not a checkpoint; give the checkpoint itself')
         if f'{top}/constants.pkl' in names:
-            raise Refused('is a TorchScript program, not weights; save model.state_dict() where it was made')
+            raise Refused('is a TorchScript program, not weights; save model.state_dict() in the program that wrote it')
         start = min(record.header_offset for record in records)
         if len(names) < len(records) or sum(record.file_size for record in records) > size or start or archive.comment:
-            raise Refused('is a zip file with shared or hidden records, which PyTorch never writes; refused')
+            raise Refused('is a zip file with shared or hidden records, which PyTorch never writes; get the file again')
 
         storages: dict[str, tuple[str, int]] = {}
         _inspect(io.BytesIO(archive.read(names[f'{top}/data.pkl'])), storages)
         for key, (kind, elements) in storages.items():
             held = names.get(f'{top}/data/{key}'.lower())
             if held is None or held.file_size != elements * ELEMENT_BYTES[kind]:
-                raise Refused(f'claims another size for its storage {plain(key)} than it holds; get the file again')
+                raise Refused(
+                    f'declares a size for its storage {plain(key)} that differs from its record; get the file again'
+                )
         if damaged := archive.testzip():
             raise Refused(f'is damaged: its record {plain(damaged)} fails its checksum; get the file again')
 
@@ -154,27 +156,27 @@ def _inspect_legacy(file: BinaryIO, size: int) -> None:
     """Legacy stream, PyTorch 0.1 to 1.5: five pickles (magic number, protocol, C's types, the object, the keys of its
     storages), then for every storage its number of elements and its bytes."""
     if _inspect(file, None) != MAGIC:
-        raise Refused('is a pickle, but no PyTorch file; save weights with torch.save(model.state_dict(), path)')
+        raise Refused('is a pickle, but not a PyTorch file; save weights with torch.save(model.state_dict(), path)')
     _inspect(file, None)
     _inspect(file, None)
     storages: dict[str, tuple[str, int]] = {}
     _inspect(file, storages)
     keys = _inspect(file, None)
     if not isinstance(keys, Value) or keys.kind != 'list' or sorted(keys.items) != sorted(storages):
-        raise Refused('lists other storages than its tensors use; get the file again')
+        raise Refused('lists storages that differ from those of its tensors; get the file again')
     need = sum(8 + elements * ELEMENT_BYTES[kind] for kind, elements in storages.values())  # 8: element count
     held = size - file.tell()
     if need > held:
-        raise Refused(f'is cut short: its tensors need {need} bytes, {held} are there; get the file again')
+        raise Refused(f'is truncated: its tensors need {need} bytes, but it has only {held}; get the file again')
 
 
 def _inspect(stream: BinaryIO, storages: dict[str, tuple[str, int]] | None) -> Any:
-    """Follows one pickle with stand-ins; returns its number, string or Value.
+    """Simulates one pickle with placeholders; returns its number, string or Value.
 
-    storages: filled with key -> (kind, number of elements); None where no tensor may be
+    storages: filled with key -> (kind, number of elements); None if tensors are not allowed
     """
     stack: list = []
-    below: list[list] = []  # the stacks under the marks, as PyTorch keeps them
+    below: list[list] = []  # the stacks below the marks, as in PyTorch
     memo: dict[int, Any] = {}
     argument: Any
 
@@ -185,10 +187,10 @@ def _inspect(stream: BinaryIO, storages: dict[str, tuple[str, int]] | None) -> A
 
     for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if number > MAX_INSTRUCTIONS:
-            raise Refused('has more instructions than any weights need; nothing of it was run')
+            raise Refused('has more instructions than any weights need; no code was run')
         match opcode.name:
             case 'PROTO':
-                _expect(argument == 2, 'is pickled with another protocol than 2, the only one that PyTorch writes')
+                _expect(argument == 2, 'is pickled with a protocol other than 2, the only one that PyTorch writes')
             case 'NONE' | 'NEWTRUE' | 'NEWFALSE':
                 stack.append({'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False}[opcode.name])
             case 'BININT' | 'BININT1' | 'BININT2' | 'LONG1' | 'BINFLOAT' | 'BINUNICODE' | 'SHORT_BINSTRING':
@@ -205,12 +207,12 @@ def _inspect(stream: BinaryIO, storages: dict[str, tuple[str, int]] | None) -> A
                 stack[-1].place(values)
             case 'APPEND' | 'APPENDS':
                 values = [stack.pop()] if opcode.name == 'APPEND' else since_mark()
-                _expect(_kind(stack[-1]) == 'list', 'appends to what is no list')
+                _expect(_kind(stack[-1]) == 'list', 'appends to something that is not a list')
                 stack[-1].place(values)
                 stack[-1].items.extend(values)
             case 'SETITEM' | 'SETITEMS':
                 values = [stack.pop(), stack.pop()][::-1] if opcode.name == 'SETITEM' else since_mark()
-                _expect(_kind(stack[-1]) in ('dict', 'OrderedDict'), 'sets items of what is no dict')
+                _expect(_kind(stack[-1]) in ('dict', 'OrderedDict'), 'sets items of something that is not a dict')
                 _set_items(stack[-1], values[::2], values[1::2])
             case 'BINPUT' | 'LONG_BINPUT':
                 memo[argument] = stack[-1]
@@ -219,13 +221,13 @@ def _inspect(stream: BinaryIO, storages: dict[str, tuple[str, int]] | None) -> A
             case 'GLOBAL':
                 if argument not in CALLABLES and argument not in ELEMENT_BYTES:
                     raise Refused(
-                        f'asks for {plain(argument.replace(" ", ".", 1))}, which weights never need; nothing of it was '
-                        f'run; take the file from a source that you trust, or save only a state dict where it was made'
+                        f'refers to {plain(argument.replace(" ", ".", 1))}, which weights never need; no code was run; '
+                        f'get it from a source that you trust, or save only a state dict in the program that wrote it'
                     )
                 stack.append(Value('global', [argument]))
             case 'BINPERSID':
                 if storages is None:
-                    raise Refused('has a tensor where none belongs; nothing of it was run; get the file again')
+                    raise Refused('has a tensor where none is allowed; no code was run; get the file again')
                 stack.append(_storage(stack.pop(), storages))
             case 'REDUCE':
                 arguments = stack.pop()
@@ -234,13 +236,13 @@ def _inspect(stream: BinaryIO, storages: dict[str, tuple[str, int]] | None) -> A
                 state = stack.pop()
                 _expect(_may_build(stack[-1], state), 'sets the state of an object, which weights never need')
             case name if name != 'STOP':
-                raise Refused(f'has the pickle instruction {name}, which weights never need; nothing of it was run')
+                raise Refused(f'has the pickle instruction {name}, which weights never need; no code was run')
     return stack.pop()
 
 
 def _expect(holds: bool, otherwise: str) -> None:
     if not holds:
-        raise Refused(f'{otherwise}; nothing of it was run; get the file again')
+        raise Refused(f'{otherwise}; no code was run; get the file again')
 
 
 def _kind(value: Any) -> str:
@@ -253,50 +255,50 @@ def _is_size(value: Any) -> bool:
 
 def _set_items(target: Value, keys: list, values: list) -> None:
     _expect(len(keys) == len(values), 'has a key without a value')
-    _expect(all(type(key) is str or (_is_size(key) and key < 2**31) for key in keys), 'has keys of an unknown form')
+    _expect(all(type(key) is str or (_is_size(key) and key < 2**31) for key in keys), 'has unsupported keys')
     target.place([*keys, *values])
     target.items.extend(keys)
 
 
 def _storage(identity: Any, storages: dict[str, tuple[str, int]]) -> Value:
     """('storage', kind, key, device, elements), in a legacy stream also the view: None or (key, offset, elements)."""
-    _expect(_kind(identity) == 'tuple' and len(identity.items) in (5, 6), 'has a storage of an unknown form')
+    _expect(_kind(identity) == 'tuple' and len(identity.items) in (5, 6), 'has an unsupported storage')
     word, kind, key, device, elements, *view = identity.items
     _expect(
         word == 'storage' and _kind(kind) == 'global' and kind.items[0] in ELEMENT_BYTES and _is_size(elements)
         and isinstance(key, str) and isinstance(device, str),
-        'has a storage of an unknown form',
+        'has an unsupported storage',
     )  # fmt: skip
     claim = (kind.items[0], elements)
-    _expect(storages.setdefault(key, claim) == claim, 'claims two sizes for one storage')
+    _expect(storages.setdefault(key, claim) == claim, 'declares two sizes for one storage')
     if view and view[0] is not None:
-        _expect(_kind(view[0]) == 'tuple' and len(view[0].items) == 3, 'has a storage of an unknown form')
+        _expect(_kind(view[0]) == 'tuple' and len(view[0].items) == 3, 'has an unsupported storage')
         _, offset, length = view[0].items
         inside = _is_size(offset) and _is_size(length) and offset + length <= elements
-        _expect(inside, 'has a view outside of its storage')
+        _expect(inside, 'has a view outside its storage')
         elements = length
     return Value('storage', [elements])
 
 
 def _call(function: Any, arguments: Any) -> Value | bytes:
-    """The stand-in for what a call of one of CALLABLES returns, after a check of its arguments."""
-    _expect(_kind(function) == 'global' and _kind(arguments) == 'tuple', 'calls what cannot be called')
+    """The placeholder for the result of calling one of CALLABLES, after checking the arguments."""
+    _expect(_kind(function) == 'global' and _kind(arguments) == 'tuple', 'calls something that is not callable')
     name, given = function.items[0], arguments.items
     kinds = [_kind(value) for value in given]
     match name:
         case 'collections OrderedDict':
             made = Value('OrderedDict')
-            if given:  # Python 2 gives a list of [key, value]
+            if given:  # Python 2 passes a list of [key, value]
                 pairs: list = given[0].items if kinds == ['list'] else [None]
                 paired = all(_kind(pair) == 'list' and len(pair.items) == 2 for pair in pairs)
                 _expect(paired, 'has a dict without pairs')
                 _set_items(made, [pair.items[0] for pair in pairs], [pair.items[1] for pair in pairs])
             return made
         case 'collections Counter':
-            _expect(kinds == ['dict'], 'has a counter of an unknown form')
+            _expect(kinds == ['dict'], 'has an unsupported counter')
             return Value('Counter', [], given[0].depth, given[0].size)
         case 'torch._utils _rebuild_tensor' | 'torch._utils _rebuild_tensor_v2':
-            _expect(kinds[:4] == ['storage', 'int', 'tuple', 'tuple'], 'has a tensor of an unknown form')
+            _expect(kinds[:4] == ['storage', 'int', 'tuple', 'tuple'], 'has an unsupported tensor')
             _expect(kinds[4:5] in ([], ['bool']) and all(map(_no_hooks, given[5:])), 'has a tensor with hooks')
             _expect_inside(*given[:4])
             return Value('tensor')
@@ -304,20 +306,20 @@ def _call(function: Any, arguments: Any) -> Value | bytes:
             _expect(kinds[:2] == ['tensor', 'bool'] and all(map(_no_hooks, given[2:])), 'has a parameter with hooks')
             return Value('tensor')
         case 'torch.nn.parameter Parameter':
-            _expect(kinds == ['tensor'], 'has a parameter of an unknown form')
+            _expect(kinds == ['tensor'], 'has an unsupported parameter')
             return Value('parameter')
         case 'numpy dtype':
             is_float = kinds[:1] == ['str'] and given[0] in ('f4', 'f8') and given[1:] == [False, True]
-            _expect(is_float, 'has a number that is no float')
+            _expect(is_float, 'has a number that is not a float')
             return Value('dtype', given[:1])
         case 'numpy.core.multiarray scalar' | 'numpy._core.multiarray scalar':
             fits = kinds in (['dtype', 'str'], ['dtype', 'bytes']) and len(given[1]) == int(given[0].items[0][1])
-            _expect(fits, 'has a number of an unknown form')
+            _expect(fits, 'has an unsupported number')
             return Value('scalar')
         case '_codecs encode':
-            _expect(kinds == ['str', 'str'] and given[1] == 'latin1', 'has bytes of an unknown form')
+            _expect(kinds == ['str', 'str'] and given[1] == 'latin1', 'has unsupported bytes')
             return bytes(given[0], 'latin1')
-    raise Refused(f'calls {plain(name.replace(" ", "."))}, which cannot be called; nothing of it was run')
+    raise Refused(f'calls {plain(name.replace(" ", "."))}, which must not be called; no code was run')
 
 
 def _no_hooks(hooks: Any) -> bool:
@@ -325,10 +327,10 @@ def _no_hooks(hooks: Any) -> bool:
 
 
 def _expect_inside(storage: Value, offset: int, size: Value, stride: Value) -> None:
-    """A tensor may not be larger than its storage: a stride of 0 would make anything of a single number."""
+    """A tensor must not be larger than its storage: a stride of 0 could make a huge tensor from a single number."""
     lengths, steps = size.items, stride.items
     known = len(lengths) == len(steps) <= 8 and all(map(_is_size, [offset, *lengths, *steps]))
-    _expect(known, 'has a tensor of an unknown form')
+    _expect(known, 'has an unsupported tensor')
     end = offset + 1 + sum((length - 1) * step for length, step in zip(lengths, steps, strict=True))
     inside = math.prod(lengths) <= storage.items[0] and (0 in lengths or end <= storage.items[0])
     _expect(inside, 'has a tensor that is larger than its storage')
@@ -338,7 +340,7 @@ def _may_build(target: Any, state: Any) -> bool:
     match _kind(target), _kind(state):
         case 'OrderedDict', 'dict':  # the versions of the modules
             return state.items == ['_metadata'] and not target.placed
-        case 'dtype', 'tuple':  # the float's byte order and nothing else
+        case 'dtype', 'tuple':  # only the byte order of the float
             return bool(state.items == [3, '<', None, None, None, -1, -1, 0])
         case 'parameter', 'tuple':  # requires_grad, volatile, hooks
             *flags, hooks = state.items

@@ -1,10 +1,11 @@
-"""Batches of images, and the worker processes that make them while the run computes.
+"""Batches of images, and the worker processes that prepare them while the run computes.
 
-A task names the items of a batch, a block is what comes back: their pixels in one run of bytes. Workers do nothing but
-call the data set for each item, so what its `__getitem__` does happens there.
+A task lists the items of a batch; a block is the result, with all pixels contiguous in memory. A worker only calls the
+data set for each item, so `__getitem__` runs in the worker.
 
-A worker has one task at a time, and is sent the next one when its block has been received: no side can wait to write
-while the other does. The workers hold a block each, so as many batches are decoded ahead of the run.
+A worker has one task at a time, and receives the next one after its block has been read, so that the two sides never
+block each other by writing at the same time. Each worker holds one block: the number of workers is the number of
+batches that are decoded ahead of the run.
 """
 
 import atexit
@@ -32,11 +33,11 @@ from torch import Tensor
 
 from runtime.errors import ProcessLost, UserError
 
-PIPE_BYTES = 1 << 20  # that a worker can send before it waits; Linux's default is 64 kB
-STOPS = (signal.SIGINT, signal.SIGTERM)  # which a terminal or a batch system sends to all processes of a run
+PIPE_BYTES = 1 << 20  # that a worker can send before it blocks; the default on Linux is 64 kB
+STOPS = (signal.SIGINT, signal.SIGTERM)  # sent by a terminal or a batch system to all processes of a run
 RETURNS = (
     'a data set must return a PIL image or a uint8 tensor (3, H, W), of any size, or a prepared float tensor (3, '
-    'height, width), always of one size; it returned'
+    'height, width), always of the same size; it returned'
 )
 
 # Positions in the batch (n,) and pixels (n, H, W, 3) of the images of one size: uint8, or float32 if prepared.
@@ -53,7 +54,7 @@ class Items(Protocol):
 
 @dataclass
 class Task:
-    """The items of a batch, and for each one the seed of what the data set draws for it."""
+    """The items of a batch, and for each one the seed of its random draws in the data set."""
 
     items: list[int]
     seeds: list[int]
@@ -61,16 +62,16 @@ class Task:
 
 @dataclass
 class Block:
-    """The images of a batch in host memory, and what belongs to them."""
+    """The images of a batch in host memory, with their labels."""
 
     groups: list[tuple[np.ndarray, tuple[int, ...]]]  # of equal size: positions in the batch (n,), shape (n, H, W, 3)
-    pixels: Tensor  # of one group after the other, flat
+    pixels: Tensor  # flat, group after group
     counts: list[int]  # images of each item: 1, or the frames of a tracklet
     pids: list[int]
-    more: list[tuple]  # what the data set returns for each item beyond (image, pid, camid)
+    more: list[tuple]  # further values that the data set returns for each item, after (image, pid, camid)
 
     def images(self, device: torch.device) -> list[Group]:
-        """The images on `device`; if they were pinned, the host does not wait for their copy."""
+        """The images on `device`; if they are pinned, the host does not wait for the copy."""
         parts = self.pixels.to(device, non_blocking=True).split([int(np.prod(shape)) for _, shape in self.groups])
         return [
             (torch.from_numpy(positions), part.view(shape))
@@ -79,10 +80,10 @@ class Block:
 
 
 def collate(items: Sequence[tuple], pin: bool = False) -> Block:
-    """Items (image or images, pid, camid, more ...) of a data set -> a block, with `pin` in pinned memory.
+    """Items (image or images, pid, camid, more ...) of a data set -> a block, in pinned memory if `pin`.
 
     Raises:
-        UserError: an image is not one that a data set may return.
+        UserError: an image has a type or shape that a data set must not return.
     """
     images, counts = [], []
     for shown, *_ in items:
@@ -118,27 +119,27 @@ def _channels_last(image: Any) -> np.ndarray:
 
 
 class Workers:
-    """Processes that do `work` on tasks, one task each at a time, so that as many are done ahead of the run.
+    """Processes that run `work` on tasks ahead of the run, each on one task at a time.
 
-    They are forked when they are first needed, and end with `close` or with the run, however that ends. They ignore
-    SIGINT and SIGTERM, which a terminal or a batch system sends to them as well: the run saves first, then ends them.
+    They are forked when first needed, and end on `close` or with the run, however it ends. They ignore SIGINT and
+    SIGTERM, which a terminal or a batch system also sends to them: the run saves its state first, then ends them.
     """
 
     def __init__(self, number: int, work: Callable[[Task], Block], pin: bool):
         self.number, self.work, self.pin = number, work, pin
         self.workers: list[Worker] = []
-        self.busy: deque[Worker] = deque()  # those that owe a block to the iteration that was begun last
+        self.busy: deque[Worker] = deque()  # have yet to send a block to the newest iteration
         end = weakref.finalize(self, _end_all, self.workers, os.getpid())
-        atexit.register(end)  # runs before multiprocessing, registered earlier, would wait for them to heed SIGTERM
+        atexit.register(end)  # runs before the handler of multiprocessing, which would wait for them to end
 
     def blocks(self, tasks: Iterable[Task]) -> Iterator[Block]:
-        """The blocks of the tasks, in their order. With `number` 0 the run does the work itself.
+        """The blocks of the tasks, in order. With `number` 0 the run does the work itself.
 
-        An iteration that is left in the middle ends the workers, and so does one that is begun before another is done:
-        the blocks that they would still send are of no use.
+        Abandoning an iteration ends the workers, and so does starting one before another is finished, because the
+        blocks that they would still send are not needed.
 
         Raises:
-            UserError: what `work` raised in a worker, or no worker could be started.
+            UserError: `work` raised it in a worker, or no worker could be started.
             ProcessLost: a worker was killed.
         """
         tasks = iter(tasks)
@@ -157,7 +158,7 @@ class Workers:
                 busy[-1].send(task)
             while busy:
                 if busy is not self.busy:
-                    raise RuntimeError('the workers were taken over by an iteration that was begun later')
+                    raise RuntimeError('a later iteration has taken over the workers')
                 block = busy[0].receive(self.pin)
                 worker = busy.popleft()
                 if following := next(tasks, None):
@@ -171,7 +172,7 @@ class Workers:
     def _start(self) -> None:
         try:
             worker = Worker(self.work, self.workers)
-            self.workers.append(worker)  # before it runs: a signal may end this function anywhere
+            self.workers.append(worker)  # before it starts: a signal may interrupt this function anywhere
             worker.start()
         except OSError as problem:
             self.close()
@@ -187,7 +188,7 @@ class Workers:
 
 
 def _end_all(workers: list['Worker'], owner: int) -> None:
-    if os.getpid() != owner:  # a process that was forked with a copy of this
+    if os.getpid() != owner:  # a forked process with a copy of the list
         return
     for worker in workers:
         worker.end()
@@ -195,16 +196,16 @@ def _end_all(workers: list['Worker'], owner: int) -> None:
 
 
 class Worker:
-    """One process, and the pipes by which tasks reach it and blocks come back."""
+    """One process, with a pipe for its tasks and one for its blocks."""
 
     def __init__(self, work: Callable[[Task], Block], others: Sequence['Worker']):
-        context = multiprocessing.get_context('fork')  # the data set needs no pickling, its memory no copy
+        context = multiprocessing.get_context('fork')  # the data set is neither pickled nor copied
         tasks, self.tasks = context.Pipe(duplex=False)
         self.blocks, blocks = context.Pipe(duplex=False)
-        with contextlib.suppress(OSError, AttributeError):  # a limit of the system's; another system than Linux
+        with contextlib.suppress(OSError, AttributeError):  # a limit of the system, or a system other than Linux
             fcntl.fcntl(blocks.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         inherited = [self.tasks, self.blocks, *(end for other in others for end in (other.tasks, other.blocks))]
-        self.ends = tasks, blocks  # the worker's
+        self.ends = tasks, blocks  # the worker's ends
         self.process = context.Process(target=_serve, args=(work, tasks, blocks, inherited), daemon=True)
 
     def start(self) -> None:
@@ -235,28 +236,28 @@ class Worker:
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        """A pipe that is closed at its other end, maybe in the middle of a block, means that the worker is lost."""
+        """If the pipe closes at its other end, possibly in the middle of a block, the worker is lost."""
         try:
             yield
         except (EOFError, OSError) as problem:
-            self.process.join(timeout=60)  # its pipe closes a little before it has ended
+            self.process.join(timeout=60)  # its pipe closes shortly before it ends
             raise ProcessLost(f'a process that decodes images {_ended(self.process.exitcode)}') from problem
 
     def end(self) -> None:
         self.tasks.close()
         self.blocks.close()
         if self.process.pid is not None:  # it was started
-            self.process.kill()  # it holds nothing that must be written
+            self.process.kill()  # it has nothing to save
             self.process.join()
 
 
 def _serve(work: Callable[[Task], Block], tasks: Connection, blocks: Connection, inherited: list[Connection]) -> None:
-    """What a worker does: its tasks, until the run closes the pipe or is gone."""
+    """The main function of a worker: do its tasks until the run closes the pipe or ends."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-    gc.freeze()  # what is the run's must not be freed here as well: a tensor on a GPU, a temporary folder
-    for end in inherited:  # or a worker would keep the pipes of another open
+    gc.freeze()  # objects of the run, such as GPU tensors or temporary folders, must not be finalised here
+    for end in inherited:  # otherwise a worker would keep another one's pipes open
         end.close()
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, BrokenPipeError):
@@ -267,14 +268,14 @@ def _serve(work: Callable[[Task], Block], tasks: Connection, blocks: Connection,
 
 
 def _answer(work: Callable[[Task], Block], task: Task) -> tuple[bytes, memoryview]:
-    """What is sent for a task: its block without pixels, their dtype and number, then the pixels; or an exception."""
+    """The reply to a task: its block without pixels, their dtype and number, then the pixels; or an exception."""
     try:
         block = work(task)
         pixels, block.pixels = block.pixels, torch.empty(0)
         return _pickled((block, pixels.dtype, pixels.numel())), pixels.numpy().data.cast('B')
     except UserError as mistake:
         return pickle.dumps(UserError(str(mistake))), memoryview(b'')
-    except BaseException:  # SystemExit as well; it may not pickle, its traceback does
+    except BaseException:  # also SystemExit; the exception may not be picklable, its traceback is
         text = f'in a process that decodes images:\n{traceback.format_exc()}'
         return pickle.dumps(RuntimeError(text)), memoryview(b'')
 
@@ -286,11 +287,11 @@ def _pickled(answer: object) -> bytes:
 
 
 class _Pickler(pickle.Pickler):
-    """Takes the bytes of a tensor, ten times faster than torch does; multiprocessing would go through /dev/shm."""
+    """Pickles a tensor's bytes, ten times faster than torch; multiprocessing would use /dev/shm."""
 
     def reducer_override(self, value: object) -> Any:
         if type(value) is Tensor:
-            with contextlib.suppress(TypeError, RuntimeError):  # of a dtype that numpy does not have
+            with contextlib.suppress(TypeError, RuntimeError):  # a dtype that numpy does not have
                 return torch.from_numpy, (value.detach().numpy(),)
         return NotImplemented
 
@@ -310,8 +311,8 @@ def _read(file: int, room: memoryview) -> None:
 
 def _ended(exitcode: int | None) -> str:
     if exitcode == -signal.SIGKILL:
-        return 'was ended by SIGKILL, as happens when memory runs out: use fewer --workers'
+        return 'was killed by SIGKILL, probably because memory ran out: use fewer --workers'
     names = {each.value: each.name for each in signal.Signals}
     code = exitcode or 0
-    end = f'ended with status {code}' if code >= 0 else f'was ended by {names.get(-code, f"signal {-code}")}'
+    end = f'ended with status {code}' if code >= 0 else f'was killed by {names.get(-code, f"signal {-code}")}'
     return f'{end}: with --workers 0 the run decodes images itself'

@@ -153,7 +153,7 @@ def test_an_option_that_a_file_does_not_know_has_its_default(script, value, tmp_
         assert begin(gained, **parts()).epoch == 1
         return
     known = '0.3' if script == 'same.py' else 'not an option'
-    with pytest.raises(UserError, match=f'another recipe: --margin was {known}, is {value}. Give'):
+    with pytest.raises(UserError, match=f'a different recipe: --margin was {known}, is {value}. Use'):
         begin(gained, **parts())
 
 
@@ -198,7 +198,7 @@ def test_a_file_of_another_script_is_refused(tmp_path):
         begin(options(tmp_path, resume=str(path)), **extra, criterion_cent=torch.nn.Linear(1, 1))
     other = parts()
     other['optimizer'].add_param_group({'params': [torch.nn.Parameter(torch.ones(1))]})
-    with pytest.raises(UserError, match="its state of 'optimizer' does not fit"):
+    with pytest.raises(UserError, match="its state for 'optimizer' does not fit"):
         begin(options(tmp_path, resume=str(path)), **other)
 
 

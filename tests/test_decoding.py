@@ -80,7 +80,7 @@ def test_a_rotation_in_exif_is_not_applied(tmp_path):
     assert read_image(tmp_path / 'a.jpg').size == (16, 32)
 
 
-def png_that_claims(width: int, height: int) -> bytes:
+def png_that_declares(width: int, height: int) -> bytes:
     """A PNG of a few bytes, one chunk of which says how large the image is."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -98,15 +98,15 @@ def make_program(path, tmp_path):
 
 BAD = {
     'missing': (lambda path, _: None, 'No such file'),
-    'empty': (lambda path, _: path.write_bytes(b''), 'it is no JPEG, PNG'),
-    'text': (lambda path, _: path.write_text('not an image\n'), 'it is no JPEG, PNG'),
-    'program': (make_program, 'it is no JPEG, PNG'),
+    'empty': (lambda path, _: path.write_bytes(b''), 'it is not a JPEG, PNG'),
+    'text': (lambda path, _: path.write_text('not an image\n'), 'it is not a JPEG, PNG'),
+    'program': (make_program, 'it is not a JPEG, PNG'),
     'folder': (lambda path, _: path.mkdir(), 'directory'),
     'link': (lambda path, tmp_path: path.symlink_to(tmp_path / 'gone'), 'No such file'),
     'pipe': (lambda path, _: os.mkfifo(path), 'it is a pipe'),
     'cut': (lambda path, _: pictures.cut(path), 'truncated'),
-    'bomb': (lambda path, _: path.write_bytes(png_that_claims(10**4, 10**4)), '10000 x 10000 pixels'),
-    'large bomb': (lambda path, _: path.write_bytes(png_that_claims(10**5, 10**5)), 'decompression bomb'),
+    'bomb': (lambda path, _: path.write_bytes(png_that_declares(10**4, 10**4)), '10000 x 10000 pixels'),
+    'large bomb': (lambda path, _: path.write_bytes(png_that_declares(10**5, 10**5)), 'decompression bomb'),
     'float': (lambda path, _: Image.fromarray(np.ones((4, 4), np.float32)).save(path, 'TIFF'), 'floating-point'),
     'depth': (
         lambda path, _: Image.fromarray(np.full((4, 4), 1 << 20, np.int32)).save(path, 'TIFF'),
@@ -381,9 +381,9 @@ def test_what_cannot_be_sent_is_an_error_and_no_lost_worker(decoders):
 @pytest.mark.parametrize(
     ('end', 'message'),
     [
-        (signal.SIGKILL, 'was ended by SIGKILL, as happens when memory runs out: use fewer --workers'),
-        (signal.SIGALRM, 'was ended by SIGALRM: with --workers 0 the run decodes images itself'),
-        (signal.SIGRTMIN + 3, 'was ended by signal 37: with --workers 0 the run decodes images itself'),
+        (signal.SIGKILL, 'was killed by SIGKILL, probably because memory ran out: use fewer --workers'),
+        (signal.SIGALRM, 'was killed by SIGALRM: with --workers 0 the run decodes images itself'),
+        (signal.SIGRTMIN + 3, 'was killed by signal 37: with --workers 0 the run decodes images itself'),
         (None, 'ended with status 5: with --workers 0 the run decodes images itself'),
     ],
 )
@@ -618,7 +618,7 @@ def test_free_memory_is_that_of_this_machine():
     assert 1e6 < free <= os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
-def test_free_memory_heeds_the_limit_of_a_container(tmp_path, monkeypatch):
+def test_free_memory_respects_the_limit_of_a_container(tmp_path, monkeypatch):
     class There(type(Path())):
         def __new__(cls, path):
             return Path(

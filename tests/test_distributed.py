@@ -203,7 +203,7 @@ def test_two_processes_evaluate_as_one(data_dir, tmp_path, script, capsys):
     [
         ('mistake', 2, r'error: what process 1 says\n'),
         ('fault', 1, r'Traceback (?:(?!Traceback).)*\nValueError: what process 1 says\n'),
-        ('kill', 137, r'error: process 1 of the run was ended by signal 9\n'),
+        ('kill', 137, r'error: process 1 of the run was killed by signal 9\n'),
     ],
 )
 def test_a_process_that_fails_ends_the_run(act, status, text, data_dir, tmp_path):
@@ -264,10 +264,10 @@ def test_a_mistake_of_all_processes_is_reported_once(tmp_path):
 @pytest.mark.parametrize(
     ('options', 'reported'),
     [
-        (['--train-batch', 9], 'error: --train-batch 9 cannot be shared by 2 processes, each with the same number of '
-                               'images, 2 or more: use 8 or 10\n'),
+        (['--train-batch', 9], 'error: --train-batch 9 cannot be split evenly among 2 processes with at least 2 images '
+                               'each: use 8 or 10\n'),
         (['--train-batch', 2], 'use 4 or 6\n'),
-        (['--gpu-devices', '0,1,3'], 'error: --gpu-devices 0,1,3: this machine has 2 CUDA devices, and none of '),
+        (['--gpu-devices', '0,1,3'], 'error: --gpu-devices 0,1,3: this machine has 2 CUDA devices, none with '),
     ],
 )  # fmt: skip
 def test_mistakes_that_are_seen_before_a_process_is_started(options, reported, tmp_path, monkeypatch, capsys):

@@ -130,5 +130,5 @@ def test_an_old_file_resumes_in_a_script_that_gained_an_option(file, train, tmp_
     capsys.readouterr()
     assert train(file.script, tmp_path / 'other', '--resume', path, '--warmup', 3) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f'error: --resume {path}: the run has another recipe: --warmup was 2, is 3. ')
+    assert err.startswith(f'error: --resume {path}: the run has a different recipe: --warmup was 2, is 3. ')
     assert err.count('\n') == 1

@@ -138,7 +138,7 @@ def test_metrics_csv_knows_every_batch_of_a_run_that_was_stopped(name, script, a
     assert places == [('1', '2'), *([('1', last)] if last > '2' else []), ('2', last)]
 
 
-KILLED = 'a process that decodes images was ended by SIGKILL, as happens when memory runs out: use fewer --workers'
+KILLED = 'a process that decodes images was killed by SIGKILL, probably because memory ran out: use fewer --workers'
 
 
 def test_a_training_whose_worker_is_killed_ends_and_continues(script, at_batch, tmp_path, capsys):
@@ -373,7 +373,7 @@ def test_workers_that_cannot_be_started(script, tmp_path, monkeypatch, capsys):
 
 def test_a_second_sigint_ends_at_once(script, at_batch, tmp_path):
     def twice():
-        signal.raise_signal(signal.SIGINT)  # which returns when it has been heeded
+        signal.raise_signal(signal.SIGINT)  # which returns when it has been handled
         assert tiny.waiting() == signal.SIGINT
         signal.raise_signal(signal.SIGINT)
         raise AssertionError('it continued')
@@ -463,15 +463,15 @@ def test_a_killed_process_is_started_again(act, started, data_dir, tmp_path):
 def test_auto_resume_begins_passes_over_damage_and_ends(script, tmp_path, capsys):
     options = ['--max-epoch', 2, '--eval-step', 1, '--save-dir', tmp_path, '--auto-resume']
     assert script('train_img_model_xent', *options) == 0
-    assert f'No checkpoint in {tmp_path}: beginning' in capsys.readouterr().out
+    assert f'No checkpoint in {tmp_path}: starting from the beginning' in capsys.readouterr().out
     ends = weights_of(tmp_path / 'checkpoint_ep2.pth.tar')
     assert script('train_img_model_xent', *options) == 0  # all is done: a job that is queued again ends well
-    assert 'has finished all of --max-epoch 2 epochs' in capsys.readouterr().out
+    assert 'all 2 epochs of --max-epoch are finished' in capsys.readouterr().out
     newest = tmp_path / 'checkpoint_ep2.pth.tar'
     newest.write_bytes(newest.read_bytes()[:-2000])
     assert script('train_img_model_xent', *options) == 0
     out = capsys.readouterr().out
-    assert f'Passed over: {newest} is damaged' in out
+    assert f'Skipped: {newest} is damaged' in out
     assert re.search(r'resume_2_\d\.pth\.tar', out) and out.count('==> Test') == 1
     assert equal(weights_of(newest), ends)
 
@@ -527,7 +527,7 @@ def test_a_disk_that_fails_ends_no_training(script, at_batch, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     found = capsys.readouterr()
     assert f'error: {tmp_path}/checkpoint_ep2.pth.tar: File too large; the old file is untouched' in found.out
-    assert re.fullmatch(rf'error: 4 files could not be written, first {tmp_path}/resume_2_3.*\n', found.err)
+    assert re.fullmatch(rf'error: 4 files could not be written, the first was {tmp_path}/resume_2_3.*\n', found.err)
     assert found.out.count('==> Test') == 3
     assert not [path for path in tmp_path.iterdir() if path.name.startswith('.check')]
     assert names(tmp_path)[:2] == ['best_model.pth.tar', 'checkpoint_ep1.pth.tar']
@@ -574,8 +574,8 @@ def test_two_trainings_in_one_folder(script, started, data_dir, tmp_path, capsys
     for more in (['--overwrite'], ['--auto-resume']):
         assert script('train_img_model_xent', '--save-dir', tmp_path, *more) == 2
         assert capsys.readouterr().err == (
-            f'error: --save-dir {tmp_path}: another training run writes there (process {run.pid} on '
-            f'{platform.node()}); name another folder\n'
+            f'error: --save-dir {tmp_path}: another training run is writing there (process {run.pid} on '
+            f'{platform.node()}); choose another folder\n'
         )
     assert (tmp_path / 'log_train.txt').read_text().startswith(log)
     evaluate = ['--evaluate', '--resume', tmp_path / 'checkpoint_ep1.pth.tar', '--save-dir', tmp_path]

@@ -149,7 +149,7 @@ def test_files_that_could_not_be_written_are_counted_at_the_end(tmp_path, capsys
     status, out, err = ended(experiment, tmp_path, capsys)
     assert status == 2 and 'Finished.' in out
     assert f'error: {tmp_path}/a: No space left on device; the old file is untouched, and the run continues\n' in out
-    assert err == f'error: 2 files could not be written, first {tmp_path}/a: No space left on device\n'
+    assert err == f'error: 2 files could not be written, the first was {tmp_path}/a: No space left on device\n'
 
 
 CLOSED = RuntimeError('[/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:5021')
@@ -181,7 +181,7 @@ def test_a_process_that_lost_a_killed_one_is_ended_by_the_launcher(first, monkey
     """Which may notice seconds later, on a busy machine."""
     run, group, signals = first
     when_it_waits(lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
-    with signals.heeded():
+    with signals.handled():
         signals.hold()
         assert launch._end(CLOSED, run, group, signals) == (143, '')
     assert not group.has_failed()
@@ -189,7 +189,7 @@ def test_a_process_that_lost_a_killed_one_is_ended_by_the_launcher(first, monkey
 
 def test_a_process_that_hears_nothing_of_the_one_it_lost_reports_that(first, monkeypatch):
     run, group, signals = first
-    monkeypatch.setattr(launch, 'WORD_COMES', 0)
+    monkeypatch.setattr(launch, 'REPORT_SECONDS', 0)
     status, text = launch._end(CLOSED, run, group, signals)
     assert status == 1 and text.endswith(f'RuntimeError: {CLOSED}\n')
 

@@ -309,7 +309,7 @@ def test_a_classifier_of_another_width_is_not_reordered():
         state_dict['classifier.weight'] = torch.empty(shape, device='meta')
         found, _ = weights.normalised(state_dict, 'x')
         assert found['classifier.weight'].shape == shape
-        with pytest.raises(UserError, match='x has a classifier for other identities'):
+        with pytest.raises(UserError, match='x has a classifier for a different number of identities'):
             weights.load_into(model, found, allow_other_classifier=False, where='x')
 
 
@@ -369,7 +369,7 @@ def test_a_model_without_the_option():
 def test_an_option_of_another_form(value):
     model = model_of('densenet121')
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(UserError, match='other shapes in last_relu'):
+    with pytest.raises(UserError, match='different shapes in last_relu'):
         weights.load_into(model, {**before, 'last_relu': value}, allow_other_classifier=True, where='x')
     assert model.state_dict().keys() == before.keys()
 
@@ -469,7 +469,7 @@ def test_pretrained(network, arch, again, path, capsys):
         assert_near(model(images()), in_our_order(theirs.eval().features_of(images()), theirs))
     assert (model.classifier.weight == 7).all() and (model.classifier.bias == 7).all()
     left_out = 'classifier.bias, classifier.weight'
-    assert sorted(capsys.readouterr().out.split('Left out: ')[1].split('\n')[0].split(', ')) == left_out.split(', ')
+    assert sorted(capsys.readouterr().out.split('Not loaded: ')[1].split('\n')[0].split(', ')) == left_out.split(', ')
 
 
 def test_pretrained_resnet50m_from_torchvisions_backbone(path):
@@ -490,7 +490,7 @@ def test_imagenet_weights_begin_a_densenet121_without_the_last_relu(path, monkey
     original.base.load_state_dict(theirs.features.state_dict())
     for source in ('imagenet', path):
         model = pretrained('densenet121', source).eval()
-        assert 'last_relu' in capsys.readouterr().out.split('Left out: ')[1]
+        assert 'last_relu' in capsys.readouterr().out.split('Not loaded: ')[1]
         with torch.no_grad():
             features = model(images())
             assert_near(features, original.features_of(images()))

@@ -52,14 +52,14 @@ def test_an_environment_of_half_a_group(environ):
     [
         ('RANK', '4', 'from 0 to 3'),
         ('LOCAL_RANK', '-1', 'from 0 to 1'),
-        ('WORLD_SIZE', 'two', '1 or more'),
+        ('WORLD_SIZE', 'two', 'of at least 1'),
         ('MASTER_PORT', '65536', 'from 0 to 65535'),
-        ('TORCHELASTIC_RESTART_COUNT', '²', '0 or more'),
+        ('TORCHELASTIC_RESTART_COUNT', '²', 'of at least 0'),
     ],
 )
 def test_numbers_that_do_not_fit(name, value, limits, environ):
     environ({**TORCHRUN, name: value})
-    with pytest.raises(UserError, match=f"{name} is '{value}' in the environment, not a whole number {limits}: start"):
+    with pytest.raises(UserError, match=f"{name} is '{value}' in the environment, not an integer {limits}: start"):
         of_environment()
 
 

@@ -154,7 +154,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(saved):
         'results.json',
     ]
     assert not re.findall(r'(?:src=|href=|url\()"?(?!data:|"?#)[^"]+', page)
-    for name in ('Loss', 'Learning rate', 'Tests while training', 'Cumulative match', 'Distances', 'Embedding'):
+    for name in ('Loss', 'Learning rate', 'Tests during training', 'Cumulative match', 'Distances', 'Embedding'):
         assert f'<h3>{name}' in page
     assert page.count('<img ') == page.count('data:image/jpeg')
     assert '$' not in ''.join(re.findall(r'<text.*?</text>', page, re.S))
@@ -194,7 +194,7 @@ def test_names_that_are_no_utf8(saved, market):
 def test_pictures_that_are_gone_leave_a_box(saved, market):
     change(saved, gallery_files=text([f'gone/{i}.jpg' for i in range(len(market.gallery))]))
     page = report.write(saved).read_text()
-    assert page.count('class="missing"') > len(market.query) and 'pictures were not found' in page
+    assert page.count('class="missing"') > len(market.query) and 'images were not found' in page
 
 
 def test_tracklets_are_strips(tmp_path, data_dir):
@@ -391,7 +391,7 @@ def test_command_writes_the_page(saved):
 @pytest.mark.parametrize(
     ('args', 'words'),
     [
-        ([], '--save-dir of one run'),
+        ([], '--save-dir of one or more runs'),
         (['nowhere'], 'nowhere/results.json cannot be read'),
         (['--activations', 'only.pth.tar'], 'no image'),
         (['--activations', 'no.pth.tar', 'image.jpg'], 'no.pth.tar cannot be read'),

@@ -127,12 +127,12 @@ def test_the_page_of_a_training_knows_its_last_test(script, tmp_path):
         TINY.append('--no-report')
     assert len(runs.read(tmp_path).curve('mAP')[1]) == 2
     html = (tmp_path / 'report.html').read_text()
-    assert 'Tests while training' in html and 'toy' not in html
+    assert 'Tests during training' in html and 'toy' not in html
 
 
 def test_a_page_that_cannot_be_made_ends_no_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(page, 'write', lambda folder: 1 / 0)
     unwritten = Unwritten()
     results.write_page(tmp_path, unwritten)
-    assert 'report.html: the page cannot be made (ZeroDivisionError: division by zero)' in capsys.readouterr().out
+    assert 'report.html: the page cannot be created (ZeroDivisionError: division by zero)' in capsys.readouterr().out
     assert len(unwritten) == 1 and unwritten[0].startswith(f'{tmp_path}')

@@ -18,7 +18,7 @@ from runtime.signals import Signals, Stopped
             Processes(world_size=4, local_world_size=4, started=True, by_torchrun=True),
             'Continue with:\ntorchrun --standalone --nproc-per-node 4 train.py --auto-resume',
         ),
-        (Processes(hosts=2, by_torchrun=True), 'Continue with the same command on each host, and --auto-resume'),
+        (Processes(hosts=2, by_torchrun=True), 'Continue with the same command and --auto-resume on each host'),
     ],
 )
 def test_how_to_continue(processes, command, monkeypatch):
@@ -31,11 +31,11 @@ def test_how_to_continue(processes, command, monkeypatch):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_at_once_or_when_the_run_is_ready(number):
     ours = Signals(Processes())
-    with ours.heeded(), pytest.raises(Stopped) as stopped:
+    with ours.handled(), pytest.raises(Stopped) as stopped:
         signal.raise_signal(number)
     assert stopped.value.signal == number and not stopped.value.together
     ours = Signals(Processes())
-    with ours.heeded():
+    with ours.handled():
         ours.hold()
         signal.raise_signal(number)
         assert ours.waiting == number
@@ -45,7 +45,7 @@ def test_a_signal_ends_at_once_or_when_the_run_is_ready(number):
 
 def test_a_second_sigint_does_not_wait():
     ours = Signals(Processes())
-    with ours.heeded():
+    with ours.handled():
         ours.hold()
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
@@ -56,7 +56,7 @@ def test_a_second_sigint_does_not_wait():
 def test_a_sigint_that_a_launcher_forwards_is_no_second_one():
     """However late it does."""
     ours = Signals(Processes(started=True))
-    with ours.heeded():
+    with ours.handled():
         ours.hold()
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -70,7 +70,7 @@ def test_a_run_on_its_way_out_is_not_stopped_again(monkeypatch):
     ends = []
     monkeypatch.setattr(os, '_exit', ends.append)
     ours = Signals(Processes())
-    with ours.heeded():
+    with ours.handled():
         with pytest.raises(Stopped):
             signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
@@ -81,6 +81,6 @@ def test_a_run_on_its_way_out_is_not_stopped_again(monkeypatch):
 
 def test_the_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with Signals(Processes()).heeded():
+    with Signals(Processes()).handled():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before

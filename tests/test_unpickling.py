@@ -78,17 +78,17 @@ def big():
 
 
 REFUSED = {
-    'os.system, legacy': (legacy(OS_SYSTEM), r'asks for posix\.system, which weights never need; nothing of it was'),
-    'os.system, zip': (zipped(OS_SYSTEM), r'asks for posix\.system,'),
-    'os.system before the magic number': (b'\x80\x02' + OS_SYSTEM + b'.', r'asks for posix\.system,'),
-    'eval, legacy': (legacy(EVAL), r'asks for __builtin__\.eval,'),
-    'eval, zip': (zipped(EVAL), r'asks for __builtin__\.eval,'),
-    'getattr, legacy': (legacy(GETATTR), r'asks for builtins\.getattr,'),
-    'getattr, zip': (zipped(GETATTR), r'asks for builtins\.getattr,'),
-    'a function of torch, legacy': (legacy(TORCH_CALL), r'asks for torch\.hub\.load_state_dict_from_url,'),
-    'a function of torch, zip': (zipped(TORCH_CALL), r'asks for torch\.hub\.load_state_dict_from_url,'),
-    'a whole model': (pickle.dumps(nn.Linear(1, 1), 2), r'asks for torch\.nn\.modules\.linear\.Linear,.*a state dict'),
-    'a storage made by a call': (zipped(HUGE_STORAGE), r'calls torch\.FloatStorage, which cannot be called'),
+    'os.system, legacy': (legacy(OS_SYSTEM), r'refers to posix\.system, which weights never need; no code was'),
+    'os.system, zip': (zipped(OS_SYSTEM), r'refers to posix\.system,'),
+    'os.system before the magic number': (b'\x80\x02' + OS_SYSTEM + b'.', r'refers to posix\.system,'),
+    'eval, legacy': (legacy(EVAL), r'refers to __builtin__\.eval,'),
+    'eval, zip': (zipped(EVAL), r'refers to __builtin__\.eval,'),
+    'getattr, legacy': (legacy(GETATTR), r'refers to builtins\.getattr,'),
+    'getattr, zip': (zipped(GETATTR), r'refers to builtins\.getattr,'),
+    'a function of torch, legacy': (legacy(TORCH_CALL), r'refers to torch\.hub\.load_state_dict_from_url,'),
+    'a function of torch, zip': (zipped(TORCH_CALL), r'refers to torch\.hub\.load_state_dict_from_url,'),
+    'a whole model': (pickle.dumps(nn.Linear(1, 1), 2), r'refers to torch\.nn\.modules\.linear\.Linear,.*a state dict'),
+    'a storage made by a call': (zipped(HUGE_STORAGE), r'calls torch\.FloatStorage, which must not be called'),
     'STACK_GLOBAL': (legacy(text('os') + text('system') + b'\x93'), r'has the pickle instruction STACK_GLOBAL'),
     'INST': (zipped(b'(iposix\nsystem\n'), r'has the pickle instruction INST'),
     'OBJ and NEWOBJ': (zipped(b'ccollections\nOrderedDict\n)\x81'), r'has the pickle instruction NEWOBJ'),
@@ -98,10 +98,10 @@ REFUSED = {
         zipped(b'ccollections\nOrderedDict\n)R}' + text('items') + b'K\x01sb'), r'sets the state of an object'
     ),
     'state of a list': (zipped(b']}b'), r'sets the state of an object'),
-    'traversal': (renamed_record('archive/../../executed'), r'named archive/\.\./\.\./executed, which leads out'),
-    'absolute name': (renamed_record('/tmp/executed'), r'a record named /tmp/executed, which leads out'),
-    'a name for Windows': (renamed_record('archive\\..\\executed'), r'which leads out'),
-    'two tops': (renamed_record('other/x'), r'is a zip file, but no checkpoint'),
+    'traversal': (renamed_record('archive/../../executed'), r'named archive/\.\./\.\./executed, which points outside'),
+    'absolute name': (renamed_record('/tmp/executed'), r'a record named /tmp/executed, which points outside'),
+    'a name for Windows': (renamed_record('archive\\..\\executed'), r'which points outside'),
+    'two tops': (renamed_record('other/x'), r'is a zip file, but not a checkpoint'),
     'two records of one name': (renamed_record('archive/DATA.pkl'), r'shared or hidden records'),
     'two records in one place': (overlapping(), r'shared or hidden records'),
     'bytes before the zip': (b'PK\x03\x04' + zip_of(GOOD, RECORDS), r'shared or hidden records'),
@@ -110,59 +110,59 @@ REFUSED = {
     ),
     'stride 0, zip': (zipped(state_dict_of(tensor_of(4, 0, (10**15,), (0,)))), r'larger than its storage'),
     'a view beyond the end': (zipped(state_dict_of(tensor_of(4, 2, (3,), (1,)))), r'larger than its storage'),
-    'negative stride': (zipped(state_dict_of(tensor_of(4, 3, (2,), (-1,)))), r'has a tensor of an unknown form'),
+    'negative stride': (zipped(state_dict_of(tensor_of(4, 3, (2,), (-1,)))), r'has an unsupported tensor'),
     'a storage of 4 TB, legacy': (
-        legacy(state_dict_of(tensor_of(10**12, 0, (2,), (1,), b'N'))), r'short: its tensors need 4000000000008 bytes'
+        legacy(state_dict_of(tensor_of(10**12, 0, (2,), (1,), b'N'))), r'its tensors need 4000000000008 bytes'
     ),
     'a storage of 4 TB, zip': (
-        zipped(state_dict_of(tensor_of(10**12, 0, (2,), (1,)))), r'claims another size for its storage 0'
+        zipped(state_dict_of(tensor_of(10**12, 0, (2,), (1,)))), r'declares a size for its storage 0'
     ),
-    'a storage larger than its record': (zipped(state_dict_of(tensor_of(5, 0, (2,), (1,)))), r'claims another size'),
-    'a storage without a record': (zip_of(GOOD), r'claims another size for its storage 0'),
+    'a storage larger than its record': (zipped(state_dict_of(tensor_of(5, 0, (2,), (1,)))), r'declares a size'),
+    'a storage without a record': (zip_of(GOOD), r'declares a size for its storage 0'),
     'a storage of two sizes': (
-        zipped(b'(' + tensor_of(4, 0, (2,), (1,)) + tensor_of(2, 0, (2,), (1,)) + b't'), r'claims two sizes for one'
+        zipped(b'(' + tensor_of(4, 0, (2,), (1,)) + tensor_of(2, 0, (2,), (1,)) + b't'), r'declares two sizes for one'
     ),
-    'a storage that is not filled': (legacy(GOOD_LEGACY, keys=()), r'lists other storages than its tensors use'),
+    'a storage that is not filled': (legacy(GOOD_LEGACY, keys=()), r'lists storages that differ from'),
     'a view outside of its storage': (
-        legacy(state_dict_of(tensor_of(4, 0, (2,), (1,), b'(' + text('v') + b'K\x03K\x02t'))), r'outside of'
+        legacy(state_dict_of(tensor_of(4, 0, (2,), (1,), b'(' + text('v') + b'K\x03K\x02t'))), r'outside its'
     ),
     'a deflated record of 3 GB': (big(), r'has compressed records, which PyTorch never writes'),
     'nested 10^5 deep, legacy': (legacy(DEEP), r'is nested too deeply'),
     'nested 10^5 deep, zip': (zipped(DEEP), r'is nested too deeply'),
     'a key nested 10^5 deep': (zipped(DEEP_KEY), r'is nested too deeply'),
-    'a key that is a tuple': (zipped(b'})K\x01s'), r'has keys of an unknown form'),
-    'billion laughs': (zipped(LAUGHS), r'is nested too deeply or grows too large'),
+    'a key that is a tuple': (zipped(b'})K\x01s'), r'has unsupported keys'),
+    'billion laughs': (zipped(LAUGHS), r'is nested too deeply or is too large'),
     'a list in itself': (zipped(SELF), r'has a list or dict that contains itself'),
     'a list that grows later': (zipped(LATE), r'has a list or dict that contains itself'),
     'a million instructions': (legacy(b'N' * 1_000_001), r'has more instructions than any weights need'),
-    'a word of 4 GB': (zipped(b'X\xff\xff\xff\xff'), r'is damaged, cut short or no checkpoint'),
-    'a word of 2^62 bytes': (legacy(b'\x8d' + struct.pack('<Q', 2**62)), r'is damaged, cut short or no checkpoint'),
+    'a word of 4 GB': (zipped(b'X\xff\xff\xff\xff'), r'is damaged, truncated or not a checkpoint'),
+    'a word of 2^62 bytes': (legacy(b'\x8d' + struct.pack('<Q', 2**62)), r'is damaged, truncated or not a checkpoint'),
     'a memo of 2^32': (zipped(b'Nr\xff\xff\xff\xff0'), r'has the pickle instruction POP'),
     'a tensor with hooks': (
         zipped(tensor_of(4, 0, (2,), (1,)).replace(b')RtR', b')R}K\x01K\x01stR')), r'has a tensor with hooks'
     ),
     'a numpy object': (
         zipped(b'cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(' + text('O') + b'K\x00K\x01tR' + text('x') + b'tR'),
-        r'has a number that is no float',
+        r'has a number that is not a float',
     ),
-    'protocol 4': (pickle.dumps(MAGIC, 4), r'is pickled with another protocol than 2'),
-    'a control character in a name': (legacy(b'cos\x1b[31m\nsystem\n'), r'asks for os\\x1b\[31m\.system,'),
-    'too few values': (zipped(b'\x85'), r'is damaged, cut short or no checkpoint'),
-    'no STOP': (legacy_of(b'')[:-30], r'is damaged, cut short or no checkpoint'),
+    'protocol 4': (pickle.dumps(MAGIC, 4), r'is pickled with a protocol other than 2'),
+    'a control character in a name': (legacy(b'cos\x1b[31m\nsystem\n'), r'refers to os\\x1b\[31m\.system,'),
+    'too few values': (zipped(b'\x85'), r'is damaged, truncated or not a checkpoint'),
+    'no STOP': (legacy_of(b'')[:-30], r'is damaged, truncated or not a checkpoint'),
     'a tensor in the frame': (
-        b'\x80\x02' + tensor_of(4, 0, (2,), (1,)) + b'.', r'has a tensor where none belongs'
+        b'\x80\x02' + tensor_of(4, 0, (2,), (1,)) + b'.', r'has a tensor where none is allowed'
     ),
     'an empty file': (b'', r'is empty; get the checkpoint again'),
-    'a web page': (b'<!DOCTYPE html>', r"is no PyTorch file \(it begins with b'<!DO'\)"),
-    'a pickle': (pickle.dumps([1, 2], 2), r'is a pickle, but no PyTorch file'),
+    'a web page': (b'<!DOCTYPE html>', r"is not a PyTorch file \(it begins with b'<!DO'\)"),
+    'a pickle': (pickle.dumps([1, 2], 2), r'is a pickle, but not a PyTorch file'),
     'a zip of something': (
-        zip_of(b'').replace(b'data.pkl', b'data.txt'), r'is a zip file, but no checkpoint'
+        zip_of(b'').replace(b'data.pkl', b'data.txt'), r'is a zip file, but not a checkpoint'
     ),
     'TorchScript': (torchscript(), r'is a TorchScript program, not weights'),
-    'a legacy file cut short': (legacy(GOOD_LEGACY)[:-1], r'is cut short: its tensors need 24 bytes, 23 are there'),
-    'a zip file cut short': (zipped(GOOD)[:-9], r'is damaged, cut short or no checkpoint \(BadZipFile'),
+    'a legacy file cut short': (legacy(GOOD_LEGACY)[:-1], r'is truncated: .* need 24 bytes, but it has only 23'),
+    'a zip file cut short': (zipped(GOOD)[:-9], r'is damaged, truncated or not a checkpoint \(BadZipFile'),
     'a flipped bit': (flipped(), r'is damaged: its record archive/data/0 fails its checksum'),
-    'a wrong count of elements': (legacy(GOOD_LEGACY, data=struct.pack('<q', 3) + DATA), r'is damaged, cut short or'),
+    'a wrong count of elements': (legacy(GOOD_LEGACY, data=struct.pack('<q', 3) + DATA), r'is damaged, truncated or'),
 }  # fmt: skip
 
 
@@ -221,7 +221,7 @@ def test_what_is_no_file(tmp_path):
     with pytest.raises(UserError, match=r'missing\.pth cannot be read \(No such file or directory\)'):
         unpickling.load(tmp_path / 'missing.pth')
     for path in (tmp_path, '/dev/zero'):
-        with pytest.raises(UserError, match='is no regular file'):
+        with pytest.raises(UserError, match='is not a regular file'):
             unpickling.load(path)
 
 

@@ -124,7 +124,7 @@ def test_prefixes(prefix, folder):
     state_dict = Tiny().state_dict()
     read = weights.read(saved(renamed(state_dict, [], prefix), folder / 'weights.pth'))
     assert_equal(read.state_dict, state_dict)
-    assert read.layout == 'bare state dict in a zip file, prefix module. or _orig_mod. dropped'
+    assert read.layout == 'bare state dict in a zip file, prefix module. or _orig_mod. removed'
 
 
 def test_state_dicts_with_their_versions(folder):
@@ -150,7 +150,7 @@ def test_second_names_must_agree():
     state_dict['layers3.0.conv1.weight'] = state_dict['layers3.0.conv1.weight'].clone()
     weights.normalised(state_dict, 'x')  # equal copies are one
     state_dict['layers3.0.conv1.weight'][0] += 1
-    with pytest.raises(UserError, match=r'x names base\.5\.0\.conv1\.weight twice with different values'):
+    with pytest.raises(UserError, match=r'x contains base\.5\.0\.conv1\.weight twice with different values'):
         weights.normalised(state_dict, 'x')
 
 
@@ -169,7 +169,7 @@ def test_foreign_names_of_other_models_are_left_alone():
     state_dict = {'module.conv1.weight': torch.zeros(2), 'module.fc.weight': torch.zeros(2)}
     found, notes = weights.normalised(state_dict, 'x')
     assert list(found) == ['conv1.weight', 'fc.weight']
-    assert notes == ['prefix module. or _orig_mod. dropped']
+    assert notes == ['prefix module. or _orig_mod. removed']
 
 
 def test_checkpoint_of_this_project(folder):
@@ -186,7 +186,7 @@ def test_checkpoint_of_this_project(folder):
     assert read.state.keys() == state.keys()
     assert read.state['args'] == state['args']
     assert (read.rank1, read.epoch, list(read.state_dict)) == (0.5, 3, ['module.weight'])
-    with pytest.raises(UserError, match='is a deep-person-reid 2, which is not deep-person-reid 1'):
+    with pytest.raises(UserError, match='has the format deep-person-reid 2, not deep-person-reid 1'):
         weights.read(saved({**state, 'format': 'deep-person-reid 2'}, folder / 'x.pth'))
 
 
@@ -223,11 +223,11 @@ def test_rare_contents(folder):
 @pytest.mark.parametrize(
     ('value', 'message'),
     [
-        ([], 'holds no weights but a list; give'),
-        ({}, 'holds no weights but a dict; give'),
-        ({'lr': 1}, 'holds no weights: lr is a int, not a tensor; give'),
-        ({'state_dict': None}, 'holds no weights but a NoneType; give'),
-        ({'state_dict': {1: torch.ones(1)}}, 'holds no weights: 1 is no name of a tensor; give'),
+        ([], 'contains no weights but a list; give'),
+        ({}, 'contains no weights but a dict; give'),
+        ({'lr': 1}, 'contains no weights: lr is a int, not a tensor; give'),
+        ({'state_dict': None}, 'contains no weights but a NoneType; give'),
+        ({'state_dict': {1: torch.ones(1)}}, 'contains no weights: 1 is not the name of a tensor; give'),
     ],
 )
 def test_a_file_without_weights_is_refused_in_one_line(value, message, folder):
@@ -257,13 +257,14 @@ def test_other_classifier():
     state_dict = Tiny(7).state_dict()
     model = filled_with_sevens(Tiny(5))
     with pytest.raises(
-        UserError, match=r'best\.pth has a classifier for other .* 7×8 .* 5×8.*--evaluate.*--resume-weig'
+        UserError, match=r'best\.pth has a classifier for a different .* 7×8 .* 5×8.*--evaluate.*--resume-weig'
     ):
         load(model, state_dict)
     assert (model.base[0].weight == 7).all()
     (notice,) = load(model, state_dict, allow=True)
     assert notice == (
-        'Left out from best.pth: classifier.weight 7×8 where the model has 5×8, classifier.bias 7 where the model has 5'
+        'Not loaded from best.pth: classifier.weight 7×8 where the model has 5×8, '
+        'classifier.bias 7 where the model has 5'
     )
     assert_equal(model.base.state_dict(), {key[5:]: state_dict[key] for key in state_dict if key.startswith('base.')})
     assert (model.classifier.weight == 7).all()
@@ -275,11 +276,14 @@ def test_other_classifier():
     [
         (
             lambda s: s.pop('base.0.bias'),
-            r'^best\.pth does not fit the model: missing base\.0\.bias; it looks like no arch',
+            r'^best\.pth does not fit the model: missing base\.0\.bias; it does not look like an arch',
         ),
         (lambda s: s.pop('classifier.weight'), r'missing classifier\.weight;'),
         (lambda s: s.update({'extra.weight': torch.ones(1)}), r'unexpected extra\.weight;'),
-        (lambda s: s.update({'base.1.bias': torch.ones(9)}), r'other shapes in base\.1\.bias 9 where the model has 8;'),
+        (
+            lambda s: s.update({'base.1.bias': torch.ones(9)}),
+            r'different shapes in base\.1\.bias 9 where the model has',
+        ),
         (lambda s: s.update({'base.1.bias': torch.ones(8, dtype=torch.int32)}), r'bias 8 int32 where the model has 8;'),
         (lambda s: s.update({'base.1.bias': torch.tensor(1.0)}), r'bias scalar where the model has 8;'),
         (lambda s: s.clear(), r'missing (\S+, ){7}\S+; it'),
@@ -310,7 +314,7 @@ def test_architecture_is_guessed(model):
     assert weights.arch_of({**found, **dict.fromkeys(LONGER, torch.zeros(1))}) is None
     del found['classifier.bias']
     with pytest.raises(
-        UserError, match=f'missing classifier.bias; it looks like another {model.arch} than the one of this'
+        UserError, match=f'missing classifier.bias; it looks like a {model.arch} that differs from this'
     ):
         load(model, found)
 
@@ -358,8 +362,8 @@ def test_imagenet_weights_from_the_cache(model, hub, capsys):
     )
     said = capsys.readouterr().out
     assert f"Loaded pretrained weights from torchvision's ImageNet weights ({imagenet.__name__}.IMAGENET1K_V1)" in said
-    assert 'Left out: classifier.weight, classifier.bias' in said
-    assert 'Starting from random weights: ' in said
+    assert 'Not loaded: classifier.weight, classifier.bias' in said
+    assert 'Initialised at random: ' in said
     assert ('fc_fuse.1.running_mean' in said) == (model.arch == 'resnet50m')
     assert taken.classifier.weight.shape[0] == 4
 
@@ -368,12 +372,12 @@ def test_imagenet_weights_without_a_network(resnet, hub):
     with pytest.raises(UserError) as refused:
         weights.pretrain(resnet, 'imagenet')
     message = str(refused.value)
-    assert 'could not be fetched (no network)' in message
+    assert 'could not be downloaded (no network)' in message
     assert 'resnet50-0676ba61.pth' in message
     assert str(hub) in message
     assert '--pretrained none' in message
     (hub / 'resnet50-0676ba61.pth').write_bytes(b'PK\x03\x04 cut short')
-    with pytest.raises(UserError, match=r'resnet50-0676ba61\.pth is damaged .*; remove it'):
+    with pytest.raises(UserError, match=r'resnet50-0676ba61\.pth is damaged .*; delete it'):
         weights.pretrain(resnet, 'imagenet')
     with pytest.raises(UserError, match='Tiny has no ImageNet weights'):
         weights.pretrain(Tiny(), 'imagenet')
@@ -391,7 +395,7 @@ def test_pretrained_path(resnet, folder, capsys):
     assert torch.equal(taken.classifier.weight, random['classifier.weight'])
     said = capsys.readouterr().out
     assert f'Loaded pretrained weights from {path} (checkpoint with state_dict, rank1, epoch in a zip file)' in said
-    assert 'Left out: classifier.weight, classifier.bias\n' in said
+    assert 'Not loaded: classifier.weight, classifier.bias\n' in said
 
     middle = models.init_model('resnet50m', 9)
     weights.pretrain(middle, str(path))

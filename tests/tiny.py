@@ -68,7 +68,7 @@ def at_batch(number: int, act: Callable[[], object]) -> None:
 
 
 def waiting() -> int:
-    """The signal that the run of this process was sent and has not heeded yet."""
+    """The signal that the run of this process was sent and has not handled yet."""
     return signal.getsignal(signal.SIGTERM).__self__.waiting  # of its Signals, whose method is the handler
 
 
