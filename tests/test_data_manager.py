@@ -127,8 +127,8 @@ def test_all_faults_of_a_data_set_are_found(market, checked, tmp_path):
     assert status == 1
     assert found[:-1] == [
         'fault: statistics that differ from the known ones: 2',
-        '    train: 4 ids, 7 items; instead of 2 and 3',
-        '    query: 2 ids, 3 items; instead of 2 and 2',
+        '    train: 4 ids, 7 items instead of 2 and 3',
+        '    query: 2 ids, 3 items instead of 2 and 2',
         'fault: persons in both the training set and the test sets: 1',
         '    1',
         'note: persons of the training set seen by one camera only: 2',
@@ -167,7 +167,7 @@ def test_mars_is_checked_under_both_protocols(tmp_path, checked, monkeypatch, na
     status, found, _ = checked(name)
     assert status == 1
     assert found[0] == 'fault: statistics that differ from the known ones: 3'
-    assert found[3].endswith('; known are 621 and 9330')
+    assert found[3].endswith(' instead of 621 and 9330')
     monkeypatch.setattr(mars, 'PUBLISHED', {})
     path = min((tmp_path / 'mars' / 'bbox_train' / '0001').iterdir())
     path.write_bytes(b'')
@@ -176,7 +176,7 @@ def test_mars_is_checked_under_both_protocols(tmp_path, checked, monkeypatch, na
     assert other[:-3] == found[4:-1]
     assert f'    cannot read the image mars/bbox_train/0001/{path.name}: it is no JPEG' in other[-2]
     assert 'note: queries without a match under mars (the person is not in the gallery): 4' in other
-    assert not [line for line in other if 'mars_official,' in line and 'not in the gallery' in line]
+    assert not [line for line in other if 'mars_official (' in line and 'not in the gallery' in line]
     assert 'note: queries without a match under mars_official (the person is in the same camera only)' not in other
 
 

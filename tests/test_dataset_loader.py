@@ -257,7 +257,7 @@ def test_a_bad_image_ends_the_epoch_with_its_path_in_one_line(workers, images, t
 
 
 def test_a_sampler_of_other_items_is_refused(images):
-    with pytest.raises(ValueError, match='draws from 24 images, there are 23'):
+    with pytest.raises(ValueError, match='draws from 24 images, but there are 23'):
         loader_of(images, dataset=ImageDataset(images[:-1]))
 
 

@@ -320,11 +320,11 @@ def changed(row, column, value, dtype=np.int32):
 @pytest.mark.parametrize(
     'table, fault',
     [
-        (changed(2, 1, 10), 'track 3 is lines 7 to 10 of'),
-        (changed(0, 0, 0), 'track 1 is lines 0 to 4 of'),
-        (changed(0, 0, -3), 'track 1 is lines -3 to 4 of'),
-        (changed(1, 1, 4), 'track 2 is lines 5 to 4 of'),
-        (changed(0, 1, 2**31 - 1), 'track 1 is lines 1 to 2147483647 of'),
+        (changed(2, 1, 10), 'track 3 has lines 7 to 10 of'),
+        (changed(0, 0, 0), 'track 1 has lines 0 to 4 of'),
+        (changed(0, 0, -3), 'track 1 has lines -3 to 4 of'),
+        (changed(1, 1, 4), 'track 2 has lines 5 to 4 of'),
+        (changed(0, 1, 2**31 - 1), 'track 1 has lines 1 to 2147483647 of'),
         (changed(1, 1, 7), 'track 2, lines 5 to 7 of'),  # two persons
         (changed(0, 1, 5), 'mixes 0001C1 and 0001C2, but a tracklet is one person in one camera'),
         (changed(1, 3, 7), 'track 2 has camera 7, but cameras are 1 to 6'),
@@ -357,7 +357,7 @@ def test_a_mars_table_that_would_fill_the_memory(tmp_path):
     (root / 'info' / 'train_name.txt').write_text(lines)
     with pytest.raises(UserError) as error:
         Mars(tmp_path)
-    assert 'its tracks are of 1000000000 frames, but' in one_line(error)
+    assert 'its tracks have 1000000000 frames, but' in one_line(error)
 
 
 @pytest.mark.parametrize('dtype', [np.uint16, np.int64, float])
@@ -388,11 +388,11 @@ def test_faults_of_mars_queries(tmp_path, queries, fault):
 @pytest.mark.parametrize(
     'file, content, fault',
     [
-        ('train_name.txt', b'', 'track 1 is lines 1 to 4 of'),
+        ('train_name.txt', b'', 'track 1 has lines 1 to 4 of'),
         ('train_name.txt', b'\n' * 9 + b'0001C1T0001F001.jpg', "the name '' cannot be parsed"),
         ('train_name.txt', b'\x1b[2J\n' * 9, r"the name '\x1b[2J' cannot be parsed"),
         ('train_name.txt', b'\n'.join([b'x' * 10**6] * 9), "the name 'xxx"),
-        ('train_name.txt', b'\xff\xfe' * 9, 'cannot be read as lines of file names'),
+        ('train_name.txt', b'\xff\xfe' * 9, 'cannot be read as a list of file names'),
         ('tracks_train_info.mat', b'', 'cannot be read as a .mat file'),
         ('tracks_train_info.mat', b'no table' * 40, 'cannot be read as a .mat file'),
         ('tracks_test_info.mat', None, "tracks_test_info.mat contains no table 'track_test_info'"),
@@ -419,4 +419,4 @@ def test_a_mars_name_that_does_not_parse(tmp_path, name):
     path.write_text('\n'.join([*lines[:2], name, *lines[3:]]))
     with pytest.raises(UserError) as error:
         Mars(tmp_path)
-    assert f"{path}: the name '{name}' cannot be parsed; it must be as 0001C1T0001F001.jpg" in one_line(error)
+    assert f"{path}: the name '{name}' cannot be parsed; it must look like 0001C1T0001F001.jpg" in one_line(error)
