@@ -1,8 +1,8 @@
-# make demo     train and test on a toy data set, from a fresh machine, in minutes
-# make test     every test, with coverage, the linter and the type checker
-# make soak     the tests that take long
-# make fuzz     random files for the readers of foreign files, FUZZ_SECONDS each (600) by each of two engines
-# make bench    speeds against the original's way, in ratios; BENCH=full for the large sizes
+# make demo     train and test on a toy data set, installation included, in minutes
+# make test     all other tests, with coverage, the linter and the type checker
+# make soak     the slow tests
+# make fuzz     random files for the readers of foreign files, FUZZ_SECONDS (600) per reader and engine
+# make bench    speeds relative to the original's method; BENCH=full for the large sizes
 
 PYTHON ?= python3
 PY = .venv/bin/python
@@ -34,7 +34,7 @@ soak: .venv/dev
 
 fuzz: .venv/dev
 	$(PY) -m pip install --quiet --disable-pip-version-check --only-binary atheris atheris 2>/dev/null || \
-	    echo 'atheris does not install here: fuzzing goes on without it'
+	    echo 'atheris cannot be installed here: fuzzing continues without it'
 	$(PY) tests/fuzz/test_fuzz.py --seconds $(FUZZ_SECONDS)
 
 bench: .venv/run

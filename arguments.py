@@ -1,12 +1,12 @@
-"""The options that the experiments share: a typed line each, in the group of the room that takes it.
+"""The options that all experiments share: one typed line each, in the group of the module that uses it.
 
     parser = arguments.parser(__doc__, dataset='market1501', test_batch=32)
     parser.set_defaults(max_epoch=180, stepsize=60)
     parser.add_argument('--margin', type=arguments.positive_float, default=0.3, help='margin of the triplet loss')
 
-Every option is in `args` by its name, and `args.run`, `args.data`, `args.test`, `args.save` and `args.show` are the
-groups. Options that a script adds belong to the recipe of its experiment, like the learning rate: a run is resumed with
-the values that it began with.
+Every option is an attribute of `args`, and `args.run`, `args.data`, `args.test`, `args.save` and `args.show` are the
+groups. Options that a script adds belong to the recipe of its experiment, like the learning rate: a resumed run must
+use the values it started with.
 """
 
 import argparse
@@ -25,17 +25,17 @@ from runtime.processes import of_environment
 
 Value = TypeVar('Value')
 
-FREE = ('max_epoch', 'pretrained')  # may differ when a run is resumed: its length, and what its first weights were
+FREE = ('max_epoch', 'pretrained')  # may change when a run resumes: its length and its initial weights
 
 
-# What the values of options may be
+# Types of option values
 
 
 def _number(text: str, kind: Callable[[str], Value], least: float, expected: str, most: float = math.inf) -> Value:
     try:
         value = kind(text)
         fits = math.isfinite(value) and least <= value <= most  # type: ignore[arg-type,operator]  # int or float
-    except (ValueError, OverflowError):  # the latter for whole numbers that no float holds
+    except (ValueError, OverflowError):  # OverflowError: an integer that is too large for a float
         fits = False
     if not fits:
         raise argparse.ArgumentTypeError(f'must be {expected}, not {text!r}')
@@ -43,28 +43,28 @@ def _number(text: str, kind: Callable[[str], Value], least: float, expected: str
 
 
 def positive_int(text: str) -> int:
-    return _number(text, int, 1, 'a whole number of 1 or more')
+    return _number(text, int, 1, 'an integer of at least 1')
 
 
 def two_or_more(text: str) -> int:
     """Images in a batch: BatchNorm needs two."""
-    return _number(text, int, 2, 'a whole number of 2 or more')
+    return _number(text, int, 2, 'an integer of at least 2')
 
 
 def seed(text: str) -> int:
-    return _number(text, int, 0, 'a whole number from 0 to 2^64 - 1', most=2**64 - 1)
+    return _number(text, int, 0, 'an integer from 0 to 2^64 - 1', most=2**64 - 1)
 
 
 def nonnegative_int(text: str) -> int:
-    return _number(text, int, 0, 'a whole number of 0 or more')
+    return _number(text, int, 0, 'an integer of at least 0')
 
 
 def positive_float(text: str) -> float:
-    return _number(text, float, math.ulp(0.0), 'a number above 0')
+    return _number(text, float, math.ulp(0.0), 'a number greater than 0')
 
 
 def nonnegative_float(text: str) -> float:
-    return _number(text, float, 0.0, 'a number of 0 or more')
+    return _number(text, float, 0.0, 'a number of at least 0')
 
 
 def fraction(text: str) -> float:
@@ -78,7 +78,7 @@ def epochs_or_never(text: str) -> int | float:
     try:
         return int(text) if int(text) > 0 else math.inf
     except ValueError:
-        raise argparse.ArgumentTypeError(f'must be a whole number, not {text!r}') from None
+        raise argparse.ArgumentTypeError(f'must be an integer, not {text!r}') from None
 
 
 def gpu_list(text: str) -> str:
@@ -93,10 +93,10 @@ def gpu_list(text: str) -> str:
 
 
 def option(default: Value, text: str, *names: str, under: str = '', **how: Any) -> Value:
-    """An option of a group: its default, its help, and other names than --its-own.
+    """An option of a group: its default, its help, and alternative names.
 
-    under: heading in -h, where it is not the group's own
-    how:   more for argparse, such as `type` or `choices`; `flag`: the name that replaces --its-own
+    under: heading in -h, if it is not that of the group
+    how:   further arguments for argparse, such as `type` or `choices`; `flag`: a name that replaces the default one
     """
     made: Value = field(default=default, metadata={'help': text, 'names': names, 'under': under, **how})
     return made
@@ -104,87 +104,87 @@ def option(default: Value, text: str, *names: str, under: str = '', **how: Any) 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The experiment. A resumed run must have the same, but for FREE."""
+    """The options of the experiment. A resumed run must use the same values, except for FREE."""
 
     dataset: str = option('', 'one of {datasets}', '-d')
     arch: str = option('resnet50', 'one of {models}', '-a')
     pretrained: str = option('imagenet',
-        'first weights of the network; PATH is a checkpoint or a backbone of torchvision. Not read when --resume is '
+        'initial weights of the network; PATH is a checkpoint or a torchvision backbone. Ignored if --resume is '
         'given', metavar='imagenet|none|PATH')  # fmt: skip
-    height: int = option(256, 'of an image, in pixels', type=positive_int)
-    width: int = option(128, 'of an image, in pixels', type=positive_int)
-    train_batch: int = option(32, 'images in a batch of the whole run, on all GPUs', type=two_or_more)
-    max_epoch: int = option(60, 'epochs to train for', type=positive_int)
-    lr: float = option(0.0003, 'first learning rate of Adam', '--learning-rate', type=positive_float)
-    stepsize: float = option(20, 'epochs between two decays of the learning rate; 0 or less: no decay',
+    height: int = option(256, 'image height, in pixels', type=positive_int)
+    width: int = option(128, 'image width, in pixels', type=positive_int)
+    train_batch: int = option(32, 'images per batch, over all GPUs together', type=two_or_more)
+    max_epoch: int = option(60, 'number of epochs', type=positive_int)
+    lr: float = option(0.0003, 'initial learning rate of Adam', '--learning-rate', type=positive_float)
+    stepsize: float = option(20, 'epochs between decays of the learning rate; 0 or less: no decay',
         type=epochs_or_never)  # fmt: skip
-    gamma: float = option(0.1, 'factor of a decay', type=positive_float)
-    weight_decay: float = option(5e-4, 'L2 penalty, as in Adam', type=nonnegative_float)
-    seed: int = option(1, 'of first weights, order and augmentation', type=seed)
+    gamma: float = option(0.1, 'factor by which the learning rate is multiplied at each decay', type=positive_float)
+    weight_decay: float = option(5e-4, 'L2 penalty, as implemented in Adam', type=nonnegative_float)
+    seed: int = option(1, 'random seed for initial weights, data order and augmentation', type=seed)
 
 
 @dataclass(frozen=True)
 class Shared(Recipe):
-    """What more than one room needs."""
+    """Options that several modules need."""
 
-    workers: int = option(4, 'processes that decode images, for each GPU', '-j', under='data', type=nonnegative_int)
+    workers: int = option(4, 'decoding processes per GPU', '-j', under='data', type=nonnegative_int)
     evaluate: bool = option(False, 'test only', under='test')
-    eval_step: int = option(-1, 'epochs between two tests; -1: after the last one only', under='test', type=int)
-    no_report: bool = option(False, 'leave out report.html, the page of a test', under='test')
-    save_dir: str = option('log', 'folder of logs, checkpoints and results', under='save')
+    eval_step: int = option(-1, 'epochs between tests; -1: test after the last epoch only', under='test', type=int)
+    no_report: bool = option(False, 'do not write report.html, the page of a test', under='test')
+    save_dir: str = option('log', 'folder for logs, checkpoints and results', under='save')
     resume: str = option('',
-        'continue from this checkpoint, or, with --evaluate, test it; published weights are read too', under='save',
+        'continue from this checkpoint, or, with --evaluate, test it; published weights are accepted too', under='save',
         metavar='PATH')  # fmt: skip
-    quiet: bool = option(False, 'no progress output; the log keeps it', under='run')
+    quiet: bool = option(False, 'do not print progress; the log still contains it', under='run')
 
     @property
     def test_epochs(self) -> frozenset[int]:
-        """The epochs, from 0, that a test follows."""
+        """The epochs, from 0, after which a test is run."""
         last = self.max_epoch - 1
         return frozenset({last, *range(self.eval_step - 1, last, self.eval_step)} if self.eval_step > 0 else {last})
 
 
 @dataclass(frozen=True)
 class DataOptions(Shared):
-    data_dir: str = option('data', 'folder that holds the data sets, see data/README.md')
+    data_dir: str = option('data', 'folder with the data sets, see data/README.md')
     cache: str = option('none',
-        'decode training images once and keep their pixels in memory or on the GPU; workers are then idle',
+        'decode the training images once, before the first epoch, and keep their pixels in memory or on the GPU',
         choices=('none', 'ram', 'device'))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TestOptions(Shared):
-    __test__ = False  # not a test case, whatever pytest makes of the name
+    __test__ = False  # not a test case, despite its name
 
-    test_batch: int = option(32, '{things} in a batch, on all GPUs; changes no result', type=positive_int)
+    test_batch: int = option(32, '{things} per batch, over all GPUs; does not affect the results', type=positive_int)
     save_features: bool = option(False,
-        'write the features of query and gallery into --save-dir, for `python ranking.py`')  # fmt: skip
+        'write the query and gallery features to --save-dir, for `python ranking.py`')  # fmt: skip
     rerank: bool = option(False,
-        'rank by k-reciprocal re-ranking (Zhong et al., CVPR 2017), which looks at the neighbours of neighbours: '
-        'better figures, which must not be compared with those without')  # fmt: skip
-    k1: int = option(20, 'of --rerank: nearest items that may be reciprocal neighbours', type=positive_int)
-    k2: int = option(6, 'of --rerank: nearest items over which neighbourhoods are averaged', type=positive_int)
+        'use k-reciprocal re-ranking (Zhong et al., CVPR 2017), which also considers the neighbours of neighbours; do '
+        'not compare its figures with those of a plain ranking')  # fmt: skip
+    k1: int = option(20, 'with --rerank: nearest items considered as reciprocal neighbours', type=positive_int)
+    k2: int = option(6, 'with --rerank: nearest items over which neighbourhoods are averaged', type=positive_int)
     lambda_value: float = option(0.3,
-        'of --rerank: weight of the Euclidean distance, 0 to 1, beside that of the neighbourhoods', flag='--lambda',
-        type=fraction)  # fmt: skip
-    seq_len: int = option(15, 'frames that are taken from a tracklet, evenly', kind='video', type=positive_int)
-    pool: str = option('avg', "how a tracklet's features become one", kind='video', choices=('avg', 'max'))
+        'with --rerank: weight of the Euclidean distance, 0 to 1, against the Jaccard distance of the neighbourhoods',
+        flag='--lambda', type=fraction)  # fmt: skip
+    seq_len: int = option(15, 'frames sampled from each tracklet, evenly spaced', kind='video', type=positive_int)
+    pool: str = option('avg', "how the frames' features are combined", kind='video', choices=('avg', 'max'))
 
 
 @dataclass(frozen=True)
 class SaveOptions(Shared):
     auto_resume: bool = option(False,
-        'continue from the newest whole checkpoint in --save-dir, or else begin: one command for the first start and '
-        'for each one after an interruption')  # fmt: skip
+        'continue from the newest intact checkpoint in --save-dir, or start from the beginning if there is none: the '
+        'same command works for the first start and after an interruption')  # fmt: skip
     save_minutes: float = option(5,
-        'minutes between two saves of resume_{epoch}_{batch}.pth.tar: no more than that is lost',
+        'minutes between saves of resume_{epoch}_{batch}.pth.tar; an interruption loses no more than that',
         type=positive_float)  # fmt: skip
-    keep: int = option(3, 'how many of these are kept; checkpoints of tests always are', type=positive_int)
+    keep: int = option(3, 'number of resume_*.pth.tar to keep; checkpoints of tests are always kept', type=positive_int)
     resume_weights_only: bool = option(False,
-        'take only the weights of --resume and begin a run of its own with them, at --start-epoch')  # fmt: skip
+        'load only the weights of --resume and start a new run from them, at --start-epoch')  # fmt: skip
     start_epoch: int = option(0, 'first epoch of a run that starts from weights alone', type=nonnegative_int)
     overwrite: bool = option(
-        False, 'remove an earlier run in --save-dir, all but its logs and features, after the first step of this one'
+        False, 'remove an earlier run from --save-dir, except its logs and features, after the first step of this one'
     )
 
     arguments: dict[str, Any] = field(default_factory=dict)  # every option
@@ -194,25 +194,25 @@ class SaveOptions(Shared):
 
 @dataclass(frozen=True)
 class RunOptions(Shared):
-    use_cpu: bool = option(False, 'even where there is a GPU')
+    use_cpu: bool = option(False, 'use the CPU even if there is a GPU')
     gpu_devices: str = option('0',
-        'index of the GPU, or a list such as 0,1,2,3: one process is started for each, and they share each batch. '
-        'Under torchrun it may be left out', type=gpu_list)  # fmt: skip
+        'index of the GPU, or a list such as 0,1,2,3, which starts one process per GPU; they share each batch. Not '
+        'needed under torchrun', type=gpu_list)  # fmt: skip
     sync_bn: bool = option(False,
-        'BatchNorm over the images of all GPUs, not of each alone; worth its cost where a GPU has few of them, less '
-        'than 16 or so, or few identities')  # fmt: skip
+        'compute BatchNorm over the images of all GPUs instead of each GPU separately; worth its cost if a GPU has few '
+        'images, fewer than about 16, or few identities')  # fmt: skip
     precision: str = option('auto',
-        'of the network; weights, losses and statistics are always float32. auto: bf16 where the device multiplies it '
-        'in hardware, and fp32 for the test, so that published figures come out',
+        'of the network; weights, losses and statistics are always float32. auto: bf16 if the device multiplies it '
+        'in hardware, and fp32 for the test, so that published figures are reproduced',
         choices=('auto', 'fp32', 'tf32', 'bf16'))  # fmt: skip
     compile: bool = option(False,
-        'compile the network with CUDA graphs: small batches are otherwise limited by kernel launches; costs a minute '
+        'compile the network with CUDA graphs, because small batches are limited by kernel launches; takes a minute '
         'at the start')  # fmt: skip
     deterministic: bool = option(False,
-        'deterministic algorithms only, for equal weights from equal runs on a GPU too; there it costs speed, and an '
-        'operation without one is an error. On the CPU runs are equal without it')  # fmt: skip
+        'use deterministic algorithms only, so that equal runs give equal weights on a GPU too; slower there, and an '
+        'operation without one is an error. Not needed on the CPU')  # fmt: skip
     max_restarts: int = option(0,
-        'start again, as with --auto-resume, when a process is killed or fails, at most N times', metavar='N',
+        'restart, as with --auto-resume, if a process is killed or fails, at most N times', metavar='N',
         type=nonnegative_int)  # fmt: skip
 
     @property
@@ -222,16 +222,16 @@ class RunOptions(Shared):
 
 @dataclass(frozen=True)
 class ShowOptions(Shared):
-    print_freq: int = option(10, 'batches between two lines, and two rows of metrics.csv', under='run',
+    print_freq: int = option(10, 'batches between printed lines, and between rows of metrics.csv', under='run',
         type=positive_int)  # fmt: skip
-    tensorboard: bool = option(False, "write TensorBoard's event files into --save-dir", under='run')
+    tensorboard: bool = option(False, 'write TensorBoard event files to --save-dir', under='run')
 
 
 ROOMS = {'data': DataOptions, 'test': TestOptions, 'save': SaveOptions, 'run': RunOptions, 'show': ShowOptions}
 
 
 class Arguments(argparse.Namespace):
-    """The options by name, and the groups of the rooms."""
+    """All options by name, and the groups of the modules."""
 
     data: DataOptions
     test: TestOptions
@@ -240,14 +240,14 @@ class Arguments(argparse.Namespace):
     show: ShowOptions
 
     def plain(self) -> argparse.Namespace:
-        """The options alone, by name in alphabetical order: what is printed and what a checkpoint keeps."""
+        """The options alone, in alphabetical order, as printed and as stored in checkpoints."""
         return argparse.Namespace(**{name: value for name, value in sorted(vars(self).items()) if name not in ROOMS})
 
 
 class Parser(commands.Parser):
-    """Parses the options, checks them against each other, and hands each room its group.
+    """Parses the options, checks them against each other, and passes each module its group.
 
-    kind: 'image' or 'video', which the experiment is about
+    kind: 'image' or 'video', the items of the experiment
     """
 
     def __init__(self, description: str | None, kind: str):
@@ -255,12 +255,12 @@ class Parser(commands.Parser):
         self.kind = kind
         self.recipe: list[argparse.Action] = []
         self.experiment = self.add_argument_group(
-            'the experiment (a resumed run must have the same, but for --max-epoch and --pretrained)'
+            'the experiment (a resumed run must use the same values, except for --max-epoch and --pretrained)'
         )
         self.requirements: list[tuple[Callable[[argparse.Namespace], bool], str]] = []
 
     def add_argument(self, *names: str, **how: Any) -> argparse.Action:
-        """An option of the experiment, as a script adds it."""
+        """Add an option of the experiment, as scripts do."""
         if not hasattr(self, 'experiment'):  # -h, which argparse itself adds
             return super().add_argument(*names, **how)
         self.recipe.append(self.experiment.add_argument(*names, **how))
@@ -272,14 +272,14 @@ class Parser(commands.Parser):
         super().error(message)
 
     def require(self, holds: Callable[[argparse.Namespace], bool], message: str) -> None:
-        """Refuse the options unless `holds(args)`. `message` may name their values: `--margin {margin}`."""
+        """Reject the options unless `holds(args)`. `message` may contain their values: `--margin {margin}`."""
         self.requirements.append((holds, message))
 
     def parse_args(self, args: Sequence[str] | None = None) -> Arguments:  # type: ignore[override]  # no namespace
         parsed = super().parse_args(args, Arguments())
         if of_environment().restarts:  # by torchrun --max-restarts
             parsed.auto_resume, parsed.overwrite = True, False
-        if parsed.resume:  # nothing is fetched when weights are given
+        if parsed.resume:  # nothing is downloaded when weights are given
             parsed.pretrained = 'none'
         for holds, message in self.requirements:
             if not holds(parsed):
@@ -290,7 +290,7 @@ class Parser(commands.Parser):
         more = {
             'arguments': plain,
             'recipe': {name: plain[name] for name in sorted(action.dest for action in recipe)},
-            # Of two options with one name in `args` the first one's counts.
+            # If two options share a name in `args`, the default of the first one counts.
             'defaults': {action.dest: self._default(action) for action in reversed(recipe)},
         }
         for room, group in ROOMS.items():
@@ -306,7 +306,7 @@ class Parser(commands.Parser):
 
 
 def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
-    """The options of an experiment on images or tracklets, whichever `dataset`, its default, holds.
+    """The options of an experiment, on images or on tracklets depending on its default data set `dataset`.
 
     Args:
         description: the docstring of the script.
@@ -339,7 +339,7 @@ def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
 
 
 def _options() -> Iterator[tuple[str, dataclasses.Field]]:
-    """Every option once, with the room whose group it is in; '' for those of the experiment."""
+    """Every option once, with the module whose group it belongs to; '' for those of the experiment."""
     seen: set[str] = set()
     for room, group in {'': Recipe, 'data': DataOptions, 'test': TestOptions, 'save': SaveOptions, 'run': RunOptions,
                         'show': ShowOptions}.items():  # fmt: skip

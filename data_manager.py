@@ -1,7 +1,7 @@
-"""Which data sets there are: `init_dataset(name)` -> train, query, gallery.
+"""The data sets by name: `init_dataset(name)` -> train, query, gallery.
 
-A scan reads file names and MARS's tables, nothing else: no image is opened or looked up on disk. The command does that:
-`python data_manager.py -d market1501` opens every image and reports what is wrong with a data set.
+A scan reads file names and MARS's tables, nothing else: no image is opened or looked up on disk. The command
+`python data_manager.py -d market1501` opens every image and reports the faults of a data set.
 """
 
 import hashlib
@@ -25,18 +25,18 @@ __all__ = ['Market1501', 'Mars', 'get_names', 'init_dataset']
 
 
 def toy_market1501(data_dir: str) -> Market1501:
-    """A toy in Market1501's format, drawn first, once."""
+    """A toy in Market1501's format, drawn if it does not exist."""
     toy.draw_market1501(os.path.join(data_dir, 'toy_market1501'))
     return Market1501(data_dir, name='toy_market1501')
 
 
 def toy_mars(data_dir: str) -> Mars:
-    """A toy in MARS's format, drawn first, once."""
+    """A toy in MARS's format, drawn if it does not exist."""
     toy.draw_mars(os.path.join(data_dir, 'toy_mars'))
     return Mars(data_dir, name='toy_mars')
 
 
-# A data set is a line in one of the two: its name, and what reads it from `data_dir`.
+# A data set is a line in one of these two: its name, and the class that reads it from `data_dir`.
 IMAGES: dict[str, Callable[[str], Dataset]] = {'market1501': Market1501, 'toy_market1501': toy_market1501}
 TRACKLETS: dict[str, Callable[[str], Dataset]] = {
     'mars': Mars,
@@ -46,14 +46,14 @@ TRACKLETS: dict[str, Callable[[str], Dataset]] = {
 
 
 def get_names(kind: str | None = None) -> list[str]:
-    """The names that `init_dataset` takes: all, or those of one kind, 'image' or 'video'."""
+    """The names that `init_dataset` accepts: all of them, or those of one kind, 'image' or 'video'."""
     return [*(IMAGES if kind != 'video' else ()), *(TRACKLETS if kind != 'image' else ())]
 
 
 def init_dataset(name: str, data_dir: str = 'data') -> Dataset:
-    """Read the data set `name` under `data_dir` and print its statistics; a toy is drawn there first, once.
+    """Read the data set `name` from `data_dir` and print its statistics; a toy is drawn first if it does not exist.
 
-    Raises UserError for an unknown name, for a toy that cannot be drawn and for all that the data set's class names.
+    Raises UserError for an unknown name, for a toy that cannot be drawn, and in the cases that the class lists.
     """
     if name not in get_names():
         raise UserError(f"there is no data set '{name}': choose one of {', '.join(get_names())}")
@@ -68,7 +68,7 @@ def init_dataset(name: str, data_dir: str = 'data') -> Dataset:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """16 hexadecimal digits that differ between data sets with other files, pids or camids, wherever they lie."""
+    """16 hexadecimal digits that identify the file names, pids and camids, wherever the files are."""
     digest = hashlib.sha256()
     for items in (dataset.train, dataset.query, dataset.gallery):
         for paths, pid, camid in items:
@@ -79,34 +79,34 @@ def fingerprint(dataset: Dataset) -> str:
 
 # ---- the check: python data_manager.py -d market1501 ----
 
-MOST = 10  # cases that are listed of what is no fault
-Finding = tuple[bool, str, list[str]]  # is it a fault, what it is, each case of it: none if all is well
+MOST = 10  # cases of a note that are listed
+Finding = tuple[bool, str, list[str]]  # whether it is a fault, what it is, and its cases (none if all is well)
 
 
 def check(dataset: Dataset, jobs: int = 1) -> Iterable[Finding]:
-    """What is wrong with a data set, and what is merely worth knowing. Opens every image, in `jobs` processes.
+    """Faults of a data set, and notes that are merely worth knowing. Opens every image, in `jobs` processes.
 
-    Faults are other statistics than the known ones, files that cannot be read, persons of the training set in the
-    test sets, and two persons with the same picture, byte by byte. Of MARS both protocols are looked at, whichever
-    was read. Persons are named as on disk; distractors (pid 0) are none.
+    Faults are statistics that differ from the known ones, files that cannot be read, persons that are in both the
+    training set and the test sets, and byte-equal images of two persons. For MARS both protocols are examined,
+    whichever was read. Persons are numbered as on disk; distractors (pid 0) are not counted as persons.
     """
     train = [(paths, dataset.train_pids[label], camid) for paths, label, camid in dataset.train]
     query, queries = dataset.query, set(dataset.query)
-    gallery = [item for item in dataset.gallery if item not in queries]  # as the original's protocol has it
+    gallery = [item for item in dataset.gallery if item not in queries]  # as in the original's protocol
 
     subsets = {'train': train, 'query': query, 'gallery': gallery}
     known = dataset.published
     found = {subset: (count_pids(items), len(items)) for subset, items in subsets.items()}
     unlike = [subset for subset in known if found[subset] != known[subset]]
-    cases = ['{}: {} ids, {} items; known are {} and {}'.format(key, *found[key], *known[key]) for key in unlike]
-    yield True, 'statistics other than the known ones', cases
+    cases = ['{}: {} ids, {} items instead of {} and {}'.format(key, *found[key], *known[key]) for key in unlike]
+    yield True, 'statistics that differ from the known ones', cases
 
     shared = set(dataset.train_pids) & {pid for _, pid, _ in query + gallery}
     yield True, 'persons in both the training set and the test sets', list(map(str, sorted(shared)))
     for subset, items in ('the training set', train), ('the test sets', query + gallery):
         cameras = _cameras_of(items)
         alone = [str(pid) for pid in sorted(cameras) if pid and len(cameras[pid]) == 1]
-        yield False, f'persons of {subset} in one camera only', alone
+        yield False, f'persons of {subset} seen by one camera only', alone
 
     protocols = {'': gallery}
     if dataset.kind == 'video':
@@ -115,9 +115,9 @@ def check(dataset: Dataset, jobs: int = 1) -> Iterable[Finding]:
         cameras = _cameras_of(items)
         rows = [(paths_of(item)[0], cameras.get(item[1]), item[2]) for item in query]
         absent = [path for path, seen, _ in rows if seen is None]
-        yield False, f'queries without a match{protocol}, their person not in the gallery', absent
+        yield False, f'queries without a match{protocol} (the person is not in the gallery)', absent
         same = [path for path, seen, camid in rows if seen == {camid}]
-        yield False, f'queries without a match{protocol}, their person in their own camera only', same
+        yield False, f'queries without a match{protocol} (the person is in the same camera only)', same
 
     pids = {path: item[1] for item in train + query + gallery for path in paths_of(item)}
     unread: list[str] = []
@@ -127,8 +127,8 @@ def check(dataset: Dataset, jobs: int = 1) -> Iterable[Finding]:
             unread.append(reason)
         else:
             copies.setdefault(digest, []).append(path)
-    yield True, f'files of {len(pids)} that cannot be read', unread
-    groups: dict[bool, list[str]] = {True: [], False: []}  # of two persons or not
+    yield True, f'files (of {len(pids)}) that cannot be read', unread
+    groups: dict[bool, list[str]] = {True: [], False: []}  # whether of two persons
     for paths in copies.values():
         if len(paths) > 1:
             groups[len({pids[path] for path in paths} - {0}) > 1].append(' = '.join(paths))
@@ -144,18 +144,18 @@ def _cameras_of(items: Iterable[Item]) -> dict[int, set[int]]:
 
 
 def _open_all(paths: list[str], jobs: int) -> Iterable[tuple[bytes, str]]:
-    """What `_open` says of each path, in order; a bar on a terminal."""
+    """What `_open` returns for each path, in order; shows a progress bar on a terminal."""
     pool = ProcessPoolExecutor(min(jobs, len(paths)))
     try:
         yield from tqdm(pool.map(_open, paths, chunksize=64), total=len(paths), unit='image', leave=False, disable=None)
     finally:
-        pool.shutdown(cancel_futures=True)  # else an interruption waits for every image
+        pool.shutdown(cancel_futures=True)  # otherwise an interruption would wait for every image
 
 
 def _open(path: str) -> tuple[bytes, str]:
-    """A digest of the file, and why it cannot be read as an image, '' if it can."""
+    """A digest of the file, and the reason why it cannot be read as an image ('' if it can)."""
     try:
-        os.stat(path)  # read_image would try three times to find what does not exist
+        os.stat(path)  # read_image would try three times to open a missing file
         read_image(path)
         with open(path, 'rb') as file:
             return hashlib.file_digest(file, 'sha1').digest(), ''
@@ -166,15 +166,15 @@ def _open(path: str) -> tuple[bytes, str]:
 
 
 def main() -> int:
-    parser = commands.Parser(description='Open every image of a data set and report what is wrong with it.')
+    parser = commands.Parser(description='Open every image of a data set and report its faults.')
     parser.add_argument('-d', '--dataset', default='market1501', help=f'{", ".join(get_names())} (default: market1501)')
-    parser.add_argument('--data-dir', default='data', help='folder of the data sets (default: data)')
+    parser.add_argument('--data-dir', default='data', help='folder with the data sets (default: data)')
     parser.add_argument('-j', '--jobs', type=int, default=os.cpu_count() or 1, help='processes (default: all cores)')
     args = parser.parse_args()
     started = time.monotonic()
     faults = 0
     if args.jobs < 1:
-        raise UserError(f'-j {args.jobs}: the images are opened by one process or more')
+        raise UserError(f'-j {args.jobs}: at least one process is needed')
     for is_fault, what, cases in check(init_dataset(args.dataset, args.data_dir), args.jobs):
         if not cases:
             continue
@@ -182,7 +182,7 @@ def main() -> int:
         listed = cases if is_fault or len(cases) <= MOST else [*cases[:MOST], f'and {len(cases) - MOST} more']
         lines = [f'{"fault" if is_fault else "note"}: {what}: {len(cases)}', *(plain(case, 1000) for case in listed)]
         print('\n    '.join(lines))
-    print(f'{args.dataset}: kinds of faults: {faults}; {time.monotonic() - started:.0f} s')
+    print(f'{args.dataset}: {faults} kinds of faults; {time.monotonic() - started:.0f} s')
     return 1 if faults else 0
 
 

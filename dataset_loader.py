@@ -1,7 +1,7 @@
 """ImageDataset, VideoDataset and the loaders made of them.
 
-Workers call the data set's `__getitem__` and do nothing more: images arrive as uint8 at their own sizes. `samplers`
-decides which images make a batch, `transforms` what becomes of their pixels, on the device.
+Workers only call the data set's `__getitem__`: images arrive as uint8 at their own sizes. `samplers` decides which
+images make a batch; `transforms` processes their pixels on the device.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ def read_pixels(path: str | os.PathLike) -> Tensor:
 
 
 class ImageDataset(Dataset):
-    """Images as items (img, pid, camid): `img` is what `transform` makes of the PIL image.
+    """Images as items (img, pid, camid): `img` is the result of `transform` on the PIL image.
 
-    Without a transform it is uint8 (3, H, W) at the image's own size, which the training augments on the device.
+    Without a transform it is uint8 (3, H, W) at the image's own size, and is augmented on the device.
 
     Args:
         dataset: list of (path, pid, camid).
@@ -55,24 +55,24 @@ class ImageDataset(Dataset):
         return (self.transform(read_image(path)) if self.transform else read_pixels(path)), pid, camid
 
     def files(self) -> Iterator[str]:
-        """All that is read."""
+        """The paths of all files that are read."""
         return (path for path, _, _ in self.dataset)
 
 
 class VideoDataset(Dataset):
-    """Tracklets as items (imgs, pid, camid): `imgs` (S, C, H, W) is what `transform` makes of each frame, stacked.
+    """Tracklets as items (imgs, pid, camid): `imgs` (S, C, H, W) are the stacked results of `transform` on each frame.
 
-    Without a transform it is uint8 (S, 3, H, W), or a list of frames (3, H, W) when they differ in size.
+    Without a transform it is uint8 (S, 3, H, W), or a list of frames (3, H, W) if they differ in size.
 
     Args:
         dataset: list of (tuple of paths, pid, camid).
-        seq_len: L, frames to take of a tracklet's n.
-        sample: 'evenly' takes frames k * (n // L) for k < L, and with n < L all of them and the last one repeatedly;
-            'random' takes L in order, some twice when n < L, drawn from (seed, epoch, index), where the key of an item
-            is its index (epoch 0) or (index, epoch); 'all' takes all n.
+        seq_len: L, number of frames taken from the n of a tracklet.
+        sample: 'evenly' takes frames k * (n // L) for k < L, or if n < L all of them and repeats the last one;
+            'random' draws L frames, in order, with replacement if n < L, as a function of (seed, epoch, index), where
+            the key of an item is its index (epoch 0) or (index, epoch); 'all' takes all n.
 
     Raises:
-        UserError: another `sample`, or `seq_len` is less than 1.
+        UserError: `sample` is unknown, or `seq_len` is less than 1.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class VideoDataset(Dataset):
         if sample not in SAMPLES:
             raise UserError(f'frames cannot be sampled {sample!r}: choose one of {", ".join(SAMPLES)}')
         if seq_len < 1:
-            raise UserError(f'--seq-len is {seq_len}: take 1 frame of a tracklet or more')
+            raise UserError(f'--seq-len is {seq_len}: at least 1 frame per tracklet is needed')
         self.dataset, self.seq_len, self.sample, self.transform, self.seed = dataset, seq_len, sample, transform, seed
 
     def __len__(self) -> int:
@@ -102,7 +102,7 @@ class VideoDataset(Dataset):
         return torch.stack(imgs), pid, camid  # (S, C, H, W)
 
     def files(self) -> Iterator[str]:
-        """All that is read in epoch 0."""
+        """The paths of all files that are read in epoch 0."""
         for index, (paths, _, _) in enumerate(self.dataset):
             yield from (paths[k] for k in self._sampled(len(paths), index, 0))
 
@@ -118,22 +118,21 @@ class VideoDataset(Dataset):
 
 
 class TrainLoader:
-    """The batches of an epoch; a GPU is sent the next one while it computes the one before.
+    """The batches of an epoch; the next batch is copied to the GPU while it computes on the current one.
 
-    Batch b is what the sampler drew for positions b * B to b * B + B - 1, whatever the number of workers. Process r of
-    W takes positions r, r + W, ... of a batch, so that each process sees as many of its identities as possible.
+    Batch b has the items that the sampler drew for positions b * B to b * B + B - 1, for any number of workers. Process
+    r of W takes positions r, r + W, ... of a batch, so that each process sees as many of its identities as possible.
 
-    `dataset[index]` returns (image, pid, camid) and may return more, which arrives behind the draws, in the batch's
-    order, collated by `torch.utils.data.default_collate`. The image is uint8, a tensor (3, H, W) or a PIL image, at any
-    size. A float tensor (3, height, width) is taken as prepared by its owner and not augmented.
+    `dataset[index]` returns (image, pid, camid). Any further values follow the draws, in the order of the batch,
+    collated by `torch.utils.data.default_collate`. The image is uint8, a tensor (3, H, W) or a PIL image, of any size.
+    A float tensor (3, height, width) counts as prepared and is not augmented.
 
-    Each item has a seed, a function of (seed, epoch, position in the epoch), so that what is drawn for it does not
+    Each item has a seed, a function of (seed, epoch, position in the epoch), so that its random numbers do not
     depend on workers, processes or interruptions. A data set that draws random numbers declares
-    `__getitem__(self, index, rng=None)` and gets a numpy Generator of that seed. For one that does not, but has a
-    transform or a `__getitem__` of its own, the global generators of random, numpy and torch are seeded for each item.
+    `__getitem__(self, index, rng=None)` and receives a numpy Generator with that seed. If it does not, but has a
+    transform or its own `__getitem__`, the global generators of random, numpy and torch are seeded for each item.
 
-    With --cache the data set is asked for each item once, before the first epoch, and the pixels are kept in RAM or on
-    the device.
+    With --cache each item is read once, before the first epoch, and its pixels are kept in RAM or on the device.
 
     Raises:
         UserError: --cache with a data set that takes `rng`; later, an image cannot be read or the cache does not fit.
@@ -141,11 +140,11 @@ class TrainLoader:
 
     def __init__(self, dataset: Items, sampler: EpochSampler, options: DataOptions, run: Run):
         if len(sampler.data_source) != len(dataset):
-            raise ValueError(f'the sampler draws from {len(sampler.data_source)} images, there are {len(dataset)}')
+            raise ValueError(f'the sampler draws from {len(sampler.data_source)} images, but there are {len(dataset)}')
         self.dataset, self.sampler, self.kind, self.run = dataset, sampler, options.cache, run
         if self.kind != 'none' and takes_rng(dataset):
             raise UserError(
-                f'--cache {self.kind} keeps what the data set returns once, but this one draws anew in each epoch (its '
+                f'--cache {self.kind} keeps what the data set returns once, but this one draws in each epoch (its '
                 f'__getitem__ takes rng): use --cache none'
             )
         self.workers = workers_for(dataset, options.workers, run.device)
@@ -164,13 +163,13 @@ class TrainLoader:
         seeds = generator(ITEMS, self.sampler.seed, epoch).integers(2**63, size=tuple(indices.shape))  # (batches, B)
         mine = slice(start, None), slice(self.run.rank, None, self.run.world_size)  # of batches, of each batch
         tasks = map(Task, indices[mine].tolist(), seeds[mine].tolist())
-        draws = draws[mine].contiguous().to(self.run.device)  # one copy an epoch
+        draws = draws[mine].contiguous().to(self.run.device)  # one copy per epoch
         feed = Feed(self._source().blocks(tasks), self.run.device, self.stream)
         began = time.perf_counter()
         for (images, pids, _, more), batch_draws in zip(feed, draws, strict=True):
             if images[0][1].is_floating_point() and not self.announced:
                 self.announced = True
-                print('The data set returns float images: they are taken as prepared and are not augmented')
+                print('The data set returns float images: they count as prepared and are not augmented')
             yield images, pids, batch_draws, *more
         if start == 0:
             self._advise(feed.waited, feed.waited / (time.perf_counter() - began))
@@ -188,27 +187,27 @@ class TrainLoader:
         return [str(self.sampler.data_source[index][0]) for index in indices[batch].tolist()]
 
     def _advise(self, waited: float, share: float) -> None:
-        """Recommends a cache, once, when the run waited for images and their pixels would fit into memory."""
+        """Recommends a cache, once, if the run waited for images and their pixels would fit into memory."""
         helps = self.kind == 'none' and not takes_rng(self.dataset) and waited > 1 and share > 0.05
         if not helps or self.advised or self.run.rank:
             return
         self.advised = True
         if (size := size_of(self.dataset)) < ROOM * free_memory(torch.device('cpu')):
             waiting = f'{share:.0%} of the epoch was spent waiting for images'
-            print(f'{waiting}; --cache ram would hold all in {gigabytes(size)}')
+            print(f'{waiting}; --cache ram would keep all of them in {gigabytes(size)}')
 
 
 class TestLoader:
     """The items of a data set, once each and in order: batches (images, indices int64 (b,), counts int64 (b,)).
 
-    `images` are those of the batch's items one after the other, `counts` how many belong to each: 1, or the frames of a
-    tracklet. Process r of W takes items r, r + W, ... of each batch; a batch that leaves it none is skipped.
+    `images` are the images of the batch's items in order, `counts` how many each item has: 1, or the number of frames
+    of a tracklet. Process r of W takes items r, r + W, ... of each batch; batches without an item for it are skipped.
 
     Raises:
         UserError: an image cannot be read.
     """
 
-    __test__ = False  # not a test case, whatever pytest makes of the name
+    __test__ = False  # not a test case, despite its name
 
     def __init__(self, dataset: Items, batch_size: int, workers: int, run: Run):
         items = range(len(dataset))
@@ -228,7 +227,7 @@ class TestLoader:
 
 
 def train_loader(dataset: Items, sampler: EpochSampler, options: DataOptions, run: Run) -> TrainLoader:
-    """The training batches of `dataset`, as `sampler` composes them."""
+    """The training batches of `dataset`, composed by `sampler`."""
     return TrainLoader(dataset, sampler, options, run)
 
 
@@ -238,7 +237,7 @@ def test_loader(dataset: Items, batch_size: int, workers: int, run: Run) -> Test
 
 
 def takes_rng(dataset: Items) -> bool:
-    """Whether the data set wants a random generator for each item."""
+    """Whether `__getitem__` of the data set takes `rng`, a random generator for each item."""
     try:
         return 'rng' in inspect.signature(type(dataset).__getitem__).parameters
     except ValueError:  # of a built-in type, such as a list
@@ -271,7 +270,7 @@ def workers_for(dataset: Items, number: int, device: torch.device) -> Workers:
 
 @contextlib.contextmanager
 def generators_kept() -> Iterator[None]:
-    """Restore the global random generators, which a run draws from as well: with --workers 0 it makes the items."""
+    """Restore the global random generators: with --workers 0 the run itself makes the items, and it draws from them."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:
         yield

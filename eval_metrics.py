@@ -4,7 +4,7 @@ The protocol is Market-1501's (Zheng et al., Scalable Person Re-identification: 
 gallery items of the same pid and the same camid are dropped; the items of the same pid that remain are its matches; a
 query without a match is skipped, not scored. Items are sorted by distance, ties by gallery index.
 
-METRICS lists what is reported. A further metric is a function and a row there: it is then printed, written to
+METRICS lists the metrics that are reported. To add one, add a function and a row: it is then printed, written to
 results.json, results.csv, metrics.csv and TensorBoard, and shown on the page.
 """
 
@@ -25,30 +25,30 @@ if TYPE_CHECKING:
 
     Ids = ArrayLike | Tensor
 
-BLOCK = 1 << 20  # elements of a distance matrix that a thread ranks at a time: its copies of them stay in the cache
+BLOCK = 1 << 20  # elements of a distance matrix that a thread ranks at a time, so that its copies fit the cache
 
 
 class Pairs(NamedTuple):
-    """Each query with the gallery items of its pid: those of query i are at offsets[i]:offsets[i + 1], by place."""
+    """Each query with the gallery items of its pid: those of query i are at offsets[i]:offsets[i + 1]."""
 
     offsets: np.ndarray  # (Q + 1,) int64
-    places: np.ndarray  # (P,) int64, in the gallery
-    dropped: np.ndarray  # (P,) bool: of the query's camid too, so not a match
+    places: np.ndarray  # (P,) int64, gallery indices, ascending within a query
+    dropped: np.ndarray  # (P,) bool: same camid as the query too, so not a match
 
     def among(self, queries: slice) -> tuple[slice, np.ndarray]:
-        """The pairs of these queries, p of P, and which of the queries, from 0, each is of, (p,)."""
+        """The slice of these queries' pairs (p of P), and for each pair the number of its query, from 0: (p,)."""
         offsets = self.offsets[queries.start : queries.stop + 1]
         return slice(offsets[0], offsets[-1]), rows_of(offsets)
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Where the matches of each query stand: those of query i are at offsets[i]:offsets[i + 1], nearest first."""
+    """The ranks of the matches of each query: those of query i are at offsets[i]:offsets[i + 1], nearest first."""
 
     offsets: np.ndarray  # (Q + 1,) int64
     places: np.ndarray  # (M,) int64, in the gallery
     distances: np.ndarray  # (M,) float
-    ranks: np.ndarray  # (M,) int64, from 1, in the gallery less what the query drops
+    ranks: np.ndarray  # (M,) int64, from 1, in the gallery without the items that the query drops
     num_dropped: np.ndarray  # (Q,) int64, gallery items that the query drops
 
     @property
@@ -66,7 +66,7 @@ class Matches:
 
     @property
     def num_same_camera(self) -> int:
-        """Queries skipped because the gallery shows their identity in their own camera only."""
+        """Queries skipped because the gallery contains their identity in their own camera only."""
         return int((~self.valid & (self.num_dropped > 0)).sum())
 
     @property
@@ -75,24 +75,24 @@ class Matches:
         return self.num_skipped - self.num_same_camera
 
     def cmc(self, max_rank: int = 50) -> np.ndarray:
-        """CMC (max_rank,) of the valid queries. Raises UserError when there is none."""
+        """CMC (max_rank,) of the valid queries. Raises UserError if there is none."""
         self.check_valid()
         return cmc(self.ranks, self.offsets, max_rank)
 
     @property
     def mAP(self) -> float:
-        """Mean average precision of the valid queries. Raises UserError when there is none."""
+        """Mean average precision of the valid queries. Raises UserError if there is none."""
         self.check_valid()
         return float(np.nanmean(average_precision(self.ranks, self.offsets)))
 
     @property
     def mINP(self) -> float:
-        """Mean inverse negative penalty of the valid queries. Raises UserError when there is none."""
+        """Mean inverse negative penalty of the valid queries. Raises UserError if there is none."""
         self.check_valid()
         return float(np.nanmean(inverse_negative_penalty(self.ranks, self.offsets)))
 
     def figures(self) -> dict[str, float]:
-        """The mean of each of METRICS over the valid queries. Raises UserError when there is none."""
+        """The mean of each of METRICS over the valid queries. Raises UserError if there is none."""
         self.check_valid()
         return {metric.name: float(np.nanmean(metric.score(self.ranks, self.offsets))) for metric in METRICS}
 
@@ -102,19 +102,19 @@ class Matches:
 
 
 def cmc(ranks: np.ndarray, offsets: np.ndarray, max_rank: int = 50) -> np.ndarray:
-    """(max_rank,) float64: the share of valid queries whose first match stands at rank 1, 2 ... max_rank or before.
+    """(max_rank,) float64: the fraction of valid queries whose first match is at rank 1, 2, ..., max_rank or better.
 
-    `ranks` (M,) of the matches, from 1, those of query i at offsets[i]:offsets[i + 1] in ascending order. A query
-    without a match is left out; at least one must have one. Beyond the end of a small gallery the curve stays flat.
+    `ranks` (M,) of the matches, from 1, those of query i at offsets[i]:offsets[i + 1] in ascending order. Queries
+    without a match are skipped; at least one must have a match. Beyond the end of a small gallery the curve is flat.
     """
     first = ranks[offsets[:-1][np.diff(offsets) > 0]]  # (V,)
     return np.bincount(first[first <= max_rank] - 1, minlength=max_rank).cumsum() / len(first)
 
 
 def average_precision(ranks: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """(Q,) float64: mean of the precision at the ranks of the matches, NaN without a match; arguments as for cmc."""
+    """(Q,) float64: mean precision at the ranks of the matches, NaN without a match; arguments as for `cmc`."""
     rows, matches = rows_of(offsets), np.diff(offsets)  # (M,), (Q,)
-    hits = np.arange(1, len(ranks) + 1) - offsets[rows]  # (M,) matches of the query down to this one
+    hits = np.arange(1, len(ranks) + 1) - offsets[rows]  # (M,) the query's matches up to this one
     total = np.bincount(rows, hits / ranks, minlength=len(matches))  # (Q,)
     precisions = np.full(len(matches), np.nan)
     np.divide(total, matches, out=precisions, where=matches > 0)
@@ -122,7 +122,7 @@ def average_precision(ranks: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def inverse_negative_penalty(ranks: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """(Q,) float64: number of matches / rank of the last one, NaN without a match; arguments as for cmc.
+    """(Q,) float64: number of matches / rank of the last one, NaN without a match; arguments as for `cmc`.
 
     Ye et al., Deep Learning for Person Re-identification: A Survey and Outlook, TPAMI 2021, arXiv 2001.04193.
     """
@@ -134,7 +134,7 @@ def inverse_negative_penalty(ranks: np.ndarray, offsets: np.ndarray) -> np.ndarr
 
 
 def hit(ranks: np.ndarray, offsets: np.ndarray, k: int) -> np.ndarray:
-    """(Q,) float64: 1 with a match at rank k or before, else 0, NaN without a match; arguments as for cmc."""
+    """(Q,) float64: 1 if there is a match at rank k or better, else 0; NaN without a match; arguments as for `cmc`."""
     valid = np.diff(offsets) > 0  # (Q,)
     hits = np.full(len(valid), np.nan)
     hits[valid] = ranks[offsets[:-1][valid]] <= k
@@ -143,14 +143,14 @@ def hit(ranks: np.ndarray, offsets: np.ndarray, k: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Metric:
-    """What is reported of a test: the mean of a score over the queries that have a match."""
+    """A metric: the mean of a score over the queries that have a match."""
 
     name: str  # in results.json, metrics.csv and TensorBoard
     label: str  # as printed and on the page
     score: Callable[[np.ndarray, np.ndarray], np.ndarray]  # ranks, offsets as for cmc -> (Q,) float64, 0..1 or NaN
 
 
-# Printed and written in forms of their own, as the original has them: mAP, CMC curve.
+# These have their own output format, as in the original: mAP, CMC curve.
 CLASSIC = frozenset({'mAP', 'mINP', 'rank1', 'rank5', 'rank10'})
 
 METRICS: tuple[Metric, ...] = (
@@ -166,7 +166,7 @@ def evaluate(
     """CMC (max_rank,) and mAP of a distance matrix (Q, G), numpy or torch; ids (Q,) and (G,), anything array-like.
 
     Raises:
-        UserError: shapes that do not fit, a NaN distance, or no query that has a match.
+        UserError: the shapes do not fit, a distance is NaN, or no query has a match.
     """
     matches = match_ranks(distmat, q_pids, g_pids, q_camids, g_camids)
     return matches.cmc(max_rank), matches.mAP
@@ -175,15 +175,15 @@ def evaluate(
 def match_ranks(
     distmat: 'np.ndarray | Tensor', q_pids: 'Ids', g_pids: 'Ids', q_camids: 'Ids', g_camids: 'Ids'
 ) -> Matches:
-    """The matches in a distance matrix, which is ranked as one tile of `ranking.count` is.
+    """The matches in a distance matrix, which is ranked like one tile of `ranking.count`.
 
-    Arguments and errors as for `evaluate`, but all queries may lack a match.
+    Arguments and errors as for `evaluate`, except that all queries may be without a match.
     """
     q_pids, g_pids, q_camids, g_camids = check_ids(q_pids, g_pids, q_camids, g_camids)
     if tuple(distmat.shape) != (len(q_pids), len(g_pids)):
         raise UserError(
             f'the distance matrix is {tuple(distmat.shape)}, but there are {len(q_pids)} queries and {len(g_pids)} '
-            'gallery items: it must be queries x gallery'
+            'gallery items: its shape must be (queries, gallery)'
         )
     pairs = same_identity(q_pids, g_pids, q_camids, g_camids)
     distances = np.empty(len(pairs.places))
@@ -193,7 +193,7 @@ def match_ranks(
         queries = slice(begin, begin + step)
         block = _floats(distmat[queries])  # (B, G), a copy
         if np.isnan(block).any():
-            raise UserError('the distance matrix holds NaN: check the features that it was made from')
+            raise UserError('the distance matrix contains NaN: check the features that it was computed from')
         own, rows = pairs.among(queries)
         places = pairs.places[own]  # (p,)
         distances[own] = block[rows, places]
@@ -207,7 +207,7 @@ def match_ranks(
 
 
 def check_matches(q_pids: 'Ids', g_pids: 'Ids', q_camids: 'Ids', g_camids: 'Ids') -> None:
-    """Raise UserError if no query has a match, whatever the distances are; ids are anything array-like."""
+    """Raise UserError if no query can have a match, whatever the distances; ids are anything array-like."""
     pairs = same_identity(*check_ids(q_pids, g_pids, q_camids, g_camids))
     if pairs.dropped.all():  # or there is no pair at all
         absent = int(np.count_nonzero(np.diff(pairs.offsets) == 0))
@@ -215,17 +215,17 @@ def check_matches(q_pids: 'Ids', g_pids: 'Ids', q_camids: 'Ids', g_camids: 'Ids'
 
 
 def no_match(absent: int, same_camera: int) -> UserError:
-    """The error for a test without a match: how many queries lack one because of which cause, and the way out."""
+    """The error for a test without a match: how many queries have none for which reason, and what to do."""
     return UserError(
         f'none of the {absent + same_camera} queries has a match: {absent} show an identity that the gallery lacks, '
         f'{same_camera} one that it shows in the same camera only; a query needs a gallery item of its pid from '
-        'another camera: correct the pids and camids of the data set; where the cameras are unknown, give all queries '
+        'another camera: correct the pids and camids of the data set; if the cameras are unknown, give all queries '
         'one camid and the gallery another'
     )
 
 
 def same_identity(q_pids: np.ndarray, g_pids: np.ndarray, q_camids: np.ndarray, g_camids: np.ndarray) -> Pairs:
-    """All pairs of one pid; ids as `check_ids` returns them. No step takes memory of queries x gallery."""
+    """All pairs with equal pids; ids as returned by `check_ids`. No step needs memory of the size queries x gallery."""
     order = np.argsort(g_pids, kind='stable')
     by_pid = g_pids[order]
     first = np.searchsorted(by_pid, q_pids, 'left')  # (Q,)
@@ -238,30 +238,31 @@ def same_identity(q_pids: np.ndarray, g_pids: np.ndarray, q_camids: np.ndarray, 
 def count_before(
     block: np.ndarray, by_distance: np.ndarray, rows: np.ndarray, distances: np.ndarray, earlier: np.ndarray
 ) -> np.ndarray:
-    """(p,) int64: how many items of its query stand before each of p items.
+    """(p,) int64: how many items precede each of p items in the ranking of its query.
 
-    Before means nearer, or as near and earlier in the gallery.
+    An item precedes another one if it is nearer, or equally near and earlier in the gallery.
 
     Args:
-        block: (B, W) distances of B queries to W items in the order of the gallery; NaN or infinite where an item is
-            not to be counted (the query's own identity).
-        by_distance: (B, W) its rows sorted.
+        block: (B, W) distances of B queries to W items in gallery order; NaN or infinite for items that must not be
+            counted (the query's own identity).
+        by_distance: (B, W), `block` with each row sorted.
         rows: (p,) ascending, the row of the item's query.
         distances: (p,) of the items.
-        earlier: (p,) how many of the W stand earlier in the gallery: 0 for an item before them, W for one behind.
+        earlier: (p,) how many of the W items are earlier in the gallery: 0 for an item before all of them, W for one
+            after all of them.
     """
     width = block.shape[1]
     bounds = distances.astype(block.dtype)  # (p,)
-    # All that is as near stands before an item behind the block: count what is nearer than the next larger number.
+    # All equally near items precede an item after the block: count those below the next larger number.
     bounds = np.where(earlier < width, bounds, np.nextafter(bounds, np.inf, dtype=block.dtype))
     values = by_distance.ravel()
-    first, last = rows * width, rows * width + width - 1  # (p,) where the row begins and ends in values
-    nearer = first - 1  # (p,) the last value known to be nearer; a binary search of all items at once
+    first, last = rows * width, rows * width + width - 1  # (p,) where the row starts and ends in `values`
+    nearer = first - 1  # (p,) the last value known to be smaller; a binary search for all items at once
     for step in 1 << np.arange(width.bit_length())[::-1]:
         probe = np.minimum(nearer + step, last)
         nearer = np.where(values[probe] < bounds, probe, nearer)
     counts: np.ndarray = nearer + 1 - first
-    # An item inside the block that found its equal there: the earlier ones of its equals stand before it.
+    # If items of the block are as near as an item inside it, the earlier ones precede it.
     tied = (earlier > 0) & (earlier < width)
     tied[tied] = by_distance[rows[tied], np.minimum(counts[tied], width - 1)] == bounds[tied]
     for i in np.flatnonzero(tied):
@@ -270,13 +271,13 @@ def count_before(
 
 
 def rank_matches(pairs: Pairs, distances: np.ndarray, counts: np.ndarray) -> Matches:
-    """Matches, from the distances (P,) of all pairs and how many items of other pids stand before each, counts (P,)."""
+    """Matches, from the distances (P,) of all pairs and the numbers (P,) of other pids' items that precede each."""
     num_queries = len(pairs.offsets) - 1
     rows = rows_of(pairs.offsets)  # (P,)
     keep = np.flatnonzero(~pairs.dropped)
     keep = keep[np.lexsort((pairs.places[keep], distances[keep], rows[keep]))]  # (M,) by query, then nearest first
     offsets = np.concatenate([[0], np.cumsum(np.bincount(rows[keep], minlength=num_queries))])
-    hits = np.arange(1, len(keep) + 1) - offsets[rows[keep]]  # (M,) matches of the query down to this one
+    hits = np.arange(1, len(keep) + 1) - offsets[rows[keep]]  # (M,) the query's matches up to this one
     num_dropped = np.bincount(rows[pairs.dropped], minlength=num_queries)
     return Matches(offsets, pairs.places[keep], distances[keep], counts[keep] + hits, num_dropped)
 
@@ -287,7 +288,7 @@ def rows_of(offsets: np.ndarray) -> np.ndarray:
 
 
 def check_ids(q_pids: 'Ids', g_pids: 'Ids', q_camids: 'Ids', g_camids: 'Ids') -> list[np.ndarray]:
-    """The four as int64 arrays. Raises UserError when pids and camids are not of one length."""
+    """The four arguments as int64 arrays. Raises UserError if pids and camids differ in length."""
     ids = [
         np.asarray(each.cpu() if hasattr(each, 'cpu') else each).astype(np.int64).reshape(-1)
         for each in (q_pids, g_pids, q_camids, g_camids)

@@ -35,15 +35,15 @@ MAX_RANK = 50
 NO_CAMERAS = {'camera_map': np.zeros((0, 0)), 'camera_queries': np.zeros((0, 0), np.int64)}
 EMBEDDED, EMBEDDED_ROWS = 12, 400  # identities and images whose features are kept for a plot
 
-Extracted = tuple[Tensor, Tensor]  # features (n, D) of this process's items, and which of the items they are of (n,)
+Extracted = tuple[Tensor, Tensor]  # features (n, D) of this process's items, and the indices of these items (n,)
 
 
 class Test:
     """The test of an experiment: `figures = test(model)`, a dict with the mean of each of METRICS (0..1).
 
     Raises:
-        UserError: what would make the test fail and is known before the training: query or gallery is empty, no query
-            has a match, a file is missing, or a package that the page needs.
+        UserError: the test is known to fail before training starts: query or gallery is empty, no query has a match, a
+            file is missing, or a package that the page needs is missing.
     """
 
     def __init__(self, dataset: Dataset, options: TestOptions, run: Run):
@@ -55,11 +55,11 @@ class Test:
             results.check_packages()
 
     def is_due(self, epoch: int) -> bool:
-        """Whether a test follows this epoch (from 0): every --eval-step, and after the last one."""
+        """Whether a test is run after this epoch (from 0): every --eval-step epochs, and after the last one."""
         return epoch in self.options.test_epochs
 
     def __call__(self, model: Network) -> dict[str, float]:
-        """Print the figures of the original; write results.json, results.csv, ranking.npz and the page of them.
+        """Print the same figures as the original; write results.json, results.csv, ranking.npz and their page.
 
         Raises:
             UserError: an image cannot be read, features are not finite, or --save-features cannot write them.
@@ -70,7 +70,7 @@ class Test:
         query, gallery = (self._extract(model, subset) for subset in ('query', 'gallery'))
         if self.options.save_features:
             self._keep_features()
-        print('Computing distance matrix')  # the original's line; none is ever held
+        print('Computing distance matrix')  # the original's line; no matrix is kept
         print('Computing CMC and mAP')
         result = self._rank(query, gallery)
         unwanted = self.options.rerank or self.options.no_report
@@ -83,7 +83,7 @@ class Test:
             values = torch.tensor([figures[metric.name] for metric in METRICS], dtype=torch.float64)
             folder = self.options.save_dir
             results.write(folder, self._summary(result), self.dataset, result, {**cameras, **shown}, self.run.unwritten)
-            if self.options.evaluate and not self.options.no_report:  # else when the test is in metrics.csv as well
+            if self.options.evaluate and not self.options.no_report:  # training: after metrics.csv
                 results.write_page(folder, self.run.unwritten)
         return dict(zip((metric.name for metric in METRICS), self.run.sum(values).tolist(), strict=True))
 
@@ -103,9 +103,9 @@ class Test:
         return None if self.run.rank else result
 
     def _features_file(self, subset: str, items: Sequence[Item], feat_dim: int) -> np.ndarray:
-        """features.npy (N, feat_dim) in memory-mapped form, pids.npy and camids.npy beside it; every process has it.
+        """features.npy (N, feat_dim) in memory-mapped form, pids.npy and camids.npy next to it; in every process.
 
-        Until all are extracted the three are in `.features`: an image that cannot be read costs no earlier ones.
+        Until all are extracted the three are in `.features`, so that a failure leaves the earlier ones intact.
         """
         folder = Path(self.options.save_dir) / '.features' / subset
         path = folder / 'features.npy'
@@ -116,17 +116,17 @@ class Test:
                 for column, name in ((1, 'pids'), (2, 'camids')):
                     np.save(folder / f'{name}.npy', np.array([item[column] for item in items]))
                 np.lib.format.open_memmap(path, 'w+', np.float32, (len(items), feat_dim))
-                with open(path, 'r+b') as file:  # a full disk would end a process that writes into the map by SIGBUS
+                with open(path, 'r+b') as file:  # writing to the map of a full disk would raise SIGBUS
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             except OSError as problem:
-                failure = problem.errno or errno.ENOSPC  # numpy raises some without a number
-        failure = int(self.run.sum(torch.tensor(failure)))  # the others wait until the files are there
+                failure = problem.errno or errno.ENOSPC  # numpy raises some without an errno
+        failure = int(self.run.sum(torch.tensor(failure)))  # the others wait until the files exist
         if failure:
             raise UserError(
-                f'--save-features: {path} cannot be written ({os.strerror(failure)}); make room or leave it out'
+                f'--save-features: {path} cannot be written ({os.strerror(failure)}); free space or omit it'
             )
         if not path.exists():
-            raise UserError(f'--save-features: {path} cannot be seen from every host; use a folder that they share')
+            raise UserError(f'--save-features: {path} is not visible on every host; use a folder that all hosts share')
         features: np.ndarray = np.load(path, mmap_mode='r+')
         return features
 
@@ -178,15 +178,14 @@ def tested_items(items: Sequence[Item], options: TestOptions) -> ImageDataset | 
 def extract(
     model: Network, items: Sequence[Item], options: TestOptions, run: Run, file: np.ndarray | None = None
 ) -> Extracted:
-    """Features of images or tracklets and which of the items they are of: those that this process has to see to.
+    """Features of the images or tracklets that this process handles, and the indices of these items.
 
-    A tracklet's feature is the mean or maximum over `--seq-len` of its frames. The shape of each batch is taken from
-    the batch, so any --test-batch gives the same figures. The model is left in the mode it was in. Each batch is also
-    written into its rows of `file` (N, feat_dim), if there is one.
+    A tracklet's feature is the mean or maximum over `--seq-len` of its frames. Any --test-batch gives the same figures.
+    The model's mode is restored. Each batch is also written to its rows of `file` (N, feat_dim), if given.
 
     Returns:
-        Features (n, feat_dim), float32, on the run's device, and indices (n,) int64, ascending: of one process all N
-        in their order, of several a part each, of more processes than items nothing for some.
+        Features (n, feat_dim), float32, on the run's device, and indices (n,) int64, ascending. One process gets all N
+        items in order; several get a part each, which is empty for some if there are more processes than items.
     """
     dataset = tested_items(items, options)
     prepare = TestTransform(options.height, options.width, model.normalisation)
@@ -212,15 +211,15 @@ def extract(
 def rank(
     query: Extracted, gallery: Extracted, q_items: Sequence[Item], g_items: Sequence[Item], run: Run
 ) -> ranking.Ranking:
-    """The ranking of the whole gallery, in every process, from what `extract` gave to each.
+    """The ranking of the whole gallery, in every process, from what `extract` returned in each.
 
-    All get the features of all queries. What each process counts in its part of the gallery adds up to the exact ranks.
+    All processes receive the features of all queries. The counts in their parts of the gallery add up to exact ranks.
     """
     q_pids, g_pids, q_camids, g_camids = ids_of(q_items, g_items)
     features, places = gallery[0], gallery[1].numpy()  # (m, D), (m,)
     queries, items = ranking.points(_collect(*query, len(q_pids), run), features, len(q_pids), len(places))
     pairs = ranking.same_identity(q_pids, g_pids, q_camids, g_camids)
-    distances = _sum(ranking.measure(queries, items, places, pairs), run)  # (P,), each by the process that has the item
+    distances = _sum(ranking.measure(queries, items, places, pairs), run)  # (P,), each from the process with the item
     tally = ranking.count(queries, items, places, pairs, distances)
     listed = run.stack(torch.from_numpy(tally.nearest)).transpose(0, 1).flatten(1)  # (Q, W * NEAREST)
     nearest = listed.sort(1).values[:, : ranking.NEAREST].numpy()  # (Q, NEAREST)
@@ -230,7 +229,7 @@ def rank(
 
 
 def sample(query: Extracted, gallery: Extracted, dataset: Dataset, run: Run) -> dict[str, np.ndarray]:
-    """Features of the EMBEDDED identities with most images, in every process: what a plot of them needs."""
+    """The features of the EMBEDDED identities with the most images, for a plot; the same in every process."""
     q_pids, g_pids, q_camids, g_camids = ids_of(dataset.query, dataset.gallery)
     pids, camids = np.concatenate([q_pids, g_pids]), np.concatenate([q_camids, g_camids])
     known, sizes = np.unique(pids[np.isin(pids, q_pids)], return_counts=True)
@@ -238,7 +237,7 @@ def sample(query: Extracted, gallery: Extracted, dataset: Dataset, run: Run) -> 
     rows = np.flatnonzero(np.isin(pids, chosen))[:EMBEDDED_ROWS]  # (n,) of the queries, then the gallery
     features = torch.zeros(len(rows), query[0].size(1))
     for (own, indices), first in ((query, 0), (gallery, len(q_pids))):
-        held = indices.numpy() + first  # (m,) ascending, the rows that this process has
+        held = indices.numpy() + first  # (m,) rows held by this process, ascending
         here = np.isin(held, rows)
         features[np.searchsorted(rows, held[here])] = own[torch.from_numpy(here).to(own.device)].cpu()
     return {
@@ -250,7 +249,7 @@ def sample(query: Extracted, gallery: Extracted, dataset: Dataset, run: Run) -> 
 
 
 def by_camera(query: Extracted, gallery: Extracted, dataset: Dataset, run: Run) -> dict[str, np.ndarray]:
-    """mAP of the queries of each camera against the gallery of each camera alone, and how many count: (C, C) both."""
+    """(C, C) each: mAP of each camera's queries against each camera's gallery, and the number of scored queries."""
     *_, q_camids, g_camids = ids_of(dataset.query, dataset.gallery)
     number = 1 + max(q_camids.max(initial=0), g_camids.max(initial=0))
     means, counts = np.full((number, number), np.nan), np.zeros((number, number), np.int64)
@@ -278,7 +277,7 @@ def by_camera(query: Extracted, gallery: Extracted, dataset: Dataset, run: Run) 
 def rerank(
     query: Extracted, gallery: Extracted, dataset: Dataset, options: TestOptions, run: Run
 ) -> ranking.Ranking | None:
-    """The re-ranked gallery in the first process, which gets all features from the others; None in these."""
+    """The re-ranked gallery, in the first process, which receives all features from the others; None in the others."""
     q_pids, g_pids, q_camids, g_camids = ids_of(dataset.query, dataset.gallery)
     queries, items = _collect(*query, len(q_pids), run), _collect(*gallery, len(g_pids), run)
     if run.rank:
@@ -288,7 +287,7 @@ def rerank(
 
 
 def _collect(own: Tensor, indices: Tensor, number: int, run: Run) -> Tensor:
-    """Features (number, D) of all, in every process, from the rows (n, D) at `indices` (n,) that each one has."""
+    """All features (number, D), in every process, from the rows (n, D) at `indices` (n,) that each process has."""
     everyone = own.new_zeros(number, own.size(1))
     everyone[indices.to(own.device)] = own
     return run.sum(everyone)

@@ -1,15 +1,15 @@
-"""What the experiments minimise: label smoothing, batch-hard triplets, distances to the centers.
+"""The losses that the experiments minimise: label smoothing, batch-hard triplets, distances to centers.
 
-Each loss is a mean over the batch and depends on nothing but the tensors it is given. Triplets compare images with
-each other: on several processes they must be given the features and pids of the whole batch; the other two need not.
-No loss waits for the device. None holds a matrix product, so neither TF32 nor autocast can round a distance.
+Each loss is a mean over the batch and depends only on its arguments. Triplets compare images with each other, so with
+several processes the triplet loss needs the features and pids of the whole batch; the other two do not. No loss waits
+for the device. None uses a matrix product, so neither TF32 nor autocast can round a distance.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SMALLEST_SQUARE = 1e-12  # smaller squared distances count as it, without a gradient: the slope of sqrt at 0 is infinite
+SMALLEST_SQUARE = 1e-12  # lower clamp of squared distances, without a gradient: the slope of sqrt at 0 is infinite
 LARGEST_SQUARE = 1e12
 
 
@@ -19,8 +19,8 @@ class CrossEntropyLabelSmooth(nn.Module):
     Szegedy et al., Rethinking the Inception Architecture for Computer Vision, CVPR 2016, arXiv:1512.00567.
 
     Args:
-        num_classes: number of training identities. With one the loss is zero.
-        epsilon: share of the label that is spread evenly over all identities, 0 to 1; 0 is plain cross entropy.
+        num_classes: number of training identities. With a single one the loss is zero.
+        epsilon: fraction of the label that is distributed evenly over all identities, 0 to 1; 0 is plain cross entropy.
     """
 
     def __init__(self, num_classes: int, epsilon: float = 0.1) -> None:
@@ -39,9 +39,9 @@ class CrossEntropyLabelSmooth(nn.Module):
 
 
 def collapsed(features: Tensor) -> Tensor:
-    """1 where the features (B, D) are all but equal, else 0: a detached 0-dim float on their device.
+    """1 if the features (B, D) are nearly equal, else 0: a detached 0-dim float on their device.
 
-    All but equal: none lies farther from their mean than a thousandth of its length. One image is never collapsed.
+    Nearly equal: none is farther from their mean than a thousandth of the mean's length. One image is never collapsed.
     """
     features = features.detach().float()
     mean = features.mean(0)  # (D,)
@@ -56,17 +56,17 @@ class TripletLoss(nn.Module):
     Hermans et al., In Defense of the Triplet Loss for Person Re-Identification, 2017, arXiv:1703.07737.
 
     Distances are Euclidean, between features that are not normalised, and at least 1e-6. Corner cases: identical
-    features have a zero gradient; when a whole batch is identical (a collapsed network) the loss is the margin and all
-    triplets are active; an anchor alone of its identity is its own positive, as in the original; a batch without a
-    triplet (one identity, or one image per identity) gives a zero that can be differentiated.
+    features have a zero gradient; if a whole batch is identical (a collapsed network) the loss is the margin and all
+    triplets are active; an anchor without another image of its identity is its own positive, as in the original; a
+    batch without a triplet (one identity, or one image per identity) gives a differentiable zero.
 
     Args:
-        margin: by how much a negative must be farther than a positive, in units of the features.
+        margin: how much farther a negative must be than a positive, in units of the features.
 
     Attributes:
-        active: fraction of the last call's anchors whose triplet violates the margin; a detached 0-dim tensor on the
-            device of the features, so that only reading it waits for the device.
-        collapsed: as of `collapsed`, and 1 also where all triplets are active and the loss sits at the margin.
+        active: fraction of the anchors in the last call whose triplet violates the margin; a detached 0-dim tensor on
+            the device of the features. Only reading it waits for the device.
+        collapsed: as returned by `collapsed`, and also 1 if all triplets are active and the loss is near the margin.
 
     Raises:
         ValueError: the margin is negative.
@@ -75,9 +75,9 @@ class TripletLoss(nn.Module):
     def __init__(self, margin: float = 0.3) -> None:
         super().__init__()
         if margin < 0:
-            raise ValueError(f'the margin of the triplet loss must not be negative, and is {margin}')
+            raise ValueError(f'the margin of the triplet loss must not be negative, but is {margin}')
         self.margin = margin
-        self.active = self.collapsed = torch.zeros(())  # not buffers: no state of a run
+        self.active = self.collapsed = torch.zeros(())  # not buffers: they are not part of a run's state
 
     def forward(self, features: Tensor, pids: Tensor) -> Tensor:
         """Mean over the anchors, 0-dim, of features (B, D) and pids (B,).
@@ -89,7 +89,7 @@ class TripletLoss(nn.Module):
         features = _float(features)  # (B, D)
         same = pids[:, None] == pids[None, :]  # (B, B), the anchor itself included
 
-        with torch.no_grad():  # mining only chooses pairs; |a|^2 + |b|^2 - 2ab would lose small distances
+        with torch.no_grad():  # mining only selects pairs; |a|^2 + |b|^2 - 2ab would lose small distances
             distances = torch.cdist(features, features, compute_mode='donot_use_mm_for_euclid_dist')  # (B, B)
             positives = distances.masked_fill(~same, -1).argmax(dim=1)  # (B,), the farthest of the same identity
             negatives = distances.masked_fill(same, torch.inf).argmin(dim=1)  # (B,), the nearest of another identity
@@ -97,7 +97,7 @@ class TripletLoss(nn.Module):
 
         to_positive = _squared_distance(features, features[positives]).clamp(min=SMALLEST_SQUARE).sqrt()  # (B,)
         to_negative = _squared_distance(features, features[negatives]).clamp(min=SMALLEST_SQUARE).sqrt()  # (B,)
-        hinge = F.relu(self.margin + to_positive - to_negative) * holds_triplet  # (B,); by a product NaN stays NaN
+        hinge = F.relu(self.margin + to_positive - to_negative) * holds_triplet  # (B,); a product keeps NaN
         loss = hinge.mean()
         self.active = (hinge.detach() > 0).float().mean()
         at_margin = (loss.detach() - self.margin).abs() < 0.01 * self.margin
@@ -108,16 +108,16 @@ class TripletLoss(nn.Module):
 class CenterLoss(nn.Module):
     """Squared distance of each feature to the center of its own identity, clamped to [1e-12, 1e12].
 
-    Wen et al., A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016. The paper takes half of
-    the square and has an update rule for the centers; here, as in the original, an optimizer of their own moves them.
+    Wen et al., A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016. The paper uses half of
+    the square and its own update rule for the centers; here, as in the original, the centers have their own optimizer.
 
     Args:
         num_classes: number of training identities.
         feat_dim: length of a feature, D.
 
     Attributes:
-        centers: parameter (num_classes, feat_dim), standard normal, drawn from torch's global CPU generator: the seed
-            decides it, whatever the device.
+        centers: parameter (num_classes, feat_dim), standard normal, drawn from torch's global CPU generator, so it
+            depends on the seed and not on the device.
     """
 
     def __init__(self, num_classes: int, feat_dim: int) -> None:
@@ -133,7 +133,7 @@ class CenterLoss(nn.Module):
             ValueError: the shapes do not fit.
         """
         _check_shapes(features, pids, self.centers.shape[1])
-        own_centers = F.embedding(pids, self.centers)  # (B, feat_dim); centers[pids] would take -1 for the last one
+        own_centers = F.embedding(pids, self.centers)  # (B, feat_dim); centers[pids] would accept -1
         squares = _squared_distance(_float(features), own_centers)  # (B,)
         return squares.clamp(SMALLEST_SQUARE, LARGEST_SQUARE).mean()
 
@@ -144,7 +144,7 @@ def _squared_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _float(x: Tensor) -> Tensor:
-    """At least float32: the distances of a margin apart look alike in 8 bits."""
+    """At least float32: with 8 bits of precision, distances that differ by the margin would be equal."""
     return x if x.dtype == torch.float64 else x.float()
 
 

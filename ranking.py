@@ -1,14 +1,14 @@
-"""Features, pids and camids -> the exact ranks of the matches, streamed in blocks; k-reciprocal re-ranking.
+"""Features, pids and camids -> the exact ranks of the matches, computed in blocks; k-reciprocal re-ranking.
 
-Nothing of the size queries x gallery is held. Between equal distances the place in the gallery decides, so the ranks
-are those of a stable sort of the whole distance matrix. First each query is measured against its own identity (its
-matches, and what it drops): `measure`. Then the gallery streams by, and what stands before them is counted: `count`.
-Both take any ascending part of the gallery, so several processes can each do their shard and add up: distances first,
-then tallies.
+Nothing of the size queries x gallery is held in memory. Ties are broken by gallery index, so the ranks are those of a
+stable sort of the whole distance matrix. First, `measure` computes the distances between each query and the items of
+its own identity (its matches, and the items that it drops). Then `count` goes through the gallery and counts the items
+that precede them. Both accept any ascending part of the gallery, so several processes can each process a part and add
+up the results: distances first, then tallies.
 
     python ranking.py log/features/query log/features/gallery
 
-ranks features that --save-features has left on disk, in bounded memory whatever their number.
+ranks features that --save-features wrote to disk, in bounded memory regardless of their number.
 """
 
 from dataclasses import dataclass
@@ -58,32 +58,32 @@ if TYPE_CHECKING:
     from eval_metrics import Ids
 
 NEAREST = 10  # gallery items listed for each query
-OWN = 64  # queries, ordered by pid, that are measured together against the gallery items of all their pids
+OWN = 64  # queries, sorted by pid, whose distances to the gallery items of all their pids are computed together
 BINS = 1 << 15  # of the histograms: the upper half of a positive float32, 128 bins for each doubling of the distance
 INFINITY = 0x7F80  # the bin of infinity
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What was counted, in (a part of) the gallery, of other identities than the query's. Tallies of parts add up."""
+    """Counts over (a part of) the gallery, without the query's own identity. Tallies of parts can be added."""
 
-    counts: np.ndarray  # (P,) int64, items that stand before the one of each pair
+    counts: np.ndarray  # (P,) int64, number of items that precede the item of each pair
     nearest: np.ndarray  # (Q, k) int64, the keys of the nearest items, ascending
     histogram: np.ndarray  # (BINS,) int64, of the distances
 
 
 @dataclass(frozen=True)
 class Ranking(Matches):
-    """The matches, the nearest items, and how the distances (squared Euclidean, or re-ranked) are spread.
+    """The matches, the nearest items, and histograms of the distances (squared Euclidean, or re-ranked).
 
-    What a query drops appears nowhere. A skipped query has nearest items and counts in the histograms.
+    Items that a query drops appear nowhere. A skipped query has nearest items and is counted in the histograms.
     """
 
-    nearest: np.ndarray  # (Q, 10) int64, places of the nearest gallery items, -1 where there are fewer
-    nearest_distances: np.ndarray  # (Q, 10) float32, NaN where there are fewer
-    edges: np.ndarray  # (H + 1,) float32, of the bins of the histograms: under 1% wide, the first takes all below 0 too
+    nearest: np.ndarray  # (Q, 10) int64, gallery indices of the nearest items, -1 if there are fewer
+    nearest_distances: np.ndarray  # (Q, 10) float32, NaN if there are fewer
+    edges: np.ndarray  # (H + 1,) float32, of bins less than 1% wide; the first one includes all below 0
     match_histogram: np.ndarray  # (H,) int64
-    other_histogram: np.ndarray  # (H,) int64, distances between two identities
+    other_histogram: np.ndarray  # (H,) int64, distances between different identities
 
 
 def rank(
@@ -99,12 +99,12 @@ def rank(
 
     Args:
         q_features: (Q, D), tensor or array of any float type.
-        g_features: (G, D); the products are made on its device.
-        q_pids: (Q,), as g_pids (G,), q_camids (Q,) and g_camids (G,) anything array-like.
-        tile: queries and gallery items of one product. No rank depends on it.
+        g_features: (G, D); the products are computed on its device.
+        q_pids: (Q,); like g_pids (G,), q_camids (Q,) and g_camids (G,), anything array-like.
+        tile: numbers of queries and gallery items per product. It does not affect the ranks.
 
     Raises:
-        UserError: features that are not finite or whose squares are not, or shapes that do not fit.
+        UserError: features or their squares are not finite, or shapes do not fit.
     """
     ids = check_ids(q_pids, g_pids, q_camids, g_camids)
     queries, gallery = points(q_features, g_features, len(ids[0]), len(ids[1]))
@@ -124,7 +124,7 @@ def rerank(
     k2: int = 6,
     lambda_value: float = 0.3,
 ) -> Ranking:
-    """Rank the gallery for each query by the distance of `reranked`; the rest as for `rank`."""
+    """Rank the gallery for each query by the distances of `reranked`; otherwise like `rank`."""
     ids = check_ids(q_pids, g_pids, q_camids, g_camids)
     queries, gallery = points(q_features, g_features, len(ids[0]), len(ids[1]))
     pairs, places = same_identity(*ids), np.arange(len(gallery))
@@ -149,18 +149,18 @@ def rerank(
 
 
 def measure(queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, tile: Tile | None = None) -> np.ndarray:
-    """(P,) float32: squared distances of the pairs; 0 for those whose gallery item is not in this part of the gallery.
+    """(P,) float32: squared distances of the pairs; 0 for pairs whose gallery item is not in this part of the gallery.
 
-    `places` (G,) ascending: where the items of `gallery` stand in the whole gallery, of which `pairs` speak. On
-    the CPU these are bit for bit the distances in the tiles of `count`, since products sum in one order (see
-    `_products`); a GPU promises no such order. What a query has in common with a tile is counted by place, so no match
-    is ever compared with itself.
+    `places` (G,), ascending, are the indices of the items of `gallery` in the whole gallery, to which `pairs` refers.
+    On the CPU the distances are bit-for-bit those in the tiles of `count`, because products are summed in one order
+    (see `_products`); a GPU guarantees no order. Items of the query's own pid are excluded from a tile by index, so a
+    match is never compared with itself.
     """
     distances = np.zeros(len(pairs.places), np.float32)
     _, width = tile or tile_of(gallery.features.device)
     sizes = np.diff(pairs.offsets)  # (Q,)
     order = np.flatnonzero(sizes) if len(gallery) else np.zeros(0, np.int64)
-    order = order[np.argsort(pairs.places[pairs.offsets[order]], kind='stable')]  # by the first place of the pid
+    order = order[np.argsort(pairs.places[pairs.offsets[order]], kind='stable')]  # by the pid's first gallery index
 
     def work(begin: int) -> None:
         block = order[begin : begin + OWN]  # (B,)
@@ -172,7 +172,7 @@ def measure(queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, 
         items, columns = np.unique(items[present], return_inverse=True)
         for left in range(0, len(items), width):
             part = items[left : left + width]
-            part = np.pad(part, (0, -len(part) % 64), 'edge')  # few widths: for each a product is compiled once
+            part = np.pad(part, (0, -len(part) % 64), 'edge')  # each new width compiles a product
             found = squared_distances(queries[torch.from_numpy(block)], gallery[torch.from_numpy(part)])  # (B, W)
             here = np.flatnonzero((columns >= left) & (columns < left + width))
             distances[own[here]] = found.cpu().numpy()[rows[here], columns[here] - left]
@@ -184,7 +184,7 @@ def measure(queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, 
 def count(
     queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, distances: np.ndarray, tile: Tile | None = None
 ) -> Tally:
-    """Stream the gallery, or the part of it that stands at `places`, past the pairs at their `distances` (P,)."""
+    """Count the items of the gallery, or of its part at `places`, that precede each pair at its `distances` (P,)."""
     tally = _no_tally(len(pairs.places), len(queries), NEAREST)
     device = gallery.features.device
     tally_block = _tally_host if is_host(device) else _tally_device
@@ -204,10 +204,10 @@ def count(
 
 
 def assemble(pairs: Pairs, distances: np.ndarray, tally: Tally) -> Ranking:
-    """The ranking, from the distances (P,) of all pairs and the tally of the whole gallery."""
+    """The ranking, computed from the distances (P,) of all pairs and the tally of the whole gallery."""
     matches = rank_matches(pairs, distances, tally.counts)
     rows = rows_of(matches.offsets)  # (M,)
-    order = np.arange(len(rows)) - matches.offsets[rows]  # (M,) from 0, within the query
+    order = np.arange(len(rows)) - matches.offsets[rows]  # (M,) position within the query's matches, from 0
     first = order < NEAREST
     keys = np.full((len(tally.nearest), NEAREST), NONE)
     keys[rows[first], order[first]] = keys_of(matches.distances[first], matches.places[first])
@@ -234,12 +234,12 @@ def _tally_host(
     distances: np.ndarray,
     nearest: np.ndarray,
 ) -> Tally:
-    """Count one block; it is overwritten.
+    """Count one block, which is overwritten.
 
     Args:
-        block: (B, W) tensor or array, distances of B queries to the gallery items that stand at places (W,).
+        block: (B, W) tensor or array, distances of B queries to the gallery items with indices places (W,).
         rows, own_places, distances: (p,) the pairs of these queries.
-        nearest: (B, k) keys of the nearest items so far.
+        nearest: (B, k) keys of the nearest items found so far.
     """
     block = np.asarray(block)
     columns, present = find(places, own_places)
@@ -247,9 +247,9 @@ def _tally_host(
     by_distance = np.sort(block, axis=1)  # (B, W)
     counts = count_before(block, by_distance, rows, distances, columns)
     bits = by_distance.ravel().view(np.uint32)
-    ends = np.append(np.flatnonzero((bits[1:] ^ bits[:-1]) > 0xFFFF), len(bits) - 1)  # of what lies in one bin
+    ends = np.append(np.flatnonzero((bits[1:] ^ bits[:-1]) > 0xFFFF), len(bits) - 1)  # the last element of each bin
     histogram = np.bincount(bits[ends] >> 16, np.diff(ends, prepend=-1), 2 * BINS).astype(np.int64)
-    histogram[0] += histogram[BINS:].sum()  # those with a sign
+    histogram[0] += histogram[BINS:].sum()  # negative distances
     histogram[INFINITY] = 0
     bounds = by_distance[:, min(nearest.shape[1], len(places)) - 1]  # (B,)
     return Tally(counts, nearest_host(block, places, nearest, bounds), histogram[:BINS])
@@ -263,7 +263,7 @@ def _tally_device(
     distances: np.ndarray,
     nearest: np.ndarray,
 ) -> Tally:
-    """The same, where sorting is dear and comparing is cheap."""
+    """The same for GPUs, where sorting is expensive and comparing is cheap."""
     columns, present = find(places, own_places)
     at_row, at_column, is_here, own_distance, own_place, place = (
         torch.from_numpy(x).to(block.device) for x in (rows, columns, present, distances, own_places, places)
@@ -281,14 +281,14 @@ def _no_tally(num_pairs: int, num_queries: int, k: int) -> Tally:
     return Tally(np.zeros(num_pairs, np.int64), np.full((num_queries, k), NONE), np.zeros(BINS, np.int64))
 
 
-# The figures, and the command
+# Printing, and the command
 
 
 PRINTED_RANKS = (1, 5, 10, 20)
 
 
 def show(result: Ranking) -> None:
-    """Print the figures of the original."""
+    """Print the same figures as the original."""
     cmc = result.cmc(max(PRINTED_RANKS))
     print(
         f'Queries: {result.num_valid} valid, {result.num_skipped} skipped ({result.num_same_camera} with a match in '
@@ -310,7 +310,7 @@ def read(folder: str | Path) -> list[np.ndarray]:
     """features (N, D), pids (N,) and camids (N,) that --save-features wrote; the features stay on disk.
 
     Raises:
-        UserError: a file is missing or no array of numbers.
+        UserError: a file is missing or is not an array of numbers.
     """
     arrays = []
     for name, kinds in (('features', 'f'), ('pids', 'iu'), ('camids', 'iu')):
@@ -321,15 +321,15 @@ def read(folder: str | Path) -> list[np.ndarray]:
             reason = getattr(problem, 'strerror', None) or ' '.join(str(problem).split())
             raise UserError(f'{path} cannot be read ({reason}); write it with --evaluate --save-features') from None
         if array.dtype.kind not in kinds:
-            raise UserError(f'{path} holds {array.dtype}; write it with --evaluate --save-features')
+            raise UserError(f'{path} contains {array.dtype}; write it with --evaluate --save-features')
         arrays.append(array)
     return arrays
 
 
 def main() -> None:
     parser = commands.Parser(description='Rank saved features from disk, in bounded memory.')
-    parser.add_argument('query', help='folder with features.npy (N, D), pids.npy and camids.npy (N,)')
-    parser.add_argument('gallery', help='another one')
+    parser.add_argument('query', help='folder with features.npy (N, D), pids.npy and camids.npy (N,) of the queries')
+    parser.add_argument('gallery', help='the same for the gallery')
     args = parser.parse_args()
     (queries, q_pids, q_camids), (gallery, g_pids, g_camids) = read(args.query), read(args.gallery)
     show(rank(queries, gallery, q_pids, g_pids, q_camids, g_camids))

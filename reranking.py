@@ -1,4 +1,4 @@
-"""k-reciprocal re-ranking: distances that look at the neighbours of neighbours, in bounded memory."""
+"""k-reciprocal re-ranking: distances that take the neighbours of neighbours into account, in bounded memory."""
 
 from collections.abc import Callable
 from threading import Lock
@@ -25,38 +25,36 @@ from runtime.tiles import (
     tiles,
 )
 
-LISTED = 4  # times k1 nearest items are listed for re-ranking: few neighbours of neighbours are farther
+LISTED = 4  # times k1 nearest items are kept for re-ranking; few neighbours of neighbours are farther away
 
 
 def reranked(
     queries: Points, gallery: Points, k1: int = 20, k2: int = 6, lambda_value: float = 0.3
 ) -> Callable[[slice], np.ndarray]:
-    """k-reciprocal re-ranking: a function from a slice of queries to the distances (B, G) float32 of these B queries.
+    """k-reciprocal re-ranking. Returns a function that maps a slice of B queries to their distances (B, G), float32.
 
-    Zhong et al., Re-ranking Person Re-identification with k-reciprocal Encoding, CVPR 2017, arXiv 1701.08398, as their
-    published evaluation computes it: lambda * squared Euclidean distance, divided by the largest that the query has to
-    any query or gallery item, + (1 - lambda) * Jaccard distance of the expanded k-reciprocal neighbourhoods. Nothing of
-    the size of N x N, N = Q + G, is held, but the features once more and, for each item, some hundred neighbours.
+    Zhong et al., Re-ranking Person Re-identification with k-reciprocal Encoding, CVPR 2017, arXiv 1701.08398, as in
+    their published evaluation: lambda * squared Euclidean distance, divided by the query's largest distance to any
+    query or gallery item, + (1 - lambda) * Jaccard distance of the expanded k-reciprocal neighbourhoods. Nothing of the
+    size N x N, N = Q + G, is held in memory, only a copy of the features and about a hundred neighbours per item.
 
     Args:
-        k1: nearest items that may be reciprocal neighbours, the item itself not counted.
-        k2: nearest items, the item itself counted, over which neighbourhoods are averaged.
+        k1: number of nearest items considered as reciprocal neighbours, without the item itself.
+        k2: number of nearest items, including the item itself, over which neighbourhoods are averaged.
         lambda_value: weight of the Euclidean distance.
 
     Raises:
-        UserError: k1 or k2 below 1, lambda_value outside of 0 .. 1.
+        UserError: k1 or k2 is below 1, or lambda_value is not in [0, 1].
     """
     if k1 < 1 or k2 < 1 or not 0 <= lambda_value <= 1:
-        raise UserError(
-            f're-ranking needs k1 and k2 of 1 or more and 0 <= lambda <= 1, not {k1}, {k2} and {lambda_value}'
-        )
-    lambda_value = float(lambda_value)  # numpy's own would make float64 of float32
+        raise UserError(f're-ranking needs k1 >= 1, k2 >= 1 and 0 <= lambda <= 1, not {k1}, {k2} and {lambda_value}')
+    lambda_value = float(lambda_value)  # a numpy scalar would promote float32 to float64
     everyone = Points(torch.cat([queries.features, gallery.features]), torch.cat([queries.norms, gallery.norms]))
     keys, farthest = neighbours(everyone, max(LISTED * (k1 + 1), k2))  # (N, k), (N,)
     places = keys & 0xFFFFFFFF  # (N, k)
     near, half = _graph(places[:, : k1 + 1]), _graph(places[:, : int(np.around(k1 / 2)) + 1])
     near, half = near * near.T, half * half.T  # (N, N) of ones: reciprocal neighbours
-    # A neighbour brings its own neighbours (of half as many) in, when more than two thirds of them are in already.
+    # A neighbour adds its own k1 / 2 nearest neighbours if more than two thirds of them are already included.
     brings = near * (near @ half.T)
     brings.data = (3 * brings.data > 2 * np.diff(half.indptr)[brings.indices]).astype(np.float32)
     weights = (near + brings @ half).tocsr()  # (N, N)
@@ -70,7 +68,7 @@ def reranked(
 
     def distances(rows: slice) -> np.ndarray:
         some, width = of_queries[rows], len(gallery)
-        # Sum of the minima of two rows of weights: each weight of the query meets the items that have weight there too.
+        # Sum of the minima of two rows of weights: each weight of a query is paired with the items that have it too.
         first, last = of_items.indptr[some.indices], of_items.indptr[some.indices + 1]
         meetings = np.concatenate([[0], np.cumsum(last - first, dtype=np.int64)])
         mine = rows_of(meetings)  # (n,) of the weights of the queries
@@ -89,7 +87,7 @@ def reranked(
 
 
 def neighbours(everyone: Points, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each of N points the keys (N, min(k, N)) of the nearest, itself included, and the largest distance (N,)."""
+    """For each of N points, the keys (N, min(k, N)) of the nearest, itself included, and the largest distance (N,)."""
     number, device = len(everyone), everyone.features.device
     keys = np.full((number, min(k, number)), NONE)
     farthest = np.zeros(number, np.float32)
@@ -116,7 +114,7 @@ def neighbours(everyone: Points, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _graph(places: np.ndarray) -> sparse.csr_array:
-    """(N, N) with a one from each item to its k items in places (N, k)."""
+    """(N, N) matrix with a one from each item to each of its k items in places (N, k)."""
     number, k = places.shape
     graph = sparse.csr_array(
         (np.ones(number * k, np.float32), places.flatten(), np.arange(0, number * k + 1, k)), (number, number)
@@ -126,7 +124,7 @@ def _graph(places: np.ndarray) -> sparse.csr_array:
 
 
 def _distances_between(everyone: Points, keys: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """(n,) float32: distances of n pairs of points, looked up in the keys (N, k) of their nearest or else computed."""
+    """(n,) float32: distances of n pairs of points, looked up in the keys (N, k) of the nearest points, or computed."""
     number = len(keys)
     listed = (np.arange(number)[:, None] * number + (keys & 0xFFFFFFFF)).ravel()  # (N k,)
     order = np.argsort(listed)

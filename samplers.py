@@ -1,8 +1,8 @@
 """Which images make a batch, and the random draws that go with each.
 
-Every random number of an epoch is a function of (seed, epoch, position in the epoch): nothing is drawn in a worker, and
-no generator has a state to save. Any number of workers or processes, and a run that goes on from the middle of an
-epoch, see the same batches and the same augmentation.
+Every random number of an epoch is a function of (seed, epoch, position in the epoch): workers draw nothing, and no
+generator has a state that must be saved. Runs with any number of workers or processes, and runs resumed in the middle
+of an epoch, see the same batches and the same augmentation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,28 +19,28 @@ DRAWS = 4  # columns of `draws`: translate?, down, right, mirror?
 
 
 def generator(stream: int, seed: int, epoch: int, *position: int) -> np.random.Generator:
-    """Random numbers of one `stream` of an epoch (>= 0), or of one position in it; `seed` is any integer."""
+    """The random numbers of one `stream` in an epoch (>= 0), or of one position in it; `seed` is any integer."""
     return np.random.default_rng((stream, epoch, int(seed < 0), abs(seed), *position))
 
 
 class EpochSampler(Sampler):
-    """What both samplers share: an epoch is a list of indices, cut into whole batches; a remainder is left out.
+    """What both samplers share: an epoch is a list of indices, cut into full batches; a remainder is left out.
 
-    `draw(epoch)` is for this project's loader. Iterating, after `set_epoch`, gives single indices, the remainder
-    included, so that `DataLoader(dataset, batch_size, sampler=sampler, drop_last=True)` makes the same batches.
+    This project's loader uses `draw(epoch)`. Iterating, after `set_epoch`, yields single indices including the
+    remainder, so that `DataLoader(dataset, batch_size, sampler=sampler, drop_last=True)` makes the same batches.
     """
 
     def __init__(self, data_source: Sequence, batch_size: int | None, seed: int):
         self.data_source, self.seed, self.epoch = data_source, seed, 0
         self.batch_size: int = batch_size  # type: ignore[assignment]  # None: `draw` must not be called
         if batch_size is not None and batch_size < 1:
-            raise UserError(f'--train-batch is {batch_size}: give the number of images in a batch, 1 or more')
+            raise UserError(f'--train-batch is {batch_size}: a batch needs at least 1 image')
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def order(self, epoch: int) -> np.ndarray:
-        """Indices of the epoch in order, int64 (len(self),)."""
+        """The indices of the epoch, in order: int64 (len(self),)."""
         raise NotImplementedError
 
     def set_epoch(self, epoch: int) -> None:
@@ -51,14 +51,14 @@ class EpochSampler(Sampler):
 
     @property
     def num_batches(self) -> int:
-        """Whole batches in an epoch."""
+        """The number of full batches in an epoch."""
         return len(self) // self.batch_size
 
     def draw(self, epoch: int) -> tuple[Tensor, Tensor]:
         """The batches of an epoch: indices int64 (num_batches, B) and draws float64 (num_batches, B, 4).
 
-        The four draws of an image are uniform in [0, 1): translate?, down, right, mirror?. They depend on (seed, epoch,
-        position) alone, the position being counted through the epoch, batch by batch.
+        The four draws of an image are uniform in [0, 1): translate?, down, right, mirror?. They depend only on (seed,
+        epoch, position), where the position counts through the epoch, batch by batch.
         """
         shape = self.num_batches, self.batch_size
         used = self.num_batches * self.batch_size
@@ -68,23 +68,23 @@ class EpochSampler(Sampler):
 
 
 class RandomSampler(EpochSampler):
-    """Every image once an epoch, in random order, in batches of `batch_size`; the remainder of an epoch is left out.
+    """Every image once per epoch, in random order, in batches of `batch_size`; the remainder of an epoch is left out.
 
     Args:
         data_source: list of (anything, pid, camid).
 
     Raises:
-        UserError: there is not one whole batch in the data.
+        UserError: the data do not fill a batch.
     """
 
     def __init__(self, data_source: Sequence, batch_size: int, seed: int = 0):
         super().__init__(data_source, batch_size, seed)
         count = len(data_source)
         if count == 0:
-            raise UserError('the training set holds no images: check --data-dir')
+            raise UserError('the training set is empty: check --data-dir')
         if count < batch_size:
             raise UserError(
-                f'--train-batch is {batch_size}, but the training set holds only {count} images: '
+                f'--train-batch is {batch_size}, but the training set has only {count} images: '
                 f'use --train-batch {count} or less'
             )
 
@@ -96,21 +96,21 @@ class RandomSampler(EpochSampler):
 
 
 class RandomIdentitySampler(EpochSampler):
-    """Every identity once an epoch, K images of it side by side: batches of P identities with K images each.
+    """Every identity once per epoch, with K consecutive images: batches of P identities with K images each.
 
     Hermans, Beyer, Leibe. In Defense of the Triplet Loss for Person Re-Identification. arXiv:1703.07737.
 
-    The K images of an identity are drawn without replacement, with replacement when it has fewer than K. P is
+    The K images of an identity are drawn without replacement, or with replacement if it has fewer than K. P is
     batch_size / K; identities that do not fill a last batch are left out of that epoch.
 
     Args:
         data_source: list of (anything, pid, camid).
         num_instances: K.
-        batch_size: P * K, of the whole run; needed for `draw`, not for iterating.
+        batch_size: P * K, over all processes; needed for `draw`, not for iterating.
 
     Raises:
-        UserError: no triplet could be formed. K or P is less than 2, K does not divide the batch, the data hold fewer
-            than P identities, or one image of each. The message says what to change.
+        UserError: no triplet can be formed: K or P is less than 2, K does not divide the batch, or the data have fewer
+            than P identities or only one image of each. The message says what to change.
     """
 
     def __init__(self, data_source: Sequence, num_instances: int = 4, batch_size: int | None = None, seed: int = 0):
@@ -125,13 +125,13 @@ class RandomIdentitySampler(EpochSampler):
     def _check(self) -> None:
         k, batch, identities = self.num_instances, self.batch_size, len(self.pids)
         if k < 2:
-            raise UserError(f'--num-instances is {k}: a triplet needs 2 or more images of an identity in a batch')
+            raise UserError(f'--num-instances is {k}: a triplet needs at least 2 images of an identity in a batch')
         if identities < 2:
-            raise UserError(f'the training set holds {identities} identities, a triplet needs 2: check --data-dir')
+            raise UserError(f'the training set has {identities} identities, but a triplet needs 2: check --data-dir')
         if identities == len(self.data_source):
             raise UserError(
-                f'each of the {identities} identities in the training set has one image, so no triplet has a positive: '
-                'add images, or train with an xent script'
+                f'each of the {identities} identities in the training set has only one image, so no triplet has a '
+                'positive: add images, or train with an xent script'
             )
         if batch is None:
             return
@@ -142,12 +142,12 @@ class RandomIdentitySampler(EpochSampler):
             raise UserError(f'--num-instances {k} does not divide --train-batch {batch}: use --train-batch {sizes}')
         if batch < 2 * k:
             raise UserError(
-                f'--train-batch {batch} holds one identity with --num-instances {k}, a triplet needs 2: '
+                f'--train-batch {batch} has room for one identity with --num-instances {k}, but a triplet needs 2: '
                 f'use --train-batch {2 * k} or more'
             )
         if batch > largest:
             raise UserError(
-                f'--train-batch {batch} holds {batch // k} identities with --num-instances {k}, but the training set '
+                f'--train-batch {batch} needs {batch // k} identities with --num-instances {k}, but the training set '
                 f'has only {identities}: use --train-batch {largest} or less'
             )
 

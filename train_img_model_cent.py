@@ -1,7 +1,7 @@
 """Train an image re-ID model with cross entropy and center loss (Wen et al., ECCV 2016).
 
-Center loss draws the feature of an image to the center of its identity. The centers are learned beside the model, by
-SGD with a learning rate of their own. An epoch is every training image once.
+Center loss pulls the feature of an image towards the center of its identity. The centers are learned together with the
+model, by SGD with their own learning rate. In an epoch every training image is seen once.
 """
 
 from torch.optim import SGD, Adam

@@ -1,6 +1,7 @@
-"""Train an image re-ID model with cross entropy over the training identities, labels smoothed.
+"""Train an image re-ID model with cross entropy over the training identities, with label smoothing.
 
-An epoch is every training image once. At test the classifier is left away and the pooled feature describes a person.
+In an epoch every training image is seen once. At test the classifier is dropped and the pooled feature represents the
+image.
 """
 
 from torch.optim import Adam

@@ -1,7 +1,7 @@
 """Train an image re-ID model with cross entropy and the batch-hard triplet loss (Hermans et al., arXiv:1703.07737).
 
-A batch holds P identities with K images each, and an epoch every identity once. The triplet loss sees the pooled
-features of the whole batch, on any number of processes.
+A batch contains P identities with K images each, and an epoch contains every identity once. The triplet loss uses the
+pooled features of the whole batch, for any number of processes.
 """
 
 from torch.optim import Adam
@@ -59,7 +59,7 @@ def main(args: arguments.Arguments, run: Run) -> None:
             with run.autocast():
                 logits, features = replica(augment(imgs, draws))  # (B, num_train_pids), (B, feat_dim)
             xent = criterion_xent(logits.float(), pids)
-            htri = criterion_htri(*run.gather(features.float(), pids))  # the hardest of the whole batch
+            htri = criterion_htri(*run.gather(features.float(), pids))  # mines the whole batch
             loss = xent + htri
             optimizer.zero_grad()
             loss.backward()

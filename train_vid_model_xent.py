@@ -1,7 +1,7 @@
-"""Train a video re-ID model with cross entropy over the training identities, labels smoothed.
+"""Train a video re-ID model with cross entropy over the training identities, with label smoothing.
 
-The network is trained on single frames; an epoch is every frame of every tracklet once. At test the features of
---seq-len frames are pooled into one for the tracklet.
+The network is trained on single frames; in an epoch every frame of every tracklet is seen once. At test the features
+of --seq-len frames are pooled into one feature of the tracklet.
 """
 
 from torch.optim import Adam

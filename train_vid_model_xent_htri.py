@@ -1,7 +1,7 @@
 """Train a video re-ID model with cross entropy and the batch-hard triplet loss (Hermans et al., arXiv:1703.07737).
 
-The network is trained on single frames: a batch holds P identities with K frames each, and an epoch every identity
-once. At test the features of --seq-len frames are pooled into one for the tracklet.
+The network is trained on single frames: a batch contains P identities with K frames each, and an epoch contains
+every identity once. At test the features of --seq-len frames are pooled into one feature of the tracklet.
 """
 
 from torch.optim import Adam

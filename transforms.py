@@ -1,14 +1,15 @@
-"""Pixels: the training augmentation and the test preparation of a whole uint8 batch, on the device where it lies.
+"""Pixels: training augmentation and test preparation of a whole uint8 batch, on its device.
 
-Both are Pillow's bilinear resize. The preparation, and on a GPU the augmentation too, is computed in Pillow's own
-arithmetic: weights are integers of 22 bits, the horizontal pass comes first, each pass is rounded to 8 bits. Integers
-are exact on any device, so every pixel is that of the per-image pipeline. (Pillow from 12.3 on begins with the vertical
-pass where that leaves less to do, for sources taller in proportion than the target; single pixels then differ by 1/255.
-The published weights were trained and tested with the horizontal pass first.) On a CPU the augmentation is left to
-torch, whose weights have 15 bits: it is twice as fast, and a pixel is off by 2/255 at most, most by nothing.
+Both use Pillow's bilinear resize. The preparation, and on a GPU also the augmentation, follows Pillow's own arithmetic:
+weights are 22-bit integers, the horizontal pass comes first, and each pass is rounded to 8 bits. Integer arithmetic is
+exact on every device, so every pixel equals that of the per-image pipeline. (From version 12.3 Pillow starts with the
+vertical pass if that is less work, for sources that are proportionally taller than the target; single pixels then
+differ by 1/255. The published weights were trained and tested with the horizontal pass first.) On a CPU the
+augmentation uses torch, whose weights have 15 bits: it is twice as fast, and pixels differ by at most 2/255, most of
+them not at all.
 
-Images arrive as groups of equal size, a list of (positions in the batch int64 (n,), pixels uint8 (n, H, W, 3)) that
-together make a batch of B; images of one size are one group, in order.
+Images arrive as groups of equal size, a list of (positions in the batch int64 (n,), pixels uint8 (n, H, W, 3)), which
+together form a batch of B. Images of one size form one group, in order.
 """
 
 import functools
@@ -37,9 +38,9 @@ __all__ = [
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
 IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
-ENLARGE = 1.125  # a translated image is cropped out of one so much larger
-BITS = 22  # Pillow's fixed point: 32 bits less 8 of a pixel and 2 of headroom
-AT_ONCE = {'cpu': 1 << 17, 'cuda': 1 << 25}  # pixels worked on: a CPU's stay in its cache, a GPU's memory in bounds
+ENLARGE = 1.125  # factor by which an image is enlarged before it is cropped
+BITS = 22  # Pillow's fixed point: 32 bits minus 8 for a pixel and 2 of headroom
+AT_ONCE = {'cpu': 1 << 17, 'cuda': 1 << 25}  # pixels processed at a time: fits a CPU's cache, bounds a GPU's memory
 
 Images = Sequence[tuple[Tensor, Tensor]]
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of RGB in [0, 1]
@@ -48,8 +49,8 @@ Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard
 class Random2DTranslation:
     """The original's augmentation of one PIL image, drawing from python's `random`.
 
-    With probability p the image is resized to 1.125 times (height, width), of which (height, width) is cropped at a
-    random place, else it is resized to (height, width). `TrainTransform` does the same to a batch.
+    With probability p the image is resized to 1.125 times (height, width), and a random (height, width) crop is taken;
+    otherwise it is resized to (height, width). `TrainTransform` does the same to a batch.
     """
 
     def __init__(self, height: int, width: int, p: float = 0.5, interpolation: int = Image.Resampling.BILINEAR):
@@ -76,9 +77,9 @@ class TrainTransform:
         """Returns float32 (B, 3, height, width), channels_last, on the device of the images.
 
         Args:
-            draws: (B, 4), uniform in [0, 1), float64, see `samplers`: an image is translated when column 0 is >= 0.5,
-                by the share of the room there is that columns 1 (down) and 2 (right) say, and mirrored when column 3
-                is < 0.5.
+            draws: (B, 4), uniform in [0, 1), float64, see `samplers`: an image is translated if column 0 is >= 0.5, by
+                the fractions of the available margin in columns 1 (down) and 2 (right), and mirrored if column 3 is
+                < 0.5.
         """
         if (prepared := _prepared(images)) is not None:
             return prepared
@@ -91,14 +92,14 @@ class TrainTransform:
         return render(images, translate, top, left, mirror)
 
     def _anywhere(self, images: Images, translate: Tensor, top: Tensor, left: Tensor, mirror: Tensor) -> Tensor:
-        """In Pillow's arithmetic, without a word from the host: crop and flip are a choice of rows and columns."""
+        """In Pillow's arithmetic, without host synchronisation: crop and flip are a choice of rows and columns."""
         rows = torch.where(translate, self.height + top, 0)[:, None] + _range(self.height, top)  # (B, h)
         columns = torch.where(translate, self.width + left, 0)[:, None] + _range(self.width, left)  # (B, w)
         columns = torch.where(mirror[:, None], columns.flip(1), columns)
         return _render(images, rows, columns, self.heights, self.widths, self.normalisation)
 
     def _on_cpu(self, images: Images, translate: Tensor, top: Tensor, left: Tensor, mirror: Tensor) -> Tensor:
-        """By torch's resize of uint8, image by image: what is written stays in the cache until it is normalised."""
+        """With torch's uint8 resize, image by image, so that an image is still in the cache when it is normalised."""
         scale, shift = _affine(self.normalisation, self.width, translate.device)
         batch = torch.empty(len(translate), self.height, self.width, 3)  # (B, h, w, 3)
         for positions, pixels in images:
@@ -119,7 +120,7 @@ class TrainTransform:
 class TestTransform:
     """Resize, ToTensor and Normalize of a batch; no crop, no flip."""
 
-    __test__ = False  # no test case, whatever pytest thinks of the name
+    __test__ = False  # not a test case, despite its name
 
     def __init__(self, height: int, width: int, normalisation: Normalisation = IMAGENET):
         self.height, self.width, self.normalisation = height, width, normalisation
@@ -139,7 +140,7 @@ def _range(size: int, like: Tensor) -> Tensor:
 
 
 def _prepared(images: Images) -> Tensor | None:
-    """The batch (B, 3, h, w) if the data set returned float images, which it has prepared itself."""
+    """The batch (B, 3, h, w) if the data set returned float images, which are already prepared."""
     _, pixels = images[0]
     return pixels.permute(0, 3, 1, 2) if pixels.is_floating_point() else None  # of one size, so in order
 
@@ -152,7 +153,7 @@ def _render(
     widths: tuple[int, ...],
     normalisation: Normalisation,
 ) -> Tensor:
-    """Keeps `rows` (B, h) and `columns` (B, w) of each image's resizes to all of `heights` and `widths`; normalises."""
+    """Keeps `rows` (B, h) and `columns` (B, w) of each image resized to all of `heights` and `widths`; normalises."""
     device, height, width = rows.device, rows.shape[1], columns.shape[1]
     if mixed := len(images) > 1:
         order = torch.cat([positions for positions, _ in images]).to(device, non_blocking=True)  # (B,)
@@ -183,7 +184,8 @@ def _render(
 def _pass(pixels: Tensor, taps: Tensor, weights: Tensor, work: Tensor) -> Tensor:
     """One pass of the resize, along axis 1: (n, L, M, 3), with taps and weights (K, n, l), -> int32 (n, l, M, 3).
 
-    All that is large is written into the three rows of `work`, memory being slower than arithmetic; so is the result.
+    Large intermediates and the result are written into the three rows of `work`, because memory traffic is slower than
+    arithmetic.
     """
     n, length, width, _ = pixels.shape
     source = work[0, : pixels.numel()].view(pixels.shape).copy_(pixels).view(n * length, width * 3)
@@ -195,14 +197,14 @@ def _pass(pixels: Tensor, taps: Tensor, weights: Tensor, work: Tensor) -> Tensor
     for tap, weight in zip(taps, weights, strict=True):
         torch.index_select(source, 0, tap, out=lines)
         total.addcmul_(lines, weight)
-    total >>= BITS  # from at most 255.5 * 2^22: int32 holds it
+    total >>= BITS  # at most 255.5 * 2^22, which fits int32
     result: Tensor = total.view(n, -1, width, 3)
     return result
 
 
 @functools.lru_cache(maxsize=16)
 def _affine(normalisation: Normalisation, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Factor and addend of a pixel 0..255, (w, 3) each: repeated in full, many times faster than three numbers."""
+    """Factor and addend for pixels 0..255, (w, 3) each: many times faster than broadcasting three numbers."""
     mean, std = torch.tensor(normalisation, dtype=torch.float64)  # (3,) each
     table = torch.stack([1 / (255 * std), -mean / std]).float()  # (2, 3)
     return tuple(table[:, None].expand(2, width, 3).contiguous().to(device))
@@ -212,8 +214,8 @@ def _affine(normalisation: Normalisation, width: int, device: torch.device) -> t
 def _taps(source: int, targets: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Pillow's bilinear resize of `source` pixels to each of `targets` pixels, one after the other.
 
-    Returns the source pixels that make an output pixel, int64 (K, sum(targets)), and their weights, int32, alike, which
-    add up to about 2^22. K is the largest number that one needs; others have weights of 0.
+    Returns the source pixels of each output pixel, int64 (K, sum(targets)), and their weights, int32 of the same shape,
+    which add up to about 2^22. K is the largest number of source pixels; unused ones have weight 0.
     """
     taps, weights = [], []
     width = 2 * int(np.ceil(max(source / min(targets), 1))) + 1  # most taps that any output pixel needs

@@ -10,19 +10,19 @@ from models.network import Network
 
 __all__ = ['DenseNet121']
 
-LAST_RELU = 'names features.* translated, last_relu set as in their networks'
+LAST_RELU = 'names features.* translated, last_relu set as in torchvision and torchreid'
 
 
 class DenseNet121(Network):
     """DenseNet121 without its classifier; the feature is the global average of the last normalisation.
 
     Huang et al., Densely Connected Convolutional Networks, CVPR 2017, arXiv:1608.06993. The published weights were
-    trained without the ReLU that torchvision and torchreid have behind that normalisation: features may be negative.
-    The model into which weights of those projects are loaded has it, and so have the files that it writes.
+    trained without the ReLU that torchvision and torchreid apply after that normalisation, so features may be negative.
+    A model that loads weights of those projects applies it, and so do the files that it saves.
     """
 
     feat_dim = 1024
-    smallest = 29  # pixels of a side: halved five times, the last three rounding down
+    smallest = 29  # least height and width in pixels: they are halved five times, the last three times rounding down
     imagenet = DenseNet121_Weights.IMAGENET1K_V1
     signature = ('base.norm5.weight', (1024,))
     absent = ('base.denseblock4.denselayer17.norm1.weight',)
@@ -32,7 +32,7 @@ class DenseNet121(Network):
     )
     options = ('last_relu',)
 
-    last_relu: Tensor | None  # any tensor: ReLU behind the last normalisation
+    last_relu: Tensor | None  # any tensor: ReLU after the last normalisation
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__(num_classes, loss)

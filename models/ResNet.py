@@ -1,4 +1,4 @@
-"""ResNet50, and ResNet50 with features of its middle."""
+"""ResNet50, and ResNet50 with mid-level features."""
 
 from collections.abc import Set
 
@@ -25,7 +25,7 @@ SECOND_NAMES = (
     (SECOND, r'^layers4\.', 'base.6.'),
     *((SECOND, rf'^layers5{block}\.', f'base.7.{number}.') for number, block in enumerate('abc')),
 )
-FUSED_FIRST = "torchreid's resnet50mid translated, the columns of its classifier put into the order of ResNet50M"
+FUSED_FIRST = "torchreid's resnet50mid translated, the columns of its classifier put in the order of ResNet50M"
 
 
 def backbone() -> nn.Sequential:
@@ -40,7 +40,7 @@ class ResNet50(Network):
     """
 
     feat_dim = 2048
-    narrowest_bf16 = 33  # below, the CPU's bf16 convolution of the last stage returns garbage
+    narrowest_bf16 = 33  # for narrower images the CPU's bf16 convolutions of the last stage return garbage
     imagenet = ResNet50_Weights.IMAGENET1K_V1
     signature = ('base.7.2.conv3.weight', (2048, 512, 1, 1))
     absent = ('base.6.6.conv1.weight', 'fc_fuse.0.weight', 'fc_fusion.0.weight')  # of ResNet101, ResNet50M, resnet50mid
@@ -57,15 +57,15 @@ class ResNet50(Network):
 
 
 class ResNet50M(Network):
-    """ResNet50 with features of the first two blocks of its last stage, fused, behind those of the third.
+    """ResNet50 whose feature is that of the last stage's third block, followed by the fused features of the first two.
 
     Yu et al., The Devil is in the Middle: Exploiting Mid-level Representations for Cross-Domain Instance Matching,
     arXiv:1711.08106.
 
-    torchreid's resnet50mid has the 1024 fused features first. Its weights are taken with the columns of the classifier
-    in the order of this class: equal logits, and its features with the two parts exchanged.
+    torchreid's resnet50mid has the 1024 fused features first. When its weights are loaded, the columns of the
+    classifier are put in the order of this class: logits are equal, and the two parts of the features are exchanged.
 
-    `fc_fuse` holds a BatchNorm1d: a training batch needs at least 2 images.
+    `fc_fuse` contains a BatchNorm1d: a training batch needs at least 2 images.
     """
 
     feat_dim = 3072

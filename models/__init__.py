@@ -1,4 +1,4 @@
-"""The models: image -> logits and features. `init_model` builds one by its name."""
+"""The models: image -> logits and features. `init_model` builds one by name."""
 
 from collections.abc import Set
 
@@ -11,12 +11,12 @@ factory: dict[str, type[Network]] = {'resnet50': ResNet50, 'resnet50m': ResNet50
 
 
 def get_names() -> list[str]:
-    """The names that `init_model` takes."""
+    """The names that `init_model` accepts."""
     return list(factory)
 
 
 def init_model(name: str, num_classes: int, loss: Set[str] = frozenset({'xent'})) -> Network:
-    """Builds a model with random weights. In eval mode it returns features (B, feat_dim); in training logits
+    """Builds a model with random weights. In eval mode it returns features (B, feat_dim); in training mode logits
     (B, num_classes), and, unless `loss` is {'xent'}, (logits, features).
 
     name: one of `get_names()`

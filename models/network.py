@@ -1,4 +1,4 @@
-"""What a backbone is to the rest of the house, and what its class says of itself."""
+"""The interface of a backbone, and the properties that its class declares."""
 
 from collections.abc import Set
 from typing import TYPE_CHECKING
@@ -14,22 +14,22 @@ Renaming = tuple[str, str, str]  # a note on it, a pattern, and its replacement
 
 
 class Network(nn.Module):
-    """A backbone with a classifier. A subclass computes `features`, and says what is not as usual.
+    """A backbone with a classifier. A subclass computes `features` and overrides the attributes that differ.
 
     (B, 3, H, W) -> eval: features (B, feat_dim); training: logits (B, num_classes), and features unless loss is
     {'xent'}.
 
     Attributes:
         feat_dim: length of a feature.
-        smallest: pixels of a side that an image needs.
-        narrowest_bf16: pixels of width from which on bf16 is right on CPUs.
-        normalisation: mean and standard deviation of RGB in [0, 1] that images are normalised with.
-        imagenet: torchvision's ImageNet weights for the backbone; None: there are none.
-        fresh: prefixes of what ImageNet's weights do not have, beside the classifier.
-        signature: name and shape of a tensor by which weights are known to be for this class.
-        absent: names that only the weights of relatives have.
-        published: other names that the world's files have for the tensors.
-        options: buffers that are None, and so in no file, unless foreign weights compute in another way.
+        smallest: least height and width of an image, in pixels.
+        narrowest_bf16: least width, in pixels, for which bf16 gives correct results on CPUs.
+        normalisation: mean and standard deviation of RGB in [0, 1] with which images are normalised.
+        imagenet: torchvision's ImageNet weights for the backbone, or None.
+        fresh: prefixes of parameters that the ImageNet weights lack, besides the classifier.
+        signature: name and shape of a tensor by which weights for this class are recognised.
+        absent: names that only the weights of related networks have.
+        published: other names of the tensors in published files.
+        options: buffers that are None, and therefore not saved, unless foreign weights need a different computation.
     """
 
     feat_dim: int
@@ -51,7 +51,7 @@ class Network(nn.Module):
 
     @classmethod
     def adapt(cls, state_dict: dict[str, Tensor], notes: Set[str]) -> None:
-        """Change renamed weights in place where the network they come from computes in another way.
+        """Change renamed weights in place if the network they come from computes differently.
 
         notes: those of the renamings that were used
         """

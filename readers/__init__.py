@@ -1,1 +1,1 @@
-"""What a data set is on disk, one file each. Each gives a `readers.tree.Dataset`."""
+"""How data sets are stored on disk, one module per format. Each returns a `readers.tree.Dataset`."""

@@ -1,4 +1,4 @@
-"""Market1501: images whose names say person and camera."""
+"""Market1501: images whose names contain person and camera."""
 
 import os
 import re
@@ -21,12 +21,12 @@ class Market1501(Dataset):
     """Market1501, images of 1501 persons in 6 cameras (Zheng et al., Scalable Person Re-identification, ICCV 2015).
 
     Found in `data_dir` as market1501 or Market-1501-v15.09.15, also nested once. Person and camera are read from the
-    file name alone. Junk (pid -1) is dropped, distractors (pid 0) stay in the gallery; files that are no images
-    (Thumbs.db) or hidden are ignored. Pids of query and gallery are as on disk; camids are 0..5. Items are sorted by
+    file name only. Junk (pid -1) is dropped, distractors (pid 0) stay in the gallery; hidden files and files that are
+    not images (Thumbs.db) are ignored. Pids of query and gallery are as on disk; camids are 0..5. Items are sorted by
     file name.
 
-    `name` is market1501 or toy_market1501. Raises UserError for a missing tree, a folder without images, an image
-    whose name does not parse, a camera outside 1..6 and a training set of one person.
+    `name` is market1501 or toy_market1501. Raises UserError for a missing folder, a folder without images, an image
+    whose name cannot be parsed, a camera outside 1..6, and a training set with a single person.
     """
 
     def __init__(self, data_dir: str = 'data', name: str = 'market1501') -> None:
@@ -37,7 +37,7 @@ class Market1501(Dataset):
 
 
 def _scan(folder: str) -> list[Image]:
-    """The images of one folder, sorted by name, junk left out."""
+    """The images of one folder without junk, sorted by name."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -49,16 +49,16 @@ def _scan(folder: str) -> list[Image]:
         match = NAME.match(name)
         if not match:
             raise UserError(
-                f'{folder}: the name {plain(repr(name))} does not parse; it must begin with person and camera, as in '
+                f'{folder}: the name {plain(repr(name))} cannot be parsed; it must start with person and camera, as in '
                 '0002_c1s1_'
             )
         pid, camera = map(int, match.groups())
         if pid == -1:
             continue
         if not 1 <= camera <= NUM_CAMERAS:
-            raise UserError(f'{folder}: {plain(repr(name))} is of camera {camera}, but cameras are 1 to {NUM_CAMERAS}')
+            raise UserError(f'{folder}: {plain(repr(name))} has camera {camera}, but cameras are 1 to {NUM_CAMERAS}')
         items.append((os.path.join(folder, name), pid, camera - 1))
     if not items:
         kinds = ', '.join(IMAGE_TYPES)
-        raise UserError(f'{folder} holds no images of persons ({kinds}); unzip the data set there again')
+        raise UserError(f'{folder} contains no images of persons ({kinds}); unzip the data set there again')
     return items

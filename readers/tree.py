@@ -1,4 +1,4 @@
-"""What all readers share: what a data set is once it is read, and how its tree is found."""
+"""Shared by all readers: the data set object, and the search for its folder."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,17 +18,17 @@ class Dataset:
     """Training items, queries and gallery, lists of (path, pid, camid), or (tuple of paths, pid, camid) of tracklets.
 
     Args:
-        train: with any whole numbers as pids; here they become 0..n-1 in ascending order.
-        title: how its statistics are headed; `name` if it is left out.
-        total: items in total, where the subsets share some.
+        train: with any integers as pids; they are relabelled 0..n-1 in ascending order.
+        title: heading of the printed statistics; `name` by default.
+        total: total number of items, if subsets share some.
         lengths: frames of each tracklet.
 
     Attributes:
         kind: 'image' or 'video', what the items are.
-        train_pids: the pid that each training label stood for.
+        train_pids: the original pid of each training label.
         num_train_pids, num_query_pids, num_gallery_pids: numbers of pids in the lists.
 
-    Prints the original's table of statistics. Raises UserError for a training set of one person.
+    Prints the original's table of statistics. Raises UserError for a training set with fewer than two persons.
     """
 
     published: Mapping[str, tuple[int, int]] = {}  # known numbers of persons and items of each subset
@@ -47,8 +47,8 @@ class Dataset:
         self.name = name
         self.train_pids = sorted({pid for _, pid, _ in train})
         if len(self.train_pids) < 2:
-            whose = f'of one person ({paths_of(train[0])[0]} ...)' if train else 'empty'
-            raise UserError(f'{name}: the training set is {whose}; it needs two persons or more to tell apart')
+            whose = f'limited to one person ({paths_of(train[0])[0]} ...)' if train else 'empty'
+            raise UserError(f'{name}: the training set is {whose}; at least two persons are needed')
         self.kind = 'image' if isinstance(train[0][0], str) else 'video'
         labels = {pid: label for label, pid in enumerate(self.train_pids)}
         self.train: list[Item] = [(paths, labels[pid], camid) for paths, pid, camid in train]
@@ -60,7 +60,7 @@ class Dataset:
         print('\n'.join([f'=> {title or name} loaded', 'Dataset statistics:', *self._statistics(total, lengths)]))
 
     def _statistics(self, total: int, lengths: Sequence[int]) -> list[str]:
-        """The original's table; ids in total are those of train and query."""
+        """The original's table. The total number of ids is that of train and query."""
         counts = [
             ('train', self.num_train_pids, len(self.train)),
             ('query', self.num_query_pids, len(self.query)),
@@ -82,7 +82,7 @@ def count_pids(items: Iterable[Item]) -> int:
 
 
 def ids_of(query: Sequence[Item], gallery: Sequence[Item]) -> list[np.ndarray]:
-    """pids of query and gallery, then their camids."""
+    """The pids of query and gallery, then their camids."""
     return [np.array([item[column] for item in items]) for column in (1, 2) for items in (query, gallery)]
 
 
@@ -92,12 +92,12 @@ def paths_of(item: Item) -> Sequence[str]:
 
 
 def find(data_dir: str, name: str, folders: Sequence[str], parts: Mapping[str, str]) -> str:
-    """The folder that holds all `parts`: data_dir/FOLDER, or data_dir/FOLDER/FOLDER, of the names it may have.
+    """The folder that contains all `parts`: data_dir/FOLDER or data_dir/FOLDER/FOLDER, for any of `folders`.
 
-    parts: each with the hint that the message gives for it
+    parts: each with the hint that the error message gives for it
 
     Raises:
-        UserError: there is none; the message draws the tree that is expected.
+        UserError: there is none; the message shows the expected folders.
     """
     places = [os.path.join(data_dir, folder) for folder in folders]
     places += [os.path.join(place, folder) for place in places for folder in folders]
@@ -108,12 +108,12 @@ def find(data_dir: str, name: str, folders: Sequence[str], parts: Mapping[str, s
 
     nearest = min(places, key=lambda place: len(missing[place]))
     if len(missing[nearest]) < len(parts):
-        fault = f'{nearest} holds no {", no ".join(missing[nearest])}'
+        fault = f'{nearest} contains no {", no ".join(missing[nearest])}'
     else:
         fault = f"no {' or '.join(folders)} in --data-dir '{data_dir}'"
     tree = [os.path.join(data_dir, folders[0]) + os.sep]
     tree += [f'    {part}{"" if "." in part else os.sep}'.ljust(34) + hint for part, hint in parts.items()]
-    advice = f'data/README.md says where to get it; -d toy_{name} draws a toy of this format'
+    advice = f'see data/README.md for where to download it; -d toy_{name} draws a toy in this format'
     if name.startswith('toy_'):
-        advice = 'remove that folder, and the toy is drawn anew'
+        advice = 'remove that folder, and the toy is drawn again'
     raise UserError('\n'.join([f'{fault}; expected:', *(line.rstrip() for line in tree), advice]))

@@ -31,7 +31,7 @@ def test_toys_are_drawn_and_read(tmp_path, monkeypatch):
     assert all(os.path.isfile(path) for paths, _, _ in mars.train + mars.query + mars.gallery for path in paths)
 
     shutil.rmtree(tmp_path / 'toy_market1501' / 'query')
-    with pytest.raises(UserError, match='remove that folder, and the toy is drawn anew'):
+    with pytest.raises(UserError, match='remove that folder, and the toy is drawn again'):
         data_manager.init_dataset('toy_market1501', tmp_path)
 
 
@@ -61,7 +61,7 @@ def test_any_object_with_three_lists_is_a_data_set(table, monkeypatch, capsys):
     assert (dataset.query, dataset.gallery, dataset.train_pids) == (lists['query'], lists['gallery'], [3, 70])
     assert (dataset.num_train_pids, dataset.num_query_pids, dataset.num_gallery_pids) == (2, 1, 1)
     assert f'# {"images" if table == "IMAGES" else "tracklets"}\n' in capsys.readouterr().out
-    for train, fault in (([], 'is empty'), (lists['train'][::2], 'is of one person .a.jpg ...')):
+    for train, fault in (([], 'is empty'), (lists['train'][::2], 'is limited to one person .a.jpg ...')):
         lists['train'] = train
         with pytest.raises(UserError, match=f'^mine: the training set {fault}'):
             data_manager.init_dataset('mine')
@@ -96,11 +96,11 @@ def market(tmp_path, monkeypatch):
 
 
 NOTES = [
-    'note: persons of the training set in one camera only: 1',
+    'note: persons of the training set seen by one camera only: 1',
     '    7',
-    'note: persons of the test sets in one camera only: 1',
+    'note: persons of the test sets seen by one camera only: 1',
     '    3',
-    'note: queries without a match, their person not in the gallery: 1',
+    'note: queries without a match (the person is not in the gallery): 1',
     '    market1501/query/0003_c5s1_000476_00.JPG',
 ]
 
@@ -108,7 +108,7 @@ NOTES = [
 def test_a_sound_data_set(market, checked):
     status, found, errors = checked('market1501')
     assert (status, found[:-1]) == (0, NOTES)
-    assert found[-1].startswith('market1501: kinds of faults: 0; ')
+    assert found[-1].startswith('market1501: 0 kinds of faults; ')
     assert errors == ''  # no bar where there is no terminal
 
 
@@ -126,19 +126,19 @@ def test_all_faults_of_a_data_set_are_found(market, checked, tmp_path):
     folder, kinds = 'market1501/bounding_box_train/', 'JPEG, PNG, BMP, GIF, PPM, TIFF'
     assert status == 1
     assert found[:-1] == [
-        'fault: statistics other than the known ones: 2',
-        '    train: 4 ids, 7 items; known are 2 and 3',
-        '    query: 2 ids, 3 items; known are 2 and 2',
+        'fault: statistics that differ from the known ones: 2',
+        '    train: 4 ids, 7 items instead of 2 and 3',
+        '    query: 2 ids, 3 items instead of 2 and 2',
         'fault: persons in both the training set and the test sets: 1',
         '    1',
-        'note: persons of the training set in one camera only: 2',
+        'note: persons of the training set seen by one camera only: 2',
         '    1',
         '    7',
         *NOTES[2:],
-        'note: queries without a match, their person in their own camera only: 1',
+        'note: queries without a match (the person is in the same camera only): 1',
         '    market1501/query/0001_c1s1_001051_00.jpg',
-        'fault: files of 12 that cannot be read: 3',
-        f'    cannot read the image {folder}0001_c1s1_000001_00.jpg: it is not a {kinds} or WEBP file',
+        'fault: files (of 12) that cannot be read: 3',
+        f'    cannot read the image {folder}0001_c1s1_000001_00.jpg: it is no {kinds} or WEBP file',
         f'    cannot read the image market1501/query/0001_c3.png: {found[-7].split(": ")[1]}',
         '    cannot read the image market1501/bounding_box_test/0001_c1s1_000301_00.jpg: No such file or directory',
         'fault: groups of byte-equal files of different persons: 1',
@@ -146,7 +146,7 @@ def test_all_faults_of_a_data_set_are_found(market, checked, tmp_path):
         'note: groups of byte-equal files of one person or of distractors: 1',
         f'    {folder}0002_c1s1_000451_03.jpg = {folder}0002_c2s1_000451_03.jpg',
     ]
-    assert found[-1].startswith('market1501: kinds of faults: 4; ')
+    assert found[-1].startswith('market1501: 4 kinds of faults; ')
 
 
 def test_a_distractor_is_no_person(market, checked):
@@ -166,25 +166,25 @@ def test_mars_is_checked_under_both_protocols(tmp_path, checked, monkeypatch, na
     toy.draw_mars(tmp_path / 'mars', num_train=3, num_test=2, num_distractors=1, num_frames=(2, 3), height=24, width=12)
     status, found, _ = checked(name)
     assert status == 1
-    assert found[0] == 'fault: statistics other than the known ones: 3'
-    assert found[3].endswith('; known are 621 and 9330')
+    assert found[0] == 'fault: statistics that differ from the known ones: 3'
+    assert found[3].endswith(' instead of 621 and 9330')
     monkeypatch.setattr(mars, 'PUBLISHED', {})
     path = min((tmp_path / 'mars' / 'bbox_train' / '0001').iterdir())
     path.write_bytes(b'')
     status, other, _ = checked(name)
     assert status == 1
     assert other[:-3] == found[4:-1]
-    assert f'    cannot read the image mars/bbox_train/0001/{path.name}: it is not a JPEG' in other[-2]
-    assert 'note: queries without a match under mars, their person not in the gallery: 4' in other
-    assert not [line for line in other if 'mars_official,' in line and 'not in the gallery' in line]
-    assert 'note: queries without a match under mars_official, their person in their own camera only' not in other
+    assert f'    cannot read the image mars/bbox_train/0001/{path.name}: it is no JPEG' in other[-2]
+    assert 'note: queries without a match under mars (the person is not in the gallery): 4' in other
+    assert not [line for line in other if 'mars_official (' in line and 'not in the gallery' in line]
+    assert 'note: queries without a match under mars_official (the person is in the same camera only)' not in other
 
 
 def test_mistakes_of_the_command_are_one_line(tmp_path, checked):
     for name, args, fault in (
         ('duke', (), "there is no data set 'duke'"),
         ('market1501', (), 'no market1501 or Market-1501-v15.09.15 in --data-dir'),
-        ('toy_mars', ('-j', '0'), '-j 0: the images are opened by one process or more'),
+        ('toy_mars', ('-j', '0'), '-j 0: at least one process is needed'),
         ('toy_mars', ('-j', 'all'), "-j/--jobs: invalid int value: 'all'"),
     ):
         status, _, errors = checked(name, *args)

@@ -257,7 +257,7 @@ def test_a_bad_image_ends_the_epoch_with_its_path_in_one_line(workers, images, t
 
 
 def test_a_sampler_of_other_items_is_refused(images):
-    with pytest.raises(ValueError, match='draws from 24 images, there are 23'):
+    with pytest.raises(ValueError, match='draws from 24 images, but there are 23'):
         loader_of(images, dataset=ImageDataset(images[:-1]))
 
 
@@ -282,7 +282,7 @@ def test_a_run_that_waits_for_images_is_advised_to_cache_them_once(images, monke
     training = loader_of(images)
     for epoch in range(3):
         epoch_of(training, epoch)
-    line = '33% of the epoch was spent waiting for images; --cache ram would hold all in 0.00 GB\n'
+    line = '33% of the epoch was spent waiting for images; --cache ram would keep all of them in 0.00 GB\n'
     assert capsys.readouterr().out == line
     epoch_of(loader_of(images, cache='ram'))
     epoch_of(loader_of(images, run=share_of(1, 2)))
@@ -409,7 +409,7 @@ def test_float_images_are_taken_as_prepared_and_announced_once(workers, cache, m
             expected = torch.stack([prepared(read_image(mixed[index][0])) for index in indices.tolist()])
             assert torch.equal(augment(images, draws), expected)
     out = capsys.readouterr().out.splitlines()
-    announced = 'The data set returns float images: they are taken as prepared and are not augmented'
+    announced = 'The data set returns float images: they count as prepared and are not augmented'
     assert out[-1] == announced and len(out) == 1 + (cache != 'none')
 
 

@@ -261,35 +261,35 @@ def test_a_missing_tree_is_drawn(tmp_path, name, folder):
     assert message.startswith(f"no {name} or {folder} in --data-dir '{tmp_path}'; expected:\n{tmp_path}/{name}/\n")
     parts = market1501.PARTS if name == 'market1501' else mars.PARTS
     assert all(f'\n    {part}' in message for part in parts)
-    assert message.endswith(f'data/README.md says where to get it; -d toy_{name} draws a toy of this format')
+    assert message.endswith(f'see data/README.md for where to download it; -d toy_{name} draws a toy in this format')
 
 
 def test_a_missing_part_is_named(tmp_path):
     root = put_market(tmp_path / 'Market-1501-v15.09.15')
     shutil.rmtree(root / 'query')
-    with pytest.raises(UserError, match=r'Market-1501-v15\.09\.15 holds no query; expected:'):
+    with pytest.raises(UserError, match=r'Market-1501-v15\.09\.15 contains no query; expected:'):
         Market1501(tmp_path)
     root = put_info(tmp_path / 'mars' / 'MARS')
     (root / 'info' / 'query_IDX.mat').unlink()
     (root / 'bbox_test').rmdir()
-    with pytest.raises(UserError, match=r'mars/MARS holds no bbox_test, no info/query_IDX\.mat; expected:'):
+    with pytest.raises(UserError, match=r'mars/MARS contains no bbox_test, no info/query_IDX\.mat; expected:'):
         Mars(tmp_path)
 
 
 @pytest.mark.parametrize(
     'part, names, fault',
     [
-        ('bounding_box_train', [], 'bounding_box_train holds no images of persons'),
-        ('query', ['Thumbs.db', '.hidden_c1.jpg'], 'query holds no images of persons'),
-        ('bounding_box_test', ['-1_c1s1_000401_03.jpg'], 'bounding_box_test holds no images of persons'),
-        ('query', ['holiday.jpg'], "query: the name 'holiday.jpg' does not parse"),
-        ('query', ['x0001_c1s1_001051_00.jpg'], 'does not parse'),
-        ('query', ['-2_c1s1_001051_00.jpg'], 'does not parse'),
-        ('query', ['0001_c0s1_001051_00.jpg'], "'0001_c0s1_001051_00.jpg' is of camera 0, but cameras are 1 to 6"),
-        ('bounding_box_test', ['0001_c7s1_001051_00.jpg'], 'is of camera 7, but cameras are 1 to 6'),
-        ('bounding_box_train', MARKET['bounding_box_train'][:2], 'the training set is of one person'),
-        ('query', ['a\n\x1b[2J\udcff.jpg'], r"query: the name 'a\n\x1b[2J\udcff.jpg' does not parse"),
-        ('query', ['0001_c7\n.jpg'], r"query: '0001_c7\n.jpg' is of camera 7"),
+        ('bounding_box_train', [], 'bounding_box_train contains no images of persons'),
+        ('query', ['Thumbs.db', '.hidden_c1.jpg'], 'query contains no images of persons'),
+        ('bounding_box_test', ['-1_c1s1_000401_03.jpg'], 'bounding_box_test contains no images of persons'),
+        ('query', ['holiday.jpg'], "query: the name 'holiday.jpg' cannot be parsed"),
+        ('query', ['x0001_c1s1_001051_00.jpg'], 'cannot be parsed'),
+        ('query', ['-2_c1s1_001051_00.jpg'], 'cannot be parsed'),
+        ('query', ['0001_c0s1_001051_00.jpg'], "'0001_c0s1_001051_00.jpg' has camera 0, but cameras are 1 to 6"),
+        ('bounding_box_test', ['0001_c7s1_001051_00.jpg'], 'has camera 7, but cameras are 1 to 6'),
+        ('bounding_box_train', MARKET['bounding_box_train'][:2], 'the training set is limited to one person'),
+        ('query', ['a\n\x1b[2J\udcff.jpg'], r"query: the name 'a\n\x1b[2J\udcff.jpg' cannot be parsed"),
+        ('query', ['0001_c7\n.jpg'], r"query: '0001_c7\n.jpg' has camera 7"),
     ],
 )
 def test_faults_of_market1501(tmp_path, part, names, fault):
@@ -320,23 +320,23 @@ def changed(row, column, value, dtype=np.int32):
 @pytest.mark.parametrize(
     'table, fault',
     [
-        (changed(2, 1, 10), 'track 3 is lines 7 to 10 of'),
-        (changed(0, 0, 0), 'track 1 is lines 0 to 4 of'),
-        (changed(0, 0, -3), 'track 1 is lines -3 to 4 of'),
-        (changed(1, 1, 4), 'track 2 is lines 5 to 4 of'),
-        (changed(0, 1, 2**31 - 1), 'track 1 is lines 1 to 2147483647 of'),
+        (changed(2, 1, 10), 'track 3 has lines 7 to 10 of'),
+        (changed(0, 0, 0), 'track 1 has lines 0 to 4 of'),
+        (changed(0, 0, -3), 'track 1 has lines -3 to 4 of'),
+        (changed(1, 1, 4), 'track 2 has lines 5 to 4 of'),
+        (changed(0, 1, 2**31 - 1), 'track 1 has lines 1 to 2147483647 of'),
         (changed(1, 1, 7), 'track 2, lines 5 to 7 of'),  # two persons
         (changed(0, 1, 5), 'mixes 0001C1 and 0001C2, but a tracklet is one person in one camera'),
-        (changed(1, 3, 7), 'track 2 is of camera 7, but cameras are 1 to 6'),
-        (changed(1, 3, 0), 'track 2 is of camera 0, but cameras are 1 to 6'),
-        (changed(1, 2, -2), 'track 2 is of person -2'),
-        (changed(2, 2, 1), 'the training set is of one person'),
+        (changed(1, 3, 7), 'track 2 has camera 7, but cameras are 1 to 6'),
+        (changed(1, 3, 0), 'track 2 has camera 0, but cameras are 1 to 6'),
+        (changed(1, 2, -2), 'track 2 has person -2'),
+        (changed(2, 2, 1), 'the training set is limited to one person'),
         (changed(slice(None), 2, -1), 'the training set has no tracklet of a person'),
-        (changed(0, 0, np.nan, float), 'is no table of whole numbers'),
-        (changed(0, 0, 1.5, float), 'is no table of whole numbers'),
-        (changed(0, 0, 1e300, float), 'is no table of whole numbers'),
-        (GOOD + 0.5j, 'is no table of whole numbers'),
-        (np.array([['a', 'b']], dtype=object), 'is no table of whole numbers'),
+        (changed(0, 0, np.nan, float), 'is not a table of integers'),
+        (changed(0, 0, 1.5, float), 'is not a table of integers'),
+        (changed(0, 0, 1e300, float), 'is not a table of integers'),
+        (GOOD + 0.5j, 'is not a table of integers'),
+        (np.array([['a', 'b']], dtype=object), 'is not a table of integers'),
         (GOOD[:, :3], 'is a table of shape (3, 3), but must have 4 columns'),
         (np.zeros((0, 4)), 'the training set has no tracklet of a person'),
     ],
@@ -357,7 +357,7 @@ def test_a_mars_table_that_would_fill_the_memory(tmp_path):
     (root / 'info' / 'train_name.txt').write_text(lines)
     with pytest.raises(UserError) as error:
         Mars(tmp_path)
-    assert 'its tracks are of 1000000000 frames, but' in one_line(error)
+    assert 'its tracks have 1000000000 frames, but' in one_line(error)
 
 
 @pytest.mark.parametrize('dtype', [np.uint16, np.int64, float])
@@ -371,8 +371,8 @@ def test_mars_tables_of_any_whole_type(tmp_path, dtype):
 @pytest.mark.parametrize(
     'queries, fault',
     [
-        (np.array([[0, 3]], dtype=np.uint16), 'query_IDX.mat points at track 0, but there are tracks 1 to 6'),
-        (np.array([[7]], dtype=np.uint16), 'query_IDX.mat points at track 7, but there are tracks 1 to 6'),
+        (np.array([[0, 3]], dtype=np.uint16), 'query_IDX.mat refers to track 0, but tracks are 1 to 6'),
+        (np.array([[7]], dtype=np.uint16), 'query_IDX.mat refers to track 7, but tracks are 1 to 6'),
         (np.array([[2, 3, 2]], dtype=np.uint16), 'query_IDX.mat names track 2 more than once'),
         (np.array([[1]], dtype=np.uint16), 'the query set has no tracklet of a person'),
         (np.array([[2, 3, 4, 5, 6]], dtype=np.uint16), 'the gallery set has no tracklet of a person'),
@@ -388,14 +388,14 @@ def test_faults_of_mars_queries(tmp_path, queries, fault):
 @pytest.mark.parametrize(
     'file, content, fault',
     [
-        ('train_name.txt', b'', 'track 1 is lines 1 to 4 of'),
-        ('train_name.txt', b'\n' * 9 + b'0001C1T0001F001.jpg', "the name '' does not parse"),
-        ('train_name.txt', b'\x1b[2J\n' * 9, r"the name '\x1b[2J' does not parse"),
+        ('train_name.txt', b'', 'track 1 has lines 1 to 4 of'),
+        ('train_name.txt', b'\n' * 9 + b'0001C1T0001F001.jpg', "the name '' cannot be parsed"),
+        ('train_name.txt', b'\x1b[2J\n' * 9, r"the name '\x1b[2J' cannot be parsed"),
         ('train_name.txt', b'\n'.join([b'x' * 10**6] * 9), "the name 'xxx"),
-        ('train_name.txt', b'\xff\xfe' * 9, 'cannot be read as lines of file names'),
+        ('train_name.txt', b'\xff\xfe' * 9, 'cannot be read as a list of file names'),
         ('tracks_train_info.mat', b'', 'cannot be read as a .mat file'),
         ('tracks_train_info.mat', b'no table' * 40, 'cannot be read as a .mat file'),
-        ('tracks_test_info.mat', None, "tracks_test_info.mat holds no table 'track_test_info'"),
+        ('tracks_test_info.mat', None, "tracks_test_info.mat contains no table 'track_test_info'"),
     ],
 )
 def test_faults_of_mars_files(tmp_path, file, content, fault):
@@ -419,4 +419,4 @@ def test_a_mars_name_that_does_not_parse(tmp_path, name):
     path.write_text('\n'.join([*lines[:2], name, *lines[3:]]))
     with pytest.raises(UserError) as error:
         Mars(tmp_path)
-    assert f"{path}: the name '{name}' does not parse; it must be as 0001C1T0001F001.jpg" in one_line(error)
+    assert f"{path}: the name '{name}' cannot be parsed; it must look like 0001C1T0001F001.jpg" in one_line(error)

@@ -138,12 +138,12 @@ def test_without_a_batch_size_identities_can_be_iterated():
     ('make', 'message'),
     [
         (lambda: RandomSampler(images(10, 10), 32), r'only 20 images: use --train-batch 20 or less'),
-        (lambda: RandomSampler([], 32), r'holds no images'),
+        (lambda: RandomSampler([], 32), r'the training set is empty'),
         (lambda: RandomSampler(images(4), 0), r'--train-batch is 0'),
         (lambda: RandomIdentitySampler(images(4, 4), 4, -8), r'--train-batch is -8'),
-        (lambda: RandomIdentitySampler(images(4, 4), 1, 8), r'--num-instances is 1: a triplet needs 2 or more'),
-        (lambda: RandomIdentitySampler(images(40), 4, 8), r'holds 1 identities, a triplet needs 2'),
-        (lambda: RandomIdentitySampler([], 4, 8), r'holds 0 identities'),
+        (lambda: RandomIdentitySampler(images(4, 4), 1, 8), r'--num-instances is 1: a triplet needs at least 2'),
+        (lambda: RandomIdentitySampler(images(40), 4, 8), r'has 1 identities, but a triplet needs 2'),
+        (lambda: RandomIdentitySampler([], 4, 8), r'has 0 identities'),
         (lambda: RandomIdentitySampler(images(*[1] * 9), 4, 8), r'each of the 9 identities .* one image'),
         (lambda: RandomIdentitySampler(images(*[4] * 9), 4, 30), r'does not divide .* 30: use --train-batch 28 or 32'),
         (
@@ -152,7 +152,10 @@ def test_without_a_batch_size_identities_can_be_iterated():
         ),
         (lambda: RandomIdentitySampler(images(*[4] * 3), 4, 13), r'does not divide .* use --train-batch 12$'),
         (lambda: RandomIdentitySampler(images(*[4] * 3), 4, 99), r'does not divide .* use --train-batch 12$'),
-        (lambda: RandomIdentitySampler(images(*[4] * 9), 4, 4), r'holds one identity .* use --train-batch 8 or more'),
+        (
+            lambda: RandomIdentitySampler(images(*[4] * 9), 4, 4),
+            r'has room for one identity .* use --train-batch 8 or more',
+        ),
         (lambda: RandomIdentitySampler(images(4, 4, 4), 4, 32), r'only 3: use --train-batch 12 or less'),
     ],
 )

@@ -1,4 +1,4 @@
-"""Writes the toy data sets to disk as Market1501 and MARS are laid out: folders, file names and .mat tables."""
+"""Writes the toy data sets to disk in the layouts of Market1501 and MARS: folders, file names and .mat tables."""
 
 import os
 import tempfile
@@ -28,12 +28,12 @@ def draw_market1501(
 ) -> None:
     """Draw an image data set into `folder` in Market1501's format, unless the folder exists.
 
-    Each of `num_train` persons has `num_images` pictures, two from each of several cameras. Each of `num_test` other
-    persons is seen by as many cameras, in one query and two gallery pictures from each. The gallery also contains
-    `num_distractors` pictures of strangers (pid 0) and as many junk pictures (pid -1), with bodies out of the frame.
+    Each of `num_train` persons has `num_images` images, two from each of several cameras. Each of `num_test` other
+    persons is seen by as many cameras, with one query image and two gallery images from each. The gallery also contains
+    `num_distractors` images of strangers (pid 0) and as many junk images (pid -1), with bodies out of the frame.
 
     The folder is either complete or absent: it is drawn under another name and then renamed, so several processes may
-    draw it at once. Equal arguments give equal pictures. Raises OSError where it cannot write.
+    draw it at once. Equal arguments give equal images. Raises OSError if it cannot write.
     """
     rng = np.random.default_rng([seed, 1501])
     frames = count(25, 25)
@@ -79,11 +79,11 @@ def draw_mars(
 
     Each of `num_train` persons has one tracklet in each of two to four cameras. Each of `num_test` others is seen by
     three cameras, by two of them in two tracklets; the first tracklet in a camera is a query. Two more persons have
-    one tracklet in each of two cameras: once the queries are taken out of the gallery, theirs have no match. The
+    one tracklet in each of two cameras: when the queries are removed from the gallery, theirs have no match. The
     gallery also contains `num_distractors` tracklets of strangers (pid 0) and as many of junk (pid -1). A tracklet
     shows a person in smooth motion; `num_frames` are its smallest and largest number of frames.
 
-    Complete or absent, and equal for equal arguments, like `draw_market1501`. Raises OSError where it cannot write.
+    Complete or absent, and equal for equal arguments, like `draw_market1501`. Raises OSError if it cannot write.
     """
     rng = np.random.default_rng([seed, 1261])
 
@@ -147,7 +147,7 @@ def _once(folder: str | os.PathLike[str], draw: Callable[[Path], None]) -> None:
         try:
             drawn.rename(folder)
         except OSError:
-            if not folder.is_dir():  # otherwise another process was first, with the same pictures
+            if not folder.is_dir():  # otherwise another process was first, with the same images
                 raise
 
 
@@ -157,7 +157,7 @@ def _save_table(path: Path, key: str, table: np.ndarray) -> None:
 
     savemat(path, {key: table})
     with open(path, 'r+b') as file:
-        file.write(b'MATLAB 5.0 MAT-file'.ljust(116))  # replaces the header's text, which holds the time of day
+        file.write(b'MATLAB 5.0 MAT-file'.ljust(116))  # replaces the header's text, which contains the time
 
 
 def _some_cameras(number: int, rng: Generator) -> list[int]:

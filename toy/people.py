@@ -1,4 +1,4 @@
-"""Who is in the pictures: persons, how they are made to look different, and how one is drawn."""
+"""Who is in the images: persons, how they are chosen to look different, and how one is drawn."""
 
 import math
 from collections.abc import Iterable
@@ -21,14 +21,14 @@ SHOES = (BLACK, WHITE, RED, (120, 84, 54))
 SKIN = ((236, 196, 168), (204, 156, 120), (146, 100, 72), (96, 64, 48))
 HAIR = ((34, 28, 26), (92, 60, 38), (196, 158, 92), (150, 146, 142))
 
-STOUT = 1.15  # figures are this much broader than people, so that 48 pixels show enough of them
+STOUT = 1.15  # figures are wider than people by this factor, so that 48 pixels show enough of them
 LOOK_APART = 8  # any two persons differ in at least this many attributes
 PATIENCE = 300  # persons rejected in a row before one attribute fewer is enough
 
 
 @dataclass(frozen=True)
 class Person:
-    """What all pictures of a person have in common, each attribute with its choices.
+    """What all images of a person have in common, each attribute with its choices.
 
     A choice listed twice is twice as frequent. An attribute that does not show (a bald person's hair) is fixed.
     """
@@ -48,7 +48,7 @@ class Person:
     hat_colour: Annotated[Colour, CLOTHES]
     bag: Annotated[str, ('none', 'backpack', 'backpack', 'satchel', 'handbag')]
     bag_colour: Annotated[Colour, CLOTHES]
-    girth: Annotated[float, (0.88, 1.0, 1.14)]  # breadth of the body, 1 is usual
+    girth: Annotated[float, (0.88, 1.0, 1.14)]  # width of the body; 1 is average
 
 
 CHOICES = {name: hint.__metadata__[0] for name, hint in get_type_hints(Person, include_extras=True).items()}
@@ -86,15 +86,15 @@ def _darker(colour: Colour, factor: float = 0.78) -> Colour:
 
 
 def draw_figure(image: Image.Image, person: Person, view: View) -> None:
-    """Draw a walking pedestrian. Body coordinates: x from the axis, y from the crown (0) to the soles (1)."""
+    """Draw a walking pedestrian. Body coordinates: x from the axis, y from the top of the head (0) to the soles (1)."""
     draw = ImageDraw.Draw(image)
     size = view.scale * image.height
     axis = image.width / 2 + view.x * image.height
     soles = image.height * (0.98 + view.y)
-    front, side = math.cos(view.yaw), math.sin(view.yaw)  # towards the viewer, towards the right of the picture
-    turn = 1 if front > 0 else -1  # seen from behind, left and right change places
+    front, side = math.cos(view.yaw), math.sin(view.yaw)  # towards the viewer, towards the right of the image
+    turn = 1 if front > 0 else -1  # seen from behind, left and right are swapped
     near = -1 if side > 0 else 1  # the side of the body that is closer to the viewer
-    breadth = person.girth * math.hypot(front, 0.75 * side)  # a body is broader than deep
+    breadth = person.girth * math.hypot(front, 0.75 * side)  # a body is wider than it is deep
     hem = {'waist': 0.53, 'hip': 0.6, 'knee': 0.72}[person.coat]
 
     def at(x: float, y: float) -> Point:
@@ -117,7 +117,7 @@ def draw_figure(image: Image.Image, person: Person, view: View) -> None:
             disc(x, y, thickness / 2, thickness / 2, colour)
 
     def edge(y: float) -> float:
-        """Half the breadth of the trunk at `y`."""
+        """Half the width of the trunk at `y`."""
         return breadth * float(np.interp(y, (0.16, 0.19, 0.4, 0.52, 0.72), (0.07, 0.118, 0.092, 0.1, 0.122)))
 
     def band(top: float, bottom: float, left: float, right: float, colour: Colour) -> None:

@@ -1,4 +1,4 @@
-"""The cameras: the scene behind the person, what hides part of the person, and the picture that is saved."""
+"""The cameras: the scene behind the person, what hides part of the person, and the image that is saved."""
 
 import math
 from dataclasses import dataclass, replace
@@ -12,26 +12,26 @@ from toy.people import GREY, WHITE, Colour, Person, draw_figure, random_persons
 from toy.views import View, random_view
 
 NUM_CAMERAS = 6
-OVERSAMPLING = 3  # pictures are drawn this many times larger and averaged down
-SCENE = 3  # a camera's scene is this many pictures wide
-SCREENED = 0.08  # share of the pictures in which something hides part of the person
+OVERSAMPLING = 3  # images are drawn this many times larger and averaged down
+SCENE = 3  # width of a camera's scene, in images
+SCREENED = 0.08  # fraction of the images in which something hides part of the person
 
 
 @dataclass(frozen=True)
 class Camera:
-    """What all pictures of a camera have in common."""
+    """What all images of a camera have in common."""
 
-    scene: Image.Image  # RGB, SCENE pictures wide and one and a quarter high, oversampled
+    scene: Image.Image  # RGB, oversampled; SCENE images wide and 1.25 images high
     gains: np.ndarray  # (3,) exposure and white balance
     gamma: float
-    haze: float  # share of a grey veil
-    blur: float  # radius in pixels, in a picture 96 pixels high
+    haze: float  # fraction of grey veil
+    blur: float  # radius in pixels, in an image 96 pixels high
     noise: float  # standard deviation in grey levels
     quality: int  # of the JPEG
 
 
 def random_camera(kind: int, height: int, width: int, rng: Generator) -> Camera:
-    """A camera for pictures of `height` x `width` pixels; `kind`, 0 to NUM_CAMERAS - 1, selects its scene."""
+    """A camera for images of `height` x `width` pixels; `kind`, 0 to NUM_CAMERAS - 1, selects its scene."""
     gains = rng.uniform(0.9, 1.1) * (1 + rng.uniform(-0.07, 0.07, size=3))
     return Camera(
         scene=_scene(kind, height, width, rng),
@@ -45,7 +45,7 @@ def random_camera(kind: int, height: int, width: int, rng: Generator) -> Camera:
 
 
 def photograph(path: Path, person: Person, camera: Camera, view: View, height: int, width: int, rng: Generator) -> None:
-    """Save the picture that `camera` takes of `person` at the moment `view`; `rng` is used for the noise only."""
+    """Save the image that `camera` takes of `person` at the moment `view`; `rng` is used for the noise only."""
     large_h, large_w = height * OVERSAMPLING, width * OVERSAMPLING
     left = round(view.scene_x * (camera.scene.width - large_w))
     upper = round(view.scene_y * (camera.scene.height - large_h))
@@ -99,7 +99,7 @@ def _draw_screen(image: Image.Image, view: View) -> None:
 
 def _scene(kind: int, height: int, width: int, rng: Generator) -> Image.Image:
     """The surroundings of a camera: a backdrop down to the horizon, and the ground below."""
-    unit = height * OVERSAMPLING  # a picture's height
+    unit = height * OVERSAMPLING  # height of an image
     step = unit // 8
     wide, high = SCENE * width * OVERSAMPLING, round(1.25 * unit)
     horizon = round(unit * rng.uniform(0.42, 0.62))

@@ -1,4 +1,4 @@
-"""What differs between two pictures of a person by the same camera: pose, position, light and what is in the way."""
+"""What differs between two images of a person by the same camera: pose, position, light and occlusion."""
 
 import math
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from numpy.random import Generator
 
 @dataclass(frozen=True)
 class View:
-    """One moment in front of a camera, each value with its range. Angles in radians, lengths in picture heights."""
+    """One moment in front of a camera, each value with its range. Angles in radians, lengths in image heights."""
 
-    yaw: Annotated[float, 0, 2 * math.pi]  # 0 faces the camera, pi / 2 walks to the right, pi turns the back
+    yaw: Annotated[float, 0, 2 * math.pi]  # 0 faces the camera, pi / 2 walks to the right, pi faces away
     phase: Annotated[float, 0, 2 * math.pi]  # of the gait
     stride: Annotated[float, 0.1, 0.55]  # amplitude of the legs' swing
     lean: Annotated[float, -0.06, 0.06]
@@ -21,7 +21,7 @@ class View:
     scale: Annotated[float, 0.88, 0.98]  # height of the body
     light: Annotated[float, 0.88, 1.12]
     warmth: Annotated[float, -0.04, 0.04]
-    shade_x: Annotated[float, -0.2, 0.2]  # slope of the light across the picture
+    shade_x: Annotated[float, -0.2, 0.2]  # slope of the light across the image
     shade_y: Annotated[float, -0.2, 0.2]
     scene_x: Annotated[float, 0, 1]  # which part of the camera's scene is the background
     scene_y: Annotated[float, 0, 1]
