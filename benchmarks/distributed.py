@@ -24,16 +24,34 @@ import torch
 from torch.optim import Adam
 
 import models
-import train_img_model_xent_htri as script
+from arguments import RunOptions
 from losses import CrossEntropyLabelSmooth, TripletLoss
-from runtime import launch
+from runtime import device
+from runtime.device import Run
+from runtime.processes import Group, of_environment
 from table import Row, row
 
 HEIGHT, WIDTH, CLASSES = 256, 128, 751
 TURNS, WARM = 7, 2
 
 
-def trainer(run: launch.Run, batch: int):
+def train(batches, replica, augment, criterion_xent, criterion_htri, optimizer, meter, run) -> None:
+    """The steps of train_img_model_xent_htri.py, line by line, without its checkpoint."""
+    replica.train()
+    for imgs, pids, draws in batches:
+        with run.autocast():
+            logits, features = replica(augment(imgs, draws))  # (B, num_train_pids), (B, feat_dim)
+        xent = criterion_xent(logits.float(), pids)
+        htri = criterion_htri(*run.gather(features.float(), pids))  # the hardest of the whole batch
+        loss = xent + htri
+        optimizer.zero_grad()
+        loss.backward()
+        run.skip_unless_finite(loss, optimizer)
+        optimizer.step()
+        meter.update(loss=loss, xent=xent, htri=htri, active=criterion_htri.active, collapsed=criterion_htri.collapsed)
+
+
+def trainer(run: Run, batch: int):
     """One step of the script, on `batch` images that are already there."""
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -46,12 +64,12 @@ def trainer(run: launch.Run, batch: int):
     meter = SimpleNamespace(update=lambda **losses: None)
 
     def step():
-        script.train([(images, pids, None)], replica, lambda imgs, draws: imgs, *criteria, optimizer, meter, run)
+        train([(images, pids, None)], replica, lambda imgs, draws: imgs, *criteria, optimizer, meter, run)
 
     return step
 
 
-def seconds(step, run: launch.Run, steps: int) -> torch.Tensor:
+def seconds(step, run: Run, steps: int) -> torch.Tensor:
     """Of a step, in each of the processes (W,), which begin together."""
     run.sum(torch.zeros(1))
     began = time.perf_counter()
@@ -63,20 +81,11 @@ def seconds(step, run: launch.Run, steps: int) -> torch.Tensor:
 
 
 def main() -> None:
-    options = SimpleNamespace(
-        seed=1,
-        use_cpu=False,
-        gpu_devices='0',
-        precision='auto',
-        width=WIDTH,
-        sync_bn=False,
-        compile=False,
-        deterministic=False,
-    )
+    group = Group(of_environment())
     with contextlib.redirect_stdout(io.StringIO()):
-        run = launch.start(options)
+        run = device.start(RunOptions(width=WIDTH), group)
     on_cpu = run.device.type == 'cpu'
-    alone = launch.Run(run.device, run.precision, run.test_precision, run.seed)
+    alone = Run(run.device, run.precision, run.test_precision, run.seed)
     cores, many, steps = os.cpu_count() or 1, run.world_size, 1 if on_cpu else 50
     share = 32 // many if on_cpu else 64
     together, apart = trainer(run, share), trainer(alone, share)
@@ -91,7 +100,7 @@ def main() -> None:
         names = ('one', 'together', 'apart')
         times = {name: [float(turn[index]) for turn in turns[WARM:]] for index, name in enumerate(names)}
         print(json.dumps({'times': times, 'batch': share * many, 'many': many}))
-    launch._leave()
+    group.leave()
 
 
 def rows(full: bool) -> list[Row]:
