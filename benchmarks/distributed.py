@@ -1,13 +1,13 @@
-"""The cost of sharing a batch: steps of one process compared with those of several. Rows of `table.py`.
+"""What it costs to share a batch: steps of one process against those of several. Rows of `table.py`.
 
 ResNet50 with cross entropy and the triplet loss, whose features are gathered, on resident batches of 256x128.
 
-- On CPUs 2 processes, each with half of the cores, share the batch of 32 that 1 process computes with all cores.
-- On several GPUs each process computes a batch of 64. The limit is the time of one process alone; 1.05 times the limit
-  on 4 GPUs of one host is a scaling efficiency of 95%.
+- On CPUs 2 processes with half of the cores each share the batch of 32 that 1 process takes with all of them.
+- On several GPUs each process takes a batch of 64. The limit is the time of one alone: 1.05 times that on 4 GPUs of one
+  host is a scaling efficiency of 95%.
 
-The cost of communication and waiting is the additional time of a step compared with a step without exchange. On shared
-CPUs the single process suffers most, because its threads spin while they wait for each other.
+Communication and waiting is what a step needs more than without exchanging anything. On CPUs that others use too the
+1 process suffers most: its threads wait for each other spinning.
 """
 
 import contextlib
@@ -24,17 +24,35 @@ import torch
 from torch.optim import Adam
 
 import models
-import train_img_model_xent_htri as script
+from arguments import RunOptions
 from losses import CrossEntropyLabelSmooth, TripletLoss
-from runtime import launch
+from runtime import device
+from runtime.device import Run
+from runtime.processes import Group, of_environment
 from table import Row, row
 
 HEIGHT, WIDTH, CLASSES = 256, 128, 751
 TURNS, WARM = 7, 2
 
 
-def trainer(run: launch.Run, batch: int):
-    """One step of the script, on `batch` resident images."""
+def train(batches, replica, augment, criterion_xent, criterion_htri, optimizer, meter, run) -> None:
+    """The steps of train_img_model_xent_htri.py, line by line, without its checkpoint."""
+    replica.train()
+    for imgs, pids, draws in batches:
+        with run.autocast():
+            logits, features = replica(augment(imgs, draws))  # (B, num_train_pids), (B, feat_dim)
+        xent = criterion_xent(logits.float(), pids)
+        htri = criterion_htri(*run.gather(features.float(), pids))  # the hardest of the whole batch
+        loss = xent + htri
+        optimizer.zero_grad()
+        loss.backward()
+        run.skip_unless_finite(loss, optimizer)
+        optimizer.step()
+        meter.update(loss=loss, xent=xent, htri=htri, active=criterion_htri.active, collapsed=criterion_htri.collapsed)
+
+
+def trainer(run: Run, batch: int):
+    """One step of the script, on `batch` images that are already there."""
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):
         model = run.place(models.init_model('resnet50', CLASSES, loss={'xent', 'htri'}))
@@ -46,13 +64,13 @@ def trainer(run: launch.Run, batch: int):
     meter = SimpleNamespace(update=lambda **losses: None)
 
     def step():
-        script.train([(images, pids, None)], replica, lambda imgs, draws: imgs, *criteria, optimizer, meter, run)
+        train([(images, pids, None)], replica, lambda imgs, draws: imgs, *criteria, optimizer, meter, run)
 
     return step
 
 
-def seconds(step, run: launch.Run, steps: int) -> torch.Tensor:
-    """Seconds of a step in each of the processes (W,), which start together."""
+def seconds(step, run: Run, steps: int) -> torch.Tensor:
+    """Of a step, in each of the processes (W,), which begin together."""
     run.sum(torch.zeros(1))
     began = time.perf_counter()
     for _ in range(steps):
@@ -63,20 +81,11 @@ def seconds(step, run: launch.Run, steps: int) -> torch.Tensor:
 
 
 def main() -> None:
-    options = SimpleNamespace(
-        seed=1,
-        use_cpu=False,
-        gpu_devices='0',
-        precision='auto',
-        width=WIDTH,
-        sync_bn=False,
-        compile=False,
-        deterministic=False,
-    )
+    group = Group(of_environment())
     with contextlib.redirect_stdout(io.StringIO()):
-        run = launch.start(options)
+        run = device.start(RunOptions(width=WIDTH), group)
     on_cpu = run.device.type == 'cpu'
-    alone = launch.Run(run.device, run.precision, run.test_precision, run.seed)
+    alone = Run(run.device, run.precision, run.test_precision, run.seed)
     cores, many, steps = os.cpu_count() or 1, run.world_size, 1 if on_cpu else 50
     share = 32 // many if on_cpu else 64
     together, apart = trainer(run, share), trainer(alone, share)
@@ -91,13 +100,13 @@ def main() -> None:
         names = ('one', 'together', 'apart')
         times = {name: [float(turn[index]) for turn in turns[WARM:]] for index, name in enumerate(names)}
         print(json.dumps({'times': times, 'batch': share * many, 'many': many}))
-    launch._leave()
+    group.leave()
 
 
 def rows(full: bool) -> list[Row]:
     gpus = torch.cuda.device_count()
     if gpus == 1:
-        return [Row('a batch shared by several GPUs: needs at least two GPUs')]
+        return [Row('a batch shared by several GPUs: needs two or more')]
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(gpus or 2)]
     path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
     ended = subprocess.run(

@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,13 +20,15 @@ from PIL import Image
 
 import data_manager
 import toy
+from arguments import DataOptions
 from dataset_loader import ImageDataset, train_loader
+from runtime.device import Run
 from samplers import RandomSampler
 from table import Row, row, take_turns
 from transforms import IMAGENET_MEAN, IMAGENET_STD, Normalize, ToTensor, TrainTransform
 
 BATCH, HEIGHT, WIDTH = 32, 256, 128
-RUN = SimpleNamespace(device=torch.device('cpu'), rank=0, world_size=1)
+RUN = Run(torch.device('cpu'))
 
 
 def plain_image(path: str, draw: list[float]) -> torch.Tensor:
@@ -67,7 +68,7 @@ def compare(items: list, turns: int, mixed: bool = False) -> list[Row]:
     """Assert that the pixels of both sides agree to within 2/255, on average to a tenth of that; see `transforms`."""
     sampler, augment = RandomSampler(items, BATCH), TrainTransform(HEIGHT, WIDTH)
     loaders = {
-        cache: train_loader(ImageDataset(items), sampler, SimpleNamespace(workers=0, cache=cache), RUN)
+        cache: train_loader(ImageDataset(items), sampler, DataOptions(workers=0, cache=cache), RUN)
         for cache in ('none', 'ram')
     }
     std = torch.tensor(IMAGENET_STD)[:, None, None]

@@ -10,22 +10,19 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
 
 import data_manager
 import evaluation
-from runtime import launch
+from arguments import TestOptions
+from readers.tree import Dataset
+from runtime.device import Run
 from table import Row, seconds
 from testing import MARKET1501, draw
 
 REPORT = Path(__file__).resolve().parents[1] / 'report.py'
-OPTIONS = {
-    'evaluate': False, 'no_report': False, 'save_features': False, 'rerank': False, 'resume': '', 'arch': 'drawn',
-    'height': 256, 'width': 128,
-}  # fmt: skip
 TURNS = 3
 
 
@@ -41,12 +38,11 @@ def put_run(folder: Path, size: tuple[int, int]) -> None:
         ]
         for subset, (some, pids, camids) in shown.items()
     }
-    dataset = SimpleNamespace(name='market1501', train=toy.train, **items)
+    dataset = Dataset('market1501', toy.train, **items)
     extracted = [(each, torch.arange(len(each))) for each in features]
-    run = launch.Run(torch.device('cpu'), 'fp32', 'fp32', 1)
     with mock.patch.object(evaluation, 'extract', side_effect=extracted):
-        test = evaluation.Test(dataset, SimpleNamespace(**OPTIONS, save_dir=str(folder)), run)
-        test(SimpleNamespace(feat_dim=features[0].size(1)))
+        test = evaluation.Test(dataset, TestOptions(save_dir=str(folder)), Run(torch.device('cpu')))
+        test(torch.nn.Identity())
 
 
 def page(size: tuple[int, int], most_seconds: float, most_mb: float) -> Row:

@@ -19,7 +19,9 @@ import torch
 
 import plain
 import ranking
+import reranking
 from eval_metrics import average_precision, evaluate
+from runtime import tiles
 from table import Row, in_a_fresh_process, row, take_turns
 
 DIM = 2048
@@ -61,8 +63,8 @@ def bare(rows: torch.Tensor, columns: torch.Tensor) -> Callable:
 def own(rows: torch.Tensor, columns: torch.Tensor) -> Callable:
     """The same product as this project computes it, tile by tile and thread by thread."""
     device = rows.device
-    tiles = ranking._tiles(len(rows), len(columns), ranking._tile(device))
-    return lambda: ranking._in_threads(lambda i, j: ranking._products(rows[i], columns[j]), tiles, device)
+    parts = tiles.tiles(len(rows), len(columns), tiles.tile_of(device))
+    return lambda: tiles.in_threads(lambda i, j: tiles.products(rows[i], columns[j]), parts, device)
 
 
 def peak(what: str, num_queries: int, num_gallery: int) -> float:
@@ -91,12 +93,12 @@ def same_as_textbook(result: ranking.Ranking, data: tuple, number: int) -> None:
 def spared_by_none(queries: torch.Tensor, gallery: torch.Tensor) -> Callable:
     """The products that re-ranking in bounded memory needs: half of all by all, and queries by gallery again."""
     everyone = torch.cat([queries, gallery])
-    side = min(ranking._tile(everyone.device))
-    tiles = ranking._tiles(len(everyone), len(everyone), (side, side))
-    half = [(rows, columns) for rows, columns in tiles if rows.start <= columns.start]
+    side = min(tiles.tile_of(everyone.device))
+    parts = tiles.tiles(len(everyone), len(everyone), (side, side))
+    half = [(rows, columns) for rows, columns in parts if rows.start <= columns.start]
 
     def work():
-        ranking._in_threads(lambda i, j: ranking._products(everyone[i], everyone[j]), half, everyone.device)
+        tiles.in_threads(lambda i, j: tiles.products(everyone[i], everyone[j]), half, everyone.device)
         own(queries, gallery)()
 
     return work
@@ -200,7 +202,7 @@ def reranked_densely(size: tuple[int, int], turns: int) -> Row:
         plain=lambda: dense.append(plain.rerank(*(some.numpy() for some in data[:2]))),
         limit=spared_by_none(*data[:2]),
     )
-    distances = ranking.reranked(*ranking.points(*data[:2], *size))
+    distances = reranking.reranked(*tiles.points(*data[:2], *size))
     blocks = [(distances(slice(top, top + 100)), dense[0][top : top + 100]) for top in range(0, size[0], 100)]
     assert max(np.abs(ours - theirs).max() for ours, theirs in blocks) < 1e-5
     assert abs(found[0].mAP - evaluate(dense[0], *data[2:])[1]) < 1e-5
