@@ -210,7 +210,7 @@ TREES = [
          written('data/market1501/query/0001_c7s1_000001_00.jpg', b'')),
     tree('one identity', '', 'the training set is limited to one person', without('bounding_box_train', '0002')),
     tree('no match', '', r'none of the \d+ queries has a match', without('bounding_box_test', '0000')),
-    tree('one camera', '', r'none of the (\d+) queries has a match: 0 show .* lacks, \1 one .* camera only; .* where '
+    tree('one camera', '', r'none of the (\d+) queries has a match: 0 show .* lacks, \1 one .* camera only; .* if '
          'the cameras are unknown, give all queries one camid and the gallery another', one_camera),
     tree('a batch larger than the data', '--train-batch 999', r'--train-batch is 999, but .* only \d+ images: use'),
     tree('P larger than the data', '--train-batch 64', 'needs 16 identities with --num-instances 4, but', script=HTRI),
