@@ -45,7 +45,7 @@ class Cache:
         self.home = run.device if kind == 'device' else torch.device('cpu')
         size *= run.world_size if self.home.type == 'cpu' else 1
         free = free_memory(self.home)
-        plan = f'--cache {kind}: {number} training images need about {gigabytes(size)} of {gigabytes(free)} free memory'
+        plan = f'--cache {kind}: {number} training images take about {gigabytes(size)} of {gigabytes(free)} free memory'
         if size > ROOM * free:
             raise UserError(f'{plan}, too much: use --cache none')
         if run.rank == 0:

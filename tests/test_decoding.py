@@ -296,7 +296,7 @@ def test_an_iteration_that_was_left_does_not_continue_with_blocks_of_another(dec
     next(left)
     blocks = some.blocks(tasks)
     next(blocks)
-    with pytest.raises(RuntimeError, match='taken over by an iteration that was begun later'):
+    with pytest.raises(RuntimeError, match='a later iteration has taken over the workers'):
         next(left)
     assert pids_of(blocks) == [task.items for task in tasks[1:]]
 

@@ -199,14 +199,14 @@ def test_other_types_and_layouts(dtype):
 def test_features_that_are_not_finite_are_refused(side, value):
     features = {'query': torch.ones(3, 4), 'gallery': torch.ones(200, 4)}
     features[side][2, 1] = value
-    with pytest.raises(UserError, match=rf'1 of \d+ {side} features are not finite .* first at 2'):
+    with pytest.raises(UserError, match=rf'1 of \d+ {side} features are not finite .* first at index 2'):
         ranking.rank(*features.values(), [1] * 3, [1] * 200, [0] * 3, [1] * 200)
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match=r'query features are \(2, 5\): they must be \(2, 4\)'):
+    with pytest.raises(UserError, match=r'query features have shape \(2, 5\), not \(2, 4\)'):
         ranking.rank(torch.ones(2, 5), torch.ones(3, 4), [1] * 2, [1] * 3, [0] * 2, [1] * 3)
-    with pytest.raises(UserError, match=r'gallery features are \(3, 4\): they must be \(5, 4\)'):
+    with pytest.raises(UserError, match=r'gallery features have shape \(3, 4\), not \(5, 4\)'):
         ranking.rank(torch.ones(2, 4), torch.ones(3, 4), [1] * 2, [1] * 5, [0] * 2, [1] * 5)
     with pytest.raises(UserError, match='query has 2 pids but 1 camids'):
         ranking.rank(torch.ones(2, 4), torch.ones(3, 4), [1] * 2, [1] * 3, [0], [1] * 3)
