@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ class Feed:
     `waited`: seconds spent waiting for blocks, without the first one
     """
 
-    def __init__(self, blocks: Iterator[Block | Resident], device: torch.device, stream: 'torch.cuda.Stream | None'):
-        self.blocks, self.device, self.stream = blocks, device, stream
+    def __init__(self, blocks: Iterable[Block | Resident], device: torch.device, stream: 'torch.cuda.Stream | None'):
+        self.blocks, self.device, self.stream = iter(blocks), device, stream
         self.waited, self.requested = 0.0, 0  # blocks requested; the first one waits for the workers to start
         self.coming = self._send() if stream else None
 

@@ -282,7 +282,7 @@ def test_a_run_that_waits_for_images_is_advised_to_cache_them_once(images, monke
     training = loader_of(images)
     for epoch in range(3):
         epoch_of(training, epoch)
-    line = '33% of the epoch was spent waiting for images; --cache ram would keep all of them in 0.00 GB\n'
+    line = '38% of the epoch was spent waiting for images; --cache ram would keep all of them in 0.00 GB\n'
     assert capsys.readouterr().out == line
     epoch_of(loader_of(images, cache='ram'))
     epoch_of(loader_of(images, run=share_of(1, 2)))
