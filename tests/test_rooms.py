@@ -8,13 +8,13 @@ from conftest import ROOT
 LONGEST, MOST_AT_ROOT = 350, 18  # lines of a room; files at the root
 DOORS = ('models', 'readers', 'runtime', 'page', 'toy')
 EXPERIMENT = (  # what a script may import
-    'arguments data_manager dataset_loader evaluation losses models runtime.checkpoint runtime.launch '
-    'runtime.meters samplers transforms weights'
+    'arguments data_manager dataset_loader evaluation losses models runtime.checkpoint runtime.device '
+    'runtime.launch runtime.meters samplers transforms weights'
 )
 MAY_IMPORT = {  # and each room, beside runtime.errors
     'arguments': 'data_manager models runtime.checks runtime.commands runtime.processes',
     'data_manager': 'readers.market1501 readers.mars readers.tree runtime.commands runtime.decoding toy',
-    'dataset_loader': 'arguments runtime.caching runtime.decoding runtime.device runtime.feed samplers',
+    'dataset_loader': 'arguments runtime.caching runtime.decoding runtime.device runtime.feed runtime.workers samplers',
     'eval_metrics': '',
     'evaluation': (
         'arguments data_manager dataset_loader eval_metrics models.network page.results ranking readers.tree '
@@ -28,37 +28,6 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'transforms': '',
     'utils': 'runtime.files',
     'weights': 'models models.network runtime.unpickling',
-    'runtime': '',
-    'runtime.caching': 'runtime.decoding',
-    'runtime.checkpoint': (
-        'arguments data_manager page.results readers.tree runtime.device runtime.meters runtime.provenance utils '
-        'weights'
-    ),
-    'runtime.checks': 'data_manager models runtime.processes',
-    'runtime.commands': '',
-    'runtime.decoding': '',
-    'runtime.device': 'arguments models runtime.files runtime.precision runtime.processes runtime.signals utils',
-    'runtime.errors': '',
-    'runtime.feed': 'runtime.caching runtime.decoding',
-    'runtime.files': '',
-    'runtime.launch': 'arguments runtime.commands runtime.device runtime.files runtime.processes runtime.signals utils',
-    'runtime.meters': 'arguments eval_metrics runtime.device utils',
-    'runtime.precision': '',
-    'runtime.processes': '',
-    'runtime.provenance': 'runtime.device',
-    'runtime.signals': 'runtime.processes',
-    'runtime.testset': 'eval_metrics readers.tree runtime.device',
-    'runtime.tiles': 'runtime.precision',
-    'runtime.unpickling': '',
-    'toy': 'toy.formats',
-    'toy.formats': 'toy.people toy.scenes toy.views',
-    'toy.people': 'toy.views',
-    'toy.scenes': 'toy.people toy.views',
-    'toy.views': '',
-    'readers': '',
-    'readers.market1501': 'readers.tree',
-    'readers.mars': 'readers.tree',
-    'readers.tree': '',
     'models': 'models.DenseNet models.ResNet models.network',
     'models.DenseNet': 'models.network',
     'models.ResNet': 'models.network',
@@ -69,6 +38,38 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'page.lists': 'page.runs',
     'page.results': 'eval_metrics page ranking readers.tree runtime.files utils',
     'page.runs': 'eval_metrics',
+    'readers': '',
+    'readers.market1501': 'readers.tree',
+    'readers.mars': 'readers.tree',
+    'readers.tree': '',
+    'runtime': '',
+    'runtime.caching': 'runtime.device runtime.workers',
+    'runtime.checkpoint': (
+        'arguments data_manager models.network page.results readers.tree runtime.device runtime.files '
+        'runtime.meters runtime.provenance utils weights'
+    ),
+    'runtime.checks': 'data_manager models runtime.processes',
+    'runtime.commands': '',
+    'runtime.decoding': '',
+    'runtime.device': 'arguments models runtime.files runtime.precision runtime.processes runtime.signals utils',
+    'runtime.errors': '',
+    'runtime.feed': 'runtime.caching runtime.workers',
+    'runtime.files': '',
+    'runtime.launch': 'arguments runtime.commands runtime.device runtime.files runtime.processes runtime.signals utils',
+    'runtime.meters': 'arguments eval_metrics runtime.device utils',
+    'runtime.precision': '',
+    'runtime.processes': '',
+    'runtime.provenance': 'runtime.device',
+    'runtime.signals': 'runtime.processes',
+    'runtime.testset': 'eval_metrics readers.tree runtime.device',
+    'runtime.tiles': 'runtime.precision',
+    'runtime.unpickling': '',
+    'runtime.workers': '',
+    'toy': 'toy.formats',
+    'toy.formats': 'toy.people toy.scenes toy.views',
+    'toy.people': 'toy.views',
+    'toy.scenes': 'toy.people toy.views',
+    'toy.views': '',
 }
 
 
