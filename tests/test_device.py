@@ -88,7 +88,7 @@ def test_precision(monkeypatch):
     assert start(width=32).precision == 'fp32'
     with pytest.raises(UserError, match='--precision bf16 with --width 32'):
         start(precision='bf16', width=32)
-    with pytest.raises(UserError, match='tf32 is for CUDA'):
+    with pytest.raises(UserError, match='tf32 needs a CUDA device'):
         start(precision='tf32')
     with pytest.raises(UserError, match='--compile is for CUDA'):
         start(compile=True)
