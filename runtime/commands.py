@@ -15,16 +15,16 @@ class Parser(argparse.ArgumentParser):
         refuse(message.removeprefix('argument '))
 
 
-def refuse(message: str) -> NoReturn:
+def refuse(message: str, status: int = UserError.status) -> NoReturn:
     """Report a mistake and exit."""
     sys.stderr.write(f'error: {message}\n')
-    sys.exit(2)
+    sys.exit(status)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Exit with the status that `main` returns, or report its UserError."""
+    """Exit with the status that `main` returns, or with its UserError."""
     try:
         status = main()
     except UserError as mistake:
-        refuse(str(mistake))
+        refuse(str(mistake), mistake.status)
     sys.exit(status or 0)

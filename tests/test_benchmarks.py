@@ -45,4 +45,4 @@ def test_the_measured_step_is_that_of_the_script(part, script):
 def test_the_command():
     done = subprocess.run([sys.executable, FOLDER / 'table.py', 'everything'], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, '')
-    assert 'everything: no such part; choose of input, training' in done.stderr
+    assert 'everything: no such part; choose from input, training' in done.stderr

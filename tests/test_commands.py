@@ -30,7 +30,13 @@ def test_run_reports_a_user_error_in_one_line(kind, status, capsys):
 def test_run_leaves_other_errors_their_traceback():
     with pytest.raises(ZeroDivisionError):
         commands.run(lambda: 1 / 0)
-    assert commands.run(lambda: 1) is None
+
+
+@pytest.mark.parametrize(('returned', 'status'), [(None, 0), (0, 0), (1, 1)])
+def test_run_exits_with_what_main_returns(returned, status):
+    with pytest.raises(SystemExit) as end:
+        commands.run(lambda: returned)
+    assert end.value.code == status
 
 
 @pytest.mark.parametrize(

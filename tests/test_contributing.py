@@ -196,7 +196,7 @@ def test_a_metric(project, printed):
 
 def test_a_data_set(project, printed):
     assert 'train    |     3 |       12' in printed('shop')
-    assert 'kinds of faults: 0' in printed('check')
+    assert '0 kinds of faults' in printed('check')
 
 
 def test_a_data_set_that_is_no_more_than_three_lists(project, printed):

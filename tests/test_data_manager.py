@@ -138,7 +138,7 @@ def test_all_faults_of_a_data_set_are_found(market, checked, tmp_path):
         'note: queries without a match (the person is in the same camera only): 1',
         '    market1501/query/0001_c1s1_001051_00.jpg',
         'fault: files (of 12) that cannot be read: 3',
-        f'    cannot read the image {folder}0001_c1s1_000001_00.jpg: it is no {kinds} or WEBP file',
+        f'    cannot read the image {folder}0001_c1s1_000001_00.jpg: it is not a {kinds} or WEBP file',
         f'    cannot read the image market1501/query/0001_c3.png: {found[-7].split(": ")[1]}',
         '    cannot read the image market1501/bounding_box_test/0001_c1s1_000301_00.jpg: No such file or directory',
         'fault: groups of byte-equal files of different persons: 1',
@@ -174,7 +174,7 @@ def test_mars_is_checked_under_both_protocols(tmp_path, checked, monkeypatch, na
     status, other, _ = checked(name)
     assert status == 1
     assert other[:-3] == found[4:-1]
-    assert f'    cannot read the image mars/bbox_train/0001/{path.name}: it is no JPEG' in other[-2]
+    assert f'    cannot read the image mars/bbox_train/0001/{path.name}: it is not a JPEG' in other[-2]
     assert 'note: queries without a match under mars (the person is not in the gallery): 4' in other
     assert not [line for line in other if 'mars_official (' in line and 'not in the gallery' in line]
     assert 'note: queries without a match under mars_official (the person is in the same camera only)' not in other
