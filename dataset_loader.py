@@ -32,7 +32,7 @@ SAMPLES = ('evenly', 'random', 'all')
 
 def read_pixels(path: str | os.PathLike) -> Tensor:
     """`read_image` as uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(read_image(path)).transpose(2, 0, 1))  # a view: the memory stays (H, W, 3)
 
 
 class ImageDataset(Dataset):
