@@ -102,7 +102,7 @@ def test_an_interruption_leaves_nothing(number, repository, start, tmp_path):
         time.sleep(0.01)
     assert git(repository, 'worktree', 'list').count('\n') == 2
     process.send_signal(number)
-    assert (process.communicate(timeout=60)[1], process.returncode) == ('', 128 + number)
+    assert (process.communicate(timeout=600)[1], process.returncode) == ('', 128 + number)
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
 
@@ -125,7 +125,7 @@ def test_a_mistake_is_one_line(args, message, repository, start):
         for _ in 'ab':
             git(repository, 'commit', '--quiet', '--no-verify', '--allow-empty', '-m', 'without it')
     process = start(*args)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert (process.returncode, out) == (2, '')
     assert err.startswith(message) and err.count('\n') == 1
 

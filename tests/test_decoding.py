@@ -566,7 +566,7 @@ def python(program: str, *args: str) -> subprocess.CompletedProcess:
     """Returns when the program and all processes that it has started have ended, which hold its pipes open."""
     return subprocess.run(
         [sys.executable, '-c', program, *args],
-        cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=600,
         start_new_session=True,
     )  # fmt: skip
 
