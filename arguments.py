@@ -11,7 +11,6 @@ use the values it started with.
 
 import argparse
 import dataclasses
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,71 +21,21 @@ import models
 from runtime import commands
 from runtime.checks import check
 from runtime.processes import of_environment
+from runtime.values import (
+    epochs_or_never,
+    fraction,
+    gpu_list,
+    nonnegative_float,
+    nonnegative_int,
+    positive_float,
+    positive_int,
+    seed,
+    two_or_more,
+)  # fmt: skip
 
 Value = TypeVar('Value')
 
 FREE = ('max_epoch', 'pretrained')  # may change when a run resumes: its length and its initial weights
-
-
-# Types of option values
-
-
-def _number(text: str, kind: Callable[[str], Value], least: float, expected: str, most: float = math.inf) -> Value:
-    try:
-        value = kind(text)
-        fits = math.isfinite(value) and least <= value <= most  # type: ignore[arg-type,operator]  # int or float
-    except (ValueError, OverflowError):  # OverflowError: an integer that is too large for a float
-        fits = False
-    if not fits:
-        raise argparse.ArgumentTypeError(f'must be {expected}, not {text!r}')
-    return value
-
-
-def positive_int(text: str) -> int:
-    return _number(text, int, 1, 'an integer of at least 1')
-
-
-def two_or_more(text: str) -> int:
-    """Images in a batch: BatchNorm needs two."""
-    return _number(text, int, 2, 'an integer of at least 2')
-
-
-def seed(text: str) -> int:
-    return _number(text, int, 0, 'an integer from 0 to 2^64 - 1', most=2**64 - 1)
-
-
-def nonnegative_int(text: str) -> int:
-    return _number(text, int, 0, 'an integer of at least 0')
-
-
-def positive_float(text: str) -> float:
-    return _number(text, float, math.ulp(0.0), 'a number greater than 0')
-
-
-def nonnegative_float(text: str) -> float:
-    return _number(text, float, 0.0, 'a number of at least 0')
-
-
-def fraction(text: str) -> float:
-    return _number(text, float, 0.0, 'a number from 0 to 1', most=1.0)
-
-
-def epochs_or_never(text: str) -> int | float:
-    """A number of epochs; infinite for 0 or less, and for inf, as it is then printed."""
-    if text == 'inf':
-        return math.inf
-    try:
-        return int(text) if int(text) > 0 else math.inf
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'must be an integer, not {text!r}') from None
-
-
-def gpu_list(text: str) -> str:
-    """'0' or '0,1,2,3', each index once."""
-    indices = text.split(',')
-    if not all(index.isdecimal() for index in indices) or len({int(index) for index in indices}) < len(indices):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a list of GPU indices such as 0 or 0,1,2,3')
-    return text
 
 
 # The groups

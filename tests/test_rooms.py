@@ -12,7 +12,7 @@ EXPERIMENT = (  # what a script may import
     'runtime.launch runtime.meters samplers transforms weights'
 )
 MAY_IMPORT = {  # and each room, beside runtime.errors
-    'arguments': 'data_manager models runtime.checks runtime.commands runtime.processes',
+    'arguments': 'data_manager models runtime.checks runtime.commands runtime.processes runtime.values',
     'data_manager': 'readers.market1501 readers.mars readers.tree runtime.commands runtime.decoding toy',
     'dataset_loader': 'arguments runtime.caching runtime.decoding runtime.device runtime.feed runtime.workers samplers',
     'eval_metrics': '',
@@ -64,6 +64,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.testset': 'eval_metrics readers.tree runtime.device',
     'runtime.tiles': 'runtime.precision',
     'runtime.unpickling': '',
+    'runtime.values': '',
     'runtime.workers': '',
     'toy': 'toy.formats',
     'toy.formats': 'toy.people toy.scenes toy.views',

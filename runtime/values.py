@@ -1,0 +1,66 @@
+"""The types of option values: text of the command line -> a value, or one line that names what is expected."""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+Value = TypeVar('Value')
+
+
+def _number(text: str, kind: Callable[[str], Value], least: float, expected: str, most: float = math.inf) -> Value:
+    try:
+        value = kind(text)
+        fits = math.isfinite(value) and least <= value <= most  # type: ignore[arg-type,operator]  # int or float
+    except (ValueError, OverflowError):  # OverflowError: an integer that is too large for a float
+        fits = False
+    if not fits:
+        raise argparse.ArgumentTypeError(f'must be {expected}, not {text!r}')
+    return value
+
+
+def positive_int(text: str) -> int:
+    return _number(text, int, 1, 'an integer of at least 1')
+
+
+def two_or_more(text: str) -> int:
+    """Images in a batch: BatchNorm needs two."""
+    return _number(text, int, 2, 'an integer of at least 2')
+
+
+def seed(text: str) -> int:
+    return _number(text, int, 0, 'an integer from 0 to 2^64 - 1', most=2**64 - 1)
+
+
+def nonnegative_int(text: str) -> int:
+    return _number(text, int, 0, 'an integer of at least 0')
+
+
+def positive_float(text: str) -> float:
+    return _number(text, float, math.ulp(0.0), 'a number greater than 0')
+
+
+def nonnegative_float(text: str) -> float:
+    return _number(text, float, 0.0, 'a number of at least 0')
+
+
+def fraction(text: str) -> float:
+    return _number(text, float, 0.0, 'a number from 0 to 1', most=1.0)
+
+
+def epochs_or_never(text: str) -> int | float:
+    """A number of epochs; infinite for 0 or less, and for inf, as it is then printed."""
+    if text == 'inf':
+        return math.inf
+    try:
+        return int(text) if int(text) > 0 else math.inf
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'must be an integer, not {text!r}') from None
+
+
+def gpu_list(text: str) -> str:
+    """'0' or '0,1,2,3', each index once."""
+    indices = text.split(',')
+    if not all(index.isdecimal() for index in indices) or len({int(index) for index in indices}) < len(indices):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a list of GPU indices such as 0 or 0,1,2,3')
+    return text
