@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from runtime.errors import UserError
+from transforms import DRAWS_OF_ERASING
 
-ORDER, INSTANCES, AUGMENTATION, ITEMS = range(4)  # independent streams of random numbers
-DRAWS = 4  # columns of `draws`: translate?, down, right, mirror?
+ORDER, INSTANCES, AUGMENTATION, ITEMS, ERASING = range(5)  # independent streams of random numbers
+COLUMNS = {AUGMENTATION: 4, ERASING: DRAWS_OF_ERASING}  # of `draws`: translate?, down, right, mirror?; see `erased`
+DRAWS = sum(COLUMNS.values())
 
 
 def generator(stream: int, seed: int, epoch: int, *position: int) -> np.random.Generator:
@@ -55,15 +57,17 @@ class EpochSampler(Sampler):
         return len(self) // self.batch_size
 
     def draw(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """The batches of an epoch: indices int64 (num_batches, B) and draws float64 (num_batches, B, 4).
+        """The batches of an epoch: indices int64 (num_batches, B) and draws float64 (num_batches, B, DRAWS).
 
-        The four draws of an image are uniform in [0, 1): translate?, down, right, mirror?. They depend only on (seed,
-        epoch, position), where the position counts through the epoch, batch by batch.
+        The draws of an image are uniform in [0, 1), see `TrainTransform`. They depend only on (seed, epoch, position),
+        where the position counts through the epoch, batch by batch.
         """
         shape = self.num_batches, self.batch_size
         used = self.num_batches * self.batch_size
         indices = self.order(epoch)[:used]  # (used,)
-        draws = generator(AUGMENTATION, self.seed, epoch).random((used, DRAWS))  # (used, 4), row by row
+        draws = np.concatenate(  # (used, DRAWS); each stream row by row, so that more positions change none before them
+            [generator(stream, self.seed, epoch).random((used, columns)) for stream, columns in COLUMNS.items()], axis=1
+        )
         return torch.from_numpy(indices).view(shape), torch.from_numpy(draws).view(*shape, DRAWS)
 
 
@@ -158,3 +162,49 @@ class RandomIdentitySampler(EpochSampler):
         k, instances = self.num_instances, generator(INSTANCES, self.seed, epoch)
         chosen = np.stack([instances.choice(own, k, replace=len(own) < k) for own in self.images])  # (identities, K)
         return chosen[generator(ORDER, self.seed, epoch).permutation(len(chosen))].ravel()  # (identities * K,)
+
+
+class AllImagesSampler(RandomIdentitySampler):
+    """Every image once per epoch, in batches of P identities with K images each.
+
+    The images of an identity are shuffled and cut into groups of K; other images of it, drawn at random, fill the last
+    group. Groups are dealt to the batches so that the P identities of a batch are distinct. Which groups meet, and
+    their order, is random. Left out of an epoch are: groups that do not fill a last batch, and groups of an identity
+    that has more of them than there are batches.
+
+    Reid baselines since Luo et al., CVPRW 2019, arXiv:1903.07071, draw such batches one after the other, until fewer
+    than P identities are left; an epoch is then shorter by a number of batches that varies.
+
+    Arguments and errors as for RandomIdentitySampler.
+    """
+
+    def __init__(self, data_source: Sequence, num_instances: int = 4, batch_size: int = 64, seed: int = 0):
+        super().__init__(data_source, num_instances, batch_size, seed)
+        per_batch = batch_size // num_instances  # P
+        groups = np.array([-(-len(own) // num_instances) for own in self.images])  # (identities,)
+        batches = groups.sum() // per_batch
+        while batches > (possible := np.minimum(groups, batches).sum() // per_batch):
+            batches = possible
+        self.groups, self.batches = np.minimum(groups, batches), int(batches)
+
+    def __len__(self) -> int:
+        return self.batches * self.batch_size
+
+    def order(self, epoch: int) -> np.ndarray:
+        k, instances, order = (
+            self.num_instances,
+            generator(INSTANCES, self.seed, epoch),
+            generator(ORDER, self.seed, epoch),
+        )
+        dealt = []  # all groups, those of an identity one after the other
+        for identity in order.permutation(len(self.images)):
+            own = instances.permutation(self.images[identity])
+            missing = -len(own) % k
+            others = own[: len(own) - len(own) % k] if len(own) >= k else own  # none of the last group, if possible
+            more = instances.choice(others, missing, replace=len(own) < k)
+            dealt.append(np.concatenate([own, more]).reshape(-1, k)[: self.groups[identity]])  # (groups, K)
+        groups = np.concatenate(dealt)  # (G, K)
+        surplus = len(groups) - self.batches * (self.batch_size // k)
+        groups = np.delete(groups, order.choice(len(groups), surplus, replace=False), axis=0)
+        batches = groups.reshape(-1, self.batches, k).transpose(1, 0, 2)  # (batches, P, K), as cards are dealt
+        return order.permutation(batches).ravel()

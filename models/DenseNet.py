@@ -45,8 +45,11 @@ class DenseNet121(Network):
         if LAST_RELU in notes:
             state_dict['last_relu'] = torch.tensor(True)
 
-    def features(self, x: Tensor) -> Tensor:
+    def maps(self, x: Tensor) -> Tensor:
         maps: Tensor = self.base(x)  # (B, 1024, H/32, W/32)
         if self.last_relu is not None:
             maps = maps.relu()
-        return maps.mean((2, 3))
+        return maps
+
+    def keep_resolution(self) -> None:
+        self.base.transition3.pool = nn.Identity()

@@ -1,14 +1,25 @@
-"""ResNet50, and ResNet50 with mid-level features."""
+"""ResNets, ResNet50 with mid-level features, and ResNet50 with instance normalisation."""
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet50_Weights, resnet50
+from torchvision.models import (
+    ResNet,
+    ResNet18_Weights,
+    ResNet34_Weights,
+    ResNet50_Weights,
+    ResNet101_Weights,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+)
+from torchvision.models.resnet import BasicBlock
 
-from models.network import Network
+from models.network import Network, WeightsFile
 
-__all__ = ['ResNet50', 'ResNet50M']
+__all__ = ['ResNet18', 'ResNet34', 'ResNet50', 'ResNet50IBN', 'ResNet50M', 'ResNet101']
 
 TORCHVISION = "torchvision's names translated"
 NAMES = (
@@ -28,9 +39,14 @@ SECOND_NAMES = (
 FUSED_FIRST = "torchreid's resnet50mid translated, the columns of its classifier put in the order of ResNet50M"
 
 
-def backbone() -> nn.Sequential:
+LAST_OF_34 = 'base.7.2.conv1.weight'  # ResNet18 has two blocks in its last stage
+LAST_OF_101 = 'base.6.6.conv1.weight'  # ResNet50 has six blocks in its third stage
+OF_IBN = 'base.4.0.bn1.IN.weight'
+
+
+def backbone(build: Callable[..., ResNet]) -> nn.Sequential:
     """conv1, bn1, relu, maxpool and the four stages."""
-    return nn.Sequential(*list(resnet50(weights=None).children())[:-2])
+    return nn.Sequential(*list(build(weights=None).children())[:-2])
 
 
 class ResNet50(Network):
@@ -39,21 +55,87 @@ class ResNet50(Network):
     He et al., Deep Residual Learning for Image Recognition, CVPR 2016, arXiv:1512.03385.
     """
 
+    build: Callable[..., ResNet] = staticmethod(resnet50)
     feat_dim = 2048
     narrowest_bf16 = 33  # for narrower images the CPU's bf16 convolutions of the last stage return garbage
     imagenet = ResNet50_Weights.IMAGENET1K_V1
     signature = ('base.7.2.conv3.weight', (2048, 512, 1, 1))
-    absent = ('base.6.6.conv1.weight', 'fc_fuse.0.weight', 'fc_fusion.0.weight')  # of ResNet101, ResNet50M, resnet50mid
+    absent = (LAST_OF_101, OF_IBN, 'fc_fuse.0.weight', 'fc_fusion.0.weight')  # the last two of ResNet50M, resnet50mid
     published = NAMES
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__(num_classes, loss)
-        self.base = backbone()
+        self.base = backbone(self.build)
         self.classifier = nn.Linear(self.feat_dim, num_classes)
 
-    def features(self, x: Tensor) -> Tensor:
-        maps: Tensor = self.base(x)  # (B, 2048, H/32, W/32)
-        return maps.mean((2, 3))
+    def maps(self, x: Tensor) -> Tensor:
+        maps: Tensor = self.base(x)  # (B, feat_dim, H/32, W/32)
+        return maps
+
+    def keep_resolution(self) -> None:
+        first = self.base[-1][0]  # the first block of the last stage
+        (first.conv1 if isinstance(first, BasicBlock) else first.conv2).stride = (1, 1)
+        first.downsample[0].stride = (1, 1)
+
+
+class ResNet18(ResNet50):
+    """ResNet18, otherwise like ResNet50."""
+
+    build = staticmethod(resnet18)
+    feat_dim = 512
+    imagenet = ResNet18_Weights.IMAGENET1K_V1
+    signature = ('base.7.1.conv2.weight', (512, 512, 3, 3))
+    absent = (LAST_OF_34, OF_IBN)
+
+
+class ResNet34(ResNet50):
+    """ResNet34, otherwise like ResNet50."""
+
+    build = staticmethod(resnet34)
+    feat_dim = 512
+    imagenet = ResNet34_Weights.IMAGENET1K_V1
+    signature = ('base.7.2.conv2.weight', (512, 512, 3, 3))
+    absent = ('base.7.2.conv3.weight', OF_IBN)
+
+
+class ResNet101(ResNet50):
+    """ResNet101, otherwise like ResNet50."""
+
+    build = staticmethod(resnet101)
+    imagenet = ResNet101_Weights.IMAGENET1K_V1
+    signature = ('base.6.22.conv3.weight', (1024, 256, 1, 1))
+    absent = ('base.6.23.conv3.weight', OF_IBN)
+
+
+class IBN(nn.Module):
+    """Instance normalisation of the first half of the channels, batch normalisation of the others."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.half = channels // 2
+        self.IN = nn.InstanceNorm2d(self.half, affine=True)
+        self.BN = nn.BatchNorm2d(channels - self.half)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((self.IN(x[:, : self.half]), self.BN(x[:, self.half :])), dim=1)
+
+
+class ResNet50IBN(ResNet50):
+    """ResNet50-IBN-a: IBN replaces the first batch normalisation of each block in the first three stages.
+
+    Pan et al., Two at Once: Enhancing Learning and Generalization Capacities via IBN-Net, ECCV 2018, arXiv:1807.09441.
+    """
+
+    smallest = 17  # instance normalisation needs more than one pixel in the third stage
+    imagenet = WeightsFile('https://github.com/XingangPan/IBN-Net/releases/download/v1.0/resnet50_ibn_a-d9d0bb7b.pth')
+    signature = (OF_IBN, (32,))
+    absent = (LAST_OF_101, 'base.4.2.IN.weight')  # ResNet101-IBN-a, IBN-b
+
+    def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
+        super().__init__(num_classes, loss)
+        for stage in self.base[4:7]:
+            for block in stage:
+                block.bn1 = IBN(block.bn1.num_features)
 
 
 class ResNet50M(Network):
@@ -73,12 +155,12 @@ class ResNet50M(Network):
     imagenet = ResNet50_Weights.IMAGENET1K_V1
     fresh = ('fc_fuse.',)
     signature = ('fc_fuse.0.weight', (1024, 4096))
-    absent = ('base.6.6.conv1.weight',)
+    absent = (LAST_OF_101, OF_IBN)
     published = (*SECOND_NAMES, *NAMES, (FUSED_FIRST, r'^fc_fusion\.', 'fc_fuse.'))
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__(num_classes, loss)
-        self.base = backbone()
+        self.base = backbone(resnet50)
         self.fc_fuse = nn.Sequential(nn.Linear(4096, 1024), nn.BatchNorm1d(1024), nn.ReLU())
         self.classifier = nn.Linear(self.feat_dim, num_classes)
 
@@ -96,5 +178,7 @@ class ResNet50M(Network):
         x_a = block_a(x)  # (B, 2048, H/32, W/32)
         x_b = block_b(x_a)
         x_c = block_c(x_b)
-        middle = self.fc_fuse(torch.cat((x_a.mean((2, 3)), x_b.mean((2, 3))), dim=1))  # (B, 4096) -> (B, 1024)
-        return torch.cat((x_c.mean((2, 3)), middle), dim=1)  # (B, 3072)
+        middle = self.fc_fuse(torch.cat((self.pool(x_a), self.pool(x_b)), dim=1))  # (B, 4096) -> (B, 1024)
+        return torch.cat((self.pool(x_c), middle), dim=1)  # (B, 3072)
+
+    keep_resolution = ResNet50.keep_resolution

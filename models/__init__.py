@@ -3,11 +3,28 @@
 from collections.abc import Set
 
 from models.DenseNet import DenseNet121
-from models.network import Network
-from models.ResNet import ResNet50, ResNet50M
+from models.MobileNet import MobileNetV2
+from models.network import POOLINGS, Network
+from models.OSNet import OSNet, OSNet025, OSNet050, OSNet075, OSNetAIN, OSNetIBN
+from models.ResNet import ResNet18, ResNet34, ResNet50, ResNet50IBN, ResNet50M, ResNet101
 from runtime.errors import UserError
 
-factory: dict[str, type[Network]] = {'resnet50': ResNet50, 'resnet50m': ResNet50M, 'densenet121': DenseNet121}
+factory: dict[str, type[Network]] = {
+    'resnet50': ResNet50,
+    'resnet50m': ResNet50M,
+    'densenet121': DenseNet121,
+    'resnet18': ResNet18,
+    'resnet34': ResNet34,
+    'resnet101': ResNet101,
+    'resnet50_ibn_a': ResNet50IBN,
+    'mobilenet_v2': MobileNetV2,
+    'osnet_x1_0': OSNet,
+    'osnet_x0_75': OSNet075,
+    'osnet_x0_5': OSNet050,
+    'osnet_x0_25': OSNet025,
+    'osnet_ibn_x1_0': OSNetIBN,
+    'osnet_ain_x1_0': OSNetAIN,
+}
 
 
 def get_names() -> list[str]:
@@ -15,12 +32,23 @@ def get_names() -> list[str]:
     return list(factory)
 
 
-def init_model(name: str, num_classes: int, loss: Set[str] = frozenset({'xent'})) -> Network:
+def init_model(
+    name: str,
+    num_classes: int,
+    loss: Set[str] = frozenset({'xent'}),
+    *,
+    last_stride: int = 2,
+    neck: bool = False,
+    pooling: str = 'avg',
+) -> Network:
     """Builds a model with random weights. In eval mode it returns features (B, feat_dim); in training mode logits
     (B, num_classes), and, unless `loss` is {'xent'}, (logits, features).
 
-    name: one of `get_names()`
-    loss: names of the losses that will be computed, any
+    name:        one of `get_names()`
+    loss:        names of the losses that will be computed, any
+    last_stride: 1 keeps the resolution in the last stage, see `Network.keep_resolution`
+    neck:        add BNNeck, see `Network.add_neck`
+    pooling:     of the maps: 'avg', 'max', or 'gem' (`models.network.GeM`)
 
     Prints the name and the number of parameters, in millions. Raises UserError for an unknown name.
     """
@@ -28,5 +56,11 @@ def init_model(name: str, num_classes: int, loss: Set[str] = frozenset({'xent'})
         raise UserError(f'unknown model {name!r}; choose one of {", ".join(get_names())}')
     print(f'Initializing model: {name}')
     model = factory[name](num_classes, loss)
+    if last_stride == 1:
+        model.keep_resolution()
+    if pooling != 'avg':
+        model.pool = POOLINGS[pooling]()
+    if neck:
+        model.add_neck()
     print(f'Model size: {sum(param.numel() for param in model.parameters()) / 1e6:.5f}M')
     return model

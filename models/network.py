@@ -1,8 +1,10 @@
-"""The interface of a backbone, and the properties that its class declares."""
+"""The interface of a backbone, the properties that its class declares, pooling, and the neck."""
 
-from collections.abc import Set
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from transforms import IMAGENET, Normalisation
@@ -13,19 +15,37 @@ if TYPE_CHECKING:
 Renaming = tuple[str, str, str]  # a note on it, a pattern, and its replacement
 
 
+@dataclass(frozen=True)
+class WeightsFile:
+    """A published file of weights; its name ends in the first digits of its SHA-256, as torch.hub expects."""
+
+    url: str
+
+    def get_state_dict(self, **how: Any) -> dict[str, Tensor]:
+        """Like that of torchvision's WeightsEnum."""
+        state_dict: dict[str, Tensor] = torch.hub.load_state_dict_from_url(self.url, **how)
+        return state_dict
+
+    def __str__(self) -> str:
+        return self.url
+
+
 class Network(nn.Module):
-    """A backbone with a classifier. A subclass computes `features` and overrides the attributes that differ.
+    """A backbone with a classifier. A subclass computes `maps`, or, if it pools them itself, `features`, and overrides
+    the attributes that differ.
 
     (B, 3, H, W) -> eval: features (B, feat_dim); training: logits (B, num_classes), and features unless loss is
-    {'xent'}.
+    {'xent'}. With a neck (`add_neck`) the features at test, and those that are classified, are behind it, and those
+    that training returns are before it.
 
     Attributes:
         feat_dim: length of a feature.
         smallest: least height and width of an image, in pixels.
         narrowest_bf16: least width, in pixels, for which bf16 gives correct results on CPUs.
+        faster_in_bf16: whether training on a CPU that multiplies bf16 in hardware gains from it.
         normalisation: mean and standard deviation of RGB in [0, 1] with which images are normalised.
-        imagenet: torchvision's ImageNet weights for the backbone, or None.
-        fresh: prefixes of parameters that the ImageNet weights lack, besides the classifier.
+        imagenet: ImageNet weights for the backbone, or None.
+        fresh: prefixes of parameters that the ImageNet weights lack, besides the classifier, pooling and neck.
         signature: name and shape of a tensor by which weights for this class are recognised.
         absent: names that only the weights of related networks have.
         published: other names of the tensors in published files.
@@ -35,8 +55,9 @@ class Network(nn.Module):
     feat_dim: int
     smallest = 1
     narrowest_bf16 = 1
+    faster_in_bf16 = True
     normalisation: Normalisation = IMAGENET
-    imagenet: 'WeightsEnum | None' = None
+    imagenet: 'WeightsEnum | WeightsFile | None' = None
     fresh: tuple[str, ...] = ()
     signature: tuple[str, tuple[int, ...]] = ('', ())
     absent: tuple[str, ...] = ()
@@ -48,6 +69,8 @@ class Network(nn.Module):
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__()
         self.num_classes, self.loss = num_classes, set(loss)
+        self.pool: Callable[[Tensor], Tensor] = average
+        self.bottleneck: nn.Module | None = None
 
     @classmethod
     def adapt(cls, state_dict: dict[str, Tensor], notes: Set[str]) -> None:
@@ -56,13 +79,68 @@ class Network(nn.Module):
         notes: those of the renamings that were used
         """
 
+    def maps(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, feat_dim, h, w)."""
+        raise NotImplementedError
+
     def features(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, feat_dim)."""
-        raise NotImplementedError
+        return self.pool(self.maps(x))
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         f = self.features(x)  # (B, feat_dim)
+        behind: Tensor = f if self.bottleneck is None else self.bottleneck(f)  # (B, feat_dim)
         if not self.training:
-            return f
-        y: Tensor = self.classifier(f)  # (B, num_classes)
+            return behind
+        y: Tensor = self.classifier(behind)  # (B, num_classes)
         return y if self.loss == {'xent'} else (y, f)
+
+    def keep_resolution(self) -> None:
+        """Set the last stride to 1, so that the last stage keeps the resolution of the stage before it and its maps are
+        twice as high and wide. Sun et al., Beyond Part Models, ECCV 2018, arXiv:1711.09349.
+
+        Does nothing if the last stage does not reduce the resolution anyway.
+        """
+
+    def add_neck(self) -> None:
+        """BNNeck: batch normalisation without a shift between the feature and a classifier without a bias.
+
+        Luo et al., Bag of Tricks and a Strong Baseline for Deep Person Re-identification, CVPRW 2019, arXiv:1903.07071.
+        """
+        self.bottleneck = nn.BatchNorm1d(self.feat_dim)
+        self.bottleneck.bias.requires_grad_(False)  # stays 0
+        self.classifier = nn.Linear(self.feat_dim, self.num_classes, bias=False)
+        nn.init.normal_(self.classifier.weight, std=0.001)
+
+
+def average(maps: Tensor) -> Tensor:
+    """Global average pooling, (B, D, h, w) -> (B, D)."""
+    return maps.mean((2, 3))
+
+
+def maximum(maps: Tensor) -> Tensor:
+    """Global maximum pooling, (B, D, h, w) -> (B, D)."""
+    return maps.amax((2, 3))
+
+
+class GeM(nn.Module):
+    """Generalised mean of each map, (B, D, h, w) -> (B, D): average pooling for p = 1, maximum pooling for large p.
+
+    Radenovic et al., Fine-tuning CNN Image Retrieval with No Human Annotation, TPAMI 2019, arXiv:1711.02512. p is
+    learned and starts at 3. Values below 1e-6 count as 1e-6.
+    """
+
+    def __init__(self, p: float = 3.0):
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor([p]))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        powers = maps.float().clamp(min=1e-6) ** self.p  # in bf16 the powers would lose most of their digits
+        return powers.mean((2, 3)) ** (1 / self.p)
+
+
+POOLINGS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+    'avg': lambda: average,
+    'max': lambda: maximum,
+    'gem': GeM,
+}

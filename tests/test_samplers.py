@@ -8,7 +8,17 @@ import torch
 from torch.utils.data import DataLoader
 
 from runtime.errors import UserError
-from samplers import AUGMENTATION, INSTANCES, ORDER, RandomIdentitySampler, RandomSampler, generator
+from samplers import (
+    AUGMENTATION,
+    DRAWS,
+    ERASING,
+    INSTANCES,
+    ORDER,
+    AllImagesSampler,
+    RandomIdentitySampler,
+    RandomSampler,
+    generator,
+)
 
 
 def images(*counts: int) -> list:
@@ -19,7 +29,7 @@ def images(*counts: int) -> list:
 
 def samplers(seed: int = 1):
     data = images(3, 9, 4, 5, 7, 2, 6)
-    return RandomSampler(data, 8, seed), RandomIdentitySampler(data, 4, 8, seed)
+    return RandomSampler(data, 8, seed), RandomIdentitySampler(data, 4, 8, seed), AllImagesSampler(data, 4, 8, seed)
 
 
 def test_an_epoch_of_images_is_every_image_once_but_for_the_remainder():
@@ -27,7 +37,7 @@ def test_an_epoch_of_images_is_every_image_once_but_for_the_remainder():
     indices, draws = sampler.draw(0)
     assert sampler.num_batches == 5
     assert indices.shape == (5, 8) and indices.dtype == torch.int64
-    assert draws.shape == (5, 8, 4) and draws.dtype == torch.float64
+    assert draws.shape == (5, 8, DRAWS) and draws.dtype == torch.float64
     assert len(set(indices.flatten().tolist())) == 40
     assert sorted(sampler) == list(range(45))
     left_out = {frozenset(range(45)) - set(sampler.draw(epoch)[0].flatten().tolist()) for epoch in range(5)}
@@ -39,7 +49,7 @@ def test_an_epoch_of_identities_is_every_identity_once_with_k_images():
     sampler = RandomIdentitySampler(data, 4, 8, seed=3)
     indices, draws = sampler.draw(2)
     assert sampler.num_batches == 3 and len(sampler) == 28
-    assert indices.shape == (3, 8) and draws.shape == (3, 8, 4)
+    assert indices.shape == (3, 8) and draws.shape == (3, 8, DRAWS)
     own = Counter(pid for _, pid, _ in data)
     seen = []
     for batch in indices.view(3, 2, 4).tolist():  # P x K
@@ -48,6 +58,53 @@ def test_an_epoch_of_identities_is_every_identity_once_with_k_images():
             seen.append(pid)
             assert len(set(chosen)) == 4 if own[pid] >= 4 else len(set(chosen)) <= own[pid]
     assert len(set(seen)) == 6  # of 7: one does not fill a batch
+
+
+@pytest.mark.parametrize(
+    'counts', [(3, 9, 4, 5, 7, 2, 6), (4, 4), (1, 2), (20, 3, 3, 3), (1, 1, 1, 8), (16, 16, 16, 17), (40, *[9] * 12)]
+)
+@pytest.mark.parametrize(('k', 'batch'), [(4, 8), (2, 4), (4, 16)])
+def test_an_epoch_of_all_images_is_dealt_to_batches_of_distinct_identities(counts, k, batch):
+    if len(counts) < batch // k:
+        return
+    data = images(*counts)
+    sampler = AllImagesSampler(data, k, batch, seed=2)
+    seen = Counter()
+    for epoch in range(3):
+        indices, draws = sampler.draw(epoch)
+        assert indices.shape == (sampler.num_batches, batch) and draws.shape == (sampler.num_batches, batch, DRAWS)
+        for groups in indices.view(-1, batch // k, k).tolist():
+            pids = [{data[index][1] for index in group} for group in groups]
+            assert all(len(own) == 1 for own in pids) and len(set.union(*pids)) == batch // k
+            for group, (pid,) in zip(groups, pids, strict=True):
+                assert len(set(group)) == min(k, counts[pid])
+        seen.update(set(indices.flatten().tolist()))
+    groups = sorted(-(-count // k) for count in counts)
+    if max(groups) <= sum(groups) // (batch // k):  # no identity has more groups than there are batches
+        assert sampler.num_batches == sum(groups) // (batch // k)
+        left_out = sum(groups) % (batch // k)  # groups per epoch
+        assert sum(seen.values()) >= 3 * (len(data) - left_out * k)
+
+
+def test_an_epoch_of_all_images_leaves_out_only_the_surplus_of_a_frequent_identity():
+    data = images(40, 4, 4, 4)
+    sampler = AllImagesSampler(data, 4, 8)
+    assert sampler.num_batches == 3  # identity 0 once in each, beside one of the others
+    indices, _ = sampler.draw(0)
+    assert Counter(data[index][1] for index in indices.flatten().tolist()) == {0: 12, 1: 4, 2: 4, 3: 4}
+
+
+def test_other_identities_meet_in_each_epoch():
+    data = images(*[8] * 20)
+    sampler = AllImagesSampler(data, 4, 16)
+    met = Counter()
+    for epoch in range(200):
+        for batch in sampler.draw(epoch)[0].tolist():
+            pids = {data[index][1] for index in batch}
+            met.update((a, b) for a in pids for b in pids if a < b)
+    expected = 200 * 10 * 6 / 190  # batches, pairs in each, pairs of identities
+    assert len(met) == 190
+    assert max(abs(count - expected) for count in met.values()) < 6 * expected**0.5
 
 
 def test_all_images_of_an_identity_are_drawn_equally_often():
@@ -68,7 +125,7 @@ def test_market1501_and_mars_have_the_steps_of_the_original():
     assert RandomIdentitySampler(mars, 4, 32).num_batches == 78
 
 
-@pytest.mark.parametrize('kind', [0, 1])
+@pytest.mark.parametrize('kind', [0, 1, 2])
 def test_an_epoch_is_a_function_of_seed_and_epoch(kind):
     first, again, other = (samplers(seed)[kind] for seed in (1, 1, 2))
     first.draw(7)  # what was drawn before does not matter
@@ -87,14 +144,14 @@ def test_seeds_of_any_size_and_sign_differ():
 
 
 def test_streams_of_random_numbers_are_independent():
-    assert len({generator(stream, 1, 0).random() for stream in (ORDER, INSTANCES, AUGMENTATION)}) == 3
+    assert len({generator(stream, 1, 0).random() for stream in (ORDER, INSTANCES, AUGMENTATION, ERASING)}) == 4
 
 
 def test_the_draws_of_a_position_depend_on_nothing_else():
     data = images(20, 20)
-    small = RandomSampler(data[:16], 4, seed=5).draw(1)[1].view(-1, 4)
-    large = RandomSampler(data, 8, seed=5).draw(1)[1].view(-1, 4)
-    identities = RandomIdentitySampler(data, 4, 8, seed=5).draw(1)[1].view(-1, 4)
+    small = RandomSampler(data[:16], 4, seed=5).draw(1)[1].view(-1, DRAWS)
+    large = RandomSampler(data, 8, seed=5).draw(1)[1].view(-1, DRAWS)
+    identities = RandomIdentitySampler(data, 4, 8, seed=5).draw(1)[1].view(-1, DRAWS)
     assert torch.equal(small, large[:16])
     assert torch.equal(identities, large[:8])
 
@@ -102,14 +159,14 @@ def test_the_draws_of_a_position_depend_on_nothing_else():
 def test_the_draws_are_uniform_and_independent_of_the_order():
     sampler = RandomSampler(images(2000, 2000), 4000)
     indices, draws = sampler.draw(0)
-    draws = draws.view(-1, 4)
+    draws = draws.view(-1, DRAWS)
     assert draws.min() >= 0 and draws.max() < 1
     together = np.corrcoef(np.column_stack([draws, indices.view(-1)]).T)
-    assert np.abs(together - np.eye(5)).max() < 0.06
-    assert np.abs(np.histogram(draws, 10, (0, 1))[0] / 1600 - 1).max() < 0.1
+    assert np.abs(together - np.eye(DRAWS + 1)).max() < 0.08
+    assert np.abs(np.histogram(draws, 10, (0, 1))[0] / (400 * DRAWS) - 1).max() < 0.1
 
 
-@pytest.mark.parametrize('kind', [0, 1])
+@pytest.mark.parametrize('kind', [0, 1, 2])
 def test_the_global_generators_are_left_alone(kind):
     sampler = samplers()[kind]
     torch.manual_seed(1)
@@ -120,7 +177,7 @@ def test_the_global_generators_are_left_alone(kind):
     assert before[1] == np.random.get_state()[1].tolist()  # noqa: NPY002
 
 
-@pytest.mark.parametrize('kind', [0, 1])
+@pytest.mark.parametrize('kind', [0, 1, 2])
 def test_a_plain_dataloader_makes_the_same_batches(kind):
     sampler = samplers()[kind]
     sampler.set_epoch(6)

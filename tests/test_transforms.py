@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import transforms as T
+from samplers import DRAWS
 
 SIZES = [  # source -> target, (height, width)
     ((128, 64), (256, 128)),  # Market1501
@@ -20,6 +21,7 @@ SIZES = [  # source -> target, (height, width)
     ((1, 1), (32, 16)),
     ((257, 129), (256, 128)),
 ]
+FILTERS = {'bilinear': Image.BILINEAR, 'bicubic': Image.BICUBIC}
 NORMALISE = T.Normalize(T.IMAGENET_MEAN, T.IMAGENET_STD)
 
 
@@ -41,9 +43,13 @@ def every_kind(count: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(draws)
 
 
-def resized(image: Image.Image, height: int, width: int) -> Image.Image:
+def resized(image: Image.Image, height: int, width: int, filter: int = Image.BILINEAR) -> Image.Image:
     """Pillow's resize with the horizontal pass first, as every Pillow before 12.3 does it."""
-    return image.resize((width, image.height), Image.BILINEAR).resize((width, height), Image.BILINEAR)
+    return image.resize((width, image.height), filter).resize((width, height), filter)
+
+
+def cubic(image: Image.Image, height: int, width: int) -> Image.Image:
+    return resized(image, height, width, Image.BICUBIC)
 
 
 def reference(pixels: np.ndarray, draws: torch.Tensor, height: int, width: int, resize=resized) -> torch.Tensor:
@@ -75,6 +81,7 @@ def in_255ths(batch: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(params=['on a CPU', 'as on a GPU'])
 def augment(request, monkeypatch):
     """TrainTransform by either of its ways."""
+    monkeypatch.setattr(T.TrainTransform, 'on_cpu', request.param == 'on a CPU', raising=False)
     if request.param == 'as on a GPU':
         monkeypatch.setattr(T.TrainTransform, '_on_cpu', T.TrainTransform._anywhere)
     return T.TrainTransform
@@ -96,6 +103,17 @@ def test_augmentation_of_a_gpu_is_the_per_image_pipeline_pixel_by_pixel(source, 
     monkeypatch.setattr(T.TrainTransform, '_on_cpu', T.TrainTransform._anywhere)
     pixels, draws = noise(8, *source), every_kind(8)
     assert_same_pixels(T.TrainTransform(*target)(group(pixels), draws), reference(pixels, draws, *target))
+    bicubic = T.TrainTransform(*target, interpolation='bicubic')(group(pixels), draws)
+    assert_same_pixels(bicubic, reference(pixels, draws, *target, resize=cubic))
+
+
+@pytest.mark.parametrize(('source', 'target'), SIZES)
+def test_a_bicubic_augmentation_is_close_to_the_per_image_pipeline(source, target, augment):
+    pixels, draws = noise(8, *source), every_kind(8)
+    batch = augment(*target, interpolation='bicubic')(group(pixels), draws)
+    difference = (in_255ths(batch) - in_255ths(reference(pixels, draws, *target, resize=cubic))).abs()
+    assert difference.mean() < 0.1
+    assert difference.max() < 2.01
 
 
 @pytest.mark.parametrize('source', [(128, 64), (256, 128)])
@@ -109,6 +127,8 @@ def test_preparation_is_the_per_image_pipeline_pixel_by_pixel(source, target):
     pixels, plain = noise(5, *source), torch.ones(5, 4) * torch.tensor([0, 0, 0, 0.9])
     batch = T.TestTransform(*target)(group(pixels))
     assert_same_pixels(batch, reference(pixels, plain, *target))
+    bicubic = T.TestTransform(*target, interpolation='bicubic')(group(pixels))
+    assert_same_pixels(bicubic, reference(pixels, plain, *target, resize=cubic))
     assert batch.shape == (5, 3, *target) and batch.dtype == torch.float32
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
@@ -213,12 +233,14 @@ def test_a_test_in_inference_mode_does_not_spoil_the_training_after_it(augment):
     assert torch.isfinite(weight.grad).all()
 
 
+@pytest.mark.parametrize('interpolation', T.KERNELS)
 @pytest.mark.parametrize('source', [1, 2, 31, 64, 141, 700])
-def test_weights_add_up_and_stay_inside(source):
+def test_weights_add_up_and_stay_inside(source, interpolation):
     device = torch.device('cpu')
     for target in (16, 64, 128, 144):
-        taps, weights = T._taps(source, (target,), device)
-        assert (weights >= 0).all() and ((taps >= 0) & (taps < source)).all()
+        taps, weights = T._taps(source, (target,), interpolation, device)
+        assert (weights >= 0).all() or interpolation == 'bicubic'
+        assert ((taps >= 0) & (taps < source)).all()
         assert (weights.sum(0) - (1 << T.BITS)).abs().max() <= len(weights)  # each is rounded
 
 
@@ -247,6 +269,76 @@ def test_the_class_of_the_original_takes_a_probability():
 def test_the_classes_of_the_original_compose():
     pipeline = T.Compose([T.Random2DTranslation(32, 16), T.RandomHorizontalFlip(), T.ToTensor(), NORMALISE])
     assert pipeline(Image.fromarray(noise(1, 40, 20)[0])).shape == (3, 32, 16)
+
+
+def padded(pixels: np.ndarray, draws: torch.Tensor, height: int, width: int, padding: int) -> torch.Tensor:
+    """Resize, pad with black, crop, flip: one image after the other, with PIL."""
+    out = []
+    for image, (_, down, right, mirror) in zip(map(Image.fromarray, pixels), draws[:, :4].tolist(), strict=True):
+        canvas = Image.new('RGB', (width + 2 * padding, height + 2 * padding))
+        canvas.paste(resized(image, height, width), (padding, padding))
+        top, left = int(down * (2 * padding + 1)), int(right * (2 * padding + 1))
+        image = canvas.crop((left, top, left + width, top + height))
+        out.append(NORMALISE(T.ToTensor()(image.transpose(Image.FLIP_LEFT_RIGHT) if mirror < 0.5 else image)))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(('source', 'target'), SIZES)
+def test_padding_is_the_per_image_pipeline(source, target, augment):
+    pixels, draws = noise(8, *source), every_kind(8)
+    batch = augment(*target, padding=5)(group(pixels), draws)
+    difference = (in_255ths(batch) - in_255ths(padded(pixels, draws, *target, 5))).abs()
+    assert difference.max() < (2.01 if augment.on_cpu else 0.01)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_every_offset_of_a_padded_image_is_equally_likely(augment):
+    pixels = np.full((3000, 8, 4, 3), 255, np.uint8)
+    draws = torch.from_numpy(np.random.default_rng(0).random((3000, DRAWS)))
+    white = in_255ths(augment(8, 4, padding=2)(group(pixels), draws))[:, 0] > 128  # (B, 8, 4)
+    top, left = white.any(2).float().argmax(1), white.any(1).float().argmax(1)
+    below, beside = white.any(2).sum(1), white.any(1).sum(1)
+    rows = torch.bincount(torch.where(below == 8, 2, torch.where(top > 0, 2 + top, below - 6)))
+    columns = torch.bincount(torch.where(beside == 4, 2, torch.where(left > 0, 2 + left, beside - 2)))
+    assert len(rows) == len(columns) == 5
+    assert (rows - 600).abs().max() < 110 and (columns - 600).abs().max() < 110  # five standard deviations
+
+
+def textbook_erasing(draw: list[float], height: int, width: int, p: float) -> np.ndarray:
+    """Zhong et al., algorithm 1, with the given random numbers."""
+    mask = np.zeros((height, width), bool)
+    erase, down, right, *tries = draw
+    if erase >= p:
+        return mask
+    for area, aspect in zip(tries[::2], tries[1::2], strict=True):
+        size = (0.02 + area * (0.4 - 0.02)) * height * width
+        ratio = 0.3 + aspect * (1 / 0.3 - 0.3)
+        tall, wide = round((size * ratio) ** 0.5), round((size / ratio) ** 0.5)
+        if tall < height and wide < width:
+            top, left = int(down * (height - tall + 1)), int(right * (width - wide + 1))
+            mask[top : top + tall, left : left + wide] = True
+            return mask
+    return mask
+
+
+@pytest.mark.parametrize('size', [(256, 128), (96, 48), (64, 64), (30, 90), (2, 2)])
+def test_random_erasing_is_that_of_the_paper(size):
+    draws = np.random.default_rng(3).random((400, T.DRAWS_OF_ERASING))
+    expected = np.stack([textbook_erasing(draw, *size, 0.5) for draw in draws.tolist()])
+    assert (T.erased(torch.from_numpy(draws), *size, 0.5).numpy() == expected).all()
+    erased = expected.any((1, 2))
+    assert 0.4 < erased.mean() < 0.6 or size == (2, 2)
+    assert expected[erased].mean((1, 2)).min() > 0.015 and expected[erased].mean((1, 2)).max() < 0.45
+    assert not T.erased(torch.from_numpy(draws), *size, 0.0).any()
+
+
+def test_an_erased_pixel_is_the_mean_and_all_others_stay(augment):
+    pixels, draws = noise(50, 40, 20), torch.from_numpy(np.random.default_rng(0).random((50, DRAWS)))
+    plain = augment(32, 16)(group(pixels), draws)
+    batch = augment(32, 16, random_erasing=0.5)(group(pixels), draws)
+    mask = T.erased(draws[:, 4:], 32, 16, 0.5)[:, None]
+    assert mask.any() and torch.equal(batch, torch.where(mask, 0.0, plain))
+    assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.gpu

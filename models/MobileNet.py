@@ -1,0 +1,40 @@
+"""MobileNetV2."""
+
+from collections.abc import Set
+
+from torch import Tensor, nn
+from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
+
+from models.network import Network
+
+__all__ = ['MobileNetV2']
+
+TORCHVISION = "torchvision's names translated"
+
+
+class MobileNetV2(Network):
+    """MobileNetV2 without its classifier; the feature is the global average of the last convolution.
+
+    Sandler et al., MobileNetV2: Inverted Residuals and Linear Bottlenecks, CVPR 2018, arXiv:1801.04381.
+    """
+
+    feat_dim = 1280
+    faster_in_bf16 = False  # depthwise convolutions
+    imagenet = MobileNet_V2_Weights.IMAGENET1K_V1
+    signature = ('base.18.0.weight', (1280, 320, 1, 1))
+    published = (
+        (TORCHVISION, r'^features\.', 'base.'),
+        (TORCHVISION, r'^classifier\.1\.', 'classifier.'),
+    )
+
+    def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
+        super().__init__(num_classes, loss)
+        self.base = mobilenet_v2(weights=None).features
+        self.classifier = nn.Linear(self.feat_dim, num_classes)
+
+    def maps(self, x: Tensor) -> Tensor:
+        maps: Tensor = self.base(x)  # (B, 1280, H/32, W/32)
+        return maps
+
+    def keep_resolution(self) -> None:
+        self.base[14].conv[1][0].stride = (1, 1)  # the depthwise convolution with which the last stage begins
