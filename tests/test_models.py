@@ -142,13 +142,13 @@ def test_features_are_returned_for_any_loss_but_cross_entropy_alone(loss):
 
 
 def test_an_unknown_name_is_the_user_s_mistake():
-    with pytest.raises(UserError, match=r"unknown model 'resnet18'; choose one of resnet50, resnet50m, densenet121"):
-        models.init_model('resnet18', 5)
+    with pytest.raises(UserError, match=r"unknown model 'resnet20'; choose one of resnet50, resnet50m, densenet121"):
+        models.init_model('resnet20', 5)
 
 
 def test_factory_takes_new_models(monkeypatch, capsys):
     monkeypatch.setitem(models.factory, 'tiny', Tiny)
-    assert models.get_names() == ['resnet50', 'resnet50m', 'densenet121', 'tiny']
+    assert models.get_names()[-1] == 'tiny'
     model = models.init_model('tiny', 2500, loss={'cent'})
     assert (model.classifier.out_features, model.num_classes, model.loss) == (2500, 2500, {'cent'})
     assert capsys.readouterr().out == 'Initializing model: tiny\nModel size: 0.01000M\n'
