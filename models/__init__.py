@@ -4,6 +4,7 @@ from collections.abc import Set
 
 from models.DenseNet import DenseNet121
 from models.MobileNet import MobileNetV2
+from models import Timm
 from models.network import POOLINGS, Network
 from models.OSNet import OSNet, OSNet025, OSNet050, OSNet075, OSNetAIN, OSNetIBN
 from models.ResNet import ResNet18, ResNet34, ResNet50, ResNet50IBN, ResNet50M, ResNet101
@@ -28,8 +29,23 @@ factory: dict[str, type[Network]] = {
 
 
 def get_names() -> list[str]:
-    """The names that `init_model` accepts."""
+    """The names that `init_model` accepts, beside timm:NAME for any network of the library timm."""
     return list(factory)
+
+
+def network_of(name: str, size: tuple[int, int] | None = None) -> type[Network]:
+    """The class of a model by its name.
+
+    size: height and width of the images; only networks of timm need it
+
+    Raises:
+        UserError: there is no such model, or it needs timm, which is not installed.
+    """
+    if name.startswith(Timm.PREFIX):
+        return Timm.named(name.removeprefix(Timm.PREFIX), size)
+    if name not in factory:
+        raise UserError(f'no such model {name!r}; choose one of {", ".join(get_names())}, or timm:NAME')
+    return factory[name]
 
 
 def init_model(
@@ -40,24 +56,28 @@ def init_model(
     last_stride: int = 2,
     neck: bool = False,
     pooling: str = 'avg',
+    size: tuple[int, int] | None = None,
 ) -> Network:
     """Builds a model with random weights. In eval mode it returns features (B, feat_dim); in training mode logits
     (B, num_classes), and, unless `loss` is {'xent'}, (logits, features).
 
-    name:        one of `get_names()`
+    name:        one of `get_names()`, or timm:NAME
     loss:        names of the losses that will be computed, any
     last_stride: 1 keeps the resolution in the last stage, see `Network.keep_resolution`
     neck:        add BNNeck, see `Network.add_neck`
     pooling:     of the maps: 'avg', 'max', or 'gem' (`models.network.GeM`)
+    size:        height and width of the images, for networks of timm
 
-    Prints the name and the number of parameters, in millions. Raises UserError for an unknown name.
+    Prints the name and the number of parameters, in millions. Raises UserError for an unknown name, and for a pooling
+    if the network pools by itself.
     """
-    if name not in factory:
-        raise UserError(f'unknown model {name!r}; choose one of {", ".join(get_names())}')
+    network = network_of(name, size)
     print(f'Initializing model: {name}')
-    model = factory[name](num_classes, loss)
+    model = network(num_classes, loss)
     if last_stride == 1:
         model.keep_resolution()
+    if pooling != 'avg' and network.pools_itself:
+        raise UserError(f'{name} pools its maps itself: leave out pooling={pooling!r}')
     if pooling != 'avg':
         model.pool = POOLINGS[pooling]()
     if neck:

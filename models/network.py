@@ -44,6 +44,8 @@ class Network(nn.Module):
         narrowest_bf16: least width, in pixels, for which bf16 gives correct results on CPUs.
         faster_in_bf16: whether training on a CPU that multiplies bf16 in hardware gains from it.
         normalisation: mean and standard deviation of RGB in [0, 1] with which images are normalised.
+        interpolation: bilinear or bicubic, with which images are resized.
+        pools_itself: whether `features` ignores `pool`.
         imagenet: ImageNet weights for the backbone, or None.
         fresh: prefixes of parameters that the ImageNet weights lack, besides the classifier, pooling and neck.
         signature: name and shape of a tensor by which weights for this class are recognised.
@@ -57,6 +59,8 @@ class Network(nn.Module):
     narrowest_bf16 = 1
     faster_in_bf16 = True
     normalisation: Normalisation = IMAGENET
+    interpolation = 'bilinear'
+    pools_itself = False
     imagenet: 'WeightsEnum | WeightsFile | None' = None
     fresh: tuple[str, ...] = ()
     signature: tuple[str, tuple[int, ...]] = ('', ())
