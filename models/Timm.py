@@ -1,5 +1,6 @@
 """Networks of the library timm, as backbones."""
 
+import difflib
 from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ def named(name: str, size: tuple[int, int] | None = None) -> type[Timm]:
     except ImportError:
         raise UserError(f'-a {PREFIX}{name} needs the package timm: pip install timm') from None
     if not timm.is_model(name.partition('.')[0]):
-        near = timm.list_models(f'*{plain(name)[:4]}*')[:5]
+        near = difflib.get_close_matches(name, timm.list_models(), 5)
         also = f', such as {", ".join(near)}' if near else ''
         raise UserError(
             f'-a {PREFIX}{plain(name)}: timm {timm.__version__} has no such model; see timm.list_models(){also}'

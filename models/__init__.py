@@ -2,9 +2,9 @@
 
 from collections.abc import Set
 
+from models import Timm
 from models.DenseNet import DenseNet121
 from models.MobileNet import MobileNetV2
-from models import Timm
 from models.network import POOLINGS, Network
 from models.OSNet import OSNet, OSNet025, OSNet050, OSNet075, OSNetAIN, OSNetIBN
 from models.ResNet import ResNet18, ResNet34, ResNet50, ResNet50IBN, ResNet50M, ResNet101

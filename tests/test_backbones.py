@@ -1,4 +1,4 @@
-"""The backbones beside the original's: sizes, names, layers against the papers' formulas, and what init_model changes."""
+"""Backbones: sizes, names, layers against the papers' formulas, and what the arguments of init_model change."""
 
 import copy
 
