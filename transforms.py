@@ -188,7 +188,8 @@ def erased(draws: Tensor, height: int, width: int, p: float) -> Tensor:
     chosen = (erase < p) & fits.any(1, keepdim=True)  # (B, 1)
     rows = (row >= top) & (row < top + tall) & chosen  # (B, h)
     columns = (column >= left) & (column < left + wide)  # (B, w)
-    return rows[:, :, None] & columns[:, None, :]
+    rectangles: Tensor = rows[:, :, None] & columns[:, None, :]  # (B, h, w)
+    return rectangles
 
 
 class TestTransform:
@@ -282,7 +283,8 @@ def _pass(pixels: Tensor, taps: Tensor, weights: Tensor, work: Tensor, clamp: bo
 
 
 def _triangle(x: np.ndarray) -> np.ndarray:
-    return np.maximum(1 - np.abs(x), 0)
+    weight: np.ndarray = np.maximum(1 - np.abs(x), 0)
+    return weight
 
 
 def _cubic(x: np.ndarray) -> np.ndarray:

@@ -61,7 +61,8 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weights = F.relu(self.fc1(x.mean((2, 3), keepdim=True)))  # (B, C/16, 1, 1)
-        return x * self.fc2(weights).sigmoid()
+        weighted: Tensor = x * self.fc2(weights).sigmoid()
+        return weighted
 
 
 class Block(nn.Module):
@@ -123,8 +124,8 @@ class OSNet(Network):
     feat_dim = 512
     smallest = 13  # halved four times, the last two times rounding down
     faster_in_bf16 = False  # depthwise convolutions
-    signature = ('conv5.conv.weight', (512, 512, 1, 1))
-    absent = (OF_IBN, OF_AIN)
+    signature: tuple[str, tuple[int, ...]] = ('conv5.conv.weight', (512, 512, 1, 1))
+    absent: tuple[str, ...] = (OF_IBN, OF_AIN)
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__(num_classes, loss)

@@ -59,8 +59,13 @@ class ResNet50(Network):
     feat_dim = 2048
     narrowest_bf16 = 33  # for narrower images the CPU's bf16 convolutions of the last stage return garbage
     imagenet = ResNet50_Weights.IMAGENET1K_V1
-    signature = ('base.7.2.conv3.weight', (2048, 512, 1, 1))
-    absent = (LAST_OF_101, OF_IBN, 'fc_fuse.0.weight', 'fc_fusion.0.weight')  # the last two of ResNet50M, resnet50mid
+    signature: tuple[str, tuple[int, ...]] = ('base.7.2.conv3.weight', (2048, 512, 1, 1))
+    absent: tuple[str, ...] = (
+        LAST_OF_101,
+        OF_IBN,
+        'fc_fuse.0.weight',
+        'fc_fusion.0.weight',
+    )  # the last two of ResNet50M, resnet50mid
     published = NAMES
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
@@ -73,9 +78,10 @@ class ResNet50(Network):
         return maps
 
     def keep_resolution(self) -> None:
-        first = self.base[-1][0]  # the first block of the last stage
-        (first.conv1 if isinstance(first, BasicBlock) else first.conv2).stride = (1, 1)
-        first.downsample[0].stride = (1, 1)
+        first = next(self.base[-1].children())  # block of the last stage
+        strided = 'conv1' if isinstance(first, BasicBlock) else 'conv2'
+        for name in (strided, 'downsample.0'):
+            first.get_submodule(name).stride = (1, 1)  # type: ignore[assignment]  # of a convolution
 
 
 class ResNet18(ResNet50):
@@ -112,12 +118,12 @@ class IBN(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.half = channels // 2
-        self.IN = nn.InstanceNorm2d(self.half, affine=True)
-        self.BN = nn.BatchNorm2d(channels - self.half)
+        self.first = channels // 2
+        self.IN = nn.InstanceNorm2d(self.first, affine=True)
+        self.BN = nn.BatchNorm2d(channels - self.first)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat((self.IN(x[:, : self.half]), self.BN(x[:, self.half :])), dim=1)
+        return torch.cat((self.IN(x[:, : self.first]), self.BN(x[:, self.first :])), dim=1)
 
 
 class ResNet50IBN(ResNet50):
@@ -134,8 +140,8 @@ class ResNet50IBN(ResNet50):
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__(num_classes, loss)
         for stage in self.base[4:7]:
-            for block in stage:
-                block.bn1 = IBN(block.bn1.num_features)
+            for block in stage.children():
+                block.bn1 = IBN(block.get_submodule('bn1').num_features)  # type: ignore[arg-type]  # of a BatchNorm2d
 
 
 class ResNet50M(Network):

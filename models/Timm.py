@@ -71,18 +71,18 @@ def named(name: str, size: tuple[int, int] | None = None) -> type[Timm]:
         raise UserError(
             f'-a {PREFIX}{plain(name)}: timm {timm.__version__} has no such model; see timm.list_models(){also}'
         )
-    config = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    config = timm.get_pretrained_cfg(name)
+    assert config is not None  # only for models that are not registered
     interpolation = config.interpolation if config.interpolation in ('bilinear', 'bicubic') else 'bilinear'
-    size = size or tuple(config.input_size[1:])
-    address = f'https://huggingface.co/{config.hf_hub_id}' if config.hf_hub_id else config.url
-    weights = TimmWeights(address, name, size) if address else None
+    height, width = size or config.input_size[1:]
+    address = f'https://huggingface.co/{config.hf_hub_id}' if config.hf_hub_id else str(config.url or '')
     properties = {
         'name': name,
-        'size': size,
+        'size': (height, width),
         'licence': config.license or 'unknown',
         'normalisation': (tuple(config.mean), tuple(config.std)),
         'interpolation': interpolation,
-        'imagenet': weights,
+        'imagenet': TimmWeights(address, name, (height, width)) if address else None,
         'faster_in_bf16': not is_depthwise(name),
     }
     return type('Timm', (Timm,), properties)
