@@ -14,12 +14,8 @@ import data_manager
 import models
 import weights
 from dataset_loader import ImageDataset, train_loader
-from evaluation import Test
 from losses import CenterLoss, CrossEntropyLabelSmooth, TripletLoss
-from runtime import launch
-from runtime.checkpoint import Checkpoint
 from runtime.device import Run
-from runtime.meters import LossMeter
 from samplers import AllImagesSampler
 from transforms import TrainTransform
 

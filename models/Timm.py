@@ -43,16 +43,16 @@ class Timm(Network):
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__(num_classes, loss)
-        self.base = build(self.name, self.size)
-        was_training = self.base.training
-        with torch.inference_mode():
-            self.feat_dim = self.eval().features(torch.zeros(1, 3, *self.size)).size(1)
-        self.train(was_training)
+        try:
+            self.base = build(self.name, self.size)
+            self.feat_dim = feat_dim(self.base, self.size)
+        except (AssertionError, ValueError, RuntimeError) as problem:
+            (height, width), reason = self.size, plain(' '.join(str(problem).split())) or type(problem).__name__
+            raise UserError(f'-a {PREFIX}{self.name} cannot take images of {height}x{width} ({reason})') from problem
         self.classifier = nn.Linear(self.feat_dim, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        features: Tensor = self.base.forward_head(self.base.forward_features(x), pre_logits=True)  # type: ignore[operator]  # methods of timm's networks
-        return features
+        return pooled(self.base, x)
 
 
 def named(name: str, size: tuple[int, int] | None = None) -> type[Timm]:
@@ -89,26 +89,30 @@ def named(name: str, size: tuple[int, int] | None = None) -> type[Timm]:
 
 
 def build(name: str, size: tuple[int, int], pretrained: bool = False) -> nn.Module:
-    """timm's network without its classifier. `size` is given if the network has one.
-
-    Raises:
-        UserError: the network cannot take images of this size.
-    """
+    """timm's network without its classifier. `size` is given if the network has one."""
     import timm
 
-    def create(**how: Any) -> nn.Module:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **how)
-        return model
-
+    how: dict[str, Any] = {'pretrained': pretrained, 'num_classes': 0}
     try:
-        return create(img_size=size)
+        model: nn.Module = timm.create_model(name, img_size=size, **how)
     except TypeError:  # a convolutional network takes any size
-        return create()
-    except (AssertionError, ValueError, RuntimeError) as problem:
-        if pretrained:
-            raise
-        reason = plain(' '.join(str(problem).split())) or type(problem).__name__
-        raise UserError(f'-a {PREFIX}{name} cannot take images of {size[0]}x{size[1]} ({reason})') from problem
+        model = timm.create_model(name, **how)
+    return model
+
+
+def pooled(base: nn.Module, x: Tensor) -> Tensor:
+    """The features of timm's network (B, feat_dim), before the classifier."""
+    features: Tensor = base.forward_head(base.forward_features(x), pre_logits=True)  # type: ignore[operator]  # methods
+    return features
+
+
+def feat_dim(base: nn.Module, size: tuple[int, int]) -> int:
+    """The length of a feature, from an image of zeros. Neither the network nor torch's generator changes."""
+    was_training = base.training
+    with torch.inference_mode():
+        length = pooled(base.eval(), torch.zeros(1, 3, *size)).size(1)
+    base.train(was_training)
+    return length
 
 
 def is_depthwise(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Backbones: sizes, names, layers against the papers' formulas, and what the arguments of init_model change."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import weights
 from models.network import GeM, average, maximum
 from models.OSNet import Block
 from models.ResNet import IBN
+from runtime.errors import UserError
 
 # Parameters without the classifier, in millions. torchvision's documents give those of its networks with 1000 classes;
 # Zhou et al., TPAMI 2021, table 8, those of OSNet: 2.2, 1.3, 0.6 and 0.2.
@@ -216,3 +218,60 @@ def test_the_neck_normalises_what_is_classified_and_tested(arch):
         before, behind = model.features(images(2)), model(images(2))
     expected = (before - model.bottleneck.running_mean) / (model.bottleneck.running_var + 1e-5).sqrt()
     torch.testing.assert_close(behind, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(('name', 'depthwise'), [('vit', False), ('convnext', True)])
+def test_a_network_of_timm_is_its_own_up_to_the_classifier(name, depthwise):
+    timm = pytest.importorskip('timm')
+    torch.manual_seed(0)
+    model = models.init_model(f'timm:test_{name}', 5, loss={'xent', 'htri'}, size=(64, 32))
+    config = timm.get_pretrained_cfg(f'test_{name}')
+    assert model.normalisation == (config.mean, config.std) and model.interpolation == config.interpolation == 'bicubic'
+    assert model.faster_in_bf16 != depthwise
+    theirs = timm.create_model(f'test_{name}', num_classes=7, **({'img_size': (64, 32)} if name == 'vit' else {}))
+    missing, unexpected = theirs.load_state_dict(model.base.state_dict(), strict=False)
+    assert not unexpected and all('head' in name for name in missing)
+    x = images(2)
+    with torch.inference_mode():
+        features = model.eval()(x)
+        logits = theirs.eval()(x)
+        torch.testing.assert_close(logits, theirs.get_classifier()(features), rtol=1e-4, atol=1e-5)
+
+
+def test_position_embeddings_have_the_size_of_the_images():
+    pytest.importorskip('timm')
+    wide = models.init_model('timm:test_vit', 5, size=(64, 64)).base.pos_embed
+    narrow = models.init_model('timm:test_vit', 5, size=(64, 32)).base.pos_embed
+    assert wide.shape[1] - 1 == 2 * (narrow.shape[1] - 1)
+
+
+@pytest.mark.parametrize(
+    ('arch', 'size', 'message'),
+    [
+        (
+            'timm:test_vitt',
+            (64, 32),
+            r'-a timm:test_vitt: timm .* has no such model; see timm.list_models\(\), such as',
+        ),
+        ('timm:', (64, 32), r'-a timm:: timm .* has no such model'),
+        ('timm:test_vit', (8, 8), r'-a timm:test_vit cannot take images of 8x8 \(Input height \(8\) should be'),
+        ('resnet', None, r"no such model 'resnet'; choose one of resnet50, .*, or timm:NAME"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_one_line(arch, size, message):
+    pytest.importorskip('timm')
+    with pytest.raises(UserError, match=message) as mistake:
+        models.init_model(arch, 5, size=size)
+    assert '\n' not in str(mistake.value)
+
+
+def test_without_timm_one_line_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'timm', None)
+    with pytest.raises(UserError, match='-a timm:test_vit needs the package timm: pip install timm'):
+        models.init_model('timm:test_vit', 5)
+
+
+def test_a_network_that_pools_itself_takes_no_other_pooling():
+    pytest.importorskip('timm')
+    with pytest.raises(UserError, match="timm:test_vit pools its maps itself: leave out pooling='gem'"):
+        models.init_model('timm:test_vit', 5, pooling='gem')
