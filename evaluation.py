@@ -19,9 +19,9 @@ import ranking
 from arguments import TestOptions
 from data_manager import fingerprint
 from dataset_loader import ImageDataset, VideoDataset, test_loader
-from eval_metrics import METRICS, average_precision
+from eval_metrics import METRICS
 from models.network import Network
-from page import results
+from page import cameras, results
 from readers.tree import Dataset, Item, ids_of
 from runtime.device import Run
 from runtime.errors import UserError
@@ -32,7 +32,6 @@ from transforms import TestTransform
 from utils import mkdir_if_missing
 
 MAX_RANK = 50
-NO_CAMERAS = {'camera_map': np.zeros((0, 0)), 'camera_queries': np.zeros((0, 0), np.int64)}
 EMBEDDED, EMBEDDED_ROWS = 12, 400  # identities and images whose features are kept for a plot
 
 Extracted = tuple[Tensor, Tensor]  # features (n, D) of this process's items, and the indices of these items (n,)
@@ -73,8 +72,7 @@ class Test:
         print('Computing distance matrix')  # the original's line; no matrix is kept
         print('Computing CMC and mAP')
         result = self._rank(query, gallery)
-        unwanted = self.options.rerank or self.options.no_report
-        cameras = NO_CAMERAS if unwanted else by_camera(query, gallery, self.dataset, self.run)
+        by_camera = self._by_camera(query, gallery)
         shown = sample(query, gallery, self.dataset, self.run)
         values = torch.zeros(len(METRICS), dtype=torch.float64)
         if result:  # in the first process
@@ -82,7 +80,9 @@ class Test:
             figures = result.figures()
             values = torch.tensor([figures[metric.name] for metric in METRICS], dtype=torch.float64)
             folder = self.options.save_dir
-            results.write(folder, self._summary(result), self.dataset, result, {**cameras, **shown}, self.run.unwritten)
+            results.write(
+                folder, self._summary(result), self.dataset, result, {**by_camera, **shown}, self.run.unwritten
+            )
             if self.options.evaluate and not self.options.no_report:  # training: after metrics.csv
                 results.write_page(folder, self.run.unwritten)
         return dict(zip((metric.name for metric in METRICS), self.run.sum(values).tolist(), strict=True))
@@ -99,8 +99,31 @@ class Test:
         if self.options.rerank:
             print('Re-ranking with k1 {k1}, k2 {k2}, lambda {lambda_value}'.format(**vars(self.options)))
             return rerank(query, gallery, self.dataset, self.options, self.run)
-        result = rank(query, gallery, self.dataset.query, self.dataset.gallery, self.run)
+        result = rank(query, gallery, *ids_of(self.dataset.query, self.dataset.gallery), self.run)
         return None if self.run.rank else result
+
+    def _by_camera(self, query: Extracted, gallery: Extracted) -> dict[str, np.ndarray]:
+        """The arrays of the table of cameras; empty ones if it is left out."""
+        q_pids, g_pids, q_camids, g_camids = ids_of(self.dataset.query, self.dataset.gallery)
+
+        def rank_in(items: np.ndarray) -> ranking.Ranking:
+            features, places = gallery[0], gallery[1].numpy()  # (m, D), (m,)
+            held = np.isin(places, items)  # (m,)
+            some = (
+                features[torch.from_numpy(held).to(features.device)],
+                torch.from_numpy(np.searchsorted(items, places[held])),
+            )
+            return rank(query, some, q_pids, g_pids[items], q_camids, g_camids[items], self.run)
+
+        return cameras.table(q_camids, g_camids, None if self._cameras_left_out() else rank_in)
+
+    def _cameras_left_out(self) -> str:
+        """Why there is no table of cameras; '' if there is one."""
+        for option in ('rerank', 'no_report'):
+            if getattr(self.options, option):
+                return f'--{option.replace("_", "-")}'
+        *_, q_camids, g_camids = ids_of(self.dataset.query, self.dataset.gallery)
+        return cameras.too_many(q_camids, g_camids)
 
     def _features_file(self, subset: str, items: Sequence[Item], feat_dim: int) -> np.ndarray:
         """features.npy (N, feat_dim) in memory-mapped form, pids.npy and camids.npy next to it; in every process.
@@ -157,6 +180,7 @@ class Test:
             'date': datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
             'dataset': dataset.name,
             'rerank': options.rerank and {name: getattr(options, name) for name in ('k1', 'k2', 'lambda_value')},
+            'cameras_left_out': self._cameras_left_out() or None,
             'arch': options.arch,
             'checkpoint': options.resume or None,
             'height': options.height,
@@ -209,13 +233,18 @@ def extract(
 
 
 def rank(
-    query: Extracted, gallery: Extracted, q_items: Sequence[Item], g_items: Sequence[Item], run: Run
+    query: Extracted,
+    gallery: Extracted,
+    q_pids: np.ndarray,
+    g_pids: np.ndarray,
+    q_camids: np.ndarray,
+    g_camids: np.ndarray,
+    run: Run,
 ) -> ranking.Ranking:
     """The ranking of the whole gallery, in every process, from what `extract` returned in each.
 
     All processes receive the features of all queries. The counts in their parts of the gallery add up to exact ranks.
     """
-    q_pids, g_pids, q_camids, g_camids = ids_of(q_items, g_items)
     features, places = gallery[0], gallery[1].numpy()  # (m, D), (m,)
     queries, items = ranking.points(_collect(*query, len(q_pids), run), features, len(q_pids), len(places))
     pairs = ranking.same_identity(q_pids, g_pids, q_camids, g_camids)
@@ -246,32 +275,6 @@ def sample(query: Extracted, gallery: Extracted, dataset: Dataset, run: Run) -> 
         'embedding_camids': camids[rows],
         'embedding_is_query': rows < len(q_pids),
     }
-
-
-def by_camera(query: Extracted, gallery: Extracted, dataset: Dataset, run: Run) -> dict[str, np.ndarray]:
-    """(C, C) each: mAP of each camera's queries against each camera's gallery, and the number of scored queries."""
-    *_, q_camids, g_camids = ids_of(dataset.query, dataset.gallery)
-    number = 1 + max(q_camids.max(initial=0), g_camids.max(initial=0))
-    means, counts = np.full((number, number), np.nan), np.zeros((number, number), np.int64)
-    features, places = gallery[0], gallery[1].numpy()  # (m, D), (m,)
-    for camid in range(number):
-        items = np.flatnonzero(g_camids == camid)  # (n,) of the gallery
-        if not len(items):
-            continue
-        here = np.flatnonzero(np.isin(places, items))
-        own = (
-            features[torch.from_numpy(here).to(features.device)],
-            torch.from_numpy(np.searchsorted(items, places[here])),
-        )
-        some = [dataset.gallery[item] for item in items]
-        result = rank(query, own, dataset.query, some, run)
-        precisions = average_precision(result.ranks, result.offsets)  # (Q,)
-        for of in range(number):
-            valid = precisions[(q_camids == of) & result.valid]
-            counts[of, camid] = len(valid)
-            if len(valid):
-                means[of, camid] = valid.mean()
-    return {'camera_map': means, 'camera_queries': counts}
 
 
 def rerank(

@@ -24,6 +24,7 @@ import losses
 import models
 from arguments import DataOptions, RunOptions, TestOptions
 from dataset_loader import ImageDataset, train_loader
+from readers.tree import ids_of
 from runtime import device, processes
 from runtime.device import Run
 from samplers import RandomIdentitySampler
@@ -115,7 +116,9 @@ def tests(run, dataset, folder):
     for subsets in ((dataset.query, dataset.gallery), (dataset.query[:1], matches[:1])):
         extracted = [evaluation.extract(Whole(5), items, options, run) for items in subsets]
         seen.append([indices.tolist() for _, indices in extracted])
-        rankings.append({name: np.asarray(x) for name, x in vars(evaluation.rank(*extracted, *subsets, run)).items()})
+        rankings.append(
+            {name: np.asarray(x) for name, x in vars(evaluation.rank(*extracted, *ids_of(*subsets), run)).items()}
+        )
     return {'printed': printed.getvalue(), 'rank1': rank1, 'rankings': rankings, 'seen': seen}
 
 

@@ -75,7 +75,7 @@ def test_ranking_npz(tested):
     assert np.nanmean(eval_metrics.average_precision(arrays['ranks'], arrays['offsets'])) == figures['mAP']
     q_camids, g_camids = arrays['q_camids'], arrays['g_camids']
     for row, column in zip(*np.nonzero(arrays['camera_queries']), strict=True):
-        mine, theirs = q_camids == row, g_camids == column
+        mine, theirs = q_camids == arrays['camera_ids'][row], g_camids == arrays['camera_ids'][column]
         ids = arrays['q_pids'][mine], arrays['g_pids'][theirs], q_camids[mine], g_camids[theirs]
         _, mean_ap = eval_metrics.evaluate(distmat[mine][:, theirs], *ids)
         assert arrays['camera_map'][row, column] == pytest.approx(mean_ap, abs=1e-6)

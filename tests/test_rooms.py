@@ -17,8 +17,8 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'dataset_loader': 'arguments runtime.caching runtime.decoding runtime.device runtime.feed runtime.workers samplers',
     'eval_metrics': '',
     'evaluation': (
-        'arguments data_manager dataset_loader eval_metrics models.network page.results ranking readers.tree '
-        'runtime.device runtime.meters runtime.provenance runtime.testset transforms utils'
+        'arguments data_manager dataset_loader eval_metrics models.network page.cameras page.results ranking '
+        'readers.tree runtime.device runtime.meters runtime.provenance runtime.testset transforms utils'
     ),
     'losses': '',
     'ranking': 'eval_metrics reranking runtime.commands runtime.tiles',
@@ -32,8 +32,9 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'models.DenseNet': 'models.network',
     'models.ResNet': 'models.network',
     'models.network': 'transforms',
-    'page': 'page.charts page.lists page.runs runtime.files',
+    'page': 'page.cameras page.charts page.lists page.runs runtime.files',
     'page.activations': 'dataset_loader models runtime.files transforms weights',
+    'page.cameras': 'eval_metrics page.runs',
     'page.charts': 'eval_metrics page.runs',
     'page.lists': 'page.runs',
     'page.results': 'eval_metrics page ranking readers.tree runtime.files utils',
