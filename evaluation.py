@@ -5,11 +5,7 @@ extracted once; no feature of the gallery leaves its process.
 """
 
 import datetime
-import errno
-import os
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,12 +20,11 @@ from models.network import Network
 from page import cameras, results
 from readers.tree import Dataset, Item, ids_of
 from runtime.device import Run
-from runtime.errors import UserError
+from runtime.features import create_features, keep_features
 from runtime.meters import bar_over
 from runtime.provenance import provenance
 from runtime.testset import check_files, check_items
 from transforms import TestTransform
-from utils import mkdir_if_missing
 
 MAX_RANK = 50
 EMBEDDED, EMBEDDED_ROWS = 12, 400  # identities and images whose features are kept for a plot
@@ -68,7 +63,7 @@ class Test:
         self.run.unify(model)
         query, gallery = (self._extract(model, subset) for subset in ('query', 'gallery'))
         if self.options.save_features:
-            self._keep_features()
+            keep_features(self.options.save_dir, self.run)
         print('Computing distance matrix')  # the original's line; no matrix is kept
         print('Computing CMC and mAP')
         result = self._rank(query, gallery)
@@ -89,17 +84,19 @@ class Test:
 
     def _extract(self, model: Network, subset: str) -> Extracted:
         items = getattr(self.dataset, subset)
-        file = self._features_file(subset, items, model.feat_dim) if self.options.save_features else None
-        features, indices = extract(model, items, self.options, self.run, file)  # (n, D), (n,)
-        print(f'Extracted features for {subset} set, obtained {len(items)}-by-{features.size(1)} matrix')
-        return features, indices
+        file = None
+        if self.options.save_features:
+            file = create_features(self.options.save_dir, subset, items, model.feat_dim, self.run)
+        extracted = extract(model, items, self.options, self.run, file)
+        print(f'Extracted features for {subset} set, obtained {len(items)}-by-{model.feat_dim} matrix')
+        return extracted
 
     def _rank(self, query: Extracted, gallery: Extracted) -> ranking.Ranking | None:
         """The ranking, in the first process; None in the others."""
         if self.options.rerank:
             print('Re-ranking with k1 {k1}, k2 {k2}, lambda {lambda_value}'.format(**vars(self.options)))
             return rerank(query, gallery, self.dataset, self.options, self.run)
-        result = rank(query, gallery, *ids_of(self.dataset.query, self.dataset.gallery), self.run)
+        result = rank(query, gallery, ids_of(self.dataset.query, self.dataset.gallery), self.run)
         return None if self.run.rank else result
 
     def _by_camera(self, query: Extracted, gallery: Extracted) -> dict[str, np.ndarray]:
@@ -107,13 +104,13 @@ class Test:
         q_pids, g_pids, q_camids, g_camids = ids_of(self.dataset.query, self.dataset.gallery)
 
         def rank_in(items: np.ndarray) -> ranking.Ranking:
-            features, places = gallery[0], gallery[1].numpy()  # (m, D), (m,)
+            places = gallery[1].numpy()  # (m,)
             held = np.isin(places, items)  # (m,)
             some = (
-                features[torch.from_numpy(held).to(features.device)],
+                gallery[0][torch.from_numpy(held).to(gallery[0].device)],
                 torch.from_numpy(np.searchsorted(items, places[held])),
             )
-            return rank(query, some, q_pids, g_pids[items], q_camids, g_camids[items], self.run)
+            return rank(query, some, (q_pids, g_pids[items], q_camids, g_camids[items]), self.run)
 
         return cameras.table(q_camids, g_camids, None if self._cameras_left_out() else rank_in)
 
@@ -124,45 +121,6 @@ class Test:
                 return f'--{option.replace("_", "-")}'
         *_, q_camids, g_camids = ids_of(self.dataset.query, self.dataset.gallery)
         return cameras.too_many(q_camids, g_camids)
-
-    def _features_file(self, subset: str, items: Sequence[Item], feat_dim: int) -> np.ndarray:
-        """features.npy (N, feat_dim) in memory-mapped form, pids.npy and camids.npy next to it; in every process.
-
-        Until all are extracted the three are in `.features`, so that a failure leaves the earlier ones intact.
-        """
-        folder = Path(self.options.save_dir) / '.features' / subset
-        path = folder / 'features.npy'
-        failure = 0
-        if self.run.rank == 0:
-            try:
-                mkdir_if_missing(folder)
-                for column, name in ((1, 'pids'), (2, 'camids')):
-                    np.save(folder / f'{name}.npy', np.array([item[column] for item in items]))
-                np.lib.format.open_memmap(path, 'w+', np.float32, (len(items), feat_dim))
-                with open(path, 'r+b') as file:  # writing to the map of a full disk would raise SIGBUS
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-            except OSError as problem:
-                failure = problem.errno or errno.ENOSPC  # numpy raises some without an errno
-        failure = int(self.run.sum(torch.tensor(failure)))  # the others wait until the files exist
-        if failure:
-            raise UserError(
-                f'--save-features: {path} cannot be written ({os.strerror(failure)}); free space or omit it'
-            )
-        if not path.exists():
-            raise UserError(f'--save-features: {path} is not visible on every host; use a folder that all hosts share')
-        features: np.ndarray = np.load(path, mmap_mode='r+')
-        return features
-
-    def _keep_features(self) -> None:
-        """Replace the features of an earlier test by the extracted ones."""
-        self.run.sum(torch.zeros(1))  # every process has opened and filled the files
-        if self.run.rank == 0:
-            folder = Path(self.options.save_dir) / '.features'
-            for path in folder.glob('*/*.npy'):
-                kept = folder.with_name('features') / path.relative_to(folder)
-                mkdir_if_missing(kept.parent)
-                path.replace(kept)
-            shutil.rmtree(folder)
 
     def _summary(self, result: ranking.Ranking) -> dict[str, object]:
         options, dataset = self.options, self.dataset
@@ -232,22 +190,17 @@ def extract(
     return features, own
 
 
-def rank(
-    query: Extracted,
-    gallery: Extracted,
-    q_pids: np.ndarray,
-    g_pids: np.ndarray,
-    q_camids: np.ndarray,
-    g_camids: np.ndarray,
-    run: Run,
-) -> ranking.Ranking:
+def rank(query: Extracted, gallery: Extracted, ids: Sequence[np.ndarray], run: Run) -> ranking.Ranking:
     """The ranking of the whole gallery, in every process, from what `extract` returned in each.
+
+    ids: the pids of query and gallery, then their camids
 
     All processes receive the features of all queries. The counts in their parts of the gallery add up to exact ranks.
     """
     features, places = gallery[0], gallery[1].numpy()  # (m, D), (m,)
-    queries, items = ranking.points(_collect(*query, len(q_pids), run), features, len(q_pids), len(places))
-    pairs = ranking.same_identity(q_pids, g_pids, q_camids, g_camids)
+    number = len(ids[0])
+    queries, items = ranking.points(_collect(*query, number, run), features, number, len(places))
+    pairs = ranking.same_identity(*ids)
     distances = _sum(ranking.measure(queries, items, places, pairs), run)  # (P,), each from the process with the item
     tally = ranking.count(queries, items, places, pairs, distances)
     listed = run.stack(torch.from_numpy(tally.nearest)).transpose(0, 1).flatten(1)  # (Q, W * NEAREST)

@@ -12,7 +12,6 @@ ranks features that --save-features wrote to disk, in bounded memory regardless 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -34,7 +33,7 @@ from eval_metrics import (
 )
 from reranking import reranked
 from runtime import commands
-from runtime.errors import UserError
+from runtime.features import read
 from runtime.tiles import (
     NONE,
     Points,
@@ -304,26 +303,6 @@ def show(result: Ranking) -> None:
     for place in PRINTED_RANKS:
         print(f'Rank-{place:<3}: {cmc[place - 1]:.1%}')
     print('------------------')
-
-
-def read(folder: str | Path) -> list[np.ndarray]:
-    """features (N, D), pids (N,) and camids (N,) that --save-features wrote; the features stay on disk.
-
-    Raises:
-        UserError: a file is missing or is not an array of numbers.
-    """
-    arrays = []
-    for name, kinds in (('features', 'f'), ('pids', 'iu'), ('camids', 'iu')):
-        path = Path(folder) / f'{name}.npy'
-        try:
-            array = np.load(path, mmap_mode='c')
-        except (OSError, ValueError, EOFError) as problem:
-            reason = getattr(problem, 'strerror', None) or ' '.join(str(problem).split())
-            raise UserError(f'{path} cannot be read ({reason}); write it with --evaluate --save-features') from None
-        if array.dtype.kind not in kinds:
-            raise UserError(f'{path} contains {array.dtype}; write it with --evaluate --save-features')
-        arrays.append(array)
-    return arrays
 
 
 def main() -> None:

@@ -150,7 +150,9 @@ def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
 
 def _split(paths: np.ndarray) -> list[list[str]]:
     """The inverse of `results._files`: the frames of each item."""
-    return [line.split('\t') for line in paths.tobytes().decode('utf-8', 'surrogateescape').split('\n')]
+    text = paths.tobytes().decode('utf-8', 'surrogateescape')
+    mark = '\0' if text.endswith('\0') else ''
+    return [line.split(f'{mark}\t') for line in text.removesuffix('\0').split(f'{mark}\n')]
 
 
 def interval(values: np.ndarray) -> np.ndarray:

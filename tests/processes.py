@@ -117,7 +117,7 @@ def tests(run, dataset, folder):
         extracted = [evaluation.extract(Whole(5), items, options, run) for items in subsets]
         seen.append([indices.tolist() for _, indices in extracted])
         rankings.append(
-            {name: np.asarray(x) for name, x in vars(evaluation.rank(*extracted, *ids_of(*subsets), run)).items()}
+            {name: np.asarray(x) for name, x in vars(evaluation.rank(*extracted, ids_of(*subsets), run)).items()}
         )
     return {'printed': printed.getvalue(), 'rank1': rank1, 'rankings': rankings, 'seen': seen}
 

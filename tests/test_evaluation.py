@@ -16,6 +16,7 @@ from arguments import TestOptions
 from readers.tree import ids_of
 from runtime import commands, testset
 from runtime.errors import UserError
+from runtime.features import create_features, read_paths
 
 OPTIONS = TestOptions(
     arch='tiny', height=32, width=16, workers=0, test_batch=5, evaluate=True, no_report=True, seq_len=4
@@ -200,9 +201,8 @@ def test_lists_of_frames_are_tracklets_too(data_dir, model, run, tmp_path):
 
 def test_features_that_do_not_fit_on_the_disk(dataset, run, small_disk):
     """They are a map of the file, and a process that writes into one on a full disk ends by SIGBUS."""
-    test = evaluation.Test(dataset, options(small_disk, save_features=True), run)
     with pytest.raises(UserError, match=r'--save-features: .*query/features.npy cannot be written \(No space left'):
-        test._features_file('query', dataset.query, 200_000 // len(dataset.query))
+        create_features(str(small_disk), 'query', dataset.query, 200_000 // len(dataset.query), run)
 
 
 def test_saved_features_are_ranked_from_disk(dataset, model, run, tmp_path, capsys, monkeypatch):
@@ -214,6 +214,8 @@ def test_saved_features_are_ranked_from_disk(dataset, model, run, tmp_path, caps
     assert isinstance(features, np.memmap)
     np.testing.assert_array_equal(features, evaluation.extract(model, dataset.gallery, test.options, run)[0])
     assert list(zip(pids, camids, strict=True)) == [item[1:] for item in dataset.gallery]
+    for folder, items in zip(folders, (dataset.query, dataset.gallery), strict=True):
+        assert list(read_paths(folder, len(items))) == [paths for paths, _, _ in items]
     monkeypatch.setattr('sys.argv', ['ranking.py', *map(str, folders)])
     ranking.main()
     assert printed(capsys) == figures

@@ -18,10 +18,10 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'eval_metrics': '',
     'evaluation': (
         'arguments data_manager dataset_loader eval_metrics models.network page.cameras page.results ranking '
-        'readers.tree runtime.device runtime.meters runtime.provenance runtime.testset transforms utils'
+        'readers.tree runtime.device runtime.features runtime.meters runtime.provenance runtime.testset transforms'
     ),
     'losses': '',
-    'ranking': 'eval_metrics reranking runtime.commands runtime.tiles',
+    'ranking': 'eval_metrics reranking runtime.commands runtime.features runtime.tiles',
     'report': 'page page.activations runtime.commands',
     'reranking': 'eval_metrics runtime.tiles',
     'samplers': '',
@@ -54,10 +54,12 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.decoding': '',
     'runtime.device': 'arguments models runtime.files runtime.precision runtime.processes runtime.signals utils',
     'runtime.errors': '',
+    'runtime.features': 'readers.tree runtime.device runtime.paths',
     'runtime.feed': 'runtime.caching runtime.workers',
     'runtime.files': '',
     'runtime.launch': 'arguments runtime.commands runtime.device runtime.files runtime.processes runtime.signals utils',
     'runtime.meters': 'arguments eval_metrics runtime.device utils',
+    'runtime.paths': '',
     'runtime.precision': '',
     'runtime.processes': '',
     'runtime.provenance': 'runtime.device',
