@@ -36,6 +36,13 @@ class TestedRun:
     losses: list[str]  # the columns of `metrics` that are losses, the total first
 
     @property
+    def how(self) -> list[str]:
+        """What of the test differs from the usual one, in words."""
+        words = {'rerank': 're-ranked', 'any_camera': 'any camera', 'multi_query': 'multi-query'}
+        whole = ['all frames'] if self.summary.get('seq_len') == 0 else []
+        return [word for option, word in words.items() if self.summary.get(option)] + whole
+
+    @property
     def short_name(self) -> str:
         """For legends."""
         return self.name if len(self.name) <= 24 else f'…{self.name[-23:]}'

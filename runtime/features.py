@@ -87,6 +87,18 @@ def read(folder: str | Path) -> list[np.ndarray]:
     return arrays
 
 
+def read_files(
+    query: str | Path, gallery: str | Path, q_pids: np.ndarray, g_pids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """What `paths.same_files` returns for the items of two folders; None if one of them has no paths.
+
+    Raises:
+        UserError: see `read_paths`.
+    """
+    q_paths, g_paths = read_paths(query, len(q_pids)), read_paths(gallery, len(g_pids))
+    return paths.same_files(q_pids, g_pids, q_paths, g_paths) if q_paths and g_paths else None
+
+
 def read_paths(folder: str | Path, number: int) -> Iterator[paths.Paths] | None:
     """The paths of the `number` items of a folder, one by one, exactly as they were; None if it has none.
 

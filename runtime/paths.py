@@ -30,6 +30,8 @@ def read(path: Path, number: int) -> Iterator[Paths]:
         with open(path, encoding='ascii') as file:
             for text in file:
                 line += 1
+                if line > number:
+                    raise ValueError(f'it has lines for more than {number} items')
                 paths = json.loads(text)
                 frames = paths if isinstance(paths, list) else [paths]
                 if not frames or not all(isinstance(frame, str) for frame in frames):

@@ -21,7 +21,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
         'readers.tree runtime.device runtime.features runtime.meters runtime.provenance runtime.testset transforms'
     ),
     'losses': '',
-    'ranking': 'eval_metrics reranking runtime.commands runtime.features runtime.tiles',
+    'ranking': 'eval_metrics reranking runtime.commands runtime.features runtime.tiles runtime.values',
     'report': 'page page.activations runtime.commands',
     'reranking': 'eval_metrics runtime.tiles',
     'samplers': '',
@@ -64,7 +64,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.processes': '',
     'runtime.provenance': 'runtime.device',
     'runtime.signals': 'runtime.processes',
-    'runtime.testset': 'eval_metrics readers.tree runtime.device',
+    'runtime.testset': 'eval_metrics readers.tree runtime.device runtime.paths',
     'runtime.tiles': 'runtime.precision',
     'runtime.unpickling': '',
     'runtime.values': '',
