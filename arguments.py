@@ -12,7 +12,7 @@ use the values it started with.
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
@@ -63,6 +63,12 @@ class Recipe:
     height: int = option(256, 'image height, in pixels', type=positive_int)
     width: int = option(128, 'image width, in pixels', type=positive_int)
     train_batch: int = option(32, 'images per batch, over all GPUs together', type=two_or_more)
+    padding: int = option(0, 'black pixels around an image, of which a random crop is taken instead of a translation',
+        type=nonnegative_int)  # fmt: skip
+    random_erasing: float = option(0.0, 'probability of replacing a random rectangle of an image by the mean colour',
+        type=fraction)  # fmt: skip
+    interpolation: str = option('', "of images that are resized; by default bilinear, for networks of timm their own",
+        choices=('bilinear', 'bicubic'))  # fmt: skip
     max_epoch: int = option(60, 'number of epochs', type=positive_int)
     lr: float = option(0.0003, 'initial learning rate of Adam', '--learning-rate', type=positive_float)
     stepsize: float = option(20, 'epochs between decays of the learning rate; 0 or less: no decay',
@@ -108,6 +114,8 @@ class TestOptions(Shared):
     test_batch: int = option(32, '{things} per batch, over all GPUs; does not affect the results', type=positive_int)
     save_features: bool = option(False,
         'write the query and gallery features to --save-dir, for `python ranking.py`')  # fmt: skip
+    distance: str = option('euclidean', 'of features', choices=('euclidean', 'cosine'))
+    flip_test: bool = option(False, 'use the mean of the features of each image and its mirror image')
     rerank: bool = option(False,
         'use k-reciprocal re-ranking (Zhong et al., CVPR 2017), which also considers the neighbours of neighbours; do '
         'not compare its figures with those of a plain ranking')  # fmt: skip
@@ -261,12 +269,13 @@ class Parser(commands.Parser):
         return action.type(action.default) if converted and callable(action.type) else action.default
 
 
-def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
+def parser(description: str | None, dataset: str, test_batch: int, without: Collection[str] = ()) -> Parser:
     """The options of an experiment, on images or on tracklets depending on its default data set `dataset`.
 
     Args:
         description: the docstring of the script.
         test_batch: default of --test-batch, in images or tracklets.
+        without: shared options that the experiment does not have.
     """
     kind = 'video' if dataset in data_manager.get_names('video') else 'image'
     parser = Parser(description, kind)
@@ -278,7 +287,7 @@ def parser(description: str | None, dataset: str, test_batch: int) -> Parser:
     headings: dict[str, Callable[..., argparse.Action]] = {'': parser.add_argument}
     for room, each in _options():
         metadata = dict(each.metadata)
-        if metadata.pop('kind', kind) != kind:
+        if metadata.pop('kind', kind) != kind or each.name in without:
             continue
         text, names, under = (metadata.pop(key) for key in ('help', 'names', 'under'))
         heading = under or room

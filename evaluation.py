@@ -120,7 +120,7 @@ class Test:
         if self.options.rerank:
             print(ranking.RERANKING.format(**vars(self.options)))
             return rerank(query, gallery, self.ids, self.options, self.run)
-        result = rank(query, gallery, self.ids, self.run)
+        result = rank(query, gallery, self.ids, self.run, self.options.distance)
         return None if self.run.rank else result
 
     def _by_camera(self, query: Extracted, gallery: Extracted) -> dict[str, np.ndarray]:
@@ -134,7 +134,9 @@ class Test:
                 gallery[0][torch.from_numpy(held).to(gallery[0].device)],
                 torch.from_numpy(np.searchsorted(items, places[held])),
             )
-            return rank(query, some, (q_pids, g_pids[items], q_camids, g_camids[items]), self.run)
+            return rank(
+                query, some, (q_pids, g_pids[items], q_camids, g_camids[items]), self.run, self.options.distance
+            )
 
         return cameras.table(q_camids, g_camids, None if self._cameras_left_out() else rank_in)
 
@@ -163,6 +165,8 @@ class Test:
             'date': datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
             'dataset': dataset.name,
             'rerank': options.rerank and {name: getattr(options, name) for name in ('k1', 'k2', 'lambda_value')},
+            'distance': options.distance,
+            'flip_test': options.flip_test,
             'any_camera': options.any_camera,
             'multi_query': self.pictures is not None and {'pictures': len(self.pictures.items)},
             'seq_len': options.seq_len if dataset.kind == 'video' else None,
@@ -248,17 +252,24 @@ def _batches(
     model: Network, loader: TestLoader, options: TestOptions, run: Run
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The features (images, feat_dim) of each batch, the indices (b,) of its items, and how many images each has."""
-    prepare = TestTransform(options.height, options.width, model.normalisation)
+    interpolation = options.interpolation or model.interpolation
+    prepare = TestTransform(options.height, options.width, model.normalisation, interpolation)
     was_training = model.training
     model.eval()
     for images, indices, counts in bar_over(loader, 'Extracting features', options.quiet, unit='batch'):
+        batch = prepare(images)  # (images, 3, h, w)
         with run.autocast(testing=True):
-            found = model(prepare(images)).float()
+            found = model(batch).float()
+        if options.flip_test:
+            with run.autocast(testing=True):
+                found = (found + model(batch.flip(3)).float()) / 2
         yield found, indices, counts
     model.train(was_training)
 
 
-def rank(query: Extracted, gallery: Extracted, ids: Sequence[np.ndarray], run: Run) -> ranking.Ranking:
+def rank(
+    query: Extracted, gallery: Extracted, ids: Sequence[np.ndarray], run: Run, distance: str = 'euclidean'
+) -> ranking.Ranking:
     """The ranking of the whole gallery, in every process, from what `extract` returned in each.
 
     ids: the pids of query and gallery, then their camids
@@ -267,7 +278,7 @@ def rank(query: Extracted, gallery: Extracted, ids: Sequence[np.ndarray], run: R
     """
     features, places = gallery[0], gallery[1].numpy()  # (m, D), (m,)
     number = len(ids[0])
-    queries, items = ranking.points(_collect(*query, number, run), features, number, len(places))
+    queries, items = ranking.points(_collect(*query, number, run), features, number, len(places), distance)
     pairs = ranking.same_identity(*ids)
     distances = _sum(ranking.measure(queries, items, places, pairs), run)  # (P,), each from the process with the item
     tally = ranking.count(queries, items, places, pairs, distances)
@@ -306,7 +317,7 @@ def rerank(
     if run.rank:
         return None
     q_pids, g_pids, q_camids, g_camids = ids
-    how = options.k1, options.k2, options.lambda_value
+    how = options.k1, options.k2, options.lambda_value, options.distance
     return ranking.rerank(queries, items, q_pids, g_pids, q_camids, g_camids, *how)
 
 

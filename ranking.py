@@ -35,6 +35,7 @@ from reranking import reranked
 from runtime import commands
 from runtime.features import read, read_files
 from runtime.tiles import (
+    DISTANCES,
     NONE,
     Points,
     Tile,
@@ -74,7 +75,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Ranking(Matches):
-    """The matches, the nearest items, and histograms of the distances (squared Euclidean, or re-ranked).
+    """The matches, the nearest items, and histograms of the distances (squared Euclidean, cosine, or re-ranked).
 
     Items that a query drops appear nowhere. A skipped query has nearest items and is counted in the histograms.
     """
@@ -94,20 +95,22 @@ def rank(
     q_camids: 'Ids',
     g_camids: 'Ids',
     tile: Tile | None = None,
+    distance: str = 'euclidean',
 ) -> Ranking:
-    """Rank the gallery for each query by squared Euclidean distance in float32.
+    """Rank the gallery for each query by distance, computed in float32.
 
     Args:
         q_features: (Q, D), tensor or array of any float type.
         g_features: (G, D); the products are computed on its device.
         q_pids: (Q,); like g_pids (G,), q_camids (Q,) and g_camids (G,), anything array-like.
         tile: numbers of queries and gallery items per product. It does not affect the ranks.
+        distance: 'euclidean', which is squared, or 'cosine'.
 
     Raises:
         UserError: features or their squares are not finite, or shapes do not fit.
     """
     ids = check_ids(q_pids, g_pids, q_camids, g_camids)
-    queries, gallery = points(q_features, g_features, len(ids[0]), len(ids[1]))
+    queries, gallery = points(q_features, g_features, len(ids[0]), len(ids[1]), distance)
     pairs, places = same_identity(*ids), np.arange(len(gallery))
     distances = measure(queries, gallery, places, pairs, tile)
     return assemble(pairs, distances, count(queries, gallery, places, pairs, distances, tile))
@@ -123,10 +126,11 @@ def rerank(
     k1: int = 20,
     k2: int = 6,
     lambda_value: float = 0.3,
+    distance: str = 'euclidean',
 ) -> Ranking:
     """Rank the gallery for each query by the distances of `reranked`; otherwise like `rank`."""
     ids = check_ids(q_pids, g_pids, q_camids, g_camids)
-    queries, gallery = points(q_features, g_features, len(ids[0]), len(ids[1]))
+    queries, gallery = points(q_features, g_features, len(ids[0]), len(ids[1]), distance)
     pairs, places = same_identity(*ids), np.arange(len(gallery))
     distances = np.zeros(len(pairs.places), np.float32)
     tally = _no_tally(len(pairs.places), len(queries), NEAREST)
@@ -321,6 +325,7 @@ def main() -> None:
     parser.add_argument('query', help='folder with features.npy (N, D), pids.npy and camids.npy (N,) of the queries')
     parser.add_argument('gallery', help='the same for the gallery')
     parser.add_argument('--any-camera', action='store_true', help="drop the query's own file only, not its camera")
+    parser.add_argument('--distance', choices=list(DISTANCES), default='euclidean', help='(default: euclidean)')
     parser.add_argument('--rerank', action='store_true', help='use k-reciprocal re-ranking; copies the features')
     parser.add_argument('--k1', type=positive_int, default=20, help='as for a test (default: 20)')
     parser.add_argument('--k2', type=positive_int, default=6, help='as for a test (default: 6)')
@@ -334,10 +339,10 @@ def main() -> None:
         q_camids, g_camids = files or (-1 - np.arange(len(q_pids)), np.arange(len(g_pids)))
     if args.rerank:
         print(RERANKING.format(**vars(args)))
-        how = args.k1, args.k2, args.lambda_value
+        how = args.k1, args.k2, args.lambda_value, args.distance
         result = rerank(queries, gallery, q_pids, g_pids, q_camids, g_camids, *how)
     else:
-        result = rank(queries, gallery, q_pids, g_pids, q_camids, g_camids)
+        result = rank(queries, gallery, q_pids, g_pids, q_camids, g_camids, distance=args.distance)
     show(result, args.any_camera)
 
 

@@ -17,6 +17,7 @@ from runtime.tiles import (
     find,
     in_threads,
     is_host,
+    joined,
     nearer,
     nearest_device,
     nearest_host,
@@ -49,7 +50,7 @@ def reranked(
     if k1 < 1 or k2 < 1 or not 0 <= lambda_value <= 1:
         raise UserError(f're-ranking needs k1 >= 1, k2 >= 1 and 0 <= lambda <= 1, not {k1}, {k2} and {lambda_value}')
     lambda_value = float(lambda_value)  # a numpy scalar would promote float32 to float64
-    everyone = Points(torch.cat([queries.features, gallery.features]), torch.cat([queries.norms, gallery.norms]))
+    everyone = joined(queries, gallery)
     keys, farthest = neighbours(everyone, max(LISTED * (k1 + 1), k2))  # (N, k), (N,)
     places = keys & 0xFFFFFFFF  # (N, k)
     near, half = _graph(places[:, : k1 + 1]), _graph(places[:, : int(np.around(k1 / 2)) + 1])

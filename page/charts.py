@@ -152,7 +152,7 @@ def distances(run: TestedRun) -> Chart | None:
     edges = run.arrays['edges'].astype(float)  # (H + 1,)
     matches, others = (np.append(0, histogram.cumsum() / histogram.sum()) for histogram in histograms)  # (H + 1,) each
     thresholds = [int(np.searchsorted(others, rate, 'right')) - 1 for rate in RATES]  # index into edges
-    kind = 're-ranked distance' if run.summary['rerank'] else 'squared Euclidean distance of features'
+    kind = 're-ranked distance' if run.summary['rerank'] else f'{run.distance_name} of features'
 
     def draw(axes: 'Axes') -> None:
         used = np.flatnonzero(histograms[0] + histograms[1])

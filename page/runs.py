@@ -38,9 +38,20 @@ class TestedRun:
     @property
     def how(self) -> list[str]:
         """What of the test differs from the usual one, in words."""
-        words = {'rerank': 're-ranked', 'any_camera': 'any camera', 'multi_query': 'multi-query'}
+        words = {
+            'rerank': 're-ranked',
+            'any_camera': 'any camera',
+            'multi_query': 'multi-query',
+            'flip_test': 'with mirror images',
+        }
         whole = ['all frames'] if self.summary.get('seq_len') == 0 else []
-        return [word for option, word in words.items() if self.summary.get(option)] + whole
+        cosine = ['cosine distance'] if self.summary.get('distance') == 'cosine' else []
+        return cosine + [word for option, word in words.items() if self.summary.get(option)] + whole
+
+    @property
+    def distance_name(self) -> str:
+        """Of the features."""
+        return 'cosine distance' if self.summary.get('distance') == 'cosine' else 'squared Euclidean distance'
 
     @property
     def short_name(self) -> str:

@@ -18,25 +18,41 @@ Tile = tuple[int, int]  # numbers of queries and gallery items in one product
 NONE = np.iinfo(np.int64).max  # the key of no item; it sorts after all others
 
 
+DISTANCES = 'euclidean', 'cosine'
+
+
 @dataclass(frozen=True)
 class Points:
-    """Features (N, D) of any float type and their squared norms (N,) float32, on one device."""
+    """Features (N, D) of any float type and their squared norms (N,) float32, on one device.
+
+    With `scales` (N,) the points are the features times these.
+    """
 
     features: Tensor
     norms: Tensor
+    scales: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.features)
 
     def __getitem__(self, rows: 'slice | Tensor') -> 'Points':
-        """The selected points, in float32."""
-        return Points(self.features[rows].float(), self.norms[rows])
+        """The selected points, in float32, scaled."""
+        features = self.features[rows].float()
+        return Points(features if self.scales is None else features * self.scales[rows, None], self.norms[rows])
 
 
 def points(
-    q_features: np.ndarray | Tensor, g_features: np.ndarray | Tensor, num_queries: int, num_gallery: int
+    q_features: np.ndarray | Tensor,
+    g_features: np.ndarray | Tensor,
+    num_queries: int,
+    num_gallery: int,
+    distance: str = 'euclidean',
 ) -> tuple[Points, Points]:
-    """Queries and gallery as checked `Points` on the gallery's device. Raises UserError like `rank`."""
+    """Queries and gallery as checked `Points` on the gallery's device. Raises UserError like `rank`.
+
+    The cosine distance, 1 - the cosine, is the squared Euclidean distance of features that are scaled to the length
+    sqrt(1/2). A feature of zeros has the distance 1 from all others.
+    """
     gallery = torch.as_tensor(g_features).detach()
     queries = torch.as_tensor(q_features).detach().to(gallery.device)
     both = []
@@ -52,8 +68,20 @@ def points(
                 f'{len(wrong)} of {number} {subset} features are not finite or too large to be squared, the first at '
                 f'index {wrong[0]}: check the weights and the precision of the model'
             )
-        both.append(Points(features, norms))
+        if distance == 'cosine':
+            scales = torch.where(norms > 0, (0.5 / norms).sqrt(), 0)
+            both.append(Points(features, torch.full_like(norms, 0.5), scales))
+        else:
+            both.append(Points(features, norms))
     return both[0], both[1]
+
+
+def joined(queries: Points, gallery: Points) -> Points:
+    """The queries, followed by the gallery."""
+    scales = None
+    if queries.scales is not None and gallery.scales is not None:
+        scales = torch.cat([queries.scales, gallery.scales])
+    return Points(torch.cat([queries.features, gallery.features]), torch.cat([queries.norms, gallery.norms]), scales)
 
 
 def squared_distances(queries: Points, gallery: Points) -> Tensor:

@@ -5,7 +5,7 @@ from test_eval_metrics import draw_ids, figures, textbook
 
 import ranking
 import reranking
-from eval_metrics import match_ranks, same_identity
+from eval_metrics import evaluate, match_ranks, same_identity
 from runtime import tiles
 from runtime.errors import UserError
 
@@ -224,3 +224,30 @@ def test_cuda_equals_cpu():
         np.testing.assert_array_equal(found.ranks, expected.ranks)
         np.testing.assert_array_equal(found.nearest, expected.nearest)
     check(ranking.rank(*on_gpu, *ids, tile=(70, 333)), exact_distances(*features), ids)
+
+
+def test_the_cosine_distance_is_one_minus_the_cosine():
+    rng = np.random.default_rng(0)
+    features = [
+        rng.normal(size=(number, 6)).astype(np.float32) * rng.uniform(0.1, 50, (number, 1)) for number in (9, 70)
+    ]
+    features[1][3] = 0  # at distance 1 from everything
+    pids, camids = [rng.integers(4, size=n) for n in (9, 70)], [rng.integers(3, size=n) for n in (9, 70)]
+    result = ranking.rank(*features, *pids, *camids, tile=(4, 16), distance='cosine')
+    unit = [rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30) for rows in features]
+    distances = 1 - unit[0] @ unit[1].T
+    cmc, mean = evaluate(distances, *pids, *camids)
+    assert np.allclose(result.cmc(), cmc) and abs(result.mAP - mean) < 1e-9
+    for query, (places, shown) in enumerate(zip(result.nearest, result.nearest_distances, strict=True)):
+        np.testing.assert_allclose(shown, distances[query, places], atol=1e-5)
+
+
+def test_reranking_by_cosine_is_that_of_unit_features():
+    rng = np.random.default_rng(1)
+    features = [rng.normal(size=(number, 6)).astype(np.float32) for number in (9, 70)]
+    unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in features]
+    pids, camids = [rng.integers(4, size=n) for n in (9, 70)], [rng.integers(3, size=n) for n in (9, 70)]
+    by_cosine = ranking.rerank(*features, *pids, *camids, distance='cosine')
+    of_unit = ranking.rerank(*unit, *pids, *camids)
+    np.testing.assert_allclose(by_cosine.distances, of_unit.distances, atol=1e-4)
+    assert by_cosine.mAP == pytest.approx(of_unit.mAP, abs=1e-6)
