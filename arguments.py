@@ -116,7 +116,14 @@ class TestOptions(Shared):
     lambda_value: float = option(0.3,
         'with --rerank: weight of the Euclidean distance, 0 to 1, against the Jaccard distance of the neighbourhoods',
         flag='--lambda', type=fraction)  # fmt: skip
-    seq_len: int = option(15, 'frames sampled from each tracklet, evenly spaced', kind='video', type=positive_int)
+    any_camera: bool = option(False,
+        "count matches from the query's own camera too, and drop only the query's own file, for data whose cameras are "
+        'unknown; do not compare its figures with those of the usual protocol')  # fmt: skip
+    multi_query: bool = option(False,
+        'the feature of a query is the mean of those of all images of its person in its camera (Zheng et al., ICCV '
+        '2015): for Market1501 those in gt_bbox; do not compare its figures with those of single queries')  # fmt: skip
+    seq_len: int = option(15, 'frames sampled from each tracklet, evenly spaced; 0: all frames', kind='video',
+        type=nonnegative_int)  # fmt: skip
     pool: str = option('avg', "how the frames' features are combined", kind='video', choices=('avg', 'max'))
 
 

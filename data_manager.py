@@ -117,7 +117,8 @@ def check(dataset: Dataset, jobs: int = 1) -> Iterable[Finding]:
         absent = [path for path, seen, _ in rows if seen is None]
         yield False, f'queries without a match{protocol} (the person is not in the gallery)', absent
         same = [path for path, seen, camid in rows if seen == {camid}]
-        yield False, f'queries without a match{protocol} (the person is in the same camera only)', same
+        hint = '; if the cameras are unknown, test with --any-camera' if len(same) + len(absent) == len(query) else ''
+        yield False, f'queries without a match{protocol} (the person is in the same camera only{hint})', same
 
     pids = {path: item[1] for item in train + query + gallery for path in paths_of(item)}
     unread: list[str] = []

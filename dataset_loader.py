@@ -202,6 +202,7 @@ class TestLoader:
 
     `images` are the images of the batch's items in order, `counts` how many each item has: 1, or the number of frames
     of a tracklet. Process r of W takes items r, r + W, ... of each batch; batches without an item for it are skipped.
+    With `groups` (N,), the group of each item, it takes the items of groups r, r + W, ...
 
     Raises:
         UserError: an image cannot be read.
@@ -209,9 +210,13 @@ class TestLoader:
 
     __test__ = False  # not a test case, despite its name
 
-    def __init__(self, dataset: Items, batch_size: int, workers: int, run: Run):
-        items = range(len(dataset))
+    def __init__(self, dataset: Items, batch_size: int, workers: int, run: Run, groups: np.ndarray | None = None):
+        items: Sequence[int] = range(len(dataset))
         shares = (items[at : at + batch_size][run.rank :: run.world_size] for at in items[::batch_size])
+        if groups is not None:
+            own: list[int] = np.flatnonzero(groups % run.world_size == run.rank).tolist()
+            step = max(1, batch_size // run.world_size)
+            shares = (own[at : at + step] for at in range(0, len(own), step))
         self.items = [list(share) for share in shares if share]
         self.dataset, self.workers, self.device = dataset, workers, run.device
         self.stream = torch.cuda.Stream(run.device) if run.device.type == 'cuda' else None
@@ -231,9 +236,14 @@ def train_loader(dataset: Items, sampler: EpochSampler, options: DataOptions, ru
     return TrainLoader(dataset, sampler, options, run)
 
 
-def test_loader(dataset: Items, batch_size: int, workers: int, run: Run) -> TestLoader:
-    """The items of `dataset` in order, `batch_size` at a time over all processes, each with `workers` decoders."""
-    return TestLoader(dataset, batch_size, workers, run)
+def test_loader(
+    dataset: Items, batch_size: int, workers: int, run: Run, groups: np.ndarray | None = None
+) -> TestLoader:
+    """The items of `dataset` in order, `batch_size` at a time over all processes, each with `workers` decoders.
+
+    groups: (N,), if all items of a group are for the same process
+    """
+    return TestLoader(dataset, batch_size, workers, run, groups)
 
 
 def takes_rng(dataset: Items) -> bool:

@@ -2,7 +2,8 @@
 
 The protocol is Market-1501's (Zheng et al., Scalable Person Re-identification: A Benchmark, ICCV 2015): for each query,
 gallery items of the same pid and the same camid are dropped; the items of the same pid that remain are its matches; a
-query without a match is skipped, not scored. Items are sorted by distance, ties by gallery index.
+query without a match is skipped, not scored. Items are sorted by distance, ties by gallery index. With --any-camera
+numbers of files take the place of the camids (`runtime.paths.same_files`), so that a query drops its own file only.
 
 METRICS lists the metrics that are reported. To add one, add a function and a row: it is then printed, written to
 results.json, results.csv, metrics.csv and TensorBoard, and shown on the page.
@@ -96,9 +97,9 @@ class Matches:
         self.check_valid()
         return {metric.name: float(np.nanmean(metric.score(self.ranks, self.offsets))) for metric in METRICS}
 
-    def check_valid(self) -> None:
+    def check_valid(self, any_camera: bool = False) -> None:
         if self.num_valid == 0:
-            raise no_match(self.num_absent, self.num_same_camera)
+            raise no_match(self.num_absent, self.num_same_camera, any_camera)
 
 
 def cmc(ranks: np.ndarray, offsets: np.ndarray, max_rank: int = 50) -> np.ndarray:
@@ -206,21 +207,28 @@ def match_ranks(
     return rank_matches(pairs, distances, counts)
 
 
-def check_matches(q_pids: 'Ids', g_pids: 'Ids', q_camids: 'Ids', g_camids: 'Ids') -> None:
-    """Raise UserError if no query can have a match, whatever the distances; ids are anything array-like."""
+def check_matches(q_pids: 'Ids', g_pids: 'Ids', q_camids: 'Ids', g_camids: 'Ids', any_camera: bool = False) -> None:
+    """Raise UserError if no query can have a match, whatever the distances; ids are anything array-like.
+
+    any_camera: for the message: the camids are numbers of files
+    """
     pairs = same_identity(*check_ids(q_pids, g_pids, q_camids, g_camids))
     if pairs.dropped.all():  # or there is no pair at all
         absent = int(np.count_nonzero(np.diff(pairs.offsets) == 0))
-        raise no_match(absent, len(pairs.offsets) - 1 - absent)
+        raise no_match(absent, len(pairs.offsets) - 1 - absent, any_camera)
 
 
-def no_match(absent: int, same_camera: int) -> UserError:
+def no_match(absent: int, dropped: int, any_camera: bool = False) -> UserError:
     """The error for a test without a match: how many queries have none for which reason, and what to do."""
+    reasons = f'none of the {absent + dropped} queries has a match: {absent} show an identity that the gallery lacks'
+    if any_camera:
+        return UserError(
+            f'{reasons}, {dropped} one whose only match is their own file; a query needs another gallery item of its '
+            'pid: correct the pids of the data set'
+        )
     return UserError(
-        f'none of the {absent + same_camera} queries has a match: {absent} show an identity that the gallery lacks, '
-        f'{same_camera} one that it shows in the same camera only; a query needs a gallery item of its pid from '
-        'another camera: correct the pids and camids of the data set; if the cameras are unknown, give all queries '
-        'one camid and the gallery another'
+        f'{reasons}, {dropped} one that it shows in the same camera only; a query needs a gallery item of its pid from '
+        'another camera: correct the pids and camids of the data set; if the cameras are unknown, use --any-camera'
     )
 
 

@@ -5,11 +5,7 @@ extracted once; no feature of the gallery leaves its process.
 """
 
 import datetime
-import errno
-import os
-import shutil
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,22 +14,21 @@ from torch import Tensor
 import ranking
 from arguments import TestOptions
 from data_manager import fingerprint
-from dataset_loader import ImageDataset, VideoDataset, test_loader
-from eval_metrics import METRICS, average_precision
+from dataset_loader import ImageDataset, TestLoader, VideoDataset, test_loader
+from eval_metrics import METRICS
 from models.network import Network
-from page import results
+from page import cameras, results
 from readers.tree import Dataset, Item, ids_of
 from runtime.device import Run
-from runtime.errors import UserError
+from runtime.features import create_features, keep_features
 from runtime.meters import bar_over
 from runtime.provenance import provenance
-from runtime.testset import check_files, check_items
+from runtime.testset import Pictures, check_files, check_items, pictures_of
 from transforms import TestTransform
-from utils import mkdir_if_missing
 
 MAX_RANK = 50
-NO_CAMERAS = {'camera_map': np.zeros((0, 0)), 'camera_queries': np.zeros((0, 0), np.int64)}
 EMBEDDED, EMBEDDED_ROWS = 12, 400  # identities and images whose features are kept for a plot
+FRAMES = 15  # with --seq-len 0, frames for each of --test-batch: as many as there are by default
 
 Extracted = tuple[Tensor, Tensor]  # features (n, D) of this process's items, and the indices of these items (n,)
 
@@ -48,8 +43,10 @@ class Test:
 
     def __init__(self, dataset: Dataset, options: TestOptions, run: Run):
         self.dataset, self.options, self.run = dataset, options, run
-        check_items(dataset)
-        subsets = (tested_items(items, options) for items in (dataset.query, dataset.gallery))
+        self.ids = check_items(dataset, options.any_camera, run)
+        self.pictures = pictures_of(dataset) if options.multi_query else None
+        more = [self.pictures.items] if self.pictures else []
+        subsets = (tested_items(items, options) for items in (dataset.query, dataset.gallery, *more))
         check_files(list(dict.fromkeys(path for items in subsets for path in items.files())), run)
         if not options.no_report:
             results.check_packages()
@@ -69,80 +66,89 @@ class Test:
         self.run.unify(model)
         query, gallery = (self._extract(model, subset) for subset in ('query', 'gallery'))
         if self.options.save_features:
-            self._keep_features()
+            keep_features(self.options.save_dir, self.run)
         print('Computing distance matrix')  # the original's line; no matrix is kept
         print('Computing CMC and mAP')
         result = self._rank(query, gallery)
-        unwanted = self.options.rerank or self.options.no_report
-        cameras = NO_CAMERAS if unwanted else by_camera(query, gallery, self.dataset, self.run)
+        by_camera = self._by_camera(query, gallery)
         shown = sample(query, gallery, self.dataset, self.run)
         values = torch.zeros(len(METRICS), dtype=torch.float64)
         if result:  # in the first process
-            ranking.show(result)
+            ranking.show(result, self.options.any_camera)
             figures = result.figures()
             values = torch.tensor([figures[metric.name] for metric in METRICS], dtype=torch.float64)
             folder = self.options.save_dir
-            results.write(folder, self._summary(result), self.dataset, result, {**cameras, **shown}, self.run.unwritten)
+            results.write(
+                folder, self._summary(result), self.dataset, result, {**by_camera, **shown}, self.run.unwritten
+            )
             if self.options.evaluate and not self.options.no_report:  # training: after metrics.csv
                 results.write_page(folder, self.run.unwritten)
         return dict(zip((metric.name for metric in METRICS), self.run.sum(values).tolist(), strict=True))
 
     def _extract(self, model: Network, subset: str) -> Extracted:
         items = getattr(self.dataset, subset)
-        file = self._features_file(subset, items, model.feat_dim) if self.options.save_features else None
-        features, indices = extract(model, items, self.options, self.run, file)  # (n, D), (n,)
-        print(f'Extracted features for {subset} set, obtained {len(items)}-by-{features.size(1)} matrix')
-        return features, indices
+        file = None
+        if self.options.save_features:
+            file = create_features(self.options.save_dir, subset, items, model.feat_dim, self.run)
+        pictures = self.pictures if subset == 'query' else None
+        if pictures:
+            subset, items = 'multi-query', pictures.items
+        extracted = extract(model, items, self.options, self.run, None if pictures else file)
+        print(f'Extracted features for {subset} set, obtained {len(items)}-by-{model.feat_dim} matrix')
+        return self._averaged(*extracted, pictures, file) if pictures else extracted
+
+    def _averaged(self, features: Tensor, indices: Tensor, pictures: Pictures, file: np.ndarray | None) -> Extracted:
+        """The features of the queries, each the mean of those of the pictures of its person in its camera."""
+        groups, numbers = (torch.from_numpy(each) for each in (pictures.groups, pictures.of_queries))  # (N,), (Q,)
+        sizes = groups.bincount()  # (P,)
+        own = groups[indices]  # (n,)
+        order = own.argsort(stable=True).to(features.device)
+        parts = features[order].split(own.bincount(minlength=len(sizes)).tolist())
+        sums = self.run.sum(torch.stack([part.sum(0) for part in parts]))  # (P, D), in every process
+        rows = torch.arange(self.run.rank, len(numbers), self.run.world_size)  # (q,) of this process
+        numbers = numbers[rows].to(features.device)
+        means = sums[numbers] / sizes.to(features.device)[numbers, None]  # (q, D)
+        if file is not None:
+            file[rows.numpy()] = means.cpu().numpy()
+        print('Multi-query: the feature of a query is the mean over the pictures of its person in its camera')
+        return means, rows
 
     def _rank(self, query: Extracted, gallery: Extracted) -> ranking.Ranking | None:
         """The ranking, in the first process; None in the others."""
+        if self.options.any_camera:
+            print(ranking.ANY_CAMERA)
         if self.options.rerank:
-            print('Re-ranking with k1 {k1}, k2 {k2}, lambda {lambda_value}'.format(**vars(self.options)))
-            return rerank(query, gallery, self.dataset, self.options, self.run)
-        result = rank(query, gallery, self.dataset.query, self.dataset.gallery, self.run)
+            print(ranking.RERANKING.format(**vars(self.options)))
+            return rerank(query, gallery, self.ids, self.options, self.run)
+        result = rank(query, gallery, self.ids, self.run)
         return None if self.run.rank else result
 
-    def _features_file(self, subset: str, items: Sequence[Item], feat_dim: int) -> np.ndarray:
-        """features.npy (N, feat_dim) in memory-mapped form, pids.npy and camids.npy next to it; in every process.
+    def _by_camera(self, query: Extracted, gallery: Extracted) -> dict[str, np.ndarray]:
+        """The arrays of the table of cameras; empty ones if it is left out."""
+        q_pids, g_pids, q_camids, g_camids = ids_of(self.dataset.query, self.dataset.gallery)
 
-        Until all are extracted the three are in `.features`, so that a failure leaves the earlier ones intact.
-        """
-        folder = Path(self.options.save_dir) / '.features' / subset
-        path = folder / 'features.npy'
-        failure = 0
-        if self.run.rank == 0:
-            try:
-                mkdir_if_missing(folder)
-                for column, name in ((1, 'pids'), (2, 'camids')):
-                    np.save(folder / f'{name}.npy', np.array([item[column] for item in items]))
-                np.lib.format.open_memmap(path, 'w+', np.float32, (len(items), feat_dim))
-                with open(path, 'r+b') as file:  # writing to the map of a full disk would raise SIGBUS
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-            except OSError as problem:
-                failure = problem.errno or errno.ENOSPC  # numpy raises some without an errno
-        failure = int(self.run.sum(torch.tensor(failure)))  # the others wait until the files exist
-        if failure:
-            raise UserError(
-                f'--save-features: {path} cannot be written ({os.strerror(failure)}); free space or omit it'
+        def rank_in(items: np.ndarray) -> ranking.Ranking:
+            places = gallery[1].numpy()  # (m,)
+            held = np.isin(places, items)  # (m,)
+            some = (
+                gallery[0][torch.from_numpy(held).to(gallery[0].device)],
+                torch.from_numpy(np.searchsorted(items, places[held])),
             )
-        if not path.exists():
-            raise UserError(f'--save-features: {path} is not visible on every host; use a folder that all hosts share')
-        features: np.ndarray = np.load(path, mmap_mode='r+')
-        return features
+            return rank(query, some, (q_pids, g_pids[items], q_camids, g_camids[items]), self.run)
 
-    def _keep_features(self) -> None:
-        """Replace the features of an earlier test by the extracted ones."""
-        self.run.sum(torch.zeros(1))  # every process has opened and filled the files
-        if self.run.rank == 0:
-            folder = Path(self.options.save_dir) / '.features'
-            for path in folder.glob('*/*.npy'):
-                kept = folder.with_name('features') / path.relative_to(folder)
-                mkdir_if_missing(kept.parent)
-                path.replace(kept)
-            shutil.rmtree(folder)
+        return cameras.table(q_camids, g_camids, None if self._cameras_left_out() else rank_in)
+
+    def _cameras_left_out(self) -> str:
+        """Why there is no table of cameras; '' if there is one."""
+        for option in ('any_camera', 'rerank', 'no_report'):
+            if getattr(self.options, option):
+                return f'--{option.replace("_", "-")}'
+        *_, q_camids, g_camids = ids_of(self.dataset.query, self.dataset.gallery)
+        return cameras.too_many(q_camids, g_camids)
 
     def _summary(self, result: ranking.Ranking) -> dict[str, object]:
         options, dataset = self.options, self.dataset
+        only = 'match in their own file only' if options.any_camera else 'match in the same camera only'
         return {
             'mAP': result.mAP,
             'mINP': result.mINP,
@@ -150,13 +156,18 @@ class Test:
             'queries': {
                 'all': len(dataset.query),
                 'valid': result.num_valid,
-                'match in the same camera only': result.num_same_camera,
+                only: result.num_same_camera,
                 'not in the gallery': result.num_absent,
             },
             'gallery': len(dataset.gallery),
             'date': datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
             'dataset': dataset.name,
             'rerank': options.rerank and {name: getattr(options, name) for name in ('k1', 'k2', 'lambda_value')},
+            'any_camera': options.any_camera,
+            'multi_query': self.pictures is not None and {'pictures': len(self.pictures.items)},
+            'seq_len': options.seq_len if dataset.kind == 'video' else None,
+            'pool': options.pool if dataset.kind == 'video' else None,
+            'cameras_left_out': self._cameras_left_out() or None,
             'arch': options.arch,
             'checkpoint': options.resume or None,
             'height': options.height,
@@ -168,9 +179,11 @@ class Test:
 
 
 def tested_items(items: Sequence[Item], options: TestOptions) -> ImageDataset | VideoDataset:
-    """The images, or --seq-len frames of each tracklet, that are tested."""
+    """The images, or --seq-len frames of each tracklet, that are tested; all frames, one by one, if that is 0."""
     if isinstance(items[0][0], str):
         return ImageDataset(items)
+    if options.seq_len == 0:
+        return ImageDataset([(path, pid, camid) for paths, pid, camid in items for path in paths])
     return VideoDataset(items, options.seq_len, 'evenly')
 
 
@@ -188,37 +201,74 @@ def extract(
         items in order; several get a part each, which is empty for some if there are more processes than items.
     """
     dataset = tested_items(items, options)
-    prepare = TestTransform(options.height, options.width, model.normalisation)
+    if isinstance(dataset, ImageDataset) and not isinstance(items[0][0], str):
+        return _extract_whole(model, items, dataset, options, run, file)
     loader = test_loader(dataset, options.test_batch, options.workers, run)
     own = torch.tensor([item for batch in loader.items for item in batch], dtype=torch.int64)  # (n,)
     features = torch.empty(len(own), model.feat_dim, device=run.device)  # (n, feat_dim)
-    was_training = model.training
-    model.eval()
     done = 0
-    for images, indices, counts in bar_over(loader, 'Extracting features', options.quiet, unit='batch'):
-        with run.autocast(testing=True):
-            found = model(prepare(images)).float()  # (frames, feat_dim)
+    for found, indices, counts in _batches(model, loader, options, run):
         if isinstance(dataset, VideoDataset):
             found = pool(found, counts, options.pool)  # (b, feat_dim)
         features[done : done + len(found)] = found
         done += len(found)
         if file is not None:
             file[indices.numpy()] = found.cpu().numpy()
-    model.train(was_training)
     return features, own
 
 
-def rank(
-    query: Extracted, gallery: Extracted, q_items: Sequence[Item], g_items: Sequence[Item], run: Run
-) -> ranking.Ranking:
+def _extract_whole(
+    model: Network,
+    items: Sequence[Item],
+    frames: ImageDataset,
+    options: TestOptions,
+    run: Run,
+    file: np.ndarray | None,
+) -> Extracted:
+    """The same for all frames of each tracklet, however long: no batch has more than --test-batch times FRAMES."""
+    sizes = torch.tensor([len(paths) for paths, _, _ in items])  # (N,)
+    tracklets = torch.arange(len(items)).repeat_interleave(sizes)  # of each frame
+    loader = test_loader(frames, options.test_batch * FRAMES, options.workers, run, tracklets.numpy())
+    own = torch.arange(run.rank, len(items), run.world_size)  # (n,)
+    start = 0.0 if options.pool == 'avg' else -torch.inf
+    features = torch.full((len(own), model.feat_dim), start, device=run.device)  # (n, feat_dim)
+    for found, indices, _ in _batches(model, loader, options, run):
+        parts, counts = tracklets[indices].unique_consecutive(return_counts=True)
+        for tracklet, part in zip(parts.tolist(), found.split(counts.tolist()), strict=True):  # (frames, feat_dim)
+            row = features[tracklet // run.world_size]  # (feat_dim,)
+            row.copy_(row + part.sum(0) if options.pool == 'avg' else row.maximum(part.amax(0)))
+    if options.pool == 'avg':
+        features /= sizes[own, None].to(run.device)
+    if file is not None:
+        file[own.numpy()] = features.cpu().numpy()
+    return features, own
+
+
+def _batches(
+    model: Network, loader: TestLoader, options: TestOptions, run: Run
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The features (images, feat_dim) of each batch, the indices (b,) of its items, and how many images each has."""
+    prepare = TestTransform(options.height, options.width, model.normalisation)
+    was_training = model.training
+    model.eval()
+    for images, indices, counts in bar_over(loader, 'Extracting features', options.quiet, unit='batch'):
+        with run.autocast(testing=True):
+            found = model(prepare(images)).float()
+        yield found, indices, counts
+    model.train(was_training)
+
+
+def rank(query: Extracted, gallery: Extracted, ids: Sequence[np.ndarray], run: Run) -> ranking.Ranking:
     """The ranking of the whole gallery, in every process, from what `extract` returned in each.
+
+    ids: the pids of query and gallery, then their camids
 
     All processes receive the features of all queries. The counts in their parts of the gallery add up to exact ranks.
     """
-    q_pids, g_pids, q_camids, g_camids = ids_of(q_items, g_items)
     features, places = gallery[0], gallery[1].numpy()  # (m, D), (m,)
-    queries, items = ranking.points(_collect(*query, len(q_pids), run), features, len(q_pids), len(places))
-    pairs = ranking.same_identity(q_pids, g_pids, q_camids, g_camids)
+    number = len(ids[0])
+    queries, items = ranking.points(_collect(*query, number, run), features, number, len(places))
+    pairs = ranking.same_identity(*ids)
     distances = _sum(ranking.measure(queries, items, places, pairs), run)  # (P,), each from the process with the item
     tally = ranking.count(queries, items, places, pairs, distances)
     listed = run.stack(torch.from_numpy(tally.nearest)).transpose(0, 1).flatten(1)  # (Q, W * NEAREST)
@@ -248,40 +298,14 @@ def sample(query: Extracted, gallery: Extracted, dataset: Dataset, run: Run) -> 
     }
 
 
-def by_camera(query: Extracted, gallery: Extracted, dataset: Dataset, run: Run) -> dict[str, np.ndarray]:
-    """(C, C) each: mAP of each camera's queries against each camera's gallery, and the number of scored queries."""
-    *_, q_camids, g_camids = ids_of(dataset.query, dataset.gallery)
-    number = 1 + max(q_camids.max(initial=0), g_camids.max(initial=0))
-    means, counts = np.full((number, number), np.nan), np.zeros((number, number), np.int64)
-    features, places = gallery[0], gallery[1].numpy()  # (m, D), (m,)
-    for camid in range(number):
-        items = np.flatnonzero(g_camids == camid)  # (n,) of the gallery
-        if not len(items):
-            continue
-        here = np.flatnonzero(np.isin(places, items))
-        own = (
-            features[torch.from_numpy(here).to(features.device)],
-            torch.from_numpy(np.searchsorted(items, places[here])),
-        )
-        some = [dataset.gallery[item] for item in items]
-        result = rank(query, own, dataset.query, some, run)
-        precisions = average_precision(result.ranks, result.offsets)  # (Q,)
-        for of in range(number):
-            valid = precisions[(q_camids == of) & result.valid]
-            counts[of, camid] = len(valid)
-            if len(valid):
-                means[of, camid] = valid.mean()
-    return {'camera_map': means, 'camera_queries': counts}
-
-
 def rerank(
-    query: Extracted, gallery: Extracted, dataset: Dataset, options: TestOptions, run: Run
+    query: Extracted, gallery: Extracted, ids: Sequence[np.ndarray], options: TestOptions, run: Run
 ) -> ranking.Ranking | None:
     """The re-ranked gallery, in the first process, which receives all features from the others; None in the others."""
-    q_pids, g_pids, q_camids, g_camids = ids_of(dataset.query, dataset.gallery)
-    queries, items = _collect(*query, len(q_pids), run), _collect(*gallery, len(g_pids), run)
+    queries, items = (_collect(*each, len(pids), run) for each, pids in zip((query, gallery), ids[:2], strict=True))
     if run.rank:
         return None
+    q_pids, g_pids, q_camids, g_camids = ids
     how = options.k1, options.k2, options.lambda_value
     return ranking.rerank(queries, items, q_pids, g_pids, q_camids, g_camids, *how)
 

@@ -8,11 +8,10 @@ up the results: distances first, then tallies.
 
     python ranking.py log/features/query log/features/gallery
 
-ranks features that --save-features wrote to disk, in bounded memory regardless of their number.
+ranks features that --save-features wrote to disk, in bounded memory regardless of their number; --rerank copies them.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -34,7 +33,7 @@ from eval_metrics import (
 )
 from reranking import reranked
 from runtime import commands
-from runtime.errors import UserError
+from runtime.features import read, read_files
 from runtime.tiles import (
     NONE,
     Points,
@@ -53,6 +52,7 @@ from runtime.tiles import (
     tile_of,
     tiles,
 )  # fmt: skip
+from runtime.values import fraction, positive_int
 
 if TYPE_CHECKING:
     from eval_metrics import Ids
@@ -287,12 +287,22 @@ def _no_tally(num_pairs: int, num_queries: int, k: int) -> Tally:
 PRINTED_RANKS = (1, 5, 10, 20)
 
 
-def show(result: Ranking) -> None:
-    """Print the same figures as the original."""
+RERANKING = 'Re-ranking with k1 {k1}, k2 {k2}, lambda {lambda_value}'
+ANY_CAMERA = "Any camera: matches from the query's own camera count too; only the query's own file is dropped"
+NO_FILES = "Any camera: matches from the query's own camera count too; no file is dropped, as there is no paths.jsonl"
+
+
+def show(result: Ranking, any_camera: bool = False) -> None:
+    """Print the same figures as the original.
+
+    any_camera: the camids were numbers of files
+    """
+    result.check_valid(any_camera)
     cmc = result.cmc(max(PRINTED_RANKS))
     print(
-        f'Queries: {result.num_valid} valid, {result.num_skipped} skipped ({result.num_same_camera} with a match in '
-        f'their own camera only, {result.num_absent} with none in the gallery)'
+        f'Queries: {result.num_valid} valid, {result.num_skipped} skipped ({result.num_same_camera} '
+        f'{"whose only match is their own file" if any_camera else "with a match in their own camera only"}, '
+        f'{result.num_absent} with none in the gallery)'
     )
     print('Results ----------')
     print(f'mAP: {result.mAP:.1%}')
@@ -306,33 +316,29 @@ def show(result: Ranking) -> None:
     print('------------------')
 
 
-def read(folder: str | Path) -> list[np.ndarray]:
-    """features (N, D), pids (N,) and camids (N,) that --save-features wrote; the features stay on disk.
-
-    Raises:
-        UserError: a file is missing or is not an array of numbers.
-    """
-    arrays = []
-    for name, kinds in (('features', 'f'), ('pids', 'iu'), ('camids', 'iu')):
-        path = Path(folder) / f'{name}.npy'
-        try:
-            array = np.load(path, mmap_mode='c')
-        except (OSError, ValueError, EOFError) as problem:
-            reason = getattr(problem, 'strerror', None) or ' '.join(str(problem).split())
-            raise UserError(f'{path} cannot be read ({reason}); write it with --evaluate --save-features') from None
-        if array.dtype.kind not in kinds:
-            raise UserError(f'{path} contains {array.dtype}; write it with --evaluate --save-features')
-        arrays.append(array)
-    return arrays
-
-
 def main() -> None:
     parser = commands.Parser(description='Rank saved features from disk, in bounded memory.')
     parser.add_argument('query', help='folder with features.npy (N, D), pids.npy and camids.npy (N,) of the queries')
     parser.add_argument('gallery', help='the same for the gallery')
+    parser.add_argument('--any-camera', action='store_true', help="drop the query's own file only, not its camera")
+    parser.add_argument('--rerank', action='store_true', help='use k-reciprocal re-ranking; copies the features')
+    parser.add_argument('--k1', type=positive_int, default=20, help='as for a test (default: 20)')
+    parser.add_argument('--k2', type=positive_int, default=6, help='as for a test (default: 6)')
+    parser.add_argument('--lambda', type=fraction, default=0.3, dest='lambda_value', help='(default: 0.3)')
     args = parser.parse_args()
-    (queries, q_pids, q_camids), (gallery, g_pids, g_camids) = read(args.query), read(args.gallery)
-    show(rank(queries, gallery, q_pids, g_pids, q_camids, g_camids))
+    (queries, *q_ids), (gallery, *g_ids) = read(args.query), read(args.gallery)
+    q_pids, g_pids, q_camids, g_camids = check_ids(q_ids[0], g_ids[0], q_ids[1], g_ids[1])
+    if args.any_camera:
+        files = read_files(args.query, args.gallery, q_pids, g_pids)
+        print(ANY_CAMERA if files else NO_FILES)
+        q_camids, g_camids = files or (-1 - np.arange(len(q_pids)), np.arange(len(g_pids)))
+    if args.rerank:
+        print(RERANKING.format(**vars(args)))
+        how = args.k1, args.k2, args.lambda_value
+        result = rerank(queries, gallery, q_pids, g_pids, q_camids, g_camids, *how)
+    else:
+        result = rank(queries, gallery, q_pids, g_pids, q_camids, g_camids)
+    show(result, args.any_camera)
 
 
 if __name__ == '__main__':

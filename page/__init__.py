@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from page import charts, lists, runs
+from page import cameras, charts, lists, runs
 from runtime.errors import UserError
 from runtime.files import write_whole
 
@@ -24,7 +24,7 @@ def write(save_dir: str | Path) -> Path:
         [*charts.history([run], run.losses), charts.cmc([run]), charts.distances(run), charts.embedding(run)],
         title=f'{run.summary["dataset"]}, {run.summary["arch"]}',
         runs=[run],
-        cameras=charts.cameras(run),
+        cameras=cameras.view(run),
         **lists.examples(run),
     )
 

@@ -1,4 +1,4 @@
-"""The charts of a page, as SVG, and the table of cameras."""
+"""The charts of a page, as SVG."""
 
 import io
 import math
@@ -205,13 +205,3 @@ def embedding(run: TestedRun) -> Chart | None:
     )
     first, second = (f'{share:.0%}' for share in shares[:2])
     return _chart('Embedding', note, f'first axis ({first} of variance)', f'second axis ({second} of variance)', draw)
-
-
-def cameras(run: TestedRun) -> dict[str, Any] | None:
-    """mAP and number of queries by the camera of the query (row) and of the gallery (column); None after re-ranking."""
-    means, counts = run.arrays['camera_map'], run.arrays['camera_queries']  # (C, C) each
-    rows, columns = (np.flatnonzero(counts.sum(axis)) for axis in (1, 0))
-    if not len(rows):
-        return None
-    cells = [[(means[row, column], counts[row, column]) for column in columns] for row in rows]
-    return {'names': columns.tolist(), 'rows': list(zip(rows.tolist(), cells, strict=True))}

@@ -6,6 +6,7 @@ The page is made from these files and the images alone.
 import csv
 import importlib.util
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ def write(
 
     - results.json: `summary`, and the mean of each added metric.
     - results.csv: for each query its path, pid, camid, AP, rank of the first match, number of matches, the pid of the
-      nearest item of another identity if that is among the ten nearest, and its score by each added metric.
+      nearest item of another identity if that is among the ten nearest, its score by each added metric, and the path
+      of each of the ten nearest items and whether it is a match (1 or 0). Of a tracklet it is the path of the first
+      frame.
     - ranking.npz: the arrays KEPT of `result`, the paths, pids and camids of query and gallery, and `more`.
     """
     folder, query, gallery = Path(folder), dataset.query, dataset.gallery
@@ -61,7 +64,7 @@ def write(
     }
     writers: dict[str, Callable[[Path], object]] = {
         'results.json': lambda path: write_json(summary | added, path),
-        'results.csv': lambda path: _write_table(path, query, result, arrays['g_pids'], scores),
+        'results.csv': lambda path: _write_table(path, dataset, result, arrays['g_pids'], scores),
         'ranking.npz': lambda path: _save_arrays(path, arrays),
     }
     for name, writer in writers.items():
@@ -90,20 +93,26 @@ def _column(items: Sequence[tuple], column: int) -> np.ndarray:
 
 
 def _write_table(
-    path: Path, queries: Sequence[tuple], result: Ranking, g_pids: np.ndarray, scores: dict[str, np.ndarray]
+    path: Path, dataset: Dataset, result: Ranking, g_pids: np.ndarray, scores: dict[str, np.ndarray]
 ) -> None:
     """One row per query; cells that need a match are empty for a query without one."""
     precisions = eval_metrics.average_precision(result.ranks, result.offsets)  # (Q,)
     with open(path, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
         table = csv.writer(file)
-        table.writerow(['query', 'pid', 'camid', 'AP', 'first_rank', 'matches', 'nearest_wrong', *scores])
-        for row, (paths, pid, camid) in enumerate(queries):
+        listed = range(1, result.nearest.shape[1] + 1)
+        names = [name for rank in listed for name in (f'nearest_{rank}', f'match_{rank}')]
+        table.writerow(['query', 'pid', 'camid', 'AP', 'first_rank', 'matches', 'nearest_wrong', *scores, *names])
+        for row, (paths, pid, camid) in enumerate(dataset.query):
             begin, end = result.offsets[row : row + 2]
             first_rank = result.ranks[begin] if end > begin else ''
-            near = [g_pids[place] for place in result.nearest[row] if place >= 0]
-            wrong = next((other for other in near if other != pid), '')
+            near = [int(place) for place in result.nearest[row] if place >= 0]
+            wrong = next((g_pids[place] for place in near if g_pids[place] != pid), '')
+            named: list[tuple[str, object]] = [
+                (_frames(dataset.gallery[place][0])[0], int(g_pids[place] == pid)) for place in near
+            ]
+            named += [('', '')] * (len(listed) - len(near))
             ap, *added = (_shown(values[row]) for values in (precisions, *scores.values()))
-            table.writerow([_frames(paths)[0], pid, camid, ap, first_rank, end - begin, wrong, *added])
+            table.writerow([_frames(paths)[0], pid, camid, ap, first_rank, end - begin, wrong, *added, *chain(*named)])
 
 
 def _shown(score: float) -> str:
@@ -111,12 +120,14 @@ def _shown(score: float) -> str:
 
 
 def _files(items: Sequence[tuple]) -> np.ndarray:
-    """uint8: the path of each item, one per line; for a tracklet, up to FRAMES frames separated by tabs."""
-    lines = []
-    for paths, _, _ in items:
-        frames = _frames(paths)
-        lines.append('\t'.join(frames[:: -(-len(frames) // FRAMES)]))
-    return np.frombuffer('\n'.join(lines).encode('utf-8', 'surrogateescape'), np.uint8)
+    """uint8: the path of each item, one per line; for a tracklet, up to FRAMES frames separated by tabs.
+
+    If a name contains one of these separators, a NUL, which no name contains, precedes each, and ends the text.
+    """
+    rows = [frames[:: -(-len(frames) // FRAMES)] for frames in (_frames(paths) for paths, _, _ in items)]
+    mark = '\0' if any('\n' in path or '\t' in path for frames in rows for path in frames) else ''
+    text = f'{mark}\n'.join(f'{mark}\t'.join(frames) for frames in rows) + mark
+    return np.frombuffer(text.encode('utf-8', 'surrogateescape'), np.uint8)
 
 
 def _frames(paths: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -36,6 +36,13 @@ class TestedRun:
     losses: list[str]  # the columns of `metrics` that are losses, the total first
 
     @property
+    def how(self) -> list[str]:
+        """What of the test differs from the usual one, in words."""
+        words = {'rerank': 're-ranked', 'any_camera': 'any camera', 'multi_query': 'multi-query'}
+        whole = ['all frames'] if self.summary.get('seq_len') == 0 else []
+        return [word for option, word in words.items() if self.summary.get(option)] + whole
+
+    @property
     def short_name(self) -> str:
         """For legends."""
         return self.name if len(self.name) <= 24 else f'…{self.name[-23:]}'
@@ -150,7 +157,9 @@ def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
 
 def _split(paths: np.ndarray) -> list[list[str]]:
     """The inverse of `results._files`: the frames of each item."""
-    return [line.split('\t') for line in paths.tobytes().decode('utf-8', 'surrogateescape').split('\n')]
+    text = paths.tobytes().decode('utf-8', 'surrogateescape')
+    mark = '\0' if text.endswith('\0') else ''
+    return [line.split(f'{mark}\t') for line in text.removesuffix('\0').split(f'{mark}\n')]
 
 
 def interval(values: np.ndarray) -> np.ndarray:

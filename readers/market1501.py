@@ -3,7 +3,7 @@
 import os
 import re
 
-from readers.tree import IMAGE_TYPES, Dataset, Image, find
+from readers.tree import IMAGE_TYPES, Dataset, Image, Item, find
 from runtime.errors import UserError, plain
 
 FOLDERS = ('market1501', 'Market-1501-v15.09.15')  # as the original's README renamed it, and as the archive unpacks
@@ -30,10 +30,25 @@ class Market1501(Dataset):
     """
 
     def __init__(self, data_dir: str = 'data', name: str = 'market1501') -> None:
-        root = find(data_dir, name, FOLDERS if name == 'market1501' else (name,), PARTS)
+        self.root = root = find(data_dir, name, FOLDERS if name == 'market1501' else (name,), PARTS)
         train, query, gallery = (_scan(os.path.join(root, part)) for part in PARTS)
         self.published = PUBLISHED if name == 'market1501' else {}
         super().__init__(name, train, query, gallery, title='Market1501' if name == 'market1501' else name)
+
+    def multi_query(self) -> list[Item]:
+        """The hand-drawn boxes in gt_bbox, of all persons and cameras.
+
+        Raises UserError if that folder is missing, and for the names in it as for those of the other folders.
+        """
+        folder = os.path.join(self.root, 'gt_bbox')
+        if not os.path.isdir(folder):
+            again = (
+                'remove the folder of the toy, and it is drawn again'
+                if self.name.startswith('toy_')
+                else ('it is part of Market-1501-v15.09.15.zip: unzip that again')
+            )
+            raise UserError(f'--multi-query needs {folder}, which is missing; {again}, or omit the option')
+        return [*_scan(folder)]
 
 
 def _scan(folder: str) -> list[Image]:

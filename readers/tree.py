@@ -59,6 +59,10 @@ class Dataset:
         total = len(train) + len(query) + len(gallery) if total is None else total
         print('\n'.join([f'=> {title or name} loaded', 'Dataset statistics:', *self._statistics(total, lengths)]))
 
+    def multi_query(self) -> list[Item]:
+        """Pictures of the queries' persons in their cameras, over which --multi-query averages: here the queries."""
+        return self.query
+
     def _statistics(self, total: int, lengths: Sequence[int]) -> list[str]:
         """The original's table. The total number of ids is that of train and query."""
         counts = [

@@ -3,23 +3,73 @@
 import os
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from eval_metrics import check_matches
-from readers.tree import Dataset, ids_of
+from readers.tree import Dataset, Item, ids_of, paths_of
 from runtime.device import Run
-from runtime.errors import UserError
+from runtime.errors import UserError, plain
+from runtime.paths import same_files
 
 LOOK_UP_SECONDS = 2  # time limit, at the start of a run, for checking that the test's files exist
 
 
-def check_items(dataset: Dataset) -> None:
-    """Raise UserError if, according to pids and camids, no query has a match; files are not examined."""
+def check_items(dataset: Dataset, any_camera: bool, run: Run) -> list[np.ndarray]:
+    """The ids by which the test ranks: the pids of query and gallery, then their camids.
+
+    With `any_camera` numbers of files take the place of the camids: a query then drops its own file and nothing else.
+    Apart from that no file is examined.
+
+    Raises:
+        UserError: there is no query, no gallery, or according to these ids no query has a match.
+    """
     for subset in ('query', 'gallery'):
         if not getattr(dataset, subset):
             raise UserError(f'{dataset.name}: the {subset} set is empty, so there is nothing to test')
-    check_matches(*ids_of(dataset.query, dataset.gallery))
+    q_pids, g_pids, q_camids, g_camids = ids_of(dataset.query, dataset.gallery)
+    if any_camera:
+        q_files, g_files = np.zeros(len(q_pids), np.int64), np.zeros(len(g_pids), np.int64)
+        if run.rank == 0:  # they are the same files for every process, whatever another host sees
+            q_paths, g_paths = ([item[0] for item in items] for items in (dataset.query, dataset.gallery))
+            q_files, g_files = same_files(q_pids, g_pids, q_paths, g_paths)
+        q_camids, g_camids = (run.sum(torch.from_numpy(files)).numpy() for files in (q_files, g_files))
+    check_matches(q_pids, g_pids, q_camids, g_camids, any_camera)
+    return [q_pids, g_pids, q_camids, g_camids]
+
+
+class Pictures(NamedTuple):
+    """With --multi-query: the pictures over which the features of the queries are averaged."""
+
+    items: list[Item]
+    groups: np.ndarray  # (N,) int64, number of the person and camera of each picture, from 0
+    of_queries: np.ndarray  # (Q,) int64, the same of each query
+
+
+def pictures_of(dataset: Dataset) -> Pictures:
+    """All pictures of each query's person in its camera, by pid and camid.
+
+    Raises:
+        UserError: the data set has none of a query, or just the queries, one of each person and camera.
+    """
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(item[1:] for item in dataset.query))}
+    items = [item for item in dataset.multi_query() if item[1:] in numbers]
+    groups, of_queries = (np.array([numbers[item[1:]] for item in some], np.int64) for some in (items, dataset.query))
+    lacking = np.flatnonzero(~np.isin(of_queries, groups))
+    if len(lacking):
+        first = plain(paths_of(dataset.query[lacking[0]])[0], 1000)
+        raise UserError(
+            f'--multi-query: {dataset.name} has no picture of the person and camera of {len(lacking)} of its '
+            f'{len(of_queries)} queries, the first one {first}; unpack the data set again, or omit the option'
+        )
+    if len(items) == len(numbers) and items == dataset.query:
+        raise UserError(
+            f'--multi-query: {dataset.name} has one query of each person in a camera, and no other pictures of them, '
+            'so there is nothing to average; omit the option'
+        )
+    return Pictures(items, groups, of_queries)
 
 
 def check_files(paths: Sequence[str], run: Run) -> None:

@@ -24,6 +24,7 @@ import losses
 import models
 from arguments import DataOptions, RunOptions, TestOptions
 from dataset_loader import ImageDataset, train_loader
+from readers.tree import ids_of
 from runtime import device, processes
 from runtime.device import Run
 from samplers import RandomIdentitySampler
@@ -95,7 +96,7 @@ def batches(run, dataset):
     return [(augment(images, draws), pids) for images, pids, draws in loader.epoch(2)]
 
 
-def tests(run, dataset, folder):
+def tests(run, dataset, tracklets, folder):
     """What the test prints, with statistics of BatchNorm that only the first process has right, and exact rankings."""
     options = TestOptions(
         arch='tiny', height=32, width=16, workers=0, test_batch=5, save_dir=str(folder), evaluate=True,
@@ -109,14 +110,19 @@ def tests(run, dataset, folder):
     with contextlib.redirect_stdout(printed):
         rank1 = [evaluation.Test(dataset, options, run)(model)]
         rank1.append(evaluation.Test(dataset, dataclasses.replace(options, rerank=True), run)(model))
+        more = {'any_camera': True, 'multi_query': True, 'save_dir': str(folder / 'more'), 'no_report': True}
+        rank1.append(evaluation.Test(dataset, dataclasses.replace(options, **more), run)(model))
     (_, pid, camid), *_ = dataset.query
     matches = [item for item in dataset.gallery if item[1] == pid and item[2] != camid]
     rankings, seen = [], []
     for subsets in ((dataset.query, dataset.gallery), (dataset.query[:1], matches[:1])):
         extracted = [evaluation.extract(Whole(5), items, options, run) for items in subsets]
         seen.append([indices.tolist() for _, indices in extracted])
-        rankings.append({name: np.asarray(x) for name, x in vars(evaluation.rank(*extracted, *subsets, run)).items()})
-    return {'printed': printed.getvalue(), 'rank1': rank1, 'rankings': rankings, 'seen': seen}
+        rankings.append(
+            {name: np.asarray(x) for name, x in vars(evaluation.rank(*extracted, ids_of(*subsets), run)).items()}
+        )
+    whole = evaluation.extract(Whole(5), tracklets, dataclasses.replace(options, seq_len=0), run)
+    return {'whole': whole, 'printed': printed.getvalue(), 'rank1': rank1, 'rankings': rankings, 'seen': seen}
 
 
 def train(name, folder, data_dir, group):
@@ -160,7 +166,9 @@ def main(folder, data_dir):
     run = device.start(RunOptions(use_cpu=True, precision='fp32'), group)
     folder = Path(folder) / str(run.world_size)
     dataset = data_manager.init_dataset('market1501', data_dir)
-    found = {'steps': steps(run), 'batches': batches(run, dataset), 'tests': tests(run, dataset, folder), 'lines': {}}
+    tracklets = data_manager.init_dataset('mars', data_dir).gallery
+    found = {'steps': steps(run), 'batches': batches(run, dataset), 'lines': {}}
+    found['tests'] = tests(run, dataset, tracklets, folder)
     if run.world_size < 3:
         found['lines'] = {name: train(name, folder / name, data_dir, group) for name in SCRIPTS}
         gather, Run.gather = Run.gather, lambda run, features, pids: (features, pids)

@@ -91,7 +91,9 @@ def test_a_default_is_the_value_of_an_option_that_is_not_given():
 
 def test_args_are_printed_as_in_the_original():
     text = str(parse('train_img_model_xent').plain())
-    assert re.match(r"Namespace\(arch='resnet50', .*dataset='market1501', .*eval_step=-1, .*workers=4\)$", text)
+    assert re.match(
+        r"Namespace\(any_camera=False, arch='resnet50', .*dataset='market1501', .*eval_step=-1, .*workers=4\)$", text
+    )
 
 
 @pytest.mark.parametrize(('text', 'value'), [('20', 20), ('0', math.inf), ('-3', math.inf), ('inf', math.inf)])

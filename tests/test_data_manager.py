@@ -1,6 +1,7 @@
 """The table of data sets, and the command that opens every image of one."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -191,6 +192,15 @@ def test_mistakes_of_the_command_are_one_line(tmp_path, checked):
         assert (status, errors[: len(fault) + 7]) == (2, f'error: {fault}')
         assert 'Traceback' not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_data_of_one_camera_can_be_tested_with_an_option(market, checked):
+    for part, names in MARKET.items():
+        for name in names:
+            (market / part / name).rename(market / part / re.sub(r'_c\d', '_c1', name))
+    _, found, _ = checked('market1501')
+    hint = 'the person is in the same camera only; if the cameras are unknown, test with --any-camera'
+    assert f'note: queries without a match ({hint}): 1' in found
 
 
 def test_the_room_is_cheap_to_import():

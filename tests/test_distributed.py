@@ -94,16 +94,27 @@ def test_rankings_are_exactly_those_of_one_process(found, number):
 
 @several
 def test_saved_features_are_those_of_one_process(found, number):
-    one, many = (ranking.read(found[0] / str(processes) / 'features' / 'gallery') for processes in (1, number))
-    np.testing.assert_allclose(many[0], one[0], atol=1e-5)
-    np.testing.assert_array_equal(many[1:], one[1:])
+    for folder in ('features/query', 'features/gallery', 'more/features/query', 'more/features/gallery'):
+        one, many = (ranking.read(found[0] / str(processes) / folder) for processes in (1, number))
+        np.testing.assert_allclose(many[0], one[0], atol=1e-5)
+        np.testing.assert_array_equal(many[1:], one[1:])
+
+
+@several
+def test_all_frames_are_extracted_once(found, number):
+    """With --seq-len 0 the frames of a tracklet go to one process."""
+    (one, everything), many = found[1][1][0]['tests']['whole'], [each['tests']['whole'] for each in found[1][number]]
+    assert everything.tolist() == list(range(len(one)))
+    for rank, (features, indices) in enumerate(many):
+        assert indices.tolist() == list(range(rank, len(one), number))
+        torch.testing.assert_close(features, one[indices], rtol=0, atol=1e-5)
 
 
 @several
 def test_figures_are_those_of_one_process(found, number):
     """Whatever the other processes hold as running statistics."""
     one = found[1][1][0]['tests']
-    assert one['printed'].count('mAP: ') == 2  # the second one re-ranked
+    assert one['printed'].count('mAP: ') == 3  # the second one re-ranked, the third one --any-camera --multi-query
     for process in found[1][number]:
         assert process['tests']['rank1'] == one['rank1']
     assert found[1][number][0]['tests']['printed'] == one['printed']

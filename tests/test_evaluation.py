@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import textbook
 import torch
 from test_reranking import reranked_densely
 from tiny import Tiny
@@ -11,15 +12,29 @@ from tiny import Tiny
 import data_manager
 import eval_metrics
 import evaluation
+import page
 import ranking
 from arguments import TestOptions
+from page import runs
 from readers.tree import ids_of
 from runtime import commands, testset
 from runtime.errors import UserError
+from runtime.features import create_features, read_paths
 
 OPTIONS = TestOptions(
     arch='tiny', height=32, width=16, workers=0, test_batch=5, evaluate=True, no_report=True, seq_len=4
 )
+
+
+class Whole(Tiny):
+    """Features of small whole numbers, the same in a batch of any size."""
+
+    @staticmethod
+    def of(x):
+        return (8 * x[:, :, ::8, ::4].flatten(1)[:, :16]).round()
+
+    def features(self, x):
+        return self.of(x)
 
 
 def options(save_dir, **changes):
@@ -122,6 +137,54 @@ def test_pool():
     assert evaluation.pool(features, counts, 'max').tolist() == [[3.0, 5.0], [7.0, 7.0]]
 
 
+@pytest.mark.parametrize('test_batch', [1, 3])
+@pytest.mark.parametrize('pooled', ['avg', 'max'])
+def test_all_frames_of_tracklets(pooled, test_batch, data_dir, run, tmp_path, monkeypatch):
+    """With --seq-len 0, in batches of no more than FRAMES times --test-batch, which begin and end in any tracklet."""
+    monkeypatch.setattr(evaluation, 'FRAMES', 2)
+    dataset = data_manager.init_dataset('mars', str(data_dir))
+    assert len({len(paths) for paths, _, _ in dataset.gallery}) > 1
+    batches = []
+    monkeypatch.setattr(Whole, 'features', lambda model, x: batches.append(len(x)) or Whole.of(x))
+    how = options(tmp_path, seq_len=0, pool=pooled, test_batch=test_batch)
+    file = np.zeros((len(dataset.gallery), 16), np.float32)
+    features, indices = evaluation.extract(Whole(3), dataset.gallery, how, run, file)
+    assert indices.tolist() == list(range(len(dataset.gallery)))
+    number = sum(len(paths) for paths, _, _ in dataset.gallery)
+    assert batches == [2 * test_batch] * (number // (2 * test_batch)) + [number % (2 * test_batch)] * (
+        number % (2 * test_batch) > 0
+    )
+    for (paths, pid, camid), feature in zip(dataset.gallery, features, strict=True):
+        frames = evaluation.extract(Whole(3), [(path, pid, camid) for path in paths], how, run)[0]  # as images
+        expected = textbook.mean_feature(frames) if pooled == 'avg' else frames.amax(0).tolist()
+        assert feature.tolist() == np.float32(expected).tolist()  # no sum of such numbers is rounded
+    np.testing.assert_array_equal(file, features)
+
+
+def test_all_frames_in_a_test(data_dir, model, run, tmp_path):
+    dataset = data_manager.init_dataset('mars', str(data_dir))
+    found = evaluation.Test(dataset, options(tmp_path, seq_len=0), run)(model)
+    longest = max(len(paths) for paths, _, _ in dataset.query + dataset.gallery)
+    for subset in ('query', 'gallery'):  # a tracklet of its frames, each as often as the others
+        items = [(paths * (60 // len(paths)), *ids) for paths, *ids in getattr(dataset, subset)]
+        setattr(dataset, subset, items)
+    assert longest <= 5 and all(len(paths) == 60 for paths, _, _ in dataset.query)
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert (results['seq_len'], results['pool']) == (0, 'avg')
+    assert '<li>tracklets <b>all frames</b></li>' in page.write(tmp_path).read_text()
+    assert runs.read(tmp_path).how == ['all frames']
+    again = evaluation.Test(dataset, options(tmp_path, seq_len=60), run)(model)
+    assert list(found.values()) == pytest.approx(list(again.values()), abs=1e-6)
+
+
+def test_missing_frames_are_noticed_with_all(data_dir, run, tmp_path):
+    dataset = data_manager.init_dataset('mars', str(data_dir))
+    (paths, *ids), *others = dataset.gallery
+    dataset.gallery = [((*paths[:1], f'{tmp_path}/gone.jpg', *paths[1:]), *ids), *others]
+    with pytest.raises(UserError, match=r'gone\.jpg: No such file'):
+        evaluation.Test(dataset, options(tmp_path, seq_len=0), run)
+
+
 def test_queries_without_a_match_are_noticed_without_a_look_at_the_disk(data_dir, run, tmp_path, monkeypatch):
     dataset = data_manager.init_dataset('market1501', str(data_dir))
     monkeypatch.setattr(testset, 'look_up', lambda *_: pytest.fail('a file was looked up'))
@@ -200,9 +263,8 @@ def test_lists_of_frames_are_tracklets_too(data_dir, model, run, tmp_path):
 
 def test_features_that_do_not_fit_on_the_disk(dataset, run, small_disk):
     """They are a map of the file, and a process that writes into one on a full disk ends by SIGBUS."""
-    test = evaluation.Test(dataset, options(small_disk, save_features=True), run)
     with pytest.raises(UserError, match=r'--save-features: .*query/features.npy cannot be written \(No space left'):
-        test._features_file('query', dataset.query, 200_000 // len(dataset.query))
+        create_features(str(small_disk), 'query', dataset.query, 200_000 // len(dataset.query), run)
 
 
 def test_saved_features_are_ranked_from_disk(dataset, model, run, tmp_path, capsys, monkeypatch):
@@ -214,6 +276,8 @@ def test_saved_features_are_ranked_from_disk(dataset, model, run, tmp_path, caps
     assert isinstance(features, np.memmap)
     np.testing.assert_array_equal(features, evaluation.extract(model, dataset.gallery, test.options, run)[0])
     assert list(zip(pids, camids, strict=True)) == [item[1:] for item in dataset.gallery]
+    for folder, items in zip(folders, (dataset.query, dataset.gallery), strict=True):
+        assert list(read_paths(folder, len(items))) == [paths for paths, _, _ in items]
     monkeypatch.setattr('sys.argv', ['ranking.py', *map(str, folders)])
     ranking.main()
     assert printed(capsys) == figures

@@ -279,6 +279,8 @@ def test_a_resumed_run(on_cpu, data_dir, tmp_path):
         ('train_img_model_xent', ['--rerank']),
         ('train_vid_model_xent_htri', ['--save-features', '--pool', 'max', '--test-batch', '3']),
         ('train_vid_model_xent_htri', ['--rerank']),
+        ('train_img_model_xent', ['--multi-query', '--any-camera', '--save-features']),
+        ('train_vid_model_xent_htri', ['--seq-len', '0', '--save-features']),
     ],
 )
 def test_an_evaluation(name, options, on_cpu, data_dir, tmp_path):

@@ -92,7 +92,7 @@ OPTIONS = [
     option('-d cuhk03', '-d cuhk03: no such data set; choose one of'),
     option('-d mars', 'run train_vid_model_xent.py'),
     option('-d market1501', 'run train_img_model_xent.py', VIDEO),
-    option('--seq-len 0', '--seq-len: must be', VIDEO),
+    option('--seq-len -1', '--seq-len: must be an integer of at least 0', VIDEO),
     option('--pool sum', '--pool: invalid choice', VIDEO),
     option('--k1 0', '--k1: must be an integer of at least 1'),
     option('--lambda 1.1', '--lambda: must be a number from 0 to 1', VIDEO),
@@ -211,7 +211,7 @@ TREES = [
     tree('one identity', '', 'the training set is limited to one person', without('bounding_box_train', '0002')),
     tree('no match', '', r'none of the \d+ queries has a match', without('bounding_box_test', '0000')),
     tree('one camera', '', r'none of the (\d+) queries has a match: 0 show .* lacks, \1 one .* camera only; .* if '
-         'the cameras are unknown, give all queries one camid and the gallery another', one_camera),
+         'the cameras are unknown, use --any-camera', one_camera),
     tree('a batch larger than the data', '--train-batch 999', r'--train-batch is 999, but .* only \d+ images: use'),
     tree('P larger than the data', '--train-batch 64', 'needs 16 identities with --num-instances 4, but', script=HTRI),
     tree('P of 1', '--train-batch 4', 'has room for one identity with --num-instances 4', script=HTRI),

@@ -101,6 +101,11 @@ def put_metrics(path, noise, epochs=15, batches=48):
     path.write_text('\n'.join([*lines[:20], *lines[10:]]) + '\n')  # some rows twice, as after a resume
 
 
+def summarise(folder, **changes):
+    summary = json.loads((folder / 'results.json').read_text())
+    (folder / 'results.json').write_text(json.dumps({**summary, **changes}))
+
+
 def text(items):
     return np.frombuffer('\n'.join(items).encode('utf-8', 'surrogateescape'), np.uint8)
 
@@ -168,6 +173,23 @@ def test_without_training_the_page_has_no_curves_of_it(tmp_path, market):
 def test_a_reranked_test_has_no_cameras(saved):
     change(saved, camera_map=np.empty((0, 0)), camera_queries=np.empty((0, 0), int))
     assert 'pair of cameras' not in report.write(saved).read_text()
+    summarise(saved, cameras_left_out='--rerank')
+    assert '<p>Left out: --rerank.</p>' in report.write(saved).read_text()
+
+
+def test_cameras_are_called_by_their_camids(saved):
+    means, counts = np.array([[np.nan, 0.5], [0.25, np.nan]]), np.array([[0, 3], [2, 0]])
+    change(saved, camera_ids=np.array([-7, 10**15]), camera_map=means, camera_queries=counts)
+    page = report.write(saved).read_text()
+    assert '<th scope="col">camera -7</th><th scope="col">camera 1000000000000000</th>' in page
+    assert re.search(r'<th scope="row">camera -7</th><td aria-label="no query">–</td><td [^>]*>50.0', page)
+
+
+def test_a_table_of_too_many_cameras_is_not_shown(saved):
+    """As earlier versions wrote it."""
+    change(saved, camera_map=np.ones((33, 33)), camera_queries=np.ones((33, 33), int))
+    page = report.write(saved).read_text()
+    assert '<p>Left out: 33 cameras, more than 32.</p>' in page and 'camera 32' not in page
 
 
 def test_names_are_never_markup(tmp_path, market):

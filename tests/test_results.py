@@ -1,5 +1,6 @@
 import csv
 import importlib.util
+import shutil
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from runtime.device import Run
 from runtime.errors import UserError
 from runtime.files import Unwritten
 from utils import read_json
+
+ODD = ['=1+1.jpg', 'a\nb.jpg', 'a\r\tb.jpg', 'a,"b;.jpg', '\udcff.jpg', ' \U0001f6b6.jpg']
 
 
 @pytest.fixture(scope='module', params=['market1501', 'mars'])
@@ -53,6 +56,49 @@ def test_results_csv(tested):
         assert row['first_rank'] == (str(order.index(pid) + 1) if pid in order else '')
         wrong = [there for there in order[:10] if there != pid]
         assert row['nearest_wrong'] == (str(wrong[0]) if wrong else '')
+        order = [place for place, item in enumerate(dataset.gallery) if item[1:] != (pid, camid)]
+        order.sort(key=lambda place: (distances[place], place))
+        for rank, place in enumerate(order[:10], start=1):
+            paths, there, _ = dataset.gallery[place]
+            assert row[f'nearest_{rank}'] == (paths if isinstance(paths, str) else paths[0])
+            assert row[f'match_{rank}'] == ('1' if there == pid else '0')
+        assert all(row[f'{name}_{rank}'] == '' for rank in range(len(order) + 1, 11) for name in ('nearest', 'match'))
+        assert list(row)[6:] == [
+            'nearest_wrong',
+            *[f'{name}_{k}' for k in range(1, 11) for name in ('nearest', 'match')],
+        ]
+
+
+@pytest.mark.parametrize('name', ODD)
+@pytest.mark.parametrize('subset', ['query', 'gallery'])
+def test_names_with_any_characters_are_read_back(name, subset, data_dir, run, tmp_path):
+    dataset = data_manager.init_dataset('market1501', str(data_dir))
+    dataset.query = dataset.query[:1]
+    items = getattr(dataset, subset)
+    path = tmp_path / name
+    shutil.copy(items[0][0], path)
+    items[0] = (str(path), *items[0][1:])
+    torch.manual_seed(0)
+    evaluation.Test(dataset, options(tmp_path), run)(Tiny(3))
+    with open(tmp_path / 'results.csv', newline='', encoding='utf-8', errors='surrogateescape') as file:
+        (row,) = csv.DictReader(file)
+    names = [item[0] for item in dataset.gallery]
+    assert row['query'] == dataset.query[0][0] and all(row[f'nearest_{rank}'] in names for rank in range(1, 11))
+    if subset == 'query':
+        assert row['query'] == str(path)
+    tested = runs.read(tmp_path)
+    for subset in ('query', 'gallery'):
+        assert tested.files[subset] == [[item[0]] for item in getattr(dataset, subset)]
+    assert page.write(tmp_path).exists()
+
+
+@pytest.mark.parametrize('names', [['a\nb'], ['a\tb', 'c'], ['a', 'b'], ['a\\n'], ['\n', '\t\n']])
+def test_paths_of_frames_are_read_back(names):
+    for items in ([(tuple(names), 1, 0)], [(name, 1, 0) for name in names], [(tuple(names * 9), 1, 0)] * 2):
+        lines = runs._split(results._files(items))
+        frames = [[paths] if isinstance(paths, str) else [*paths] for paths, _, _ in items]
+        assert lines == [each[:: -(-len(each) // 8)] for each in frames]
+    assert results._files([(('a', 'b'), 1, 0), (('c',), 1, 0)]).tobytes() == b'a\tb\nc'  # as in earlier versions
 
 
 def test_packages_of_the_page_are_looked_for_before_a_training(tested, run, monkeypatch, tmp_path):
@@ -75,7 +121,7 @@ def test_ranking_npz(tested):
     assert np.nanmean(eval_metrics.average_precision(arrays['ranks'], arrays['offsets'])) == figures['mAP']
     q_camids, g_camids = arrays['q_camids'], arrays['g_camids']
     for row, column in zip(*np.nonzero(arrays['camera_queries']), strict=True):
-        mine, theirs = q_camids == row, g_camids == column
+        mine, theirs = q_camids == arrays['camera_ids'][row], g_camids == arrays['camera_ids'][column]
         ids = arrays['q_pids'][mine], arrays['g_pids'][theirs], q_camids[mine], g_camids[theirs]
         _, mean_ap = eval_metrics.evaluate(distmat[mine][:, theirs], *ids)
         assert arrays['camera_map'][row, column] == pytest.approx(mean_ap, abs=1e-6)
@@ -105,7 +151,7 @@ def test_a_metric_is_added_by_a_function_and_a_row(data_dir, run, tmp_path, monk
     summary = read_json(tmp_path / 'results.json')
     with open(tmp_path / 'results.csv', newline='') as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0])[-2:] == ['nearest_wrong', 'mrr'] and not {'mAP', 'mINP', 'rank1'} & set(rows[0])
+    assert list(rows[0])[6:9] == ['nearest_wrong', 'mrr', 'nearest_1'] and not {'mAP', 'mINP', 'rank1'} & set(rows[0])
     for query in rows:
         first_rank = query['first_rank']
         assert query['mrr'] == (f'{1 / int(first_rank):.6f}' if first_rank else '')

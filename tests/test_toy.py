@@ -46,7 +46,7 @@ def persons(items):
 
 def test_the_format_of_market1501(market):
     folder = Path(market.query[0][0]).parents[1]
-    assert sorted(os.listdir(folder)) == ['bounding_box_test', 'bounding_box_train', 'query']
+    assert sorted(os.listdir(folder)) == ['bounding_box_test', 'bounding_box_train', 'gt_bbox', 'query']
     names = {part: os.listdir(folder / part) for part in os.listdir(folder)}
     assert all(re.fullmatch(r'(\d{4}|-1)_c[1-6]s1_\d{6}_0[1-4]\.jpg', name) for part in names.values() for name in part)
     assert sum(name.startswith('-1_') for name in names['bounding_box_test']) == 20

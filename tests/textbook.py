@@ -40,6 +40,30 @@ def triplet(features: Tensor, pids: Tensor, margin: float = 0.3) -> tuple[Tensor
     return sum(hinges) / len(hinges), sum(hinge.item() > 0 for hinge in hinges) / len(hinges)
 
 
+def match_ranks(distances, q_pids, g_pids, is_dropped) -> list[list[int]]:
+    """For each query the ranks of its matches, from 1, found by walking along its sorted gallery.
+
+    distances: (Q, G); equal ones are sorted by gallery index
+    is_dropped: (query, item) -> whether an item of the query's own pid is dropped, so that it has no rank
+    """
+    ranks = []
+    for query, pid in enumerate(q_pids):
+        found, rank = [], 0
+        for item in sorted(range(len(g_pids)), key=lambda item, row=distances[query]: (row[item], item)):
+            if g_pids[item] == pid and is_dropped(query, item):
+                continue
+            rank += 1
+            if g_pids[item] == pid:
+                found.append(rank)
+        ranks.append(found)
+    return ranks
+
+
+def mean_feature(features) -> list[float]:
+    """The mean of features (n, D), dimension by dimension."""
+    return [sum(float(feature[d]) for feature in features) / len(features) for d in range(len(features[0]))]
+
+
 def center(features: Tensor, centers: Tensor, pids: Tensor) -> Tensor:
     """Squared distance to the center of the own identity, clamped to [1e-12, 1e12], averaged over the batch."""
     total = features.new_zeros(())

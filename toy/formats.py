@@ -1,6 +1,7 @@
 """Writes the toy data sets to disk in the layouts of Market1501 and MARS: folders, file names and .mat tables."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +32,7 @@ def draw_market1501(
     Each of `num_train` persons has `num_images` images, two from each of several cameras. Each of `num_test` other
     persons is seen by as many cameras, with one query image and two gallery images from each. The gallery also contains
     `num_distractors` images of strangers (pid 0) and as many junk images (pid -1), with bodies out of the frame.
+    gt_bbox has a copy of each query and two more images of its person in its camera.
 
     The folder is either complete or absent: it is drawn under another name and then renamed, so several processes may
     draw it at once. Equal arguments give equal images. Raises OSError if it cannot write.
@@ -40,13 +42,17 @@ def draw_market1501(
 
     def draw(root: Path) -> None:
         cameras = [random_camera(kind, height, width, rng) for kind in range(NUM_CAMERAS)]
-        for part in 'bounding_box_train', 'query', 'bounding_box_test':
+        for part in 'bounding_box_train', 'query', 'bounding_box_test', 'gt_bbox':
             (root / part).mkdir()
+        queries = []  # of the arguments of `shoot`
 
         def shoot(part: str, pid: int, person: Person, camera: int, view: View) -> None:
             begin = '-1' if pid < 0 else f'{pid:04d}'
             name = f'{begin}_c{camera + 1}s1_{next(frames):06d}_{rng.integers(1, 5):02d}.jpg'
             photograph(root / part / name, person, cameras[camera], view, height, width, rng)
+            if part == 'query':
+                shutil.copyfile(root / part / name, root / 'gt_bbox' / name)
+                queries.append((pid, person, camera))
 
         persons = random_persons(num_train + num_test + 2 * num_distractors, rng)
         for index, person in enumerate(persons[: num_train + num_test]):
@@ -60,6 +66,9 @@ def draw_market1501(
             if pid == -1:
                 view = replace(view, x=view.x + rng.choice([-0.3, 0.3]), y=view.y + rng.choice([-0.4, 0.4]))
             shoot('bounding_box_test', pid, person, int(rng.integers(NUM_CAMERAS)), view)
+        for pid, person, camera in queries:
+            for _ in range(2):
+                shoot('gt_bbox', pid, person, camera, random_view(rng))
 
     _once(folder, draw)
 

@@ -1,0 +1,109 @@
+"""Features on disk, as --save-features writes them and `python ranking.py` reads them.
+
+There is a folder for the queries and one for the gallery, each with
+- features.npy, (N, D) float32;
+- pids.npy and camids.npy, (N,);
+- paths.jsonl, N lines: the path of an image as a JSON string, or those of a tracklet's frames as a list of strings.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from readers.tree import Item
+from runtime import paths
+from runtime.errors import UserError
+
+if TYPE_CHECKING:  # `python ranking.py` needs no device
+    from runtime.device import Run
+
+
+def create_features(save_dir: str, subset: str, items: Sequence[Item], feat_dim: int, run: 'Run') -> np.ndarray:
+    """features.npy (N, feat_dim) in memory-mapped form, the other files next to it; in every process.
+
+    Until all are extracted they are in `.features`, so that a failure leaves the earlier ones intact.
+
+    Raises:
+        UserError: they cannot be written, or not every process sees them.
+    """
+    folder = Path(save_dir) / '.features' / subset
+    path = folder / 'features.npy'
+    failure = 0
+    if run.rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for column, name in ((1, 'pids'), (2, 'camids')):
+                np.save(folder / f'{name}.npy', np.array([item[column] for item in items]))
+            paths.write(folder / 'paths.jsonl', (item[0] for item in items))
+            np.lib.format.open_memmap(path, 'w+', np.float32, (len(items), feat_dim))
+            with open(path, 'r+b') as file:  # writing to the map of a full disk would raise SIGBUS
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as problem:
+            failure = problem.errno or errno.ENOSPC  # numpy raises some without an errno
+    failure = int(run.sum(torch.tensor(failure)))  # the others wait until the files exist
+    if failure:
+        raise UserError(f'--save-features: {path} cannot be written ({os.strerror(failure)}); free space or omit it')
+    if not path.exists():
+        raise UserError(f'--save-features: {path} is not visible on every host; use a folder that all hosts share')
+    features: np.ndarray = np.load(path, mmap_mode='r+')
+    return features
+
+
+def keep_features(save_dir: str, run: 'Run') -> None:
+    """Replace the features of an earlier test by those that are now complete."""
+    run.sum(torch.zeros(1))  # every process has opened and filled the files
+    if run.rank == 0:
+        folder = Path(save_dir) / '.features'
+        for path in folder.glob('*/*'):
+            kept = folder.with_name('features') / path.relative_to(folder)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(kept)
+        shutil.rmtree(folder)
+
+
+def read(folder: str | Path) -> list[np.ndarray]:
+    """features (N, D), pids (N,) and camids (N,); the features stay on disk.
+
+    Raises:
+        UserError: a file is missing or is not an array of numbers.
+    """
+    arrays = []
+    for name, kinds in (('features', 'f'), ('pids', 'iu'), ('camids', 'iu')):
+        path = Path(folder) / f'{name}.npy'
+        try:
+            array = np.load(path, mmap_mode='c')
+        except (OSError, ValueError, EOFError) as problem:
+            reason = getattr(problem, 'strerror', None) or ' '.join(str(problem).split())
+            raise UserError(f'{path} cannot be read ({reason}); write it with --evaluate --save-features') from None
+        if array.dtype.kind not in kinds:
+            raise UserError(f'{path} contains {array.dtype}; write it with --evaluate --save-features')
+        arrays.append(array)
+    return arrays
+
+
+def read_files(
+    query: str | Path, gallery: str | Path, q_pids: np.ndarray, g_pids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """What `paths.same_files` returns for the items of two folders; None if one of them has no paths.
+
+    Raises:
+        UserError: see `read_paths`.
+    """
+    q_paths, g_paths = read_paths(query, len(q_pids)), read_paths(gallery, len(g_pids))
+    return paths.same_files(q_pids, g_pids, q_paths, g_paths) if q_paths and g_paths else None
+
+
+def read_paths(folder: str | Path, number: int) -> Iterator[paths.Paths] | None:
+    """The paths of the `number` items of a folder, one by one, exactly as they were; None if it has none.
+
+    Raises:
+        UserError: they are damaged, or those of another number of items.
+    """
+    path = Path(folder) / 'paths.jsonl'
+    return paths.read(path, number) if path.exists() else None

@@ -1,0 +1,81 @@
+"""The files of items: how their paths are written and read back, and which items are the same file."""
+
+import json
+import os
+from collections.abc import Hashable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from runtime.errors import UserError, plain
+
+Paths = str | tuple[str, ...]  # of an image, or of the frames of a tracklet
+
+
+def write(path: Path, items: Iterable[Paths]) -> None:
+    """Write a line for each item: a JSON string, or for a tracklet a list of strings; ASCII, whatever the names are."""
+    with open(path, 'w', encoding='ascii') as file:
+        file.writelines(json.dumps(paths) + '\n' for paths in items)
+
+
+def read(path: Path, number: int) -> Iterator[Paths]:
+    """The paths of `number` items that `write` wrote, one by one.
+
+    Raises:
+        UserError: the file cannot be read, or has another number of lines or other content.
+    """
+    line = 0
+    try:
+        with open(path, encoding='ascii') as file:
+            for text in file:
+                line += 1
+                if line > number:
+                    raise ValueError(f'it has lines for more than {number} items')
+                paths = json.loads(text)
+                frames = paths if isinstance(paths, list) else [paths]
+                if not frames or not all(isinstance(frame, str) for frame in frames):
+                    raise ValueError('not a path or a list of paths')
+                yield tuple(paths) if isinstance(paths, list) else paths
+        if line != number:
+            raise ValueError(f'it has {line} lines for {number} items')
+    except (OSError, ValueError, RecursionError) as problem:
+        reason = getattr(problem, 'strerror', None) or plain(str(problem))
+        where = '' if isinstance(problem, OSError) else f', line {line}'
+        raise UserError(
+            f'{path} cannot be read ({reason}{where}); write it with --evaluate --save-features'
+        ) from problem
+
+
+def same_files(
+    q_pids: np.ndarray, g_pids: np.ndarray, query: Iterable[Paths], gallery: Iterable[Paths]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(Q,) and (G,) int64: a query and a gallery item of one pid have equal numbers if they are the same file.
+
+    Files are the same if a link, symbolic or hard, leads from one to the other; two tracklets, if their frames are, in
+    order. Copies are different files. Files that do not exist are compared by their names. Only items whose pid is in
+    both sets are looked up.
+    """
+    pids = np.concatenate([q_pids, g_pids])
+    shared = np.isin(pids, np.intersect1d(q_pids, g_pids))  # (Q + G,)
+    numbers = np.arange(len(pids))  # each item is its own file
+    alike: dict[Hashable, list[tuple[int, tuple[str, ...]]]] = {}  # items of equal pid, length and first file
+    for row, (paths, pid, look) in enumerate(zip(chain(query, gallery), pids.tolist(), shared.tolist(), strict=True)):
+        if look:
+            frames = (paths,) if isinstance(paths, str) else tuple(paths)
+            alike.setdefault((pid, len(frames), _file(frames[0])), []).append((row, frames))
+    for items in alike.values():
+        if len(items) > 1:
+            known: dict[Hashable, int] = {}
+            for row, frames in items:
+                numbers[row] = known.setdefault(tuple(map(_file, frames[1:])), row)
+    return numbers[: len(q_pids)], numbers[len(q_pids) :]
+
+
+def _file(path: str) -> Hashable:
+    """Equal for two paths of one file."""
+    try:
+        status = os.stat(path)
+        return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return os.path.abspath(path)
