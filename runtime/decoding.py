@@ -10,6 +10,10 @@ from PIL import Image, UnidentifiedImageError
 from runtime.errors import UserError
 
 FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'PPM', 'TIFF', 'WEBP')  # none of them runs another program
+SUFFIXES = (  # of files in FORMATS, in lower case
+    *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.apng', '.bmp', '.gif'),
+    *('.ppm', '.pgm', '.pbm', '.pnm', '.tif', '.tiff', '.webp'),
+)
 TRIES, PAUSE = 3, 0.1  # attempts to read an image; seconds between them, in which a network file system may recover
 
 
