@@ -9,6 +9,7 @@ import numpy as np
 from readers.tree import Dataset, Tracklet, camids_of, find, usable
 from runtime.decoding import SUFFIXES
 from runtime.errors import UserError, plain
+from runtime.kinds import HEAD, recognised
 
 FOLDERS = ('mars', 'MARS')
 PARTS = {
@@ -142,6 +143,8 @@ def _read_names(path: str) -> list[str]:
     try:
         with open(path, 'rb') as file:
             content = file.read()
+        if what := recognised(content[:HEAD]):
+            raise UserError(f'{path} {what}')
         encoding = next((encoding for bom, encoding in BOMS.items() if content.startswith(bom)), 'ascii')
         text = content.decode(encoding).encode('ascii').decode()
     except (OSError, UnicodeError) as error:
@@ -169,11 +172,8 @@ def _read_table(path: str, key: str) -> np.ndarray:
     try:
         table = loadmat(path, variable_names=[key], appendmat=False).get(key)
     except Exception as error:  # of any type: scipy parses untrusted bytes
-        if other := _other_format(path):
-            save = f"save('{os.path.basename(path)}', '{key}', '-v7')"
-            raise UserError(
-                f'{path} is {other}, which is not supported; load it in MATLAB or Octave, and {save}'
-            ) from None
+        if what := _recognised(path, key):
+            raise UserError(f'{path} {what}') from None
         reason = plain(' '.join(str(error).split())) or type(error).__name__
         raise UserError(f'{path} cannot be read as a .mat file ({reason}); {AGAIN}') from error
     if table is None:
@@ -185,13 +185,14 @@ def _read_table(path: str, key: str) -> np.ndarray:
     return numbers
 
 
-def _other_format(path: str) -> str:
-    """A format in which MATLAB or Octave saves tables and that scipy cannot read, '' if it is none."""
+def _recognised(path: str, key: str) -> str:
+    """What a file that scipy cannot read is, and what to do; '' if it is unknown."""
     try:
         with open(path, 'rb') as file:
-            head = file.read(64)
+            head = file.read(HEAD)
     except OSError:
         return ''
-    if head.startswith((b'MATLAB 7.3', b'\x89HDF')):
-        return 'a .mat file of version 7.3 (HDF5)'
-    return "a file in Octave's own format" if head.startswith((b'# Created by Octave', b'Octave-1-')) else ''
+    advice = f"load it in MATLAB or Octave, and save('{os.path.basename(path)}', '{key}', '-v7')"
+    new = rb'MATLAB 7\.3|\x89HDF', 'is a .mat file of version 7.3 (HDF5), which is not supported', advice
+    octave = b'# Created by Octave|Octave-1-', "is in Octave's own format, which is not supported", advice
+    return recognised(head, new, octave)

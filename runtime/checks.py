@@ -10,6 +10,7 @@ from typing import NoReturn, Protocol
 
 import data_manager
 import models
+from runtime.kinds import not_a_file
 from runtime.processes import of_environment
 
 
@@ -50,7 +51,9 @@ def check_names(parser: Reporter, args: argparse.Namespace) -> None:
             f'pixels in each dimension'
         )
     if args.pretrained not in ('imagenet', 'none') and not Path(args.pretrained).is_file():
-        parser.error(f'--pretrained {args.pretrained}: no such file; give a path, imagenet or none')
+        reason = not_a_file(args.pretrained)
+        reason = f' {reason}' if reason else ': no such file; give a path, imagenet or none'
+        parser.error(f'--pretrained {args.pretrained}{reason}')
 
 
 def check_batch(parser: Reporter, args: argparse.Namespace) -> None:
@@ -75,7 +78,8 @@ def check_resume(parser: Reporter, args: argparse.Namespace) -> None:
     """Check that there is something to resume and something to train, and that no options contradict each other."""
     processes = of_environment()
     if args.resume and not Path(args.resume).is_file():
-        parser.error(f'--resume {args.resume}: no such file')
+        reason = not_a_file(args.resume)
+        parser.error(f'--resume {args.resume} {reason}' if reason else f'--resume {args.resume}: no such file')
     restarts = args.max_restarts or processes.may_restart  # by us, or by torchrun
     if args.overwrite and (args.auto_resume or restarts) and not args.evaluate:
         other = '--auto-resume' if args.auto_resume else '--max-restarts'

@@ -103,9 +103,10 @@ OPTIONS = [
     option('--weight-cent 0', '--weight-cent: must be a number greater than 0', 'train_img_model_cent'),
     option('--lr-cent 0', '--lr-cent: must be a number greater than 0', 'train_img_model_cent'),
     option('--resume nowhere.pth.tar', '--resume nowhere.pth.tar: no such file'),
-    option('--resume run', '--resume run: no such file'),
+    option('--resume run', '--resume run is a folder; the newest checkpoint in it is run/checkpoint_ep1.pth.tar'),
+    option('--resume data', '--resume data is a folder without checkpoints; give the path of a checkpoint'),
     option('--pretrained nowhere', '--pretrained nowhere: no such file'),
-    option('--pretrained data', '--pretrained data: no such file'),
+    option('--pretrained data', '--pretrained data is a folder without checkpoints'),
     option('--resume-weights-only', '--resume-weights-only needs --resume'),
     option('--start-epoch 2', '--start-epoch 2 leaves no epoch to train'),
     option('--save-dir file/log', '--save-dir file/log: cannot be written to'),
@@ -309,7 +310,9 @@ def linked_to_nowhere(path: Path, _) -> None:
         other.symlink_to('nowhere')
 
 
-MISSING = r'No such file or directory \(missing: 1 of \d+ files of the test\); unpack the data set again'
+MISSING = (
+    r'No such file or directory \(missing: 1 of \d+ files of the test\); restore them, or unpack the data set again'
+)
 MISSING_ALL = r'No such .* \(missing: \d\d of \d\d files of the test, also \S+jpg, \S+jpg \.\.\.\)'
 GALLERY, FRAMES = 'market1501/bounding_box_test', 'mars/bbox_train'
 
@@ -409,7 +412,7 @@ CHECKPOINTS = [
     checkpoint('an empty file', written('weights.pth', b''), 'weights.pth is empty; get the checkpoint again'),
     checkpoint('a cut file', cut(RESUMED, 5000), 'is damaged, truncated or not a checkpoint', f'--resume {RESUMED}'),
     checkpoint('a flipped bit', flipped, 'record .* fails its checksum; get the file again'),
-    checkpoint('a pipe', lambda folder: os.mkfifo(folder / 'weights.pth'), 'no such file', logged=False),
+    checkpoint('a pipe', lambda folder: os.mkfifo(folder / 'weights.pth'), 'is not a regular', logged=False),
     checkpoint('a pickle', written('weights.pth', pickle.dumps({}, 2)), 'is a pickle, but not a PyTorch file'),
     checkpoint('a cut pickle', written('weights.pth', b'\x80\x02}q'), 'is damaged, truncated or not a checkpoint'),
     checkpoint('a zip file', zipped(['README']), 'is a zip file, but not a checkpoint'),

@@ -285,9 +285,9 @@ def test_name_files_with_a_byte_order_mark(tmp_path, encoding):
     'content, what',
     [
         (b'MATLAB 7.3 MAT-file, Platform: GLNXA64'.ljust(124) + b'\x00\x02IM' + bytes(384) + b'\x89HDF\r\n\x1a\n',
-         'a .mat file of version 7.3 (HDF5)'),
-        (b'\x89HDF\r\n\x1a\n' + bytes(200), 'a .mat file of version 7.3 (HDF5)'),
-        (b'# Created by Octave 8.4\n# name: query_IDX\n# type: matrix\n', "a file in Octave's own format"),
+         'is a .mat file of version 7.3 (HDF5)'),
+        (b'\x89HDF\r\n\x1a\n' + bytes(200), 'is a .mat file of version 7.3 (HDF5)'),
+        (b'# Created by Octave 8.4\n# name: query_IDX\n# type: matrix\n', "is in Octave's own format"),
     ],
 )  # fmt: skip
 def test_tables_that_scipy_cannot_read(tmp_path, content, what):
@@ -296,7 +296,7 @@ def test_tables_that_scipy_cannot_read(tmp_path, content, what):
     with pytest.raises(UserError) as error:
         Mars(tmp_path)
     assert one_line(error).endswith(
-        f"query_IDX.mat is {what}, which is not supported; load it in MATLAB or Octave, and save('query_IDX.mat', "
+        f"query_IDX.mat {what}, which is not supported; load it in MATLAB or Octave, and save('query_IDX.mat', "
         "'query_IDX', '-v7')"
     )
 
