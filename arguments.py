@@ -30,7 +30,6 @@ from runtime.values import (
     positive_float,
     positive_int,
     seed,
-    two_or_more,
 )  # fmt: skip
 
 Value = TypeVar('Value')
@@ -62,7 +61,7 @@ class Recipe:
         'given', metavar='imagenet|none|PATH')  # fmt: skip
     height: int = option(256, 'image height, in pixels', type=positive_int)
     width: int = option(128, 'image width, in pixels', type=positive_int)
-    train_batch: int = option(32, 'images per batch, over all GPUs together', type=two_or_more)
+    train_batch: int = option(32, 'images per batch, over all GPUs together', type=positive_int)
     max_epoch: int = option(60, 'number of epochs', type=positive_int)
     lr: float = option(0.0003, 'initial learning rate of Adam', '--learning-rate', type=positive_float)
     stepsize: float = option(20, 'epochs between decays of the learning rate; 0 or less: no decay',

@@ -20,6 +20,7 @@ def init_model(name: str, num_classes: int, loss: Set[str] = frozenset({'xent'})
     (B, num_classes), and, unless `loss` is {'xent'}, (logits, features).
 
     name: one of `get_names()`
+    num_classes: number of training identities; 0, at a test without a training set, counts as 1
     loss: names of the losses that will be computed, any
 
     Prints the name and the number of parameters, in millions. Raises UserError for an unknown name.
@@ -27,6 +28,6 @@ def init_model(name: str, num_classes: int, loss: Set[str] = frozenset({'xent'})
     if name not in factory:
         raise UserError(f'unknown model {name!r}; choose one of {", ".join(get_names())}')
     print(f'Initializing model: {name}')
-    model = factory[name](num_classes, loss)
+    model = factory[name](max(num_classes, 1), loss)  # torch warns of a layer without outputs
     print(f'Model size: {sum(param.numel() for param in model.parameters()) / 1e6:.5f}M')
     return model

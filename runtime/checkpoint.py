@@ -102,10 +102,11 @@ class Checkpoint:
         if state is not None:
             _check_entries(state, self.path)
             _check_recipe(self._known(state), self.options.recipe, self.path)
-        weights_only = self.options.evaluate or self.options.resume_weights_only
-        for notice in weights.load_into(
-            self.model, loaded.state_dict, allow_other_classifier=weights_only, where=str(self.path)
-        ):
+        where, weights_only = str(self.path), self.options.evaluate or self.options.resume_weights_only
+        if self.options.evaluate:
+            weights.fit_classifier(self.model, loaded.state_dict, where)
+        notices = weights.load_into(self.model, loaded.state_dict, allow_other_classifier=weights_only, where=where)
+        for notice in notices:
             print(notice)
         print(f'Loaded {loaded.layout}')
         if state is None:

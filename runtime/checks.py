@@ -10,6 +10,7 @@ from typing import NoReturn, Protocol
 
 import data_manager
 import models
+from runtime.kinds import not_a_file
 from runtime.processes import of_environment
 
 
@@ -50,12 +51,16 @@ def check_names(parser: Reporter, args: argparse.Namespace) -> None:
             f'pixels in each dimension'
         )
     if args.pretrained not in ('imagenet', 'none') and not Path(args.pretrained).is_file():
-        parser.error(f'--pretrained {args.pretrained}: no such file; give a path, imagenet or none')
+        reason = not_a_file(args.pretrained)
+        reason = f' {reason}' if reason else ': no such file; give a path, imagenet or none'
+        parser.error(f'--pretrained {args.pretrained}{reason}')
 
 
 def check_batch(parser: Reporter, args: argparse.Namespace) -> None:
     """Check that every process gets the same number of images of a batch, at least the 2 that BatchNorm needs."""
     listed = 1 if args.use_cpu else args.gpu_devices.count(',') + 1
+    if args.train_batch < 2 and not args.evaluate:
+        parser.error(f'--train-batch {args.train_batch}: a batch needs at least 2 images, for BatchNorm')
     ours = of_environment()
     processes = ours.world_size if ours.started else listed  # started by torchrun, or about to be started here
     if args.evaluate or processes == 1 or (args.train_batch % processes == 0 and args.train_batch >= 2 * processes):
@@ -73,14 +78,15 @@ def check_resume(parser: Reporter, args: argparse.Namespace) -> None:
     """Check that there is something to resume and something to train, and that no options contradict each other."""
     processes = of_environment()
     if args.resume and not Path(args.resume).is_file():
-        parser.error(f'--resume {args.resume}: no such file')
+        reason = not_a_file(args.resume)
+        parser.error(f'--resume {args.resume} {reason}' if reason else f'--resume {args.resume}: no such file')
     restarts = args.max_restarts or processes.may_restart  # by us, or by torchrun
-    if args.overwrite and (args.auto_resume or restarts):
+    if args.overwrite and (args.auto_resume or restarts) and not args.evaluate:
         other = '--auto-resume' if args.auto_resume else '--max-restarts'
         parser.error(f'--overwrite removes what {other} would continue from: give only one of the two')
-    if args.evaluate and args.auto_resume and not processes.restarts:
+    if args.evaluate and args.auto_resume and not (args.resume or processes.restarts):
         parser.error('--evaluate tests the file given by --resume: remove --auto-resume')
-    if args.resume_weights_only and not args.resume:
+    if args.resume_weights_only and not (args.resume or args.evaluate):
         parser.error('--resume-weights-only needs --resume PATH, the file to load the weights from')
     if args.start_epoch >= args.max_epoch and not args.evaluate:
         parser.error(f'--start-epoch {args.start_epoch} leaves no epoch to train: --max-epoch is {args.max_epoch}')

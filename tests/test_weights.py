@@ -270,6 +270,27 @@ def test_other_classifier():
     assert (model.classifier.weight == 7).all()
 
 
+def test_a_classifier_of_the_files_size(capsys):
+    """For a test. Weights without a classifier, or with one on other features, change nothing."""
+    state_dict = Tiny(7).state_dict()
+    model = filled_with_sevens(Tiny(5)).double()
+    weights.fit_classifier(model, state_dict, 'best.pth')
+    assert capsys.readouterr().out == 'The classifier has the 7 identities of best.pth instead of 5\n'
+    assert load(model, state_dict) == [] and model.num_classes == 7
+    assert torch.equal(model.classifier.weight, state_dict['classifier.weight'].double())
+    for unfit in (
+        {**state_dict, 'classifier.weight': torch.ones(4, 9), 'classifier.bias': torch.ones(4)},
+        {**state_dict, 'classifier.weight': torch.ones(4, 8)},
+        {**state_dict, 'classifier.weight': torch.ones(0, 8), 'classifier.bias': torch.ones(0)},
+        {key: value for key, value in state_dict.items() if key != 'classifier.bias'},
+        {key: value for key, value in state_dict.items() if not key.startswith('classifier')},
+        state_dict,
+    ):
+        weights.fit_classifier(model, unfit, 'best.pth')
+        assert model.classifier.out_features == model.num_classes == 7
+    assert capsys.readouterr().out == ''
+
+
 @pytest.mark.parametrize('allow', [True, False])
 @pytest.mark.parametrize(
     ('change', 'message'),
