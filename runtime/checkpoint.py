@@ -3,9 +3,9 @@
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,15 +22,8 @@ from runtime.errors import UserError
 from runtime.files import free_space
 from runtime.meters import LossMeter
 from runtime.provenance import provenance
+from runtime.state import Stateful, advance, check, restore
 from utils import save_checkpoint
-
-
-class Stateful(Protocol):
-    """A part of a run that changes during training: a model, an optimizer, a schedule, a criterion with parameters."""
-
-    def state_dict(self) -> Mapping[str, Any]: ...
-
-    def load_state_dict(self, state_dict: Any, /) -> object: ...
 
 
 class Checkpoint:
@@ -100,8 +93,7 @@ class Checkpoint:
     def _load(self, loaded: weights.Weights, resumes: bool) -> None:
         state = loaded.state if resumes else None
         if state is not None:
-            _check_entries(state, self.path)
-            _check_recipe(self._known(state), self.options.recipe, self.path)
+            check(state, self.options, self.provenance, self.path)
         weights_only = self.options.evaluate or self.options.resume_weights_only
         for notice in weights.load_into(
             self.model, loaded.state_dict, allow_other_classifier=weights_only, where=str(self.path)
@@ -111,10 +103,10 @@ class Checkpoint:
         if state is None:
             for part in self.parts.values():
                 if isinstance(part, LRScheduler):
-                    _advance(part, self.options.start_epoch)
+                    advance(part, self.options.start_epoch)
             return
         for name, part in self.parts.items():
-            _restore(part, name, state['state'], self.path)
+            restore(part, name, state['state'], self.path)
         self.epoch, self.start_batch = state['epoch'] + 1, state.get('batch', 0)
         self.best_rank1 = state['best_rank1']
         theirs = state.get('provenance', {}).get('dataset_fingerprint')
@@ -124,12 +116,6 @@ class Checkpoint:
         if self.start_batch:
             where = f'in epoch {self.epoch + 1} after batch {self.start_batch}'
         print(f'Continuing {where}; best Rank-1 so far {max(self.best_rank1, 0):.1%}')
-
-    def _known(self, state: dict) -> dict[str, Any]:
-        """The recipe of a file. Options that its script gained later have their defaults."""
-        same_script = _script(state.get('provenance')) == _script(self.provenance)
-        recipe: dict[str, Any] = state['recipe']
-        return self.options.defaults | recipe if same_script else recipe
 
     def epochs(self, max_epoch: int) -> Iterator[int]:
         """The epochs that are left, counted from 0; the first one may continue at batch `start_batch`.
@@ -279,71 +265,3 @@ class Checkpoint:
 def _age(path: Path) -> tuple[int, list[int], str]:
     """Sort key that puts the newest first; of files written within milliseconds, that of the later epoch and batch."""
     return -path.stat().st_mtime_ns, [-int(number) for number in re.findall(r'\d+', path.name)], path.name
-
-
-ENTRIES = {'recipe': dict, 'state': dict, 'epoch': int, 'best_rank1': int | float}  # what a run continues from
-
-
-def _check_entries(state: dict, where: str | Path | None) -> None:
-    """Reject a file in this project's format that was altered."""
-    wrong = [repr(name) for name, kind in ENTRIES.items() if not isinstance(state.get(name), kind)]
-    if wrong:
-        raise UserError(
-            f'--resume {where}: its {", ".join(wrong)} is missing or invalid; get the file again, or load only its '
-            f'weights with --resume-weights-only'
-        )
-
-
-def _script(provenance: object) -> str | None:
-    """The name of the script that wrote a file; None if its provenance, which may have been altered, has none."""
-    match provenance:
-        case {'command': [str(script), *_]}:
-            return Path(script).name
-    return None
-
-
-def _check_recipe(theirs: dict, ours: dict, where: str | Path | None) -> None:
-    """Refuse to continue with a learning rate, seed, data set ... other than those the run started with."""
-    differences = [
-        f'--{name.replace("_", "-")} was {theirs.get(name, "not an option")}, is {ours.get(name, "not an option")}'
-        for name in sorted({*theirs, *ours})
-        if theirs.get(name) != ours.get(name)
-    ]
-    if differences:
-        raise UserError(
-            f'--resume {where}: the run has a different recipe: {"; ".join(differences)}. Use its values, or start a '
-            f'new run from these weights with --resume-weights-only'
-        )
-
-
-def _restore(part: Stateful, name: str, states: dict[str, Any], where: str | Path | None) -> None:
-    if name not in states:
-        raise UserError(f'--resume {where} has no state for {name!r}: it was written by a different script')
-    try:
-        part.load_state_dict(states[name])
-    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as problem:
-        raise UserError(
-            f'--resume {where}: its state for {name!r} does not fit: {" ".join(str(problem).split())}'
-        ) from None
-    if isinstance(part, torch.optim.Optimizer):
-        _match_strides(part)
-
-
-def _advance(scheduler: LRScheduler, epochs: int) -> None:
-    """Advance the schedule of a run that starts from weights alone to its first epoch."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # "scheduler.step() before optimizer.step()" is intended here
-        for _ in range(epochs):
-            scheduler.step()
-
-
-def _match_strides(optimizer: torch.optim.Optimizer) -> None:
-    """Give the moments the memory layout of their parameter.
-
-    A fused step treats both as flat memory, so moments from an NCHW file would silently be applied to the wrong
-    elements of a channels_last weight.
-    """
-    for param, state in optimizer.state.items():
-        for name, value in state.items():
-            if torch.is_tensor(value) and value.shape == param.shape and value.stride() != param.stride():
-                state[name] = torch.empty_like(param).copy_(value)

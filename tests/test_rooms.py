@@ -46,7 +46,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.caching': 'runtime.device runtime.workers',
     'runtime.checkpoint': (
         'arguments data_manager models.network page.results readers.tree runtime.device runtime.files '
-        'runtime.meters runtime.provenance utils weights'
+        'runtime.meters runtime.provenance runtime.state utils weights'
     ),
     'runtime.checks': 'data_manager models runtime.processes',
     'runtime.commands': '',
@@ -61,6 +61,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.processes': '',
     'runtime.provenance': 'runtime.device',
     'runtime.signals': 'runtime.processes',
+    'runtime.state': 'arguments',
     'runtime.testset': 'eval_metrics readers.tree runtime.device',
     'runtime.tiles': 'runtime.precision',
     'runtime.unpickling': '',
