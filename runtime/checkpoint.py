@@ -1,5 +1,6 @@
 """The state of a run: what is saved and when, what is restored on resuming, and the remaining epochs."""
 
+import contextlib
 import re
 import time
 import warnings
@@ -192,11 +193,28 @@ class Checkpoint:
             self._clear('metrics.csv')
 
     def _clear(self, *patterns: str) -> None:
-        begun_with = [Path(path or '').resolve() for path in (self.path, self.options.arguments.get('pretrained'))]
         for pattern in patterns:
             for path in self.folder.glob(pattern):
-                if path.resolve() not in begun_with:
+                if path.resolve() not in self._begun_with():
                     path.unlink()
+
+    def _prune(self, written: str, number: int) -> None:
+        """Delete all but the newest files that were `written` (a regular expression). One that cannot be is reported.
+
+        The file just written is spared, whatever the clock says, and those that the command names: a restart of the
+        same command checks that they exist.
+        """
+        paths = [path for path in self.folder.iterdir() if re.fullmatch(written, path.name)]
+        for path in sorted(paths, key=_age)[number:]:
+            if path != self.position and path.resolve() not in self._begun_with():
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as problem:
+                    print(f'{path} cannot be deleted ({problem.strerror}); the run continues')
+
+    def _begun_with(self) -> list[Path]:
+        """The files of --resume and --pretrained."""
+        return [Path(path or '').resolve() for path in (self.options.resume, self.options.arguments.get('pretrained'))]
 
     def rescue(self) -> Path | None:
         """Save the state of a failing run unless it is saved already. Returns the file, or None if there is none.
@@ -216,8 +234,7 @@ class Checkpoint:
             return
         with self.run.unwritten.excuse(path):
             save_checkpoint(self._state(self.epoch - 1, self.done, max(self.best_rank1, 0.0)), False, path)
-            for old in sorted(path.parent.glob('resume_*_*.pth.tar'), key=_age)[self.options.keep :]:
-                old.unlink()
+            self._prune(r'resume_\d+_\d+\.pth\.tar', self.options.keep)
         self.saved = time.monotonic()
 
     def _is_finite(self) -> bool:
@@ -229,20 +246,26 @@ class Checkpoint:
     def tested(self, epoch: int, figures: dict[str, float], meter: LossMeter) -> None:
         """Write `checkpoint_ep{N}.pth.tar`, N counted from 1, and `best_model.pth.tar` if Rank-1 is the best so far.
 
+        The latter is a link to the former, if the file system has links; with --keep-tests, old ones are then deleted.
         The first process writes. All processes hold the same state, and any number of processes can continue from it.
         """
         self.run.signals.hold()
         rank1 = figures['rank1']
-        is_best = rank1 > self.best_rank1
-        self.best_rank1 = max(rank1, self.best_rank1)
+        earlier, is_best = self.best_rank1, rank1 > self.best_rank1
+        self.best_rank1 = max(rank1, earlier)
         self.position = path = self.folder / f'checkpoint_ep{epoch + 1}.pth.tar'
         if self.run.rank:
             return
         meter.tested(epoch, figures)
         if not self._is_finite():
             raise UserError(f'weights are not finite after epoch {epoch + 1}; nothing was saved. Try a lower --lr')
+        failures = len(self.run.unwritten)
         with self.run.unwritten.excuse(path):
             save_checkpoint(self._state(epoch, 0, rank1), is_best, path)
+            if self.options.keep_tests:
+                self._prune(r'checkpoint_ep\d+\.pth\.tar', self.options.keep_tests)
+        if len(self.run.unwritten) > failures:
+            self.best_rank1 = earlier  # that of best_model.pth.tar, which was not replaced
         self.saved = time.monotonic()
         if not self.options.no_report:
             results.write_page(self.folder, self.run.unwritten)
@@ -264,4 +287,7 @@ class Checkpoint:
 
 def _age(path: Path) -> tuple[int, list[int], str]:
     """Sort key that puts the newest first; of files written within milliseconds, that of the later epoch and batch."""
-    return -path.stat().st_mtime_ns, [-int(number) for number in re.findall(r'\d+', path.name)], path.name
+    modified = 0  # of a link to nowhere, and of a file that was deleted since it was listed
+    with contextlib.suppress(OSError):
+        modified = path.stat().st_mtime_ns
+    return -modified, [-int(number) for number in re.findall(r'\d+', path.name)], path.name
