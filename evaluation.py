@@ -23,6 +23,7 @@ from eval_metrics import METRICS, average_precision
 from models.network import Network
 from page import results
 from readers.tree import Dataset, Item, ids_of
+from runtime import notices
 from runtime.device import Run
 from runtime.errors import UserError
 from runtime.meters import bar_over
@@ -65,6 +66,9 @@ class Test:
             UserError: an image cannot be read, features are not finite, or --save-features cannot write them.
         """
         self.run.signals.release()  # there is nothing to save until the next epoch
+        self.notices = notices.of_test(model, self.dataset, self.options, self.run) if self.options.evaluate else []
+        for notice in self.notices:
+            print(f'Notice: {notice}')
         print('Evaluate only' if self.options.evaluate else '==> Test')
         self.run.unify(model)
         query, gallery = (self._extract(model, subset) for subset in ('query', 'gallery'))
@@ -158,10 +162,11 @@ class Test:
             'dataset': dataset.name,
             'rerank': options.rerank and {name: getattr(options, name) for name in ('k1', 'k2', 'lambda_value')},
             'arch': options.arch,
-            'checkpoint': options.resume or None,
+            'checkpoint': options.resume or (options.pretrained if options.evaluate else None),
             'height': options.height,
             'width': options.width,
             'precision': self.run.test_precision,
+            'notices': self.notices,
             'dataset_fingerprint': fingerprint(dataset),
             **provenance(self.run),
         }

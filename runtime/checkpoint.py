@@ -18,6 +18,7 @@ from data_manager import fingerprint
 from models.network import Network
 from page import results
 from readers.tree import Dataset
+from runtime import notices
 from runtime.device import Run
 from runtime.errors import UserError
 from runtime.files import free_space
@@ -100,6 +101,7 @@ class Checkpoint:
             self.model, loaded.state_dict, allow_other_classifier=weights_only, where=str(self.path)
         ):
             print(notice)
+        self.model.trained = loaded.trained
         print(f'Loaded {loaded.layout}')
         if state is None:
             for part in self.parts.values():
@@ -113,6 +115,8 @@ class Checkpoint:
         theirs = state.get('provenance', {}).get('dataset_fingerprint')
         if theirs not in (None, self.provenance['dataset_fingerprint']):
             print('The data set has changed since this checkpoint was written: the run continues with different files')
+        for notice in notices.of_resumed(loaded.trained, self.options.arguments):
+            print(f'Notice: {notice}')
         where = f'after epoch {self.epoch}'
         if self.start_batch:
             where = f'in epoch {self.epoch + 1} after batch {self.start_batch}'

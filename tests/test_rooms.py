@@ -18,7 +18,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'eval_metrics': '',
     'evaluation': (
         'arguments data_manager dataset_loader eval_metrics models.network page.results ranking readers.tree '
-        'runtime.device runtime.meters runtime.provenance runtime.testset transforms utils'
+        'runtime.device runtime.meters runtime.notices runtime.provenance runtime.testset transforms utils'
     ),
     'losses': '',
     'ranking': 'eval_metrics reranking runtime.commands runtime.tiles',
@@ -33,7 +33,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'models.ResNet': 'models.network',
     'models.network': 'transforms',
     'page': 'page.charts page.lists page.runs runtime.files',
-    'page.activations': 'dataset_loader models runtime.files transforms weights',
+    'page.activations': 'dataset_loader models runtime.files runtime.notices transforms weights',
     'page.charts': 'eval_metrics page.runs',
     'page.lists': 'page.runs',
     'page.results': 'eval_metrics page ranking readers.tree runtime.files utils',
@@ -46,7 +46,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.caching': 'runtime.device runtime.workers',
     'runtime.checkpoint': (
         'arguments data_manager models.network page.results readers.tree runtime.device runtime.files '
-        'runtime.meters runtime.provenance runtime.state utils weights'
+        'runtime.meters runtime.notices runtime.provenance runtime.state utils weights'
     ),
     'runtime.checks': 'data_manager models runtime.processes',
     'runtime.commands': '',
@@ -57,6 +57,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.files': '',
     'runtime.launch': 'arguments runtime.commands runtime.device runtime.files runtime.processes runtime.signals utils',
     'runtime.meters': 'arguments eval_metrics runtime.device utils',
+    'runtime.notices': 'arguments data_manager models.network readers.tree runtime.device',
     'runtime.precision': '',
     'runtime.processes': '',
     'runtime.provenance': 'runtime.device',
