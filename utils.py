@@ -94,4 +94,4 @@ def save_checkpoint(state: dict, is_best: bool, fpath: str | Path) -> None:
                 raise problem.__context__ from None
             raise
 
-    write_whole(fpath, write, *[Path(fpath).with_name('best_model.pth.tar')] * is_best)
+    write_whole(fpath, write, *[Path(fpath).with_name('best_model.pth.tar')] * bool(is_best))

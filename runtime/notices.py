@@ -20,7 +20,7 @@ def of_test(model: Network, dataset: Dataset, options: TestOptions, run: Run) ->
     """One line for each difference between this test and the training of the weights, as far as that is known."""
     trained = model.trained
     if trained is None:
-        return ['no weights were loaded, so the network is random; give their file with --resume']
+        return ['neither --resume nor --pretrained gave weights, so the network is random']
     notices = of_size(trained, options.height, options.width)
     if trained.random:
         notices.append(f'not in {trained.where}, and therefore random: {trained.random}')

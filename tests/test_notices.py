@@ -54,7 +54,7 @@ def noticed(script, trained, tmp_path, capsys):
 
 def test_no_weights(script, tmp_path, capsys):
     assert script(IMAGES, '--evaluate', '--save-dir', tmp_path) == 0
-    notice = 'no weights were loaded, so the network is random; give their file with --resume'
+    notice = 'neither --resume nor --pretrained gave weights, so the network is random'
     assert f'Notice: {notice}\n' in capsys.readouterr().out
     results = read_json(tmp_path / 'results.json')
     assert (results['notices'], results['checkpoint']) == ([notice], 'none')

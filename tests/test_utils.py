@@ -4,6 +4,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,7 +67,7 @@ def test_save_checkpoint_links_or_copies_the_best(links, tmp_path, monkeypatch):
     if not links:
         monkeypatch.setattr(os, 'link', refuse)
     one, two, best = (tmp_path / f'{name}.pth.tar' for name in ('checkpoint_ep1', 'checkpoint_ep2', 'best_model'))
-    save(1, True, one)
+    save(1, np.float64(0.5) > 0, one)  # as the original's scripts compare
     save(2, False, two)
     assert [epoch_of(path) for path in (one, two, best)] == [1, 2, 1]
     assert len(list(tmp_path.iterdir())) == 3
