@@ -134,7 +134,10 @@ class SaveOptions(Shared):
     save_minutes: float = option(5,
         'minutes between saves of resume_{epoch}_{batch}.pth.tar; an interruption loses no more than that',
         type=positive_float)  # fmt: skip
-    keep: int = option(3, 'number of resume_*.pth.tar to keep; checkpoints of tests are always kept', type=positive_int)
+    keep: int = option(3, 'number of resume_*.pth.tar to keep', type=positive_int)
+    keep_tests: int = option(0,
+        'number of checkpoint_ep*.pth.tar to keep, the newest, besides best_model.pth.tar; 0: all',
+        type=nonnegative_int)  # fmt: skip
     resume_weights_only: bool = option(False,
         'load only the weights of --resume and start a new run from them, at --start-epoch')  # fmt: skip
     start_epoch: int = option(0, 'first epoch of a run that starts from weights alone', type=nonnegative_int)

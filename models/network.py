@@ -1,7 +1,8 @@
 """The interface of a backbone, and the properties that its class declares."""
 
-from collections.abc import Set
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -11,6 +12,26 @@ if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
 
 Renaming = tuple[str, str, str]  # a note on it, a pattern, and its replacement
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is known of the training of weights.
+
+    where:       their file, or what they are, for messages
+    of_imagenet: they were trained to classify ImageNet, not for re-ID
+    options:     all options of the run that wrote the file, {} if it was not of this project
+    fingerprint: of its data set (`data_manager.fingerprint`), None if unknown
+    num_pids:    of its data set, None if the file has no classifier
+    random:      the parameters of features that are missing, '' if none is
+    """
+
+    where: str
+    of_imagenet: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str | None = None
+    num_pids: int | None = None
+    random: str = ''
 
 
 class Network(nn.Module):
@@ -30,6 +51,7 @@ class Network(nn.Module):
         absent: names that only the weights of related networks have.
         published: other names of the tensors in published files.
         options: buffers that are None, and therefore not saved, unless foreign weights need a different computation.
+        trained: what is known of the training of the weights that were loaded; None before any are.
     """
 
     feat_dim: int
@@ -42,6 +64,7 @@ class Network(nn.Module):
     absent: tuple[str, ...] = ()
     published: tuple[Renaming, ...] = ()
     options: tuple[str, ...] = ()
+    trained: Training | None = None
 
     classifier: nn.Module
 

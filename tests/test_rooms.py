@@ -18,7 +18,8 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'eval_metrics': '',
     'evaluation': (
         'arguments data_manager dataset_loader eval_metrics models.network page.cameras page.results ranking '
-        'readers.tree runtime.device runtime.features runtime.meters runtime.provenance runtime.testset transforms'
+        'readers.tree runtime.device runtime.features runtime.meters runtime.notices runtime.provenance '
+        'runtime.testset transforms'
     ),
     'losses': '',
     'ranking': 'eval_metrics reranking runtime.commands runtime.features runtime.tiles runtime.values',
@@ -33,7 +34,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'models.ResNet': 'models.network',
     'models.network': 'transforms',
     'page': 'page.cameras page.charts page.lists page.runs runtime.files',
-    'page.activations': 'dataset_loader models runtime.files transforms weights',
+    'page.activations': 'dataset_loader models runtime.files runtime.notices transforms weights',
     'page.cameras': 'eval_metrics page.runs',
     'page.charts': 'eval_metrics page.runs',
     'page.lists': 'page.runs',
@@ -47,7 +48,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.caching': 'runtime.device runtime.workers',
     'runtime.checkpoint': (
         'arguments data_manager models.network page.results readers.tree runtime.device runtime.files '
-        'runtime.meters runtime.provenance utils weights'
+        'runtime.meters runtime.notices runtime.provenance runtime.state utils weights'
     ),
     'runtime.checks': 'data_manager models runtime.kinds runtime.processes',
     'runtime.commands': '',
@@ -60,11 +61,13 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.kinds': '',
     'runtime.launch': 'arguments runtime.commands runtime.device runtime.files runtime.processes runtime.signals utils',
     'runtime.meters': 'arguments eval_metrics runtime.device utils',
+    'runtime.notices': 'arguments data_manager models.network readers.tree runtime.device',
     'runtime.paths': '',
     'runtime.precision': '',
     'runtime.processes': '',
     'runtime.provenance': 'runtime.device',
     'runtime.signals': 'runtime.processes',
+    'runtime.state': 'arguments',
     'runtime.testset': 'eval_metrics readers.tree runtime.device runtime.paths',
     'runtime.tiles': 'runtime.precision',
     'runtime.unpickling': 'runtime.kinds',

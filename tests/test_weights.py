@@ -27,7 +27,7 @@ from torchvision.models import DenseNet121_Weights, ResNet50_Weights
 
 import models
 import weights
-from models.network import Network
+from models.network import Network, Training
 from runtime.errors import UserError
 
 LONGER = ('base.6.6.conv1.weight', 'base.denseblock4.denselayer17.norm1.weight')  # ResNet101, DenseNet169
@@ -387,6 +387,8 @@ def test_imagenet_weights_from_the_cache(model, hub, capsys):
     assert 'Initialised at random: ' in said
     assert ('fc_fuse.1.running_mean' in said) == (model.arch == 'resnet50m')
     assert taken.classifier.weight.shape[0] == 4
+    assert taken.trained.of_imagenet and ('fc_fuse.1.running_mean' in taken.trained.random) == ('fc_fuse' in said)
+    assert weights.read(hub / Path(imagenet.IMAGENET1K_V1.url).name).trained.of_imagenet  # given by --resume
 
 
 def test_imagenet_weights_without_a_network(resnet, hub):
@@ -411,7 +413,9 @@ def test_pretrained_path(resnet, folder, capsys):
     weights.pretrain(taken, 'none')
     assert_equal(taken.state_dict(), random)
     assert 'Loaded' not in capsys.readouterr().out
+    assert taken.trained is None
     weights.pretrain(taken, str(path))
+    assert taken.trained == Training(str(path), num_pids=resnet.num_classes)
     assert_equal(taken.base.state_dict(), resnet.base.state_dict())
     assert torch.equal(taken.classifier.weight, random['classifier.weight'])
     said = capsys.readouterr().out
@@ -422,6 +426,7 @@ def test_pretrained_path(resnet, folder, capsys):
     weights.pretrain(middle, str(path))
     assert_equal(middle.base.state_dict(), resnet.base.state_dict())
     assert 'fc_fuse.0.weight' in capsys.readouterr().out
+    assert middle.trained.random.startswith('fc_fuse.0.weight, ')
 
     torch.save(middle.state_dict(), path)
     with pytest.raises(UserError, match=r'unexpected fc_fuse\.0\.weight.*try --arch resnet50m'):
