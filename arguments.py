@@ -30,7 +30,6 @@ from runtime.values import (
     positive_float,
     positive_int,
     seed,
-    two_or_more,
 )  # fmt: skip
 
 Value = TypeVar('Value')
@@ -62,7 +61,7 @@ class Recipe:
         'given', metavar='imagenet|none|PATH')  # fmt: skip
     height: int = option(256, 'image height, in pixels', type=positive_int)
     width: int = option(128, 'image width, in pixels', type=positive_int)
-    train_batch: int = option(32, 'images per batch, over all GPUs together', type=two_or_more)
+    train_batch: int = option(32, 'images per batch, over all GPUs together', type=positive_int)
     padding: int = option(0, 'black pixels around an image, of which a random crop is taken instead of a translation',
         type=nonnegative_int)  # fmt: skip
     random_erasing: float = option(0.0, 'probability of replacing a random rectangle of an image by the mean colour',
@@ -143,7 +142,10 @@ class SaveOptions(Shared):
     save_minutes: float = option(5,
         'minutes between saves of resume_{epoch}_{batch}.pth.tar; an interruption loses no more than that',
         type=positive_float)  # fmt: skip
-    keep: int = option(3, 'number of resume_*.pth.tar to keep; checkpoints of tests are always kept', type=positive_int)
+    keep: int = option(3, 'number of resume_*.pth.tar to keep', type=positive_int)
+    keep_tests: int = option(0,
+        'number of checkpoint_ep*.pth.tar to keep, the newest, besides best_model.pth.tar; 0: all',
+        type=nonnegative_int)  # fmt: skip
     resume_weights_only: bool = option(False,
         'load only the weights of --resume and start a new run from them, at --start-epoch')  # fmt: skip
     start_epoch: int = option(0, 'first epoch of a run that starts from weights alone', type=nonnegative_int)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 import toy
 from readers.market1501 import Market1501
 from readers.mars import Mars
-from readers.tree import Dataset, Item, count_pids, paths_of
+from readers.tree import Dataset, Item, paths_of
 from runtime import commands
 from runtime.decoding import read_image
 from runtime.errors import UserError, plain
@@ -26,14 +26,20 @@ __all__ = ['Market1501', 'Mars', 'get_names', 'init_dataset']
 
 def toy_market1501(data_dir: str) -> Market1501:
     """A toy in Market1501's format, drawn if it does not exist."""
-    toy.draw_market1501(os.path.join(data_dir, 'toy_market1501'))
+    toy.draw_market1501(_place(data_dir, 'toy_market1501'))
     return Market1501(data_dir, name='toy_market1501')
 
 
 def toy_mars(data_dir: str) -> Mars:
     """A toy in MARS's format, drawn if it does not exist."""
-    toy.draw_mars(os.path.join(data_dir, 'toy_mars'))
+    toy.draw_mars(_place(data_dir, 'toy_mars'))
     return Mars(data_dir, name='toy_mars')
+
+
+def _place(data_dir: str, name: str) -> str:
+    """The folder of a toy: `data_dir` itself if it has the toy's name."""
+    itself = os.path.basename(os.path.abspath(data_dir)) == name
+    return data_dir if itself else os.path.join(data_dir, name)
 
 
 # A data set is a line in one of these two: its name, and the class that reads it from `data_dir`.
@@ -50,10 +56,13 @@ def get_names(kind: str | None = None) -> list[str]:
     return [*(IMAGES if kind != 'video' else ()), *(TRACKLETS if kind != 'image' else ())]
 
 
-def init_dataset(name: str, data_dir: str = 'data') -> Dataset:
+def init_dataset(name: str, data_dir: str = 'data', train: bool = True) -> Dataset:
     """Read the data set `name` from `data_dir` and print its statistics; a toy is drawn first if it does not exist.
 
-    Raises UserError for an unknown name, for a toy that cannot be drawn, and in the cases that the class lists.
+    train: whether it must be possible to train on it; if not, a training set that is missing or unusable is empty
+
+    Raises UserError for an unknown name, for a toy that cannot be drawn, for a training set that is needed and cannot
+    be used, and in the cases that the class lists.
     """
     if name not in get_names():
         raise UserError(f"there is no data set '{name}': choose one of {', '.join(get_names())}")
@@ -64,6 +73,10 @@ def init_dataset(name: str, data_dir: str = 'data') -> Dataset:
         raise UserError(f'{name} cannot be read or drawn in {data_dir}: {error}; choose another --data-dir') from error
     if not isinstance(dataset, Dataset):  # any object with the three lists
         dataset = Dataset(name, dataset.train, dataset.query, dataset.gallery)
+    if dataset.untrainable and train:
+        raise UserError(dataset.untrainable)
+    if dataset.untrainable:
+        print(f'It can be tested, but not trained on: {plain(dataset.untrainable, 500).removesuffix("; expected:")}')
     return dataset
 
 
@@ -94,12 +107,8 @@ def check(dataset: Dataset, jobs: int = 1) -> Iterable[Finding]:
     query, queries = dataset.query, set(dataset.query)
     gallery = [item for item in dataset.gallery if item not in queries]  # as in the original's protocol
 
-    subsets = {'train': train, 'query': query, 'gallery': gallery}
-    known = dataset.published
-    found = {subset: (count_pids(items), len(items)) for subset, items in subsets.items()}
-    unlike = [subset for subset in known if found[subset] != known[subset]]
-    cases = ['{}: {} ids, {} items instead of {} and {}'.format(key, *found[key], *known[key]) for key in unlike]
-    yield True, 'statistics that differ from the known ones', cases
+    yield True, 'statistics that differ from the known ones', dataset.differences()
+    yield False, 'files and folders that are not read', list(dataset.passed_over)
 
     shared = set(dataset.train_pids) & {pid for _, pid, _ in query + gallery}
     yield True, 'persons in both the training set and the test sets', list(map(str, sorted(shared)))

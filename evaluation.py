@@ -19,6 +19,7 @@ from eval_metrics import METRICS
 from models.network import Network
 from page import cameras, results
 from readers.tree import Dataset, Item, ids_of
+from runtime import notices
 from runtime.device import Run
 from runtime.features import create_features, keep_features
 from runtime.meters import bar_over
@@ -62,6 +63,9 @@ class Test:
             UserError: an image cannot be read, features are not finite, or --save-features cannot write them.
         """
         self.run.signals.release()  # there is nothing to save until the next epoch
+        self.notices = notices.of_test(model, self.dataset, self.options, self.run) if self.options.evaluate else []
+        for notice in self.notices:
+            print(f'Notice: {notice}')
         print('Evaluate only' if self.options.evaluate else '==> Test')
         self.run.unify(model)
         query, gallery = (self._extract(model, subset) for subset in ('query', 'gallery'))
@@ -173,10 +177,11 @@ class Test:
             'pool': options.pool if dataset.kind == 'video' else None,
             'cameras_left_out': self._cameras_left_out() or None,
             'arch': options.arch,
-            'checkpoint': options.resume or None,
+            'checkpoint': options.resume or (options.pretrained if options.evaluate else None),
             'height': options.height,
             'width': options.width,
             'precision': self.run.test_precision,
+            'notices': self.notices,
             'dataset_fingerprint': fingerprint(dataset),
             **provenance(self.run),
         }

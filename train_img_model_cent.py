@@ -28,21 +28,28 @@ parser.add_argument('--weight-cent', type=arguments.positive_float, default=0.00
 
 
 def main(args: arguments.Arguments, run: Run) -> None:
-    dataset = data_manager.init_dataset(args.dataset, args.data_dir)
-    sampler = RandomSampler(dataset.train, args.train_batch, args.seed)
-    trainloader = train_loader(ImageDataset(dataset.train), sampler, args.data, run)
-
-    model = models.init_model(args.arch, dataset.num_train_pids, loss={'xent', 'cent'})
+    dataset = data_manager.init_dataset(args.dataset, args.data_dir, train=not args.evaluate)
+    size = args.height, args.width
+    model = models.init_model(args.arch, dataset.num_train_pids, loss={'xent', 'cent'}, size=size)
     weights.pretrain(model, args.pretrained)
     model = run.place(model)
-    augment = TrainTransform(args.height, args.width, model.normalisation)
+
+    test = Test(dataset, args.test, run)
+    if args.evaluate:  # nothing below is needed, nor is the training set
+        Checkpoint(dataset, args.save, run, model=model)  # loads --resume
+        test(model)
+        return
+
+    sampler = RandomSampler(dataset.train, args.train_batch, args.seed)
+    trainloader = train_loader(ImageDataset(dataset.train), sampler, args.data, run)
+    augment = TrainTransform(
+        *size, model.normalisation, args.interpolation or model.interpolation, args.padding, args.random_erasing
+    )
     criterion_xent = CrossEntropyLabelSmooth(dataset.num_train_pids)
     criterion_cent = run.place(CenterLoss(dataset.num_train_pids, model.feat_dim))
     optimizer = Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     optimizer_cent = SGD(criterion_cent.parameters(), args.lr_cent, fused=True)
     scheduler = StepLR(optimizer, args.stepsize, args.gamma)
-
-    test = Test(dataset, args.test, run)
     checkpoint = Checkpoint(
         dataset,
         args.save,
@@ -53,9 +60,6 @@ def main(args: arguments.Arguments, run: Run) -> None:
         optimizer_cent=optimizer_cent,
         scheduler=scheduler,
     )
-    if args.evaluate:
-        test(model)
-        return
 
     replica, replica_cent = run.replicate(model), run.replicate(criterion_cent)
     meter = LossMeter(args.show, run, optimizer)

@@ -14,8 +14,12 @@ import data_manager
 import models
 import weights
 from dataset_loader import ImageDataset, train_loader
+from evaluation import Test
 from losses import CenterLoss, CrossEntropyLabelSmooth, TripletLoss
+from runtime import launch
+from runtime.checkpoint import Checkpoint
 from runtime.device import Run
+from runtime.meters import LossMeter
 from samplers import AllImagesSampler
 from transforms import TrainTransform
 
@@ -28,29 +32,69 @@ parser.add_argument('--lr-cent', type=arguments.positive_float, default=0.5, hel
 parser.add_argument('--warmup', type=arguments.nonnegative_int, default=10, help='epochs until --lr is reached')
 parser.add_argument('--decays', type=arguments.positive_int, nargs='+', default=[40, 70], help='epochs of the decays')
 parser.require(
-    lambda args: args.train_batch % args.num_instances == 0,
+    lambda args: args.evaluate or args.train_batch % args.num_instances == 0,
     '--train-batch {train_batch} is not a multiple of --num-instances {num_instances} (P identities x K images)',
 )
 
 
 def main(args: arguments.Arguments, run: Run) -> None:
-    dataset = data_manager.init_dataset(args.dataset, args.data_dir)
-    sampler = AllImagesSampler(dataset.train, args.num_instances, args.train_batch, args.seed)
-    trainloader = train_loader(ImageDataset(dataset.train), sampler, args.data, run)
-
+    dataset = data_manager.init_dataset(args.dataset, args.data_dir, train=not args.evaluate)
     num_classes, size, loss = dataset.num_train_pids, (args.height, args.width), {'xent', 'htri', 'cent'}
     model = models.init_model(args.arch, num_classes, loss, last_stride=1, neck=True, size=size)
     weights.pretrain(model, args.pretrained)
     model = run.place(model)
+
+    test = Test(dataset, args.test, run)
+    if args.evaluate:  # nothing below is needed, nor is the training set
+        Checkpoint(dataset, args.save, run, model=model)  # loads --resume
+        test(model)
+        return
+
+    sampler = AllImagesSampler(dataset.train, args.num_instances, args.train_batch, args.seed)
+    trainloader = train_loader(ImageDataset(dataset.train), sampler, args.data, run)
     augment = TrainTransform(
-        *size, model.normalisation, args.interpolation, padding=args.padding, random_erasing=args.random_erasing
+        *size, model.normalisation, args.interpolation or model.interpolation, args.padding, args.random_erasing
     )
-    criterion_xent = CrossEntropyLabelSmooth(num_classes)
-    criterion_htri = TripletLoss(args.margin)
+    criterion_xent, criterion_htri = CrossEntropyLabelSmooth(num_classes), TripletLoss(args.margin)
     criterion_cent = run.place(CenterLoss(num_classes, model.feat_dim))
     optimizer = Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     optimizer_cent = SGD(criterion_cent.parameters(), args.lr_cent, fused=True)
-    scheduler = LambdaLR(  # of epochs from 0: linear to --lr, then divided by 10 at each of --decays
+
+    scheduler = LambdaLR(  # epochs from 0: --lr is reached linearly, and multiplied by --gamma at each of --decays
         optimizer,
         lambda epoch: min((epoch + 1) / (args.warmup or 1), 1) * args.gamma ** sum(epoch >= at for at in args.decays),
     )
+    checkpoint = Checkpoint(
+        dataset, args.save, run, model=model, optimizer=optimizer, scheduler=scheduler,
+        criterion_cent=criterion_cent, optimizer_cent=optimizer_cent,
+    )  # fmt: skip
+
+    replica, replica_cent = run.replicate(model), run.replicate(criterion_cent)
+    meter = LossMeter(args.show, run, optimizer)
+    for epoch in checkpoint.epochs(args.max_epoch):
+        replica.train()
+        for imgs, pids, draws in meter.watch(trainloader, epoch, checkpoint.start_batch):
+            with run.autocast():
+                logits, features = replica(augment(imgs, draws))  # (B, num_train_pids), (B, feat_dim) before the neck
+            xent = criterion_xent(logits.float(), pids)
+            htri = criterion_htri(*run.gather(features.float(), pids))  # mines the whole batch
+            cent = replica_cent(features.float(), pids)
+            loss = xent + htri + args.weight_cent * cent
+            optimizer.zero_grad()
+            optimizer_cent.zero_grad()
+            loss.backward()
+            for param in criterion_cent.parameters():
+                param.grad /= args.weight_cent  # the centers follow the unweighted gradient
+            run.skip_unless_finite(loss, optimizer, optimizer_cent)
+            optimizer.step()
+            optimizer_cent.step()
+            active, collapsed = criterion_htri.active, criterion_htri.collapsed
+            meter.update(loss=loss, xent=xent, htri=htri, cent=cent, active=active, collapsed=collapsed)
+            checkpoint.after_step(epoch, meter)  # saves now and then, and stops when asked to
+        scheduler.step()
+        if test.is_due(epoch):
+            checkpoint.tested(epoch, test(model), meter)
+
+
+if __name__ == '__main__':
+    launch.main(main, parser)

@@ -26,31 +26,35 @@ parser.set_defaults(max_epoch=500, stepsize=200)
 parser.add_argument('--margin', type=arguments.nonnegative_float, default=0.3, help='margin of the triplet loss')
 parser.add_argument('--num-instances', type=arguments.positive_int, default=4, help='K, images per identity in a batch')
 parser.require(
-    lambda args: args.train_batch % args.num_instances == 0,
+    lambda args: args.evaluate or args.train_batch % args.num_instances == 0,
     '--train-batch {train_batch} is not a multiple of --num-instances {num_instances} (P identities x K images)',
 )
 
 
 def main(args: arguments.Arguments, run: Run) -> None:
-    dataset = data_manager.init_dataset(args.dataset, args.data_dir)
+    dataset = data_manager.init_dataset(args.dataset, args.data_dir, train=not args.evaluate)
+    size = args.height, args.width
+    model = models.init_model(args.arch, dataset.num_train_pids, loss={'xent', 'htri'}, size=size)
+    weights.pretrain(model, args.pretrained)
+    model = run.place(model)
+
+    test = Test(dataset, args.test, run)
+    if args.evaluate:  # nothing below is needed, nor is the training set
+        Checkpoint(dataset, args.save, run, model=model)  # loads --resume
+        test(model)
+        return
+
     frames = [(path, pid, camid) for paths, pid, camid in dataset.train for path in paths]  # trained one by one
     sampler = RandomIdentitySampler(frames, args.num_instances, args.train_batch, args.seed)
     trainloader = train_loader(ImageDataset(frames), sampler, args.data, run)
-
-    model = models.init_model(args.arch, dataset.num_train_pids, loss={'xent', 'htri'})
-    weights.pretrain(model, args.pretrained)
-    model = run.place(model)
-    augment = TrainTransform(args.height, args.width, model.normalisation)
+    augment = TrainTransform(
+        *size, model.normalisation, args.interpolation or model.interpolation, args.padding, args.random_erasing
+    )
     criterion_xent = CrossEntropyLabelSmooth(dataset.num_train_pids)
     criterion_htri = TripletLoss(args.margin)
     optimizer = Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     scheduler = StepLR(optimizer, args.stepsize, args.gamma)
-
-    test = Test(dataset, args.test, run)
     checkpoint = Checkpoint(dataset, args.save, run, model=model, optimizer=optimizer, scheduler=scheduler)
-    if args.evaluate:
-        test(model)
-        return
 
     replica = run.replicate(model)
     meter = LossMeter(args.show, run, optimizer)

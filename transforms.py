@@ -82,7 +82,6 @@ class TrainTransform:
         width: int,
         normalisation: Normalisation = IMAGENET,
         interpolation: str = 'bilinear',
-        *,
         padding: int = 0,
         random_erasing: float = 0.0,
     ):

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -84,7 +83,7 @@ def write_json(obj: object, fpath: str | Path) -> None:
 
 
 def save_checkpoint(state: dict, is_best: bool, fpath: str | Path) -> None:
-    """Write `state` to `fpath`, completely or not at all, and to `best_model.pth.tar` beside it if it is the best."""
+    """Write `state` to `fpath`, completely or not at all; the best is `best_model.pth.tar` in its folder, too."""
 
     def write(path: Path) -> None:
         try:
@@ -95,6 +94,4 @@ def save_checkpoint(state: dict, is_best: bool, fpath: str | Path) -> None:
                 raise problem.__context__ from None
             raise
 
-    write_whole(fpath, write)
-    if is_best:
-        write_whole(Path(fpath).with_name('best_model.pth.tar'), lambda path: shutil.copyfile(fpath, path))
+    write_whole(fpath, write, *[Path(fpath).with_name('best_model.pth.tar')] * bool(is_best))

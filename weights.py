@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import models
-from models.network import Network
+from models.network import Network, Training
 from runtime import unpickling
 from runtime.errors import UserError, plain
 
@@ -29,6 +29,7 @@ class Weights:
 
     state_dict: this project's parameter names -> tensors on the CPU
     layout:     the kind of file and what was renamed, in one line
+    trained:    what is known of the training of the weights
     rank1:      best Rank-1 as a fraction, None if the file does not contain it
     epoch:      of the last finished epoch, None if the file does not contain it; the original and this project count
                 from 0, torchreid from 1
@@ -37,6 +38,7 @@ class Weights:
 
     state_dict: dict[str, Tensor]
     layout: str
+    trained: Training
     rank1: float | None = None
     epoch: int | None = None
     state: dict[str, Any] | None = None
@@ -77,19 +79,37 @@ def _understand(loaded: Any, kind: str, where: str) -> Weights:
         raise UserError(
             f'{where} has the format {plain(checkpoint["format"])}, not {FORMAT}: use the version that wrote it'
         )
+    foreign = False
     if ours:
         layout = ['checkpoint of this project']
     else:
         contents = f'checkpoint with {_listed(checkpoint)}' if checkpoint else 'bare state dict'
         state_dict, notes = normalised(state_dict, where)
         layout = [f'{contents} in {kind}', *notes]
+        foreign = any(note in notes for network in models.factory.values() for note, *_ in network.published)
     rank1, epoch = checkpoint.get('rank1'), checkpoint.get('epoch')
     return Weights(
         state_dict=state_dict,
         layout=', '.join(layout),
+        trained=_training(checkpoint if ours else {}, state_dict, foreign, where),
         rank1=float(rank1) if isinstance(rank1, int | float | np.number) and abs(rank1) < 2**31 else None,  # type: ignore[operator]  # abs() of numbers
         epoch=epoch if isinstance(epoch, int) else None,
         state=checkpoint if ours else None,
+    )
+
+
+def _training(checkpoint: dict, state_dict: Mapping[str, Tensor], foreign: bool, where: str) -> Training:
+    """What a file tells of its training; of an altered checkpoint, what is left of that."""
+    options, provenance = (checkpoint.get(name) for name in ('arguments', 'provenance'))
+    mark = provenance.get('dataset_fingerprint') if isinstance(provenance, dict) else None
+    classifier = state_dict.get('classifier.weight')
+    num_pids = len(classifier) if classifier is not None and classifier.ndim else None
+    return Training(
+        where,
+        of_imagenet=foreign and num_pids == 1000,
+        options=options if isinstance(options, dict) else {},
+        fingerprint=plain(mark) if isinstance(mark, str) else None,
+        num_pids=num_pids,
     )
 
 
@@ -208,6 +228,24 @@ def load_into(
     return [f'Not loaded from {where}: {others}'] if classifier else []
 
 
+def fit_classifier(model: Network, state_dict: Mapping[str, Tensor], where: str) -> None:
+    """Gives a model that will only be tested a classifier of the size that its weights have, and prints that it did.
+
+    The classifier is not used at a test. Nothing changes if the weights have no classifier, or one on other features.
+    """
+    own, weight, bias = model.classifier, state_dict.get('classifier.weight'), state_dict.get('classifier.bias')
+    if not isinstance(own, torch.nn.Linear) or weight is None or (bias is None) != (own.bias is None):
+        return
+    number = len(weight) if weight.ndim else 0
+    if not number or weight.shape != (number, own.in_features) or (bias is not None and bias.shape != (number,)):
+        return
+    if weight.shape == own.weight.shape:
+        return
+    model.num_classes, before = number, own.out_features
+    model.classifier = torch.nn.Linear(own.in_features, number, bias=bias is not None).to(own.weight)
+    print(f'The classifier has the {number} identities of {where} instead of {before}')
+
+
 def _alike(given: Tensor, own: Tensor) -> bool:
     return given.shape == own.shape and given.dtype.is_floating_point == own.dtype.is_floating_point
 
@@ -221,15 +259,18 @@ def _described(tensor: Tensor) -> str:
     return shape if tensor.dtype.is_floating_point else f'{shape} {str(tensor.dtype).removeprefix("torch.")}'
 
 
+HEAD = ('bottleneck.', 'pool.')  # neck and pooling, which weights of a backbone lack
+
+
 def pretrain(model: Network, pretrained: str) -> None:
     """Initialises a model's weights; prints what was loaded and what was not.
 
     pretrained: 'none' leaves the model unchanged; 'imagenet' loads torchvision's weights, downloaded once into its
                 cache; anything else is the path of a file that `read` supports
 
-    The classifier stays random, and so do the parameters that a model's `fresh` lists if the weights do not contain
-    them. ImageNet's weights, recognised in a file by foreign names and 1000 classes, initialise a network of this
-    project: its `options` do not change.
+    The classifier stays random, and so do neck, pooling and the parameters that a model's `fresh` lists if the weights
+    do not contain them. ImageNet's weights, recognised in a file by foreign names and 1000 classes, initialise a
+    network of this project: its `options` do not change.
 
     Raises UserError for weights that cannot be downloaded or read, or that do not fit.
     """
@@ -240,19 +281,20 @@ def pretrain(model: Network, pretrained: str) -> None:
         if model.imagenet is None:
             raise UserError(f'{type(model).__name__} has no ImageNet weights; give --pretrained none or a path')
         state_dict, _ = normalised(_fetch(model.imagenet), where)
-        layout, of_imagenet = str(model.imagenet), True
+        layout, trained = str(model.imagenet), Training(where, of_imagenet=True)
     else:
         where, weights = plain(pretrained, 500), read(pretrained)
-        state_dict, layout = weights.state_dict, weights.layout
-        foreign = any(note in layout for note, *_ in model.published)
-        of_imagenet = foreign and state_dict.get('classifier.bias', torch.empty(0)).numel() == 1000
+        state_dict, layout, trained = weights.state_dict, weights.layout, weights.trained
 
     own = model.state_dict()
-    dropped = [key for key in state_dict if key.startswith('classifier.') or (of_imagenet and key in model.options)]
+    kept = model.options if trained.of_imagenet else ()
+    dropped = [key for key in state_dict if key.startswith('classifier.') or key in kept]
     taken = {key: value for key, value in state_dict.items() if key not in dropped}
-    random = ('classifier.', *(part for part in model.fresh if not any(key.startswith(part) for key in taken)))
+    fresh_parts = (*model.fresh, *HEAD)
+    random = ('classifier.', *(part for part in fresh_parts if not any(key.startswith(part) for key in taken)))
     fresh = {key: value for key, value in own.items() if key.startswith(random)}
     load_into(model, taken | fresh, allow_other_classifier=False, where=where)
+    model.trained = replace(trained, random=_listed(key for key in fresh if not key.startswith('classifier.')))
     print(f'Loaded pretrained weights from {where} ({layout})')
     if dropped:
         print(f'Not loaded: {_listed(dropped)}')

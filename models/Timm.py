@@ -48,7 +48,7 @@ class Timm(Network):
             self.feat_dim = feat_dim(self.base, self.size)
         except (AssertionError, ValueError, RuntimeError) as problem:
             (height, width), reason = self.size, plain(' '.join(str(problem).split())) or type(problem).__name__
-            raise UserError(f'-a {PREFIX}{self.name} cannot take images of {height}x{width} ({reason})') from problem
+            raise UserError(f'{PREFIX}{self.name} cannot take images of {height}x{width} ({reason})') from problem
         self.classifier = nn.Linear(self.feat_dim, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
@@ -64,13 +64,11 @@ def named(name: str, size: tuple[int, int] | None = None) -> type[Timm]:
     try:
         import timm  # optional
     except ImportError:
-        raise UserError(f'-a {PREFIX}{name} needs the package timm: pip install timm') from None
+        raise UserError('it needs the package timm: pip install timm') from None
     if not timm.is_model(name.partition('.')[0]):
         near = difflib.get_close_matches(name, timm.list_models(), 5)
         also = f', such as {", ".join(near)}' if near else ''
-        raise UserError(
-            f'-a {PREFIX}{plain(name)}: timm {timm.__version__} has no such model; see timm.list_models(){also}'
-        )
+        raise UserError(f'timm {timm.__version__} has no model {plain(name)!r}; see timm.list_models(){also}')
     config = timm.get_pretrained_cfg(name)
     assert config is not None  # only for models that are not registered
     interpolation = config.interpolation if config.interpolation in ('bilinear', 'bicubic') else 'bilinear'

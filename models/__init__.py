@@ -44,7 +44,7 @@ def network_of(name: str, size: tuple[int, int] | None = None) -> type[Network]:
     if name.startswith(Timm.PREFIX):
         return Timm.named(name.removeprefix(Timm.PREFIX), size)
     if name not in factory:
-        raise UserError(f'no such model {name!r}; choose one of {", ".join(get_names())}, or timm:NAME')
+        raise UserError(f'there is no model {name!r}; choose one of {", ".join(get_names())}, or timm:NAME')
     return factory[name]
 
 
@@ -62,6 +62,7 @@ def init_model(
     (B, num_classes), and, unless `loss` is {'xent'}, (logits, features).
 
     name:        one of `get_names()`, or timm:NAME
+    num_classes: number of training identities; 0, at a test without a training set, counts as 1
     loss:        names of the losses that will be computed, any
     last_stride: 1 keeps the resolution in the last stage, see `Network.keep_resolution`
     neck:        add BNNeck, see `Network.add_neck`
@@ -73,7 +74,7 @@ def init_model(
     """
     network = network_of(name, size)
     print(f'Initializing model: {name}')
-    model = network(num_classes, loss)
+    model = network(max(num_classes, 1), loss)  # torch warns of a layer without outputs
     if last_stride == 1:
         model.keep_resolution()
     if pooling != 'avg' and network.pools_itself:

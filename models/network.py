@@ -1,7 +1,7 @@
 """The interface of a backbone, the properties that its class declares, pooling, and the neck."""
 
-from collections.abc import Callable, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,26 @@ class WeightsFile:
         return self.url
 
 
+@dataclass(frozen=True)
+class Training:
+    """What is known of the training of weights.
+
+    where:       their file, or what they are, for messages
+    of_imagenet: they were trained to classify ImageNet, not for re-ID
+    options:     all options of the run that wrote the file, {} if it was not of this project
+    fingerprint: of its data set (`data_manager.fingerprint`), None if unknown
+    num_pids:    of its data set, None if the file has no classifier
+    random:      the parameters of features that are missing, '' if none is
+    """
+
+    where: str
+    of_imagenet: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str | None = None
+    num_pids: int | None = None
+    random: str = ''
+
+
 class Network(nn.Module):
     """A backbone with a classifier. A subclass computes `maps`, or, if it pools them itself, `features`, and overrides
     the attributes that differ.
@@ -52,6 +72,7 @@ class Network(nn.Module):
         absent: names that only the weights of related networks have.
         published: other names of the tensors in published files.
         options: buffers that are None, and therefore not saved, unless foreign weights need a different computation.
+        trained: what is known of the training of the weights that were loaded; None before any are.
     """
 
     feat_dim: int
@@ -67,6 +88,7 @@ class Network(nn.Module):
     absent: tuple[str, ...] = ()
     published: tuple[Renaming, ...] = ()
     options: tuple[str, ...] = ()
+    trained: Training | None = None
 
     classifier: nn.Module
 

@@ -24,6 +24,7 @@ def write(save_dir: str | Path) -> Path:
         [*charts.history([run], run.losses), charts.cmc([run]), charts.distances(run), charts.embedding(run)],
         title=f'{run.summary["dataset"]}, {run.summary["arch"]}',
         runs=[run],
+        notices=run.notices,
         cameras=cameras.view(run),
         **lists.examples(run),
     )
@@ -56,6 +57,7 @@ def compare(save_dirs: Sequence[str | Path], out: str | Path = 'compare.html') -
         [*charts.history(tested, ['loss']), charts.cmc(tested)],
         title=f'{len(tested)} runs on {first.summary["dataset"]}',
         runs=tested,
+        notices=[f'{run.name}: {notice}' for run in tested for notice in run.notices] + runs.settings(tested),
         pairs=pairs,
         **lists.changes(tested, valid),
     )

@@ -39,6 +39,7 @@ def activations(
     import models
     import weights
     from dataset_loader import read_image
+    from runtime import notices
     from transforms import TestTransform
 
     loaded = weights.read(checkpoint)
@@ -48,6 +49,8 @@ def activations(
         raise UserError(f'{checkpoint}: its architecture cannot be recognised by its weights; give it with --arch')
     model = models.init_model(arch, num_classes=len(state_dict.get('classifier.bias', [0]))).eval()
     weights.load_into(model, state_dict, allow_other_classifier=True, where=str(checkpoint))
+    for notice in notices.of_size(loaded.trained, height, width):
+        print(f'Notice: {notice}')
     stage = list(model.get_submodule('base').children())[-1]
     if isinstance(stage, torch.nn.Sequential):
         stage = stage[-1]  # ResNet50M calls the blocks of its last stage individually

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,12 @@ class TestedRun:
     def short_name(self) -> str:
         """For legends."""
         return self.name if len(self.name) <= 24 else f'…{self.name[-23:]}'
+
+    @property
+    def notices(self) -> list[str]:
+        """How the test differs from the training of its weights; none in the files of earlier versions."""
+        notices = self.summary.get('notices')
+        return [str(notice) for notice in notices] if isinstance(notices, list) else []
 
     @functools.cached_property
     def decimals(self) -> int:
@@ -171,6 +178,22 @@ def _split(paths: np.ndarray) -> list[list[str]]:
     text = paths.tobytes().decode('utf-8', 'surrogateescape')
     mark = '\0' if text.endswith('\0') else ''
     return [line.split(f'{mark}\t') for line in text.removesuffix('\0').split(f'{mark}\n')]
+
+
+def settings(runs: Sequence[TestedRun]) -> list[str]:
+    """A notice for each setting in which tests differ although it affects their figures."""
+    of: dict[str, Callable[[dict[str, Any]], str]] = {
+        'input sizes': lambda summary: f'{summary["height"]} × {summary["width"]} pixels',
+        'precisions': lambda summary: str(summary['precision']),
+        'data sets': lambda summary: f'{summary["dataset"]}, fingerprint {summary["dataset_fingerprint"]}',
+    }
+    notices = []
+    for what, value_of in of.items():
+        values = [value_of(run.summary) for run in runs]
+        if len(set(values)) > 1:
+            listed = '; '.join(f'{run.name}: {value}' for run, value in zip(runs, values, strict=True))
+            notices.append(f'the runs were tested with different {what} ({listed})')
+    return notices
 
 
 def interval(values: np.ndarray) -> np.ndarray:

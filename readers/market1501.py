@@ -3,7 +3,8 @@
 import os
 import re
 
-from readers.tree import IMAGE_TYPES, Dataset, Image, Item, find
+from readers.tree import MAX_PID, Dataset, Image, Item, camids_of, find, listed, usable
+from runtime.decoding import SUFFIXES
 from runtime.errors import UserError, plain
 
 FOLDERS = ('market1501', 'Market-1501-v15.09.15')  # as the original's README renamed it, and as the archive unpacks
@@ -12,28 +13,44 @@ PARTS = {
     'query': '0001_c1s1_001051_00.jpg ...',
     'bounding_box_test': '0001_c1s1_002301_00.jpg, -1_c1s1_000401_03.jpg ...',
 }
+TRAINING = ('bounding_box_train',)  # what only training needs
 PUBLISHED = {'train': (751, 12936), 'query': (750, 3368), 'gallery': (751, 15913)}
-NUM_CAMERAS = 6  # 1..6 on disk, camid 0..5 here
-NAME = re.compile(r'(-1|\d{1,9})_c(\d+)', re.ASCII)  # 0002_c1s1_000451_03.jpg: pid 2, camera 1
+NAME = re.compile(r'(-?\d+)_c(\d+)', re.ASCII)  # 0002_c1s1_000451_03.jpg: pid 2, camera 1
 
 
 class Market1501(Dataset):
     """Market1501, images of 1501 persons in 6 cameras (Zheng et al., Scalable Person Re-identification, ICCV 2015).
 
-    Found in `data_dir` as market1501 or Market-1501-v15.09.15, also nested once. Person and camera are read from the
-    file name only. Junk (pid -1) is dropped, distractors (pid 0) stay in the gallery; hidden files and files that are
-    not images (Thumbs.db) are ignored. Pids of query and gallery are as on disk; camids are 0..5. Items are sorted by
-    file name.
+    Found in `data_dir` as market1501 or Market-1501-v15.09.15, in any spelling, also nested once, or as `data_dir`
+    itself. Person and camera are read from the file name only. Junk (pid -1) is dropped, distractors (pid 0) stay in
+    the gallery; hidden files, folders and files that are not images (SUFFIXES) are passed over. Pids of query and
+    gallery are as on disk. Camids are camera - 1, which is 0..5; in a data set with cameras other than 1..6, all
+    cameras are numbered from 0 in ascending order. Items are sorted by file name.
 
     `name` is market1501 or toy_market1501. Raises UserError for a missing folder, a folder without images, an image
-    whose name cannot be parsed, a camera outside 1..6, and a training set with a single person.
+    whose name cannot be parsed, and a pid below -1 or above MAX_PID. If only the training set has such a fault, it is
+    empty, and `untrainable` is the message.
     """
 
     def __init__(self, data_dir: str = 'data', name: str = 'market1501') -> None:
-        self.root = root = find(data_dir, name, FOLDERS if name == 'market1501' else (name,), PARTS)
-        train, query, gallery = (_scan(os.path.join(root, part)) for part in PARTS)
+        root, untrainable = find(data_dir, name, FOLDERS if name == 'market1501' else (name,), PARTS, TRAINING)
+        self.root = root
+        passed_over: list[str] = []
+        train, fault = usable(lambda: _scan(os.path.join(root, 'bounding_box_train'), passed_over))
+        query, gallery = (_scan(os.path.join(root, part), passed_over) for part in ('query', 'bounding_box_test'))
+        self.camids, cameras = camids_of(train, query, gallery)
+        subsets = (
+            [(path, pid, self.camids[camera]) for path, pid, camera in items] for items in (train, query, gallery)
+        )
         self.published = PUBLISHED if name == 'market1501' else {}
-        super().__init__(name, train, query, gallery, title='Market1501' if name == 'market1501' else name)
+        super().__init__(
+            name,
+            *subsets,
+            title='Market1501' if name == 'market1501' else name,
+            untrainable=untrainable or fault,
+            cameras=cameras,
+            passed_over=passed_over,
+        )
 
     def multi_query(self) -> list[Item]:
         """The hand-drawn boxes in gt_bbox, of all persons and cameras.
@@ -48,18 +65,20 @@ class Market1501(Dataset):
                 else ('it is part of Market-1501-v15.09.15.zip: unzip that again')
             )
             raise UserError(f'--multi-query needs {folder}, which is missing; {again}, or omit the option')
-        return [*_scan(folder)]
+        boxes = _scan(folder, [])
+        return [(path, pid, self.camids[camera]) for path, pid, camera in boxes if camera in self.camids]
 
 
-def _scan(folder: str) -> list[Image]:
-    """The images of one folder without junk, sorted by name."""
+def _scan(folder: str, passed_over: list[str]) -> list[Image]:
+    """(path, pid, camera) of the images of one folder without junk, sorted by name; adds the rest to `passed_over`."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise UserError(f'{folder} cannot be read: {error.strerror}') from error
-    items = []
+    items, others = [], []
     for name in names:
-        if name.startswith('.') or not name.lower().endswith(IMAGE_TYPES):
+        if name.startswith('.') or not name.lower().endswith(SUFFIXES):
+            others.append(os.path.join(folder, name))
             continue
         match = NAME.match(name)
         if not match:
@@ -70,10 +89,24 @@ def _scan(folder: str) -> list[Image]:
         pid, camera = map(int, match.groups())
         if pid == -1:
             continue
-        if not 1 <= camera <= NUM_CAMERAS:
-            raise UserError(f'{folder}: {plain(repr(name))} has camera {camera}, but cameras are 1 to {NUM_CAMERAS}')
-        items.append((os.path.join(folder, name), pid, camera - 1))
+        if not 0 <= pid <= MAX_PID:
+            raise UserError(
+                f'{folder}: {plain(repr(name))} has person {plain(str(pid), 30)}, but persons are numbered from 0 to '
+                f'{MAX_PID}, and -1 is junk'
+            )
+        items.append((os.path.join(folder, name), pid, camera))
     if not items:
-        kinds = ', '.join(IMAGE_TYPES)
-        raise UserError(f'{folder} contains no images of persons ({kinds}); unzip the data set there again')
+        raise UserError(f'{folder} contains no images of persons{_instead(folder, others, len(names))}')
+    passed_over += others
     return items
+
+
+def _instead(folder: str, others: list[str], total: int) -> str:
+    """What a folder without images contains, and what to do, for the error message."""
+    if not total:
+        return '; it is empty: unzip the data set again, or put images there, such as 0002_c1s1_000451_03.jpg'
+    if len(others) < total:
+        return ', but only junk (pid -1); add images, such as 0002_c1s1_000451_03.jpg'
+    deep = any(map(os.path.isdir, others))
+    advice = f'move the images from its folders up into {folder}' if deep else f'images are {", ".join(SUFFIXES)}'
+    return f', but {listed(others, folder)}; {advice}'

@@ -1,11 +1,12 @@
 """The state of a run: what is saved and when, what is restored on resuming, and the remaining epochs."""
 
+import contextlib
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,20 +18,14 @@ from data_manager import fingerprint
 from models.network import Network
 from page import results
 from readers.tree import Dataset
+from runtime import notices
 from runtime.device import Run
 from runtime.errors import UserError
 from runtime.files import free_space
 from runtime.meters import LossMeter
 from runtime.provenance import provenance
+from runtime.state import Stateful, advance, check, restore
 from utils import save_checkpoint
-
-
-class Stateful(Protocol):
-    """A part of a run that changes during training: a model, an optimizer, a schedule, a criterion with parameters."""
-
-    def state_dict(self) -> Mapping[str, Any]: ...
-
-    def load_state_dict(self, state_dict: Any, /) -> object: ...
 
 
 class Checkpoint:
@@ -100,36 +95,34 @@ class Checkpoint:
     def _load(self, loaded: weights.Weights, resumes: bool) -> None:
         state = loaded.state if resumes else None
         if state is not None:
-            _check_entries(state, self.path)
-            _check_recipe(self._known(state), self.options.recipe, self.path)
-        weights_only = self.options.evaluate or self.options.resume_weights_only
+            check(state, self.options, self.provenance, self.path)
+        where, weights_only = str(self.path), self.options.evaluate or self.options.resume_weights_only
+        if self.options.evaluate:
+            weights.fit_classifier(self.model, loaded.state_dict, where)
         for notice in weights.load_into(
-            self.model, loaded.state_dict, allow_other_classifier=weights_only, where=str(self.path)
+            self.model, loaded.state_dict, allow_other_classifier=weights_only, where=where
         ):
             print(notice)
+        self.model.trained = loaded.trained
         print(f'Loaded {loaded.layout}')
         if state is None:
             for part in self.parts.values():
                 if isinstance(part, LRScheduler):
-                    _advance(part, self.options.start_epoch)
+                    advance(part, self.options.start_epoch)
             return
         for name, part in self.parts.items():
-            _restore(part, name, state['state'], self.path)
+            restore(part, name, state['state'], self.path)
         self.epoch, self.start_batch = state['epoch'] + 1, state.get('batch', 0)
         self.best_rank1 = state['best_rank1']
         theirs = state.get('provenance', {}).get('dataset_fingerprint')
         if theirs not in (None, self.provenance['dataset_fingerprint']):
             print('The data set has changed since this checkpoint was written: the run continues with different files')
+        for notice in notices.of_resumed(loaded.trained, self.options.arguments):
+            print(f'Notice: {notice}')
         where = f'after epoch {self.epoch}'
         if self.start_batch:
             where = f'in epoch {self.epoch + 1} after batch {self.start_batch}'
         print(f'Continuing {where}; best Rank-1 so far {max(self.best_rank1, 0):.1%}')
-
-    def _known(self, state: dict) -> dict[str, Any]:
-        """The recipe of a file. Options that its script gained later have their defaults."""
-        same_script = _script(state.get('provenance')) == _script(self.provenance)
-        recipe: dict[str, Any] = state['recipe']
-        return self.options.defaults | recipe if same_script else recipe
 
     def epochs(self, max_epoch: int) -> Iterator[int]:
         """The epochs that are left, counted from 0; the first one may continue at batch `start_batch`.
@@ -206,11 +199,28 @@ class Checkpoint:
             self._clear('metrics.csv')
 
     def _clear(self, *patterns: str) -> None:
-        begun_with = [Path(path or '').resolve() for path in (self.path, self.options.arguments.get('pretrained'))]
         for pattern in patterns:
             for path in self.folder.glob(pattern):
-                if path.resolve() not in begun_with:
+                if path.resolve() not in self._begun_with():
                     path.unlink()
+
+    def _prune(self, written: str, number: int) -> None:
+        """Delete all but the newest files that were `written` (a regular expression). One that cannot be is reported.
+
+        The file just written is spared, whatever the clock says, and those that the command names: a restart of the
+        same command checks that they exist.
+        """
+        paths = [path for path in self.folder.iterdir() if re.fullmatch(written, path.name)]
+        for path in sorted(paths, key=_age)[number:]:
+            if path != self.position and path.resolve() not in self._begun_with():
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as problem:
+                    print(f'{path} cannot be deleted ({problem.strerror}); the run continues')
+
+    def _begun_with(self) -> list[Path]:
+        """The files of --resume and --pretrained."""
+        return [Path(path or '').resolve() for path in (self.options.resume, self.options.arguments.get('pretrained'))]
 
     def rescue(self) -> Path | None:
         """Save the state of a failing run unless it is saved already. Returns the file, or None if there is none.
@@ -230,8 +240,7 @@ class Checkpoint:
             return
         with self.run.unwritten.excuse(path):
             save_checkpoint(self._state(self.epoch - 1, self.done, max(self.best_rank1, 0.0)), False, path)
-            for old in sorted(path.parent.glob('resume_*_*.pth.tar'), key=_age)[self.options.keep :]:
-                old.unlink()
+            self._prune(r'resume_\d+_\d+\.pth\.tar', self.options.keep)
         self.saved = time.monotonic()
 
     def _is_finite(self) -> bool:
@@ -243,20 +252,26 @@ class Checkpoint:
     def tested(self, epoch: int, figures: dict[str, float], meter: LossMeter) -> None:
         """Write `checkpoint_ep{N}.pth.tar`, N counted from 1, and `best_model.pth.tar` if Rank-1 is the best so far.
 
+        The latter is a link to the former, if the file system has links; with --keep-tests, old ones are then deleted.
         The first process writes. All processes hold the same state, and any number of processes can continue from it.
         """
         self.run.signals.hold()
         rank1 = figures['rank1']
-        is_best = rank1 > self.best_rank1
-        self.best_rank1 = max(rank1, self.best_rank1)
+        earlier, is_best = self.best_rank1, rank1 > self.best_rank1
+        self.best_rank1 = max(rank1, earlier)
         self.position = path = self.folder / f'checkpoint_ep{epoch + 1}.pth.tar'
         if self.run.rank:
             return
         meter.tested(epoch, figures)
         if not self._is_finite():
             raise UserError(f'weights are not finite after epoch {epoch + 1}; nothing was saved. Try a lower --lr')
+        failures = len(self.run.unwritten)
         with self.run.unwritten.excuse(path):
             save_checkpoint(self._state(epoch, 0, rank1), is_best, path)
+            if self.options.keep_tests:
+                self._prune(r'checkpoint_ep\d+\.pth\.tar', self.options.keep_tests)
+        if len(self.run.unwritten) > failures:
+            self.best_rank1 = earlier  # that of best_model.pth.tar, which was not replaced
         self.saved = time.monotonic()
         if not self.options.no_report:
             results.write_page(self.folder, self.run.unwritten)
@@ -278,72 +293,7 @@ class Checkpoint:
 
 def _age(path: Path) -> tuple[int, list[int], str]:
     """Sort key that puts the newest first; of files written within milliseconds, that of the later epoch and batch."""
-    return -path.stat().st_mtime_ns, [-int(number) for number in re.findall(r'\d+', path.name)], path.name
-
-
-ENTRIES = {'recipe': dict, 'state': dict, 'epoch': int, 'best_rank1': int | float}  # what a run continues from
-
-
-def _check_entries(state: dict, where: str | Path | None) -> None:
-    """Reject a file in this project's format that was altered."""
-    wrong = [repr(name) for name, kind in ENTRIES.items() if not isinstance(state.get(name), kind)]
-    if wrong:
-        raise UserError(
-            f'--resume {where}: its {", ".join(wrong)} is missing or invalid; get the file again, or load only its '
-            f'weights with --resume-weights-only'
-        )
-
-
-def _script(provenance: object) -> str | None:
-    """The name of the script that wrote a file; None if its provenance, which may have been altered, has none."""
-    match provenance:
-        case {'command': [str(script), *_]}:
-            return Path(script).name
-    return None
-
-
-def _check_recipe(theirs: dict, ours: dict, where: str | Path | None) -> None:
-    """Refuse to continue with a learning rate, seed, data set ... other than those the run started with."""
-    differences = [
-        f'--{name.replace("_", "-")} was {theirs.get(name, "not an option")}, is {ours.get(name, "not an option")}'
-        for name in sorted({*theirs, *ours})
-        if theirs.get(name) != ours.get(name)
-    ]
-    if differences:
-        raise UserError(
-            f'--resume {where}: the run has a different recipe: {"; ".join(differences)}. Use its values, or start a '
-            f'new run from these weights with --resume-weights-only'
-        )
-
-
-def _restore(part: Stateful, name: str, states: dict[str, Any], where: str | Path | None) -> None:
-    if name not in states:
-        raise UserError(f'--resume {where} has no state for {name!r}: it was written by a different script')
-    try:
-        part.load_state_dict(states[name])
-    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as problem:
-        raise UserError(
-            f'--resume {where}: its state for {name!r} does not fit: {" ".join(str(problem).split())}'
-        ) from None
-    if isinstance(part, torch.optim.Optimizer):
-        _match_strides(part)
-
-
-def _advance(scheduler: LRScheduler, epochs: int) -> None:
-    """Advance the schedule of a run that starts from weights alone to its first epoch."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # "scheduler.step() before optimizer.step()" is intended here
-        for _ in range(epochs):
-            scheduler.step()
-
-
-def _match_strides(optimizer: torch.optim.Optimizer) -> None:
-    """Give the moments the memory layout of their parameter.
-
-    A fused step treats both as flat memory, so moments from an NCHW file would silently be applied to the wrong
-    elements of a channels_last weight.
-    """
-    for param, state in optimizer.state.items():
-        for name, value in state.items():
-            if torch.is_tensor(value) and value.shape == param.shape and value.stride() != param.stride():
-                state[name] = torch.empty_like(param).copy_(value)
+    modified = 0  # of a link to nowhere, and of a file that was deleted since it was listed
+    with contextlib.suppress(OSError):
+        modified = path.stat().st_mtime_ns
+    return -modified, [-int(number) for number in re.findall(r'\d+', path.name)], path.name

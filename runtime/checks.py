@@ -1,15 +1,22 @@
 """The checks of the options before anything starts; nothing of an earlier run is touched."""
 
 import argparse
+import importlib.util
 import math
 import os
+import shutil
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+import torch
+
 import data_manager
 import models
+from runtime.errors import UserError
+from runtime.kinds import not_a_file
 from runtime.processes import of_environment
 
 
@@ -25,6 +32,7 @@ def check(parser: Reporter, args: argparse.Namespace) -> None:
     """Report the first mistake, in one line, and exit."""
     check_names(parser, args)
     check_batch(parser, args)
+    check_compile(parser, args)
     check_resume(parser, args)
     check_folder(parser, args)
 
@@ -41,23 +49,26 @@ def check_names(parser: Reporter, args: argparse.Namespace) -> None:
         )
     if args.dataset not in names:
         parser.error(f'-d {args.dataset}: no such data set; choose one of {", ".join(names)}')
-    if args.arch not in models.get_names():
-        parser.error(f'-a {args.arch}: no such model; choose one of {", ".join(models.get_names())}')
-    smallest = models.factory[args.arch].smallest
+    try:
+        smallest = models.network_of(args.arch, (args.height, args.width)).smallest
+    except UserError as mistake:
+        parser.error(f'-a {args.arch}: {mistake}')
     if min(args.height, args.width) < smallest:
         parser.error(
             f'--height {args.height} --width {args.width} is too small: -a {args.arch} needs at least {smallest} '
             f'pixels in each dimension'
         )
     if args.pretrained not in ('imagenet', 'none') and not Path(args.pretrained).is_file():
-        parser.error(f'--pretrained {args.pretrained}: no such file; give a path, imagenet or none')
+        reason = not_a_file(args.pretrained)
+        reason = f' {reason}' if reason else ': no such file; give a path, imagenet or none'
+        parser.error(f'--pretrained {args.pretrained}{reason}')
 
 
 def check_batch(parser: Reporter, args: argparse.Namespace) -> None:
     """Check that every process gets the same number of images of a batch, at least the 2 that BatchNorm needs."""
-    listed = 1 if args.use_cpu else args.gpu_devices.count(',') + 1
-    ours = of_environment()
-    processes = ours.world_size if ours.started else listed  # started by torchrun, or about to be started here
+    if args.train_batch < 2 and not args.evaluate:
+        parser.error(f'--train-batch {args.train_batch}: a batch needs at least 2 images, for BatchNorm')
+    processes = number_of_processes(args)
     if args.evaluate or processes == 1 or (args.train_batch % processes == 0 and args.train_batch >= 2 * processes):
         return
     step = math.lcm(processes, getattr(args, 'num_instances', 1))  # P x K batches must also hold whole identities
@@ -69,18 +80,74 @@ def check_batch(parser: Reporter, args: argparse.Namespace) -> None:
     )
 
 
+def number_of_processes(args: argparse.Namespace) -> int:
+    """The processes that torchrun has started, or that are about to be started here."""
+    ours = of_environment()
+    listed = 1 if args.use_cpu else args.gpu_devices.count(',') + 1
+    return ours.world_size if ours.started else listed
+
+
+def check_compile(parser: Reporter, args: argparse.Namespace) -> None:
+    """Check what --compile needs on this machine: it fails at the first step, long after the data were read.
+
+    A run without a GPU is refused later (`runtime.device`), and a test compiles nothing.
+    """
+    if not args.compile or args.evaluate:
+        return
+    processes = number_of_processes(args)
+    if args.sync_bn:
+        parser.error('--compile does not work with --sync-bn, which breaks the compiled graph: remove one of the two')
+    if args.use_cpu or not torch.cuda.is_available():
+        return
+    major, minor = (int(number) for number in torch.__version__.split('.')[:2])
+    if processes > 1 and (major, minor) < (2, 8):
+        parser.error(
+            f'--compile with several GPUs needs PyTorch 2.8 or newer, and {torch.__version__} is installed: upgrade '
+            f'it, use one GPU, or remove --compile'
+        )
+    if not importlib.util.find_spec('triton'):
+        parser.error('--compile needs triton, which is not installed: pip install triton, or remove --compile')
+    compiler = os.environ.get('CC')  # triton compiles its launcher with CC, else gcc, else clang
+    if compiler is not None and not shutil.which(compiler):
+        parser.error(
+            f'--compile needs a C compiler, and CC is {compiler!r} in the environment, which is no program: set it to '
+            f'the path of one, or remove --compile'
+        )
+    if compiler is None and not (shutil.which('gcc') or shutil.which('clang')):
+        parser.error(
+            '--compile needs a C compiler, and there is no gcc or clang: install one, set CC in the environment to '
+            'the path of another, or remove --compile'
+        )
+    folders = include_folders()
+    if not any((folder / 'Python.h').is_file() for folder in folders):
+        version = '.'.join(map(str, sys.version_info[:2]))
+        parser.error(
+            f"--compile needs Python's header files, and there is no {folders[0] / 'Python.h'}: install them (on "
+            f'Debian and Ubuntu the package python{version}-dev), or remove --compile'
+        )
+
+
+def include_folders() -> list[Path]:
+    """The folders in which triton's compiler finds Python.h: first Python's own, then those of the environment."""
+    scheme = sysconfig.get_default_scheme()
+    own = sysconfig.get_paths('posix_prefix' if scheme == 'posix_local' else scheme)['include']  # as triton does
+    more = [os.environ.get(name, '') for name in ('CPATH', 'C_INCLUDE_PATH')]
+    return [Path(folder) for folder in (own, *os.pathsep.join(more).split(os.pathsep)) if folder]
+
+
 def check_resume(parser: Reporter, args: argparse.Namespace) -> None:
     """Check that there is something to resume and something to train, and that no options contradict each other."""
     processes = of_environment()
     if args.resume and not Path(args.resume).is_file():
-        parser.error(f'--resume {args.resume}: no such file')
+        reason = not_a_file(args.resume)
+        parser.error(f'--resume {args.resume} {reason}' if reason else f'--resume {args.resume}: no such file')
     restarts = args.max_restarts or processes.may_restart  # by us, or by torchrun
-    if args.overwrite and (args.auto_resume or restarts):
+    if args.overwrite and (args.auto_resume or restarts) and not args.evaluate:
         other = '--auto-resume' if args.auto_resume else '--max-restarts'
         parser.error(f'--overwrite removes what {other} would continue from: give only one of the two')
-    if args.evaluate and args.auto_resume and not processes.restarts:
+    if args.evaluate and args.auto_resume and not (args.resume or processes.restarts):
         parser.error('--evaluate tests the file given by --resume: remove --auto-resume')
-    if args.resume_weights_only and not args.resume:
+    if args.resume_weights_only and not (args.resume or args.evaluate):
         parser.error('--resume-weights-only needs --resume PATH, the file to load the weights from')
     if args.start_epoch >= args.max_epoch and not args.evaluate:
         parser.error(f'--start-epoch {args.start_epoch} leaves no epoch to train: --max-epoch is {args.max_epoch}')

@@ -8,8 +8,13 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from runtime.errors import UserError
+from runtime.kinds import HEAD, PICTURES, recognised
 
 FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'PPM', 'TIFF', 'WEBP')  # none of them runs another program
+SUFFIXES = (  # of files in FORMATS, in lower case
+    *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.apng', '.bmp', '.gif'),
+    *('.ppm', '.pgm', '.pbm', '.pnm', '.tif', '.tiff', '.webp'),
+)
 TRIES, PAUSE = 3, 0.1  # attempts to read an image; seconds between them, in which a network file system may recover
 
 
@@ -31,10 +36,19 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error and more
             failure = error
     if isinstance(failure, UnidentifiedImageError):
-        reason = f'it is not a {", ".join(FORMATS[:-1])} or {FORMATS[-1]} file'
+        reason = _recognised(path) or f'it is not a {", ".join(FORMATS[:-1])} or {FORMATS[-1]} file'
     else:
         reason = getattr(failure, 'strerror', None) or str(failure) or type(failure).__name__
     raise UserError(' '.join(f'cannot read the image {os.fspath(path)}: {reason}'.splitlines())) from failure
+
+
+def _recognised(path: str | os.PathLike) -> str:
+    try:
+        with open(path, 'rb') as file:
+            what = recognised(file.read(HEAD), *PICTURES)
+    except OSError:
+        return ''
+    return f'it {what}' if what else ''
 
 
 def _decode(path: str | os.PathLike) -> Image.Image:

@@ -223,7 +223,7 @@ def start(
     device = _device(options, group.processes)
     chosen = _precision(options, device)
     for option, wanted in (('--sync-bn', options.sync_bn), ('--compile', options.compile)):
-        if wanted and device.type != 'cuda':
+        if wanted and device.type != 'cuda' and not options.evaluate:  # a test uses neither
             raise UserError(f'{option} is for CUDA devices: remove it on the CPU')
     if options.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # required for deterministic cuBLAS
@@ -303,15 +303,17 @@ def gpus(options: RunOptions, processes: int = 1) -> list[int]:
 
 
 def _precision(options: RunOptions, device: torch.device) -> str:
-    """fp32, tf32 or bf16: as --precision requests, or for auto the faster one of fp32 and bf16 that is correct here.
+    """fp32, tf32 or bf16: as --precision requests; for auto, what trains the network faster and correctly.
 
     Raises:
         UserError: the device does not support the precision, or the network gives wrong results in it.
     """
-    narrowest = models.factory[options.arch].narrowest_bf16
+    network = models.network_of(options.arch)
+    narrowest = network.narrowest_bf16
     narrow = device.type == 'cpu' and options.width < narrowest
     if options.precision == 'auto':
-        return 'bf16' if has_bf16(device) and not narrow else 'fp32'
+        slower = device.type == 'cpu' and not network.faster_in_bf16
+        return 'bf16' if has_bf16(device) and not narrow and not slower else 'fp32'
     if options.precision == 'bf16' and narrow:
         raise UserError(
             f'--precision bf16 with --width {options.width}: on CPUs bf16 gives wrong results for images up to '

@@ -7,28 +7,51 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
-def write_whole(fpath: str | Path, write: Callable[[Path], object]) -> None:
+def write_whole(fpath: str | Path, write: Callable[[Path], object], *also: str | Path) -> None:
     """Let `write` fill a temporary file beside `fpath`, then rename it: a file of that name is always complete.
 
     The data reach the disk before the name does, and the name before this returns: a power failure leaves the old file
     or the new one. Raises OSError if it cannot be written; the old file is then untouched.
+
+    also: further names in the same folder, which get the same contents: hard links if the file system has them, copies
+          otherwise. They are replaced once nothing more has to be written, and before `fpath`: where `fpath` is new,
+          they are too.
     """
-    fpath = Path(fpath)
-    fpath.parent.mkdir(parents=True, exist_ok=True)
-    temporary = fpath.with_name(f'.{fpath.name}.{os.getpid()}')
+    paths = [Path(fpath), *map(Path, also)]
+    temporaries = [path.with_name(f'.{path.name}.{os.getpid()}') for path in paths]
+    first, *doubles = temporaries
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
     try:
-        write(temporary)
-        with open(temporary, 'rb') as file:
-            os.fsync(file.fileno())
-        temporary.replace(fpath)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)  # a killed process may have left a link to a file that is kept
+        write(first)
+        for double in doubles:
+            _double(first, double)
+        for temporary in temporaries:
+            with open(temporary, 'rb') as file:
+                os.fsync(file.fileno())
+        try:
+            for double, path in zip(doubles, paths[1:], strict=True):
+                double.replace(path)
+        finally:
+            first.replace(paths[0])
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    folder = os.open(fpath.parent, os.O_RDONLY)
+        for temporary in temporaries:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    folder = os.open(paths[0].parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _double(fpath: Path, double: Path) -> None:
+    """A second name of the file: later writes replace names, so that none changes the other's contents."""
+    try:
+        os.link(fpath, double)
+    except OSError:  # the file system has no hard links
+        shutil.copyfile(fpath, double)
 
 
 def free_space(folder: str | Path) -> int:
@@ -48,7 +71,7 @@ class Unwritten(list[str]):
         try:
             yield
         except OSError as problem:
-            self.report(fpath, problem, 'the old file is untouched, and the run continues')
+            self.report(problem.filename2 or fpath, problem, 'the old file is untouched, and the run continues')
 
     def report(self, fpath: str | Path, problem: OSError, consequence: str) -> None:
         self.append(f'{fpath}: {problem.strerror or problem}')

@@ -86,7 +86,7 @@ def check_files(paths: Sequence[str], run: Run) -> None:
         also = f', also {", ".join(others[:2])}{" ..." if len(others) > 2 else ""}' if others else ''
         text = (
             f'cannot read the image {first}: No such file or directory (missing: {len(rows)} of {len(paths)} files of '
-            f'the test{also}); unpack the data set again'
+            f'the test{also}); restore them, or unpack the data set again if it is a published one'
         )
         raise UserError(' '.join(text.splitlines()))
 

@@ -9,7 +9,6 @@ import io
 import math
 import os
 import pickletools
-import stat
 import warnings
 import zipfile
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from runtime.errors import UserError, plain
+from runtime.kinds import HEAD, MODELS, not_a_file, recognised, recognised_zip
 
 
 def load(path: str | os.PathLike) -> tuple[Any, str]:
@@ -29,8 +29,8 @@ def load(path: str | os.PathLike) -> tuple[Any, str]:
     """
     where = plain(os.fspath(path), 500)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # before opening: opening a pipe would block
-            raise Refused('is not a regular file; give the path of a checkpoint')
+        if what := not_a_file(path):  # before opening: opening a pipe would block
+            raise Refused(what)
         with open(path, 'rb') as file:
             kind = inspect_file(file)
             file.seek(0)
@@ -117,14 +117,18 @@ def inspect_file(file: BinaryIO) -> str:
     if head[:1] == b'\x80':
         _inspect_legacy(file, size)
         return 'a legacy stream'
-    what = 'is empty' if size == 0 else f'is not a PyTorch file (it begins with {head!r})'
-    raise Refused(f'{what}; get the checkpoint again')
+    if size == 0:
+        raise Refused('is empty; get the checkpoint again')
+    what = recognised(file.read(HEAD), *MODELS)
+    raise Refused(what or f'is not a PyTorch file (it begins with {head!r}); give a checkpoint or a state dict')
 
 
 def _inspect_zip(file: BinaryIO, size: int) -> None:
     """Zip file, PyTorch 1.6 and later: NAME/data.pkl, and NAME/data/KEY for every storage."""
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
+        if what := recognised_zip(record.filename for record in records):
+            raise Refused(what)
         for record in records:
             if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
                 raise Refused('has compressed records, which PyTorch never writes and which could fill the memory')
@@ -134,8 +138,6 @@ def _inspect_zip(file: BinaryIO, size: int) -> None:
         top, *others = {name.split('/')[0] for name in names} or {''}
         if others or f'{top}/data.pkl' not in names:
             raise Refused('is a zip file, but not a checkpoint; give the checkpoint itself')
-        if f'{top}/constants.pkl' in names:
-            raise Refused('is a TorchScript program, not weights; save model.state_dict() in the program that wrote it')
         start = min(record.header_offset for record in records)
         if len(names) < len(records) or sum(record.file_size for record in records) > size or start or archive.comment:
             raise Refused('is a zip file with shared or hidden records, which PyTorch never writes; get the file again')

@@ -23,11 +23,6 @@ def positive_int(text: str) -> int:
     return _number(text, int, 1, 'an integer of at least 1')
 
 
-def two_or_more(text: str) -> int:
-    """Images in a batch: BatchNorm needs two."""
-    return _number(text, int, 2, 'an integer of at least 2')
-
-
 def seed(text: str) -> int:
     return _number(text, int, 0, 'an integer from 0 to 2^64 - 1', most=2**64 - 1)
 

@@ -1,5 +1,6 @@
 """Resuming bit for bit is tested with the scripts; here the parts."""
 
+import errno
 import os
 import sys
 
@@ -122,6 +123,86 @@ def test_best_model_is_the_best_also_after_a_resume(tmp_path):
         record_test(checkpoint, epoch, rank1)
         assert torch.load(best, weights_only=True)['epoch'] == expected
     assert len(list(tmp_path.glob('checkpoint_ep*.pth.tar'))) == 4
+
+
+def epochs_in(folder):
+    """The epochs of the tests' checkpoints, counted from 1."""
+    return sorted(int(path.name[13:-8]) for path in folder.glob('checkpoint_ep*.pth.tar'))
+
+
+@pytest.mark.parametrize(('number', 'kept'), [(0, [1, 2, 3, 4, 5]), (1, [5]), (2, [4, 5]), (9, [1, 2, 3, 4, 5])])
+def test_the_newest_checkpoints_of_tests_are_kept_and_the_best(number, kept, tmp_path):
+    checkpoint = begin(options(tmp_path, keep_tests=number), **parts())
+    for epoch, rank1 in enumerate((0.4, 0.6, 0.5, 0.1, 0.2)):
+        record_test(checkpoint, epoch, rank1)
+    assert epochs_in(tmp_path) == kept
+    best = torch.load(tmp_path / 'best_model.pth.tar', weights_only=True)
+    assert (best['epoch'], best['rank1']) == (1, 0.6)
+    resumed = begin(options(tmp_path, auto_resume=True), **parts())
+    assert (resumed.path, resumed.epoch, resumed.best_rank1) == (tmp_path / 'checkpoint_ep5.pth.tar', 5, 0.6)
+
+
+@pytest.mark.parametrize('of_a_clock', [1, 2**32])
+def test_what_is_never_deleted(of_a_clock, tmp_path):
+    """The file just written, also if others come from the future; those that the command names; files of others."""
+    _, path = saved(tmp_path)
+    begun_with = tmp_path / 'checkpoint_ep2.pth.tar'
+    spared = ['checkpoint_ep2_mine', 'checkpoint_ep', 'mine', 'resume_1_1_mine', 'resume_1_2']
+    for name in ('checkpoint_ep2', 'checkpoint_ep3', 'resume_1_1', *spared):
+        (tmp_path / f'{name}.pth.tar').write_bytes(path.read_bytes())
+    for each in tmp_path.iterdir():
+        os.utime(each, (of_a_clock, of_a_clock))
+    elsewhere = tmp_path / 'link.pth.tar'  # a name for a file in the folder
+    elsewhere.symlink_to(begun_with)
+    pretrained = str(tmp_path / 'resume_1_2.pth.tar')
+    how = {'keep': 1, 'keep_tests': 1, 'arguments': {'pretrained': pretrained}}
+    checkpoint = begin(options(tmp_path, resume=str(elsewhere), **how), **parts())
+    record_test(checkpoint, 3, 0.1)
+    checkpoint._save_position()
+    left = {path.name.removesuffix('.pth.tar') for path in tmp_path.glob('*.pth.tar')}
+    newest = ['checkpoint_ep3'] * (of_a_clock > 1)
+    assert left == {*spared, *newest, 'link', 'best_model', 'checkpoint_ep2', 'checkpoint_ep4', 'resume_2_0'}
+
+
+def test_a_file_that_cannot_be_deleted_is_reported_and_kept(tmp_path, monkeypatch, capsys):
+    def refuse(path, missing_ok=False):
+        if path.name.startswith('checkpoint'):
+            raise PermissionError(errno.EPERM, 'Operation not permitted')
+        whole(path, missing_ok)
+
+    whole = type(tmp_path).unlink
+    monkeypatch.setattr(type(tmp_path), 'unlink', refuse)
+    checkpoint = begin(options(tmp_path, keep_tests=1), **parts())
+    for epoch in (0, 1):
+        record_test(checkpoint, epoch, 0.5)
+    assert epochs_in(tmp_path) == [1, 2]
+    line = f'{tmp_path}/checkpoint_ep1.pth.tar cannot be deleted (Operation not permitted); the run continues'
+    assert line in capsys.readouterr().out.splitlines()
+    assert not checkpoint.run.unwritten
+
+
+def test_a_write_that_fails_deletes_nothing_and_is_not_the_best(tmp_path, monkeypatch):
+    """Of the tests after it, one is the best if it is better than best_model.pth.tar, which was not replaced."""
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    checkpoint = begin(options(tmp_path, keep_tests=1), **parts())
+    record_test(checkpoint, 0, 0.4)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, 'save', fail)
+        record_test(checkpoint, 1, 0.6)
+    assert epochs_in(tmp_path) == [1]
+    assert checkpoint.run.unwritten == [f'{tmp_path}/checkpoint_ep2.pth.tar: No space left on device']
+    record_test(checkpoint, 2, 0.5)
+    assert epochs_in(tmp_path) == [3]
+    assert torch.load(tmp_path / 'best_model.pth.tar', weights_only=True)['rank1'] == 0.5
+
+
+def test_a_link_to_nowhere_is_passed_over(tmp_path, capsys):
+    _, path = saved(tmp_path)
+    (tmp_path / 'checkpoint_ep9.pth.tar').symlink_to(tmp_path / 'gone')
+    assert begin(options(tmp_path, auto_resume=True), **parts()).path == path
 
 
 def test_another_recipe_is_refused_and_listed(tmp_path):

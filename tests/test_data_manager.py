@@ -31,6 +31,11 @@ def test_toys_are_drawn_and_read(tmp_path, monkeypatch):
     assert all(os.path.isfile(path) for path, _, _ in market.train + market.query + market.gallery)
     assert all(os.path.isfile(path) for paths, _, _ in mars.train + mars.query + mars.gallery for path in paths)
 
+    again = data_manager.init_dataset('toy_mars', tmp_path / 'toy_mars')  # its own folder
+    assert len(again.train) == len(mars.train) and sorted(os.listdir(tmp_path)) == ['toy_market1501', 'toy_mars']
+    assert len(data_manager.init_dataset('toy_mars', tmp_path / 'new' / 'toy_mars').query) == len(mars.query)
+    assert 'bbox_train' in os.listdir(tmp_path / 'new' / 'toy_mars')
+
     shutil.rmtree(tmp_path / 'toy_market1501' / 'query')
     with pytest.raises(UserError, match='remove that folder, and the toy is drawn again'):
         data_manager.init_dataset('toy_market1501', tmp_path)
@@ -80,8 +85,8 @@ def checked(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as end:
             commands.run(data_manager.main)
         said = capsys.readouterr()
-        found = said.out.split('  ' + '-' * 30 + '\n')[-1].replace(f'{tmp_path}/', '')
-        return end.value.code, found.splitlines(), said.err
+        found = said.out.split('  ' + '-' * 30 + '\n')[-1].replace(f'{tmp_path}/', '').splitlines()
+        return end.value.code, [line for line in found if not line.startswith(('It differs', 'Passed over'))], said.err
 
     return run
 
@@ -148,6 +153,29 @@ def test_all_faults_of_a_data_set_are_found(market, checked, tmp_path):
         f'    {folder}0002_c1s1_000451_03.jpg = {folder}0002_c2s1_000451_03.jpg',
     ]
     assert found[-1].startswith('market1501: 4 kinds of faults; ')
+
+
+def test_what_is_not_read_is_listed(market, checked):
+    for name in ('Thumbs.db', '.hidden', '0001_c1.jp2'):
+        (market / 'query' / name).touch()
+    (market / 'bounding_box_train' / '0001').mkdir()
+    _, found, _ = checked('market1501')
+    assert found[:5] == [
+        'note: files and folders that are not read: 4',
+        '    market1501/bounding_box_train/0001',
+        *(f'    market1501/query/{name}' for name in ('.hidden', '0001_c1.jp2', 'Thumbs.db')),
+    ]
+
+
+def test_other_cameras_are_a_difference(market, checked):
+    shutil.copy(market / 'query' / MARKET['query'][0], market / 'bounding_box_test' / '0000_c0.jpg')
+    status, found, _ = checked('market1501')
+    assert status == 1
+    assert found[:3] == [
+        'fault: statistics that differ from the known ones: 2',
+        '    gallery: 2 ids, 3 items instead of 2 and 2',
+        '    cameras 0, 1, 2, 3, 5, 6 instead of 1 to 6 (camids 0 to 5, in this order)',
+    ]
 
 
 def test_a_distractor_is_no_person(market, checked):

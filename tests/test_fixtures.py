@@ -117,6 +117,16 @@ def test_an_old_file_has_its_figures(file, script, tree, tmp_path):
     assert script(file.script, '--data-dir', tree, '--evaluate', '--resume', path, '--save-dir', tmp_path) == 0
     results = json.loads((tmp_path / 'results.json').read_text())
     assert (results['mAP'], results['cmc'][0]) == pytest.approx((file.mAP, file.rank1))
+    assert results['notices'] == []
+
+
+@every_file
+def test_how_an_old_file_was_trained_is_known(file, script, tree, tmp_path):
+    path = copied(file, tmp_path / 'old')
+    options = ['--data-dir', tree, '--evaluate', '--resume', path, '--save-dir', tmp_path, '--height', 64]
+    assert script(file.script, *options) == 0
+    expected = [f'{path} was trained with --height 32, and is used with --height 64']
+    assert json.loads((tmp_path / 'results.json').read_text())['notices'] == expected
 
 
 @every_file

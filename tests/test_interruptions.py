@@ -516,6 +516,45 @@ def test_positions_are_kept_by_number(script, tmp_path):
     assert 'checkpoint_ep4.pth.tar' in found
 
 
+def test_a_run_that_is_killed_while_it_replaces_the_best_loses_nothing(script, monkeypatch, tmp_path):
+    """It ends after the first of two names was replaced; resumed, it repeats the test and has both."""
+
+    class Killed(BaseException):
+        pass
+
+    def replace(path, target):
+        nonlocal dead
+        if dead:
+            raise Killed
+        moved = whole(path, target)
+        dead = Path(target).name.startswith(('best', 'checkpoint'))
+        if dead:
+            raise Killed
+        return moved
+
+    whole, dead, best = Path.replace, False, tmp_path / 'best_model.pth.tar'
+    options = ['--max-epoch', 1, '--save-dir', tmp_path]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, 'replace', replace)
+        with pytest.raises(Killed):
+            script('train_img_model_xent', *options)
+    assert script('train_img_model_xent', *options, '--auto-resume') == 0
+    assert weights_of(best)
+    assert best.samefile(tmp_path / 'checkpoint_ep1.pth.tar')
+
+
+@pytest.mark.parametrize('name', ['resume_1_2', 'checkpoint_ep1'])
+def test_a_file_that_the_command_names_is_there_when_it_is_restarted(name, script, tmp_path):
+    """The newest ones alone are kept, but the same command has to work again."""
+    options = ['--eval-step', 1, '--save-minutes', 1e-9, '--keep', 1, '--keep-tests', 1, '--save-dir', tmp_path]
+    assert script('train_img_model_xent', *options, '--max-epoch', 1, '--keep', 9) == 0
+    options += ['--resume', tmp_path / f'{name}.pth.tar', '--max-epoch', 3]
+    assert script('train_img_model_xent', *options) == 0
+    expected = sorted({'best_model.pth.tar', 'checkpoint_ep3.pth.tar', f'{name}.pth.tar', 'resume_3_3.pth.tar'})
+    assert [found for found in names(tmp_path) if found.endswith('.pth.tar')] == expected
+    assert script('train_img_model_xent', *options, '--auto-resume') == 0  # as it is restarted
+
+
 def test_a_disk_that_fails_ends_no_training(script, at_batch, tmp_path, capsys):
     """Files larger than 10 kB cannot be written any more from the second epoch on."""
     options = ['--max-epoch', 3, '--eval-step', 1, '--save-dir', tmp_path]

@@ -70,8 +70,9 @@ def option(options: str, message: str, script: str = XENT, process: bool = False
 
 
 OPTIONS = [
-    option('--train-batch 1', "--train-batch: must be an integer of at least 2, not '1'", process=True),
-    option('--train-batch x', '--train-batch: must be an integer of at least 2'),
+    option('--train-batch 1', '--train-batch 1: a batch needs at least 2 images, for BatchNorm', process=True),
+    option('--train-batch 0', "--train-batch: must be an integer of at least 1, not '0'"),
+    option('--train-batch x', '--train-batch: must be an integer of at least 1'),
     option(f'--test-batch {10**400}', '--test-batch: must be an integer of at least 1'),
     option('--lr 0', '--lr/--learning-rate: must be a number greater than 0'),
     option('--lr nan', '--lr/--learning-rate: must be a number greater than 0'),
@@ -102,9 +103,10 @@ OPTIONS = [
     option('--weight-cent 0', '--weight-cent: must be a number greater than 0', 'train_img_model_cent'),
     option('--lr-cent 0', '--lr-cent: must be a number greater than 0', 'train_img_model_cent'),
     option('--resume nowhere.pth.tar', '--resume nowhere.pth.tar: no such file'),
-    option('--resume run', '--resume run: no such file'),
+    option('--resume run', '--resume run is a folder; the newest checkpoint in it is run/checkpoint_ep1.pth.tar'),
+    option('--resume data', '--resume data is a folder without checkpoints; give the path of a checkpoint'),
     option('--pretrained nowhere', '--pretrained nowhere: no such file'),
-    option('--pretrained data', '--pretrained data: no such file'),
+    option('--pretrained data', '--pretrained data is a folder without checkpoints'),
     option('--resume-weights-only', '--resume-weights-only needs --resume'),
     option('--start-epoch 2', '--start-epoch 2 leaves no epoch to train'),
     option('--save-dir file/log', '--save-dir file/log: cannot be written to'),
@@ -158,6 +160,13 @@ def one_camera(folder: Path) -> None:
             path.rename(path.with_name(re.sub(r'_c\d', '_c1', path.name)))
 
 
+def one_folder_each(folder: Path) -> None:
+    for path in (folder / 'data/market1501/bounding_box_train').glob('0*'):
+        person = path.with_name(path.name[:4])
+        person.mkdir(exist_ok=True)
+        path.rename(person / path.name)
+
+
 def one_each(folder: Path) -> None:
     for path in (folder / 'data/market1501/bounding_box_train').iterdir():
         seen = path.with_name(path.name[:4])
@@ -187,7 +196,7 @@ def track(row: int, column: int, value: float) -> Make:
 
 
 TRAIN_NAMES = 'data/mars/info/train_name.txt'
-OFFICIAL = 'download info/ again'
+OFFICIAL = 'or download info/ again if it is the published one'
 
 TREES = [
     tree('no data folder', '--data-dir nowhere', "no market1501 or .* in --data-dir 'nowhere'; expected:", drawn=True),
@@ -206,8 +215,8 @@ TREES = [
     tree('a holiday', '', "the name 'holiday.jpg' cannot be parsed", written('data/market1501/query/holiday.jpg', b'')),
     tree('two lines in a name', '', r"the name 'a\\nb.jpg' cannot be parsed",
          written('data/market1501/query/a\nb.jpg', b'')),
-    tree('camera 7', '', 'has camera 7, but cameras are 1 to 6',
-         written('data/market1501/query/0001_c7s1_000001_00.jpg', b'')),
+    tree('person -2', '', 'has person -2, but persons are numbered from 0',
+         written('data/market1501/query/-2_c1s1_000001_00.jpg', b'')),
     tree('one identity', '', 'the training set is limited to one person', without('bounding_box_train', '0002')),
     tree('no match', '', r'none of the \d+ queries has a match', without('bounding_box_test', '0000')),
     tree('one camera', '', r'none of the (\d+) queries has a match: 0 show .* lacks, \1 one .* camera only; .* if '
@@ -217,6 +226,10 @@ TREES = [
     tree('P of 1', '--train-batch 4', 'has room for one identity with --num-instances 4', script=HTRI),
     tree('K of 1', '--num-instances 1', '--num-instances is 1: a triplet needs at least 2', script=HTRI),
     tree('one image each', '', 'each of the 6 identities in the training set has only one image', one_each, HTRI),
+    tree('no training images', '', 'market1501 contains no bounding_box_train; expected:',
+         removed('data/market1501/bounding_box_train'), drawn=True),
+    tree('a folder for each person', '', r'contains .* but 6 folders \(0002, .*; move the images from its folders up',
+         one_folder_each),
     tree('no name file', '', 'mars contains no info/train_name.txt; expected', removed(TRAIN_NAMES), VIDEO, drawn=True),
     tree('a name file not in ASCII', '', f'cannot be read as a list of file names .*{OFFICIAL}',
          written(TRAIN_NAMES, 'Bücher'.encode()), VIDEO),
@@ -239,7 +252,7 @@ TREES = [
     tree('a track beyond the names', '', r'track 1 has lines 1 to 9999 of .*download info/', track(0, 1, 9999), VIDEO),
     tree('a track from line -3', '', 'track 1 has lines -3 to', track(0, 0, -3), VIDEO),
     tree('person -2', '', 'track 2 has person -2', track(1, 2, -2), VIDEO),
-    tree('camera 9', '', 'track 2 has camera 9, but cameras are 1 to 6', track(1, 3, 9), VIDEO),
+    tree('camera -1', '', 'track 2 has camera -1, but cameras are numbered from 0', track(1, 3, -1), VIDEO),
     tree('a tracklet of two cameras', '', r'mixes \w+ and \w+, but a tracklet is one person', track(0, 1, 6), VIDEO),
     tree('a query beyond the tracks', '', r'query_IDX.mat refers to track 9999, but tracks are 1 to',
          table('query_IDX', lambda values: values + 9999 - values), VIDEO),
@@ -297,7 +310,9 @@ def linked_to_nowhere(path: Path, _) -> None:
         other.symlink_to('nowhere')
 
 
-MISSING = r'No such file or directory \(missing: 1 of \d+ files of the test\); unpack the data set again'
+MISSING = (
+    r'No such file or directory \(missing: 1 of \d+ files of the test\); restore them, or unpack the data set again'
+)
 MISSING_ALL = r'No such .* \(missing: \d\d of \d\d files of the test, also \S+jpg, \S+jpg \.\.\.\)'
 GALLERY, FRAMES = 'market1501/bounding_box_test', 'mars/bbox_train'
 
@@ -397,7 +412,7 @@ CHECKPOINTS = [
     checkpoint('an empty file', written('weights.pth', b''), 'weights.pth is empty; get the checkpoint again'),
     checkpoint('a cut file', cut(RESUMED, 5000), 'is damaged, truncated or not a checkpoint', f'--resume {RESUMED}'),
     checkpoint('a flipped bit', flipped, 'record .* fails its checksum; get the file again'),
-    checkpoint('a pipe', lambda folder: os.mkfifo(folder / 'weights.pth'), 'no such file', logged=False),
+    checkpoint('a pipe', lambda folder: os.mkfifo(folder / 'weights.pth'), 'is not a regular', logged=False),
     checkpoint('a pickle', written('weights.pth', pickle.dumps({}, 2)), 'is a pickle, but not a PyTorch file'),
     checkpoint('a cut pickle', written('weights.pth', b'\x80\x02}q'), 'is damaged, truncated or not a checkpoint'),
     checkpoint('a zip file', zipped(['README']), 'is a zip file, but not a checkpoint'),

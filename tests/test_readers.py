@@ -7,14 +7,16 @@ import textwrap
 import time
 
 import numpy as np
+import PIL.Image
 import pytest
 from conftest import ROOT
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 
 import data_manager
 from readers import market1501, mars
 from readers.market1501 import Market1501
 from readers.mars import Mars
+from runtime import decoding
 from runtime.errors import UserError
 
 README = (ROOT / 'data' / 'README.md').read_text()
@@ -95,6 +97,8 @@ def test_market1501_is_read_from_names_alone(tmp_path, capsys):
         '  ------------------------------\n'
         '  total    |     4 |        7\n'
         '  ------------------------------\n'
+        'It differs from the published Market1501: train: 2 ids, 3 items instead of 751 and 12936; '
+        'query: 2 ids, 2 items instead of 750 and 3368; gallery: 2 ids, 2 items instead of 751 and 15913\n'
     )
 
 
@@ -151,6 +155,8 @@ def test_mars_in_the_originals_protocol(tmp_path, capsys, place):
         '  total    |     4 |        8\n'
         '  number of images per tracklet: 2 ~ 5, average 3.1\n'
         '  ------------------------------\n'
+        'It differs from the published MARS: train: 2 ids, 3 items instead of 625 and 8298; '
+        'query: 2 ids, 2 items instead of 626 and 1980; gallery: 2 ids, 3 items instead of 621 and 9330\n'
     )
 
 
@@ -175,6 +181,194 @@ def test_name_files_of_windows(tmp_path):
     path = root / 'info' / 'train_name.txt'
     path.write_bytes(path.read_bytes().replace(b'\n', b'\r\n') + b'\r\n')
     assert Mars(tmp_path).train == expected
+
+
+# ---- trees of one's own ----
+
+
+def ids(dataset):
+    return [[(pid, camid) for _, pid, camid in items] for items in (dataset.train, dataset.query, dataset.gallery)]
+
+
+def last_lines(capsys):
+    return capsys.readouterr().out.split('  ' + '-' * 30 + '\n')[-1].splitlines()
+
+
+def test_any_cameras_and_long_pids_of_market1501(tmp_path, capsys):
+    files = {
+        'bounding_box_train': ['0000000007_c12s1_1.jpg', '2_c0.jpg', '2_c7.jpg'],
+        'query': ['9223372036854775807_c007.jpg'],
+        'bounding_box_test': ['-1_c99.jpg', '9223372036854775807_c100.jpg'],
+    }
+    put_market(tmp_path / 'market1501', files)
+    dataset = Market1501(tmp_path)
+    largest = 2**63 - 1
+    assert ids(dataset) == [[(1, 2), (0, 0), (0, 1)], [(largest, 1)], [(largest, 3)]]
+    assert np.array([pid for _, pid, _ in dataset.query]).dtype == np.int64
+    (line,) = last_lines(capsys)
+    assert line.endswith('; cameras 0, 7, 12, 100 instead of 1 to 6 (camids 0 to 3, in this order)')
+
+
+def test_cameras_within_1_to_6_keep_their_camids(tmp_path, capsys):
+    put_market(tmp_path / 'market1501', {**MARKET, 'query': ['0001_c4s1.jpg'], 'bounding_box_test': ['0001_c6s1.jpg']})
+    assert ids(Market1501(tmp_path))[1:] == [[(1, 3)], [(1, 5)]]
+    assert 'camera' not in capsys.readouterr().out
+
+
+def test_all_formats_that_are_decoded_are_images(tmp_path):
+    """And no others: their suffixes are those of Pillow, but for floating-point pixels."""
+    PIL.Image.init()
+    known = {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in decoding.FORMATS}
+    assert set(decoding.SUFFIXES) == known - {'.pfm'}
+    names = [f'0001_c1s1_{number:06d}_00{suffix}' for number, suffix in enumerate(decoding.SUFFIXES)]
+    put_market(tmp_path / 'market1501', {**MARKET, 'query': [*names, '0001_c1s1_9.JPG.Png']})
+    assert len(Market1501(tmp_path).query) == len(names) + 1
+
+
+def test_what_is_passed_over_is_counted(tmp_path, capsys):
+    root = put_market(tmp_path / 'market1501')
+    for name in ('Thumbs.db', '.DS_Store', 'desktop.ini'):
+        (root / 'query' / name).touch()
+    assert len(Market1501(tmp_path).passed_over) == 3
+    assert 'Passed over' not in capsys.readouterr().out
+    for name in ('a.txt', '0001_c1.jp2', '0001_c2.svg'):
+        (root / 'query' / name).touch()
+    (root / 'bounding_box_train' / '0002').mkdir()
+    (root / 'bounding_box_test' / '\x1b[2J').touch()
+    assert len(Market1501(tmp_path).passed_over) == 8
+    assert last_lines(capsys)[0] == (
+        r'Passed over: 4 files (bounding_box_test/\x1b[2J, query/0001_c1.jp2, query/0001_c2.svg ...) '
+        'and 1 folder (bounding_box_train/0002)'
+    )
+
+
+def test_a_folder_for_each_person(tmp_path):
+    put_market(tmp_path / 'market1501', {**MARKET, 'bounding_box_train': ()})
+    for name in MARKET['bounding_box_train']:
+        (tmp_path / 'market1501/bounding_box_train' / name[:4]).mkdir(exist_ok=True)
+    with pytest.raises(UserError) as error:
+        data_manager.init_dataset('market1501', tmp_path)
+    assert 'but 2 folders (0002, 0007); move the images from its folders up into' in one_line(error)
+
+
+def test_mars_of_other_names_and_cameras(tmp_path, capsys):
+    root = put_info(tmp_path / 'mars')
+    for subset in ('train', 'test'):
+        path = root / 'info' / f'{subset}_name.txt'
+        path.write_text(re.sub(r'(\d{4})C(\d)T(\d+)F(\d+).jpg', r'1\1C1\2T\3F1\4.PNG', path.read_text()))
+        key = f'track_{subset}_info'
+        table = loadmat(root / 'info' / f'tracks_{subset}_info.mat')[key].astype(float)
+        table[table[:, 2] >= 0] += [0, 0, 2**40, 10]
+        savemat(root / 'info' / f'tracks_{subset}_info.mat', {key: table})
+    dataset = Mars(tmp_path)
+    assert ids(dataset) == [
+        [(0, 0), (0, 1), (1, 4)],
+        [(2**40 + 2, 0), (2**40 + 4, 1)],
+        [(2**40, 2), (2**40 + 2, 0), (2**40 + 2, 3)],
+    ]
+    assert dataset.train[1][0][0] == str(root / 'bbox_train' / '10001' / '10001C12T0002F1001.PNG')
+    assert last_lines(capsys)[0].endswith(
+        '; cameras 11, 12, 13, 14, 16 instead of 1 to 6 (camids 0 to 4, in this order)'
+    )
+
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
+def test_name_files_with_a_byte_order_mark(tmp_path, encoding):
+    root = put_info(tmp_path / 'mars')
+    expected = Mars(tmp_path).train
+    path = root / 'info' / 'train_name.txt'
+    path.write_text(path.read_text().replace('\n', '\r\n'), encoding=encoding)
+    assert Mars(tmp_path).train == expected
+
+
+@pytest.mark.parametrize(
+    'content, what',
+    [
+        (b'MATLAB 7.3 MAT-file, Platform: GLNXA64'.ljust(124) + b'\x00\x02IM' + bytes(384) + b'\x89HDF\r\n\x1a\n',
+         'is a .mat file of version 7.3 (HDF5)'),
+        (b'\x89HDF\r\n\x1a\n' + bytes(200), 'is a .mat file of version 7.3 (HDF5)'),
+        (b'# Created by Octave 8.4\n# name: query_IDX\n# type: matrix\n', "is in Octave's own format"),
+    ],
+)  # fmt: skip
+def test_tables_that_scipy_cannot_read(tmp_path, content, what):
+    root = put_info(tmp_path / 'mars')
+    (root / 'info' / 'query_IDX.mat').write_bytes(content)
+    with pytest.raises(UserError) as error:
+        Mars(tmp_path)
+    assert one_line(error).endswith(
+        f"query_IDX.mat {what}, which is not supported; load it in MATLAB or Octave, and save('query_IDX.mat', "
+        "'query_IDX', '-v7')"
+    )
+
+
+@pytest.mark.parametrize('place', ['Market1501', 'market-1501', 'MARKET-1501-V15.09.15', 'market1501/market_1501', ''])
+def test_other_spellings_of_the_folder(tmp_path, place, capsys):
+    """And --data-dir may be the data set itself."""
+    put_market(tmp_path / 'data' / place)
+    assert len(Market1501(tmp_path / 'data').train) == 3
+    assert (f"--data-dir '{tmp_path}/data' is the data set itself\n" in capsys.readouterr().out) == (not place)
+
+
+def test_mars_may_be_the_data_dir_itself(tmp_path):
+    put_info(tmp_path / 'x')
+    assert len(data_manager.init_dataset('mars_official', tmp_path / 'x').train) == 3
+
+
+def test_a_data_set_below_the_data_dir_comes_first(tmp_path):
+    put_market(tmp_path)
+    put_market(tmp_path / 'market1501', {**MARKET, 'query': ['0009_c1.jpg']})
+    assert [pid for _, pid, _ in Market1501(tmp_path).query] == [9]
+    shutil.rmtree(tmp_path / 'market1501' / 'bounding_box_train')  # it can only be tested
+    assert [pid for _, pid, _ in Market1501(tmp_path).query] == [1, 3]
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path):
+    (tmp_path / 'Market-1501-v15.09.15.zip').touch()
+    with pytest.raises(UserError, match=f'unpack {tmp_path}/Market-1501-v15.09.15.zip there$'):
+        Market1501(tmp_path)
+
+
+# ---- a test without a training set ----
+
+
+def test_market1501_without_a_training_set(tmp_path, capsys):
+    root = put_market(tmp_path / 'market1501')
+    whole = Market1501(tmp_path)
+    train = root / 'bounding_box_train'
+    for number, (make, reason) in enumerate((
+        (lambda: (train / MARKET['bounding_box_train'][2]).unlink(), 'the training set is limited to one person'),
+        (lambda: (train / 'holiday.jpg').touch(), "the name 'holiday.jpg' cannot be parsed"),
+        (lambda: (shutil.rmtree(train), train.mkdir()), 'contains no images of persons; it is empty'),
+        (train.rmdir, 'market1501 contains no bounding_box_train'),
+    )):  # fmt: skip
+        make()
+        capsys.readouterr()
+        dataset = data_manager.init_dataset('market1501', tmp_path, train=False)
+        *_, line = capsys.readouterr().out.splitlines()
+        assert line.startswith('It can be tested, but not trained on: ') and reason in line and 'expected' not in line
+        assert (dataset.query, dataset.gallery) == (whole.query, whole.gallery)
+        assert len(dataset.train) == (0 if number else 2)
+        with pytest.raises(UserError, match=re.escape(reason)):
+            data_manager.init_dataset('market1501', tmp_path)
+
+
+def test_mars_without_a_training_set(tmp_path, capsys):
+    root = put_info(tmp_path / 'mars')
+    whole = Mars(tmp_path)
+    for part in ('bbox_train', 'info/tracks_train_info.mat', 'info/train_name.txt'):
+        shutil.rmtree(root / part) if part == 'bbox_train' else (root / part).unlink()
+        capsys.readouterr()
+        dataset = data_manager.init_dataset('mars', tmp_path, train=False)
+        printed = capsys.readouterr().out
+        assert f'not trained on: {root} contains no bbox_train' in printed and part in printed
+        assert (dataset.query, dataset.gallery) == (whole.query, whole.gallery)
+        assert dataset.train == (whole.train if part == 'bbox_train' else [])  # the tables have the names
+        assert ('  train    |     2 |        3\n' in printed) == (part == 'bbox_train')
+        with pytest.raises(UserError, match=f'contains no (bbox_train, .*)?{part}[,;]'):
+            data_manager.init_dataset('mars', tmp_path)
+    (root / 'info' / 'query_IDX.mat').unlink()
+    with pytest.raises(UserError, match=r'contains no bbox_train, .* no info/query_IDX\.mat; expected'):
+        data_manager.init_dataset('mars', tmp_path, train=False)
 
 
 # ---- the real sizes ----
@@ -233,7 +427,8 @@ def test_market1501_at_its_size(tmp_path, monkeypatch, capsys):
     gallery += [f'{row % 751 and row % 751 + 999:04d}_c{row % 6 + 1}s1_{row:06d}_01.jpg' for row in range(15913)]
     names = dict(zip(MARKET, (train, query, gallery), strict=True))
     put_market(tmp_path / 'market1501', dict.fromkeys(MARKET, ()))
-    monkeypatch.setattr(os, 'listdir', lambda path: names[os.path.basename(path)])
+    listdir = os.listdir
+    monkeypatch.setattr(os, 'listdir', lambda path: names.get(os.path.basename(path)) or listdir(path))
 
     _, seconds = timed(Market1501, tmp_path)
     printed = capsys.readouterr().out
@@ -279,23 +474,28 @@ def test_a_missing_part_is_named(tmp_path):
 @pytest.mark.parametrize(
     'part, names, fault',
     [
-        ('bounding_box_train', [], 'bounding_box_train contains no images of persons'),
+        ('bounding_box_train', [], 'contains no images of persons; it is empty: unzip the data'),
         ('query', ['Thumbs.db', '.hidden_c1.jpg'], 'query contains no images of persons'),
         ('bounding_box_test', ['-1_c1s1_000401_03.jpg'], 'bounding_box_test contains no images of persons'),
         ('query', ['holiday.jpg'], "query: the name 'holiday.jpg' cannot be parsed"),
         ('query', ['x0001_c1s1_001051_00.jpg'], 'cannot be parsed'),
-        ('query', ['-2_c1s1_001051_00.jpg'], 'cannot be parsed'),
-        ('query', ['0001_c0s1_001051_00.jpg'], "'0001_c0s1_001051_00.jpg' has camera 0, but cameras are 1 to 6"),
-        ('bounding_box_test', ['0001_c7s1_001051_00.jpg'], 'has camera 7, but cameras are 1 to 6'),
+        ('query', ['--1_c1s1_001051_00.jpg'], 'cannot be parsed'),
+        ('query', ['-2_c1s1_001051_00.jpg'], "'-2_c1s1_001051_00.jpg' has person -2, but persons are numbered from 0 "),
+        ('query', ['9223372036854775808_c1.jpg'], 'has person 9223372036854775808, but persons are numbered from 0 to '
+         '9223372036854775807, and -1 is junk'),
+        ('query', ['9' * 200 + '_c1.jpg'], 'has person 999999999999999999999999999999..., but'),
+        ('query', ['a.txt', 'b.TXT', 'c.txt', 'd.jp2'], 'query contains no images of persons, but 4 files '
+         '(a.txt, b.TXT, c.txt ...); images are .jpg, .jpeg,'),
+        ('bounding_box_test', ['-1_c1s1_000401_03.jpg', 'a.txt'], 'but only junk (pid -1)'),
         ('bounding_box_train', MARKET['bounding_box_train'][:2], 'the training set is limited to one person'),
         ('query', ['a\n\x1b[2J\udcff.jpg'], r"query: the name 'a\n\x1b[2J\udcff.jpg' cannot be parsed"),
-        ('query', ['0001_c7\n.jpg'], r"query: '0001_c7\n.jpg' has camera 7"),
+        ('query', ['-3_c7\n.jpg'], r"query: '-3_c7\n.jpg' has person -3"),
     ],
-)
+)  # fmt: skip
 def test_faults_of_market1501(tmp_path, part, names, fault):
     put_market(tmp_path / 'market1501', {**MARKET, part: names})
     with pytest.raises(UserError) as error:
-        Market1501(tmp_path)
+        data_manager.init_dataset('market1501', tmp_path)
     assert fault in one_line(error)
 
 
@@ -327,9 +527,9 @@ def changed(row, column, value, dtype=np.int32):
         (changed(0, 1, 2**31 - 1), 'track 1 has lines 1 to 2147483647 of'),
         (changed(1, 1, 7), 'track 2, lines 5 to 7 of'),  # two persons
         (changed(0, 1, 5), 'mixes 0001C1 and 0001C2, but a tracklet is one person in one camera'),
-        (changed(1, 3, 7), 'track 2 has camera 7, but cameras are 1 to 6'),
-        (changed(1, 3, 0), 'track 2 has camera 0, but cameras are 1 to 6'),
-        (changed(1, 2, -2), 'track 2 has person -2'),
+        (changed(1, 3, -1), 'track 2 has camera -1, but cameras are numbered from 0'),
+        (changed(1, 2, -2), 'track 2 has person -2, but persons are numbered from 0, and -1 is junk'),
+        (changed(1, 2, 2**54, float), 'is not a table of integers up to 2^53'),
         (changed(2, 2, 1), 'the training set is limited to one person'),
         (changed(slice(None), 2, -1), 'the training set has no tracklet of a person'),
         (changed(0, 0, np.nan, float), 'is not a table of integers'),
@@ -344,7 +544,7 @@ def changed(row, column, value, dtype=np.int32):
 def test_faults_of_mars_tables(tmp_path, table, fault):
     put_info(tmp_path / 'mars', {'train': table})
     with pytest.raises(UserError) as error:
-        Mars(tmp_path)
+        data_manager.init_dataset('mars', tmp_path)
     assert fault in one_line(error)
     assert f'{tmp_path}/mars' in one_line(error)
 
@@ -356,7 +556,7 @@ def test_a_mars_table_that_would_fill_the_memory(tmp_path):
     root = put_info(tmp_path / 'mars', {'train': table})
     (root / 'info' / 'train_name.txt').write_text(lines)
     with pytest.raises(UserError) as error:
-        Mars(tmp_path)
+        data_manager.init_dataset('mars', tmp_path)
     assert 'its tracks have 1000000000 frames, but' in one_line(error)
 
 
@@ -381,7 +581,7 @@ def test_mars_tables_of_any_whole_type(tmp_path, dtype):
 def test_faults_of_mars_queries(tmp_path, queries, fault):
     put_info(tmp_path / 'mars', {'queries': queries})
     with pytest.raises(UserError) as error:
-        Mars(tmp_path)
+        data_manager.init_dataset('mars', tmp_path)
     assert fault in one_line(error)
 
 
@@ -405,12 +605,12 @@ def test_faults_of_mars_files(tmp_path, file, content, fault):
     else:
         (root / 'info' / file).write_bytes(content)
     with pytest.raises(UserError) as error:
-        Mars(tmp_path)
+        data_manager.init_dataset('mars', tmp_path)
     assert fault in one_line(error)
 
 
 @pytest.mark.parametrize(
-    'name', ['Thumbs.db', '0001C1T0001F001.png', '../../../C1T0001F001.jpg', '0001C1T0001F0001.jpg/x']
+    'name', ['Thumbs.db', '0001C1T0001F001.txt', '../../../C1T0001F001.jpg', '0001C1T0001F0001.jpg/x']
 )
 def test_a_mars_name_that_does_not_parse(tmp_path, name):
     root = put_info(tmp_path / 'mars')
@@ -418,5 +618,5 @@ def test_a_mars_name_that_does_not_parse(tmp_path, name):
     lines = path.read_text().splitlines()
     path.write_text('\n'.join([*lines[:2], name, *lines[3:]]))
     with pytest.raises(UserError) as error:
-        Mars(tmp_path)
+        data_manager.init_dataset('mars', tmp_path)
     assert f"{path}: the name '{name}' cannot be parsed; it must look like 0001C1T0001F001.jpg" in one_line(error)

@@ -1,6 +1,7 @@
 """The page of a run, made from files that are put together here: plain colours rank toy pictures."""
 
 import base64
+import html
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from tiny import Tiny
 import data_manager
 import ranking
 import report
+import weights
 from eval_metrics import average_precision
 from page import activations, charts, lists, runs
 from runtime import commands
@@ -358,6 +360,31 @@ def test_compare_allows_data_that_moved(tmp_path, saved, market):
     assert report.compare([saved, other], tmp_path / 'out.html').exists()
 
 
+def put_summary(folder, **changes):
+    path = folder / 'results.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_compare_lists_the_notices_and_the_settings_that_differ(tmp_path, saved, market):
+    other = put_run(tmp_path / 'other', market)
+    assert 'Notice' not in report.compare([saved, other], tmp_path / 'out.html').read_text()
+    put_summary(other, notices=['<b>random</b>'], height=64, precision='bf16', dataset_fingerprint='f')
+    page = report.compare([saved, other], tmp_path / 'out.html').read_text()
+    assert [html.unescape(notice) for notice in re.findall('Notice: (.*)</p>', page)] == [
+        f'{other}: <b>random</b>',
+        f'the runs were tested with different input sizes ({saved}: 96 × 48 pixels; {other}: 64 × 48 pixels)',
+        f'the runs were tested with different precisions ({saved}: fp32; {other}: bf16)',
+        f'the runs were tested with different data sets ({saved}: toy_market1501, fingerprint 0123456789abcdef; '
+        f'{other}: toy_market1501, fingerprint f)',
+    ]
+
+
+@pytest.mark.parametrize('notices', [None, 5, 'text'])
+def test_notices_that_are_none(notices, saved):
+    put_summary(saved, notices=notices)
+    assert 'Notice' not in report.write(saved).read_text()
+
+
 # ------------------------------------------------------------------------------------------------- activations, command
 
 
@@ -396,6 +423,17 @@ def test_activations_write_one_grid(tmp_path, checkpoint, market):
     height = len(dark)
     assert dark[:40].any() and dark[-40:].any()  # no empty margins
     assert dark[height * 5 // 9 : height * 2 // 3, -60:].mean() > 0.5  # 8 in 2 rows of 4
+
+
+def test_activations_at_another_size_have_a_notice(tmp_path, market, capsys):
+    path = tmp_path / 'tiny.pth.tar'
+    arguments = {'arch': 'tiny', 'height': 32, 'width': 16}
+    state = {'format': weights.FORMAT, 'state_dict': Tiny(7).state_dict(), 'arguments': arguments}
+    torch.save(state, path)
+    for height, expected in ((32, 0), (64, 1)):
+        report.activations(path, [market.query[0][0]], None, height, 16, tmp_path / 'grid.png')
+        notice = f'Notice: {path} was trained with --height 32, and is used with --height {height}\n'
+        assert capsys.readouterr().out.count(notice) == expected
 
 
 def command(*args, cwd=ROOT):

@@ -1,12 +1,14 @@
 """Each script from the outside: trained, resumed, evaluated; and what a copy of one can do."""
 
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, TINY
+from tiny import Tiny
 
 import data_manager
 
@@ -52,6 +54,39 @@ def test_train_resume_evaluate(name, script, tmp_path, capsys):
     tested = json.loads((tmp_path / 'test' / 'results.json').read_text())
     assert tested['mAP'] == results['mAP']
     assert (tmp_path / 'test' / 'log_test.txt').exists()
+
+
+FOR_TRAINING = '--train-batch 999 --start-epoch 999 --auto-resume --overwrite --resume-weights-only --sync-bn --compile'
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_a_test_needs_nothing_of_the_training(name, script, data_dir, tmp_path, capsys, recwarn):
+    """No images, no identities, no batch that can be composed of them; with weights or without."""
+    video = '_vid_' in name
+    parts = ['mars/bbox_train', *('mars/info/' + part for part in ('train_name.txt', 'tracks_train_info.mat'))]
+    for part in parts if video else ['market1501/bounding_box_train']:
+        assert (data_dir / part).exists()
+    root = tmp_path / 'data'
+    missing = shutil.ignore_patterns('bbox_train', 'train_name.txt', 'tracks_train_info.mat', 'bounding_box_train')
+    shutil.copytree(data_dir, root, ignore=missing)
+    torch.save(Tiny(11).state_dict(), tmp_path / 'eleven.pth')
+    odd = FOR_TRAINING.split() + (['--num-instances', 7, '--margin', 0] if 'htri' in name else ['--cache', 'ram'])
+    for resume in ([], ['--resume', tmp_path / 'eleven.pth']):
+        figures = []
+        for data in ([], ['--data-dir', root], ['--data-dir', root, *(odd if resume else odd[:4])]):
+            save_dir = tmp_path / f'log{len(figures)}'
+            assert script(name, '--evaluate', *data, *resume, '--save-dir', save_dir) == 0
+            out, err = capsys.readouterr()
+            assert err == '' and 'Evaluate only' in out
+            assert ('  train    |     0 |        0\n' in out) == bool(data)
+            assert ('It can be tested, but not trained on: ' in out) == bool(data)
+            assert ('The classifier has the 11 identities of ' in out) == bool(resume)
+            assert 'Not loaded' not in out
+            figures.append(json.loads((save_dir / 'results.json').read_text())['mAP'])
+        assert figures[0] == figures[1] == figures[2]
+    assert not [warning for warning in recwarn if 'zero-element' in str(warning.message)]
+    assert script(name, '--data-dir', root, '--save-dir', tmp_path / 'log') == 2
+    assert 'contains no b' in capsys.readouterr().err.splitlines()[0]
 
 
 @pytest.mark.parametrize('name', ['train_img_model_xent_htri', 'train_vid_model_xent'])

@@ -153,7 +153,7 @@ REFUSED = {
         b'\x80\x02' + tensor_of(4, 0, (2,), (1,)) + b'.', r'has a tensor where none is allowed'
     ),
     'an empty file': (b'', r'is empty; get the checkpoint again'),
-    'a web page': (b'<!DOCTYPE html>', r"is not a PyTorch file \(it begins with b'<!DO'\)"),
+    'a web page': (b'<!DOCTYPE html>', r'is an HTML page that was saved instead of the file'),
     'a pickle': (pickle.dumps([1, 2], 2), r'is a pickle, but not a PyTorch file'),
     'a zip of something': (
         zip_of(b'').replace(b'data.pkl', b'data.txt'), r'is a zip file, but not a checkpoint'
@@ -220,8 +220,8 @@ def test_strangers_files_need_no_memory(tmp_path):
 def test_what_is_no_file(tmp_path):
     with pytest.raises(UserError, match=r'missing\.pth cannot be read \(No such file or directory\)'):
         unpickling.load(tmp_path / 'missing.pth')
-    for path in (tmp_path, '/dev/zero'):
-        with pytest.raises(UserError, match='is not a regular file'):
+    for path, what in ((tmp_path, 'is a folder without checkpoints'), ('/dev/zero', 'is not a regular file')):
+        with pytest.raises(UserError, match=what):
             unpickling.load(path)
 
 

@@ -27,7 +27,7 @@ from torchvision.models import DenseNet121_Weights, ResNet50_Weights
 
 import models
 import weights
-from models.network import Network
+from models.network import Network, Training
 from runtime.errors import UserError
 
 LONGER = ('base.6.6.conv1.weight', 'base.denseblock4.denselayer17.norm1.weight')  # ResNet101, DenseNet169
@@ -270,6 +270,27 @@ def test_other_classifier():
     assert (model.classifier.weight == 7).all()
 
 
+def test_a_classifier_of_the_files_size(capsys):
+    """For a test. Weights without a classifier, or with one on other features, change nothing."""
+    state_dict = Tiny(7).state_dict()
+    model = filled_with_sevens(Tiny(5)).double()
+    weights.fit_classifier(model, state_dict, 'best.pth')
+    assert capsys.readouterr().out == 'The classifier has the 7 identities of best.pth instead of 5\n'
+    assert load(model, state_dict) == [] and model.num_classes == 7
+    assert torch.equal(model.classifier.weight, state_dict['classifier.weight'].double())
+    for unfit in (
+        {**state_dict, 'classifier.weight': torch.ones(4, 9), 'classifier.bias': torch.ones(4)},
+        {**state_dict, 'classifier.weight': torch.ones(4, 8)},
+        {**state_dict, 'classifier.weight': torch.ones(0, 8), 'classifier.bias': torch.ones(0)},
+        {key: value for key, value in state_dict.items() if key != 'classifier.bias'},
+        {key: value for key, value in state_dict.items() if not key.startswith('classifier')},
+        state_dict,
+    ):
+        weights.fit_classifier(model, unfit, 'best.pth')
+        assert model.classifier.out_features == model.num_classes == 7
+    assert capsys.readouterr().out == ''
+
+
 @pytest.mark.parametrize('allow', [True, False])
 @pytest.mark.parametrize(
     ('change', 'message'),
@@ -366,6 +387,8 @@ def test_imagenet_weights_from_the_cache(model, hub, capsys):
     assert 'Initialised at random: ' in said
     assert ('fc_fuse.1.running_mean' in said) == (model.arch == 'resnet50m')
     assert taken.classifier.weight.shape[0] == 4
+    assert taken.trained.of_imagenet and ('fc_fuse.1.running_mean' in taken.trained.random) == ('fc_fuse' in said)
+    assert weights.read(hub / Path(imagenet.IMAGENET1K_V1.url).name).trained.of_imagenet  # given by --resume
 
 
 def test_imagenet_weights_without_a_network(resnet, hub):
@@ -390,7 +413,9 @@ def test_pretrained_path(resnet, folder, capsys):
     weights.pretrain(taken, 'none')
     assert_equal(taken.state_dict(), random)
     assert 'Loaded' not in capsys.readouterr().out
+    assert taken.trained is None
     weights.pretrain(taken, str(path))
+    assert taken.trained == Training(str(path), num_pids=resnet.num_classes)
     assert_equal(taken.base.state_dict(), resnet.base.state_dict())
     assert torch.equal(taken.classifier.weight, random['classifier.weight'])
     said = capsys.readouterr().out
@@ -401,6 +426,7 @@ def test_pretrained_path(resnet, folder, capsys):
     weights.pretrain(middle, str(path))
     assert_equal(middle.base.state_dict(), resnet.base.state_dict())
     assert 'fc_fuse.0.weight' in capsys.readouterr().out
+    assert middle.trained.random.startswith('fc_fuse.0.weight, ')
 
     torch.save(middle.state_dict(), path)
     with pytest.raises(UserError, match=r'unexpected fc_fuse\.0\.weight.*try --arch resnet50m'):

@@ -62,10 +62,10 @@ import data_manager
 import weights
 from models.network import Network
 from readers import market1501, mars, tree
-from runtime import unpickling
+from runtime import kinds, unpickling
 from runtime.errors import UserError
 
-READERS = [pickletools, zipfile, weights, unpickling, market1501, mars, tree, data_manager]
+READERS = [pickletools, zipfile, weights, unpickling, kinds, market1501, mars, tree, data_manager]
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 20  # of a core that one input may take; a million instructions are followed in 3
 HANG = 600  # seconds after which one that takes no time of a core hangs
@@ -445,9 +445,10 @@ def read_weights(data: bytes, folder: Path) -> bool:
 
 # ---- Market1501 ----
 
-PIDS = ['-1', '0', '0000', '0001', '0002', '0003', '7', '-2', '--1', '9' * 9, '9' * 10, '\u0663', '']
+PIDS = ['-1', '0', '0000', '0001', '0002', '0003', '7', '-2', '--1', '9' * 10, '9' * 99, '\u0663', '', str(2**63 - 1)]
 CAMERAS = ['0', '1', '2', '6', '06', '7', '9' * 30, '\xb2', '\u0663', '']
-SUFFIXES = ['.jpg', '.jpg', '.JPG', '.jpeg', '.png', '.gif', '.db', '', '.jpg ', '.jpg\n']
+SUFFIXES = ['.jpg', '.jpg', '.JPG', '.jpeg', '.png', '.gif', '.Tif', '.webp', '.db', '', '.jpg ', '.jpg\n']
+TYPES = ['jpg', 'jpeg', 'jpe', 'jfif', 'png', 'apng', 'bmp', 'gif', 'ppm', 'pgm', 'pbm', 'pnm', 'tif', 'tiff', 'webp']
 ODD = st.binary(max_size=12).map(os.fsdecode)
 NAMES = st.one_of(
     st.builds('{:04d}_c{}s1_{:06d}_00.jpg'.format, st.integers(0, 5), st.integers(1, 6), st.integers(0, 99)),
@@ -477,20 +478,18 @@ def put(path: Path, kind: str | None) -> None:
 
 
 def expected_of(names: dict) -> list[tuple[str, int, int]] | None:
-    """Name, pid and camid of the images of a folder by a slow second reading; None if one must be refused."""
+    """Name, pid and camera of the images of a folder by a slow second reading; None if one must be refused."""
     items = []
     for name in sorted(names):
-        if name[0] == '.' or name.lower().rpartition('.')[2] not in ('jpg', 'jpeg', 'png') or '.' not in name:
+        if name[0] == '.' or name.lower().rpartition('.')[2] not in TYPES or '.' not in name:
             continue
         pid, mark, rest = name.partition('_c')
         camera = ''.join(itertools.takewhile(lambda letter: letter in string.digits, rest))
-        digits = pid and not set(pid) - set(string.digits) and len(pid) < 10
+        digits = pid and not set(pid) - set(string.digits) and int(pid) < 2**63
         if not mark or not camera or not (pid == '-1' or digits):
             return None
         if pid != '-1':
-            if int(camera) not in range(1, 7):
-                return None
-            items.append((name, int(pid), int(camera) - 1))
+            items.append((name, int(pid), int(camera)))
     return items or None
 
 
@@ -510,7 +509,7 @@ def read_market(tree: tuple, folder: Path) -> bool:
     good = None not in expected and len({pid for _, pid, _ in expected[0]}) > 1
     try:
         with watched():
-            dataset = market1501.Market1501(str(folder))
+            dataset = data_manager.init_dataset('market1501', str(folder))
             data_manager.fingerprint(dataset)
     except UserError as error:
         assert not good or missing, error
@@ -519,11 +518,15 @@ def read_market(tree: tuple, folder: Path) -> bool:
         return False
     assert good
     labels = {pid: label for label, pid in enumerate(sorted({pid for _, pid, _ in expected[0]}))}
-    expected[0] = [(name, labels[pid], camid) for name, pid, camid in expected[0]]
+    expected[0] = [(name, labels[pid], camera) for name, pid, camera in expected[0]]
+    cameras = sorted({camera for items in expected for _, _, camera in items})
+    order = [1, 2, 3, 4, 5, 6] if set(cameras) <= set(range(1, 7)) else cameras
     for part, items, wanted in zip(
         market1501.PARTS, (dataset.train, dataset.query, dataset.gallery), expected, strict=True
     ):
-        assert items == [(os.path.join(folder, place, part, name), pid, camid) for name, pid, camid in wanted]
+        assert items == [
+            (os.path.join(folder, place, part, name), pid, order.index(camera)) for name, pid, camera in wanted
+        ]
     return True
 
 
@@ -627,7 +630,7 @@ def read_mars(info: tuple, folder: Path) -> bool:
         (folder / 'mars' / part).write_bytes(content)
     try:
         with watched():
-            dataset = mars.Mars(str(folder), official=official)
+            dataset = data_manager.init_dataset('mars_official' if official else 'mars', str(folder))
             data_manager.fingerprint(dataset)
     except UserError as error:
         assert_one_line(error)
@@ -638,15 +641,17 @@ def read_mars(info: tuple, folder: Path) -> bool:
         ('bbox_test', contents[1], dataset.query),
         ('bbox_test', contents[1], dataset.gallery),
     ):
-        lines = content.decode('ascii').split()
+        lines = content.decode('utf-8-sig').split()
         for paths, pid, camid in items:
             assert paths
             assert pid >= 0
-            assert camid in range(6)
+            assert camid in range(len(dataset.cameras) or 6)
             assert type(pid) is type(camid) is int
             names = [os.path.basename(path) for path in paths]
             assert set(names) <= set(lines)
-            assert {os.path.dirname(path) for path in paths} == {str(folder / 'mars' / part / names[0][:4])}
+            assert {os.path.dirname(path) for path in paths} == {
+                str(folder / 'mars' / part / names[0].partition('C')[0])
+            }
         assert sum(len(paths) for paths, _, _ in items) <= 20 * len(lines)
     return True
 

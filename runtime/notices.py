@@ -1,0 +1,93 @@
+"""What a reader of a test's figures has to know: how the test differs from the training of its weights.
+
+None of it is a mistake: a network may well be tested at another size, or on a data set that it has not seen.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from arguments import TestOptions
+from data_manager import fingerprint
+from models.network import Network, Training
+from readers.tree import Dataset
+from runtime.device import Run
+from runtime.errors import plain
+
+POOLING, RERANKING = ('seq_len', 'pool'), ('k1', 'k2', 'lambda_value')
+
+
+def of_test(model: Network, dataset: Dataset, options: TestOptions, run: Run) -> list[str]:
+    """One line for each difference between this test and the training of the weights, as far as that is known."""
+    trained = model.trained
+    if trained is None:
+        return ['neither --resume nor --pretrained gave weights, so the network is random']
+    notices = of_size(trained, options.height, options.width)
+    if trained.random:
+        notices.append(f'not in {trained.where}, and therefore random: {trained.random}')
+    if not trained.of_imagenet:
+        pooling = POOLING if dataset.kind == 'video' else ()
+        ours = {name: getattr(options, name) for name in pooling} | {'precision': run.test_precision}
+        if pair := _differences(trained.options, ours):
+            notices.append('{} was tested with {} while it was trained, and now with {}'.format(trained.where, *pair))
+        notices += _of_data(trained, dataset, options.dataset)
+    return notices
+
+
+def of_size(trained: Training, height: int, width: int) -> list[str]:
+    """The notices that need no data set: on the kind of weights, and on the size of the images."""
+    if trained.of_imagenet:
+        return [f'the network has ImageNet weights ({trained.where}) and was not trained for re-ID']
+    if pair := _differences(trained.options, {'height': height, 'width': width}):
+        return ['{} was trained with {}, and is used with {}'.format(trained.where, *pair)]
+    return []
+
+
+def _of_data(trained: Training, dataset: Dataset, name: str) -> list[str]:
+    """At most one notice: of a file of this project its data set is known, of others how many persons it had."""
+    where = trained.where
+    if pair := _differences(trained.options, {'dataset': name} if name else {}):
+        return ['{} was trained with {}, and is tested with {}'.format(where, *pair)]
+    now = fingerprint(dataset)
+    if trained.fingerprint not in (None, now):
+        return [f'{where} was trained on other files of {dataset.name}: fingerprint {trained.fingerprint}, now {now}']
+    if trained.fingerprint is None and trained.num_pids not in (None, dataset.num_train_pids):
+        return [f'{where} was trained on {trained.num_pids} persons, and {dataset.name} has {dataset.num_train_pids}']
+    return []
+
+
+def of_resumed(trained: Training, options: Mapping[str, Any]) -> list[str]:
+    """The notice that the tests of a run change when it resumes with these `options`, which its recipe allows."""
+    reranks = options.get('rerank') or trained.options.get('rerank')
+    names = ('precision', *POOLING, 'rerank', *(RERANKING if reranks else ()))
+    ours = {name: options[name] for name in names if name in options}
+    if pair := _differences(trained.options, ours):
+        return [
+            'the tests of this run had {}, and from now on have {}: their figures are not comparable, and '
+            'best_model.pth.tar is chosen among both'.format(*pair)
+        ]
+    return []
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The options that differ, as on a command line with their values and with ours; None if none does.
+
+    An option that the file lacks, or that has another type there, is unknown.
+    """
+    pairs = {name: (_tested(name, theirs.get(name)), _tested(name, value)) for name, value in ours.items()}
+    unlike = {name: pair for name, pair in pairs.items() if type(pair[0]) is type(pair[1]) and pair[0] != pair[1]}
+    if not unlike:
+        return None
+    one, other = (' '.join(_written(name, pair[side]) for name, pair in unlike.items()) for side in (0, 1))
+    return one, other
+
+
+def _tested(name: str, value: object) -> object:
+    """The precision of a test is fp32 unless another is requested."""
+    return 'fp32' if (name, value) == ('precision', 'auto') else value
+
+
+def _written(name: str, value: object) -> str:
+    flag = {'dataset': '-d', 'lambda_value': '--lambda'}.get(name, f'--{name.replace("_", "-")}')
+    if isinstance(value, bool):
+        return flag if value else f'no {flag}'
+    return f'{flag} {plain(str(value))}'

@@ -1,0 +1,96 @@
+"""The state of a run as a file holds it: its checks against this run, and its restoration into the parts of the run."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from arguments import SaveOptions
+from runtime.errors import UserError
+
+ENTRIES = {'recipe': dict, 'state': dict, 'epoch': int, 'best_rank1': int | float}  # what a run continues from
+
+
+class Stateful(Protocol):
+    """A part of a run that changes during training: a model, an optimizer, a schedule, a criterion with parameters."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Any, /) -> object: ...
+
+
+def check(state: dict[str, Any], options: SaveOptions, provenance: object, where: str | Path | None) -> None:
+    """Refuse a file in this project's format that was altered, or whose run had a different recipe.
+
+    provenance: of this run
+
+    Options that the script of the file gained later have their defaults.
+    """
+    wrong = [repr(name) for name, kind in ENTRIES.items() if not isinstance(state.get(name), kind)]
+    if wrong:
+        raise UserError(
+            f'--resume {where}: its {", ".join(wrong)} is missing or invalid; get the file again, or load only its '
+            f'weights with --resume-weights-only'
+        )
+    same_script = _script(state.get('provenance')) == _script(provenance)
+    known = options.defaults | state['recipe'] if same_script else state['recipe']
+    _check_recipe(known, options.recipe, where)
+
+
+def _script(provenance: object) -> str | None:
+    """The name of the script that wrote a file; None if its provenance, which may have been altered, has none."""
+    match provenance:
+        case {'command': [str(script), *_]}:
+            return Path(script).name
+    return None
+
+
+def _check_recipe(theirs: dict, ours: dict, where: str | Path | None) -> None:
+    """Refuse to continue with a learning rate, seed, data set ... other than those the run started with."""
+    differences = [
+        f'--{name.replace("_", "-")} was {theirs.get(name, "not an option")}, is {ours.get(name, "not an option")}'
+        for name in sorted({*theirs, *ours})
+        if theirs.get(name) != ours.get(name)
+    ]
+    if differences:
+        raise UserError(
+            f'--resume {where}: the run has a different recipe: {"; ".join(differences)}. Use its values, or start a '
+            f'new run from these weights with --resume-weights-only'
+        )
+
+
+def restore(part: Stateful, name: str, states: dict[str, Any], where: str | Path | None) -> None:
+    """Give a part of the run the state that it had; UserError if the file has none, or one that does not fit."""
+    if name not in states:
+        raise UserError(f'--resume {where} has no state for {name!r}: it was written by a different script')
+    try:
+        part.load_state_dict(states[name])
+    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as problem:
+        raise UserError(
+            f'--resume {where}: its state for {name!r} does not fit: {" ".join(str(problem).split())}'
+        ) from None
+    if isinstance(part, torch.optim.Optimizer):
+        _match_strides(part)
+
+
+def _match_strides(optimizer: torch.optim.Optimizer) -> None:
+    """Give the moments the memory layout of their parameter.
+
+    A fused step treats both as flat memory, so moments from an NCHW file would silently be applied to the wrong
+    elements of a channels_last weight.
+    """
+    for param, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == param.shape and value.stride() != param.stride():
+                state[name] = torch.empty_like(param).copy_(value)
+
+
+def advance(scheduler: LRScheduler, epochs: int) -> None:
+    """Advance the schedule of a run that starts from weights alone to its first epoch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # "scheduler.step() before optimizer.step()" is intended here
+        for _ in range(epochs):
+            scheduler.step()

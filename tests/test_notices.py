@@ -1,0 +1,179 @@
+"""A test that differs from the training of its weights has a notice: printed, in results.json and on the page."""
+
+import dataclasses
+import re
+
+import pytest
+import tiny
+import torch
+import trees
+from conftest import TINY
+from test_evaluation import options
+
+import data_manager
+from models.network import Training
+from readers.market1501 import Market1501
+from runtime import notices
+from utils import read_json
+
+IMAGES, VIDEOS = 'train_img_model_xent', 'train_vid_model_xent'
+
+
+@pytest.fixture(scope='module')
+def trained(data_dir, tmp_path_factory):
+    """A checkpoint of a script, trained for an epoch."""
+    made = {}
+
+    def train(script, name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp('trained')
+            assert script(name, '--max-epoch', 1, '--save-dir', folder) == 0
+            made[name] = folder / 'checkpoint_ep1.pth.tar'
+        return made[name]
+
+    return train
+
+
+@pytest.fixture
+def noticed(script, trained, tmp_path, capsys):
+    """The notices of a test, which are printed before its figures."""
+
+    def test(*options, name=IMAGES, path=None):
+        path = path or trained(script, name)
+        capsys.readouterr()
+        assert script(name, '--evaluate', '--resume', path, '--save-dir', tmp_path, *options) == 0
+        out = capsys.readouterr().out
+        printed = [line.removeprefix('Notice: ') for line in out.splitlines() if line.startswith('Notice')]
+        assert read_json(tmp_path / 'results.json')['notices'] == printed
+        if printed:
+            assert out.index('Notice') < out.index('Results ---')
+        return [line.removeprefix(f'{path} ') for line in printed]
+
+    return test
+
+
+def test_no_weights(script, tmp_path, capsys):
+    assert script(IMAGES, '--evaluate', '--save-dir', tmp_path) == 0
+    notice = 'neither --resume nor --pretrained gave weights, so the network is random'
+    assert f'Notice: {notice}\n' in capsys.readouterr().out
+    results = read_json(tmp_path / 'results.json')
+    assert (results['notices'], results['checkpoint']) == ([notice], 'none')
+
+
+def test_a_test_like_those_of_the_training_has_none(noticed, trained, script):
+    assert noticed() == noticed(name=VIDEOS) == []
+    results = read_json(trained(script, IMAGES).with_name('results.json'))  # of the training
+    assert (results['notices'], results['checkpoint']) == ([], None)
+
+
+def test_weights_given_otherwise(noticed, trained, script, tmp_path, capsys):
+    """As --pretrained, the same file has the same notices."""
+    path = trained(script, IMAGES)
+    options = ['--evaluate', '--pretrained', path, '--save-dir', tmp_path]
+    assert script(IMAGES, *options) == 0
+    assert read_json(tmp_path / 'results.json')['notices'] == []
+    assert script(IMAGES, *options, '--height', 64) == 0
+    results = read_json(tmp_path / 'results.json')
+    assert results['notices'] == [f'{path} was trained with --height 32, and is used with --height 64']
+    assert results['checkpoint'] == str(path)
+
+
+def test_another_size(noticed):
+    size = ['--height', 64, '--width', 24]
+    assert noticed(*size) == ['was trained with --height 32 --width 16, and is used with --height 64 --width 24']
+
+
+def test_another_precision(noticed):
+    precision = ['--precision', 'bf16']
+    assert noticed(*precision) == [
+        'was tested with --precision fp32 while it was trained, and now with --precision bf16'
+    ]
+    assert noticed('--precision', 'auto') == []  # fp32, too
+
+
+def test_other_frames(noticed):
+    frames = ['--seq-len', 2, '--pool', 'max']
+    expected = 'was tested with --seq-len 15 --pool avg while it was trained, and now with --seq-len 2 --pool max'
+    assert noticed(*frames, name=VIDEOS) == [expected]
+
+
+def test_frames_are_nothing_to_a_test_of_images(noticed, trained, script, tmp_path):
+    path = tmp_path / 'checkpoint.pth.tar'
+    changed = torch.load(trained(script, VIDEOS), weights_only=True)
+    changed['arguments']['seq_len'] = 4
+    torch.save(changed, path)
+    assert noticed(path=path) == ['was trained with -d mars, and is tested with -d market1501']
+
+
+def test_another_data_set(noticed, monkeypatch):
+    monkeypatch.setitem(data_manager.IMAGES, 'other', lambda folder: Market1501(folder))
+    assert noticed('-d', 'other') == ['was trained with -d market1501, and is tested with -d other']
+
+
+def test_other_files_under_the_same_name(noticed, tmp_path):
+    trees.draw_market1501(tmp_path / 'data' / 'market1501')
+    (notice,) = noticed('--data-dir', tmp_path / 'data')
+    assert re.fullmatch(r'was trained on other files of market1501: fingerprint \w{16}, now \w{16}', notice)
+
+
+@pytest.mark.parametrize('number', [6, 9])
+def test_weights_of_strangers_are_known_by_their_classifier(number, noticed, tmp_path):
+    path = tmp_path / 'foreign.pth'
+    torch.save(tiny.Tiny(number).state_dict(), path)
+    expected = [f'was trained on {number} persons, and market1501 has 6'] if number != 6 else []
+    assert noticed('--height', 64, '--precision', 'bf16', path=path) == expected
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        {'arguments': None},
+        {'arguments': {'height': '96', 'width': None, 'precision': 8, 'dataset': ['a'], 1: 2}, 'provenance': []},
+        {'arguments': {}, 'provenance': {'dataset_fingerprint': 3}},
+    ],
+)
+def test_what_a_file_does_not_know_has_no_notice(change, noticed, trained, script, tmp_path):
+    path = tmp_path / 'checkpoint.pth.tar'
+    torch.save(torch.load(trained(script, IMAGES), weights_only=True) | change, path)
+    assert noticed('--height', 64, path=path) == []
+
+
+def test_foreign_text_stays_in_one_line(noticed, trained, script, tmp_path):
+    path = tmp_path / 'checkpoint.pth.tar'
+    changed = torch.load(trained(script, IMAGES), weights_only=True)
+    changed['arguments']['dataset'] = 'a\x1b[31m\nb'
+    torch.save(changed, path)
+    assert noticed(path=path) == [r'was trained with -d a\x1b[31m, and is tested with -d market1501']
+
+
+def test_imagenet_weights_are_not_of_reid(data_dir, run, tmp_path):
+    model, dataset = tiny.Tiny(3), data_manager.init_dataset('market1501', str(data_dir))
+    model.trained = Training('some weights', of_imagenet=True, num_pids=1000, random='fc_fuse.0.weight')
+    assert notices.of_test(model, dataset, options(tmp_path), run) == [
+        'the network has ImageNet weights (some weights) and was not trained for re-ID',
+        'not in some weights, and therefore random: fc_fuse.0.weight',
+    ]
+
+
+def test_a_resumed_run_whose_tests_change(script, trained, tmp_path, capsys):
+    how = ['--resume', trained(script, VIDEOS), '--max-epoch', 2]
+    assert script(VIDEOS, *how, '--save-dir', tmp_path / 'same') == 0
+    assert 'Notice' not in capsys.readouterr().out
+    more = ['--seq-len', 4, '--rerank', '--k1', 4, '--no-report']
+    assert script(VIDEOS, *how, *more, '--save-dir', tmp_path / 'other') == 0
+    (line,) = re.findall('Notice: .*', capsys.readouterr().out)
+    expected = 'had --seq-len 15 no --rerank --k1 20, and from now on have --seq-len 4 --rerank --k1 4: their figures'
+    assert line.startswith(f'Notice: the tests of this run {expected}')
+
+
+def test_the_page_shows_them(script, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr('conftest.TINY', [option for option in TINY if option != '--no-report'])
+    path = trained(script, IMAGES)
+    assert script(IMAGES, '--evaluate', '--resume', path, '--width', 24, '--save-dir', tmp_path) == 0
+    page = (tmp_path / 'report.html').read_text()
+    assert f'<p class="notice">Notice: {path} was trained with --width 16, and is used with --width 24</p>' in page
+
+
+def test_every_option_of_a_test_that_is_compared_is_one(script):
+    names = {field.name for field in dataclasses.fields(notices.TestOptions)}
+    assert names >= {'height', 'width', 'dataset', *notices.POOLING, 'rerank', *notices.RERANKING}
