@@ -76,8 +76,13 @@ def init_dataset(name: str, data_dir: str = 'data', train: bool = True) -> Datas
     if dataset.untrainable and train:
         raise UserError(dataset.untrainable)
     if dataset.untrainable:
-        print(f'It can be tested, but not trained on: {plain(dataset.untrainable, 500).removesuffix("; expected:")}')
+        print(f'It can be tested, but not trained on: {_why(dataset)}')
     return dataset
+
+
+def _why(dataset: Dataset) -> str:
+    """Why nothing can be trained on a data set, in one line; '' if it can."""
+    return plain(dataset.untrainable, 500).removesuffix('; expected:')
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -99,14 +104,16 @@ Finding = tuple[bool, str, list[str]]  # whether it is a fault, what it is, and 
 def check(dataset: Dataset, jobs: int = 1) -> Iterable[Finding]:
     """Faults of a data set, and notes that are merely worth knowing. Opens every image, in `jobs` processes.
 
-    Faults are statistics that differ from the known ones, files that cannot be read, persons that are in both the
-    training set and the test sets, and byte-equal images of two persons. For MARS both protocols are examined,
-    whichever was read. Persons are numbered as on disk; distractors (pid 0) are not counted as persons.
+    Faults are a training set that cannot be used, statistics that differ from the known ones, files that cannot be
+    read, persons that are in both the training set and the test sets, and byte-equal images of two persons. For MARS
+    both protocols are examined, whichever was read. Persons are numbered as on disk; distractors (pid 0) are not
+    counted as persons.
     """
     train = [(paths, dataset.train_pids[label], camid) for paths, label, camid in dataset.train]
     query, queries = dataset.query, set(dataset.query)
     gallery = [item for item in dataset.gallery if item not in queries]  # as in the original's protocol
 
+    yield True, 'training set that cannot be used', [why] if (why := _why(dataset)) else []
     yield True, 'statistics that differ from the known ones', dataset.differences()
     yield False, 'files and folders that are not read', list(dataset.passed_over)
 
@@ -185,7 +192,7 @@ def main() -> int:
     faults = 0
     if args.jobs < 1:
         raise UserError(f'-j {args.jobs}: at least one process is needed')
-    for is_fault, what, cases in check(init_dataset(args.dataset, args.data_dir), args.jobs):
+    for is_fault, what, cases in check(init_dataset(args.dataset, args.data_dir, train=False), args.jobs):
         if not cases:
             continue
         faults += is_fault
