@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,10 +156,16 @@ def _work() -> float:
     return seconds(_work_here)
 
 
-def within(seconds: float | None, command: list[str], **kwargs) -> int | None:
-    """The exit status of `command`; None if it took longer, which ends all processes that it has started as well."""
-    path = os.pathsep.join([str(HERE.parent), str(HERE)])
-    with subprocess.Popen(command, start_new_session=True, env={**os.environ, 'PYTHONPATH': path}, **kwargs) as process:
+def within(
+    seconds: float | None, command: list[str], settings: Mapping[str, str] | None = None, **kwargs
+) -> int | None:
+    """The exit status of `command`; None if it took longer. All processes that it has started end with it.
+
+    settings: environment variables; modules of the project and of this folder can be imported
+    """
+    paths = [str(HERE.parent), str(HERE), *filter(None, [os.environ.get('PYTHONPATH')])]
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(paths), **(settings or {})}
+    with subprocess.Popen(command, start_new_session=True, env=env, **kwargs) as process:
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
