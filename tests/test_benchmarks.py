@@ -66,6 +66,25 @@ def test_both_sides_of_a_training_have_the_same_arithmetic(precision, monkeypatc
     assert sides[0] == sides[1] and sides[0][1:] == (precision == 'tf32', True)
 
 
+@pytest.mark.parametrize('full', [False, True])
+@pytest.mark.parametrize('gpus', [0, 1])
+def test_a_row_whose_sides_differ_in_precision_says_so(gpus, full, monkeypatch):
+    training, table = importlib.import_module('training'), importlib.import_module('table')
+    compared = []
+    monkeypatch.setattr(training, 'agree', lambda *_: None)
+    monkeypatch.setattr(training, 'compare', lambda _, **sides: compared.append(sides) or {key: [1.0] for key in sides})
+    for name in ('from_files', 'recipe'):
+        monkeypatch.setattr(training, name, lambda *_: table.Row('a row'))
+    fresh = {'gpus': gpus, 'from_files': table.Row('a row')}
+    monkeypatch.setattr(training, 'in_a_fresh_process', lambda module, function, *_: fresh[function])
+    rows = [row for row in training.rows(full) if row.times_plain]
+    assert len(rows) == len(compared) == (6 if gpus else 4)
+    for row, sides in zip(rows, compared, strict=True):
+        (_, ours, *_), (_, plain) = sides['ours'], sides['plain']
+        assert ours in row.what and (ours != plain) == (f'; plain: {plain}' in row.what)
+    assert {sides['ours'][1] for sides in compared} == ({'fp32', 'tf32', 'bf16'} if gpus else {'fp32', 'bf16'})
+
+
 @pytest.mark.parametrize('name', ['training', 'testing', 'distributed', 'reporting', 'learning', 'table'])
 def test_what_waits_for_the_measurements_does_not_start_cuda(name):
     """It would hold memory of the GPU while they run."""
@@ -90,6 +109,21 @@ def test_the_command():
     done = subprocess.run([sys.executable, FOLDER / 'table.py', 'everything'], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, '')
     assert 'everything: no such part; choose from input, training' in done.stderr
+
+
+def test_parts_are_run_and_ended_in_time(monkeypatch, capfd):
+    """On a machine with a GPU they have a time limit, if not all is to be measured."""
+    table = importlib.import_module('table')
+    monkeypatch.setattr(table, 'in_a_fresh_process', lambda _, function: {'machine': 'a machine', 'gpus': 1}[function])
+    assert sum(table.SECONDS.values()) < 15 * 60
+    for seconds, expected in ((0, '| learning was ended after 0 s |'), (HANG, '| mAP of the demo in bf16 and fp32:')):
+        monkeypatch.setattr(table, 'SECONDS', {'learning': seconds})
+        monkeypatch.setattr(sys, 'argv', ['table.py', 'learning'])
+        with pytest.raises(SystemExit) as end:
+            table.main()
+        assert end.value.code == (1 if seconds == 0 else 0)
+        out = capfd.readouterr().out
+        assert out.startswith('a machine\n') and expected in out.splitlines()[-1]
 
 
 # What holds on a GPU
