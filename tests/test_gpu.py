@@ -195,7 +195,7 @@ def test_features_are_those_of_the_cpu(name):
                 lambda part, args, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last))
             )
     with torch.inference_mode():
-        placed = images.to(run.device, memory_format=torch.channels_last)
+        placed = images.to(run.device)  # NCHW: it is the weights that decide
         full = model(placed).cpu()
         with torch.autocast(run.device.type, torch.bfloat16):
             half = model(placed).float().cpu()
