@@ -26,7 +26,7 @@ from table import HERE, within
 ROOT = HERE.parent
 NEEDED = {name: name for name in ('torch', 'torchvision', 'numpy', 'scipy', 'pytest')} | {'PIL': 'Pillow'}
 TOTAL = 590  # seconds
-SPEEDS = {'fp32': 50, 'tf32': 50, 'bf16': 50, 'bf16 compiled': 90}  # what is measured, and seconds at most
+SPEEDS = {'fp32': 50, 'tf32': 50, 'bf16': 50, 'bf16 compiled': 120}  # what is measured, and seconds at most
 DEVICE_SECONDS, DEMO_SECONDS = 60, 70
 LEAST_MAP = 0.75  # of the demo; 0.81 was the least of three seeds in both precisions on CPUs
 NOISE = 0.95  # what is claimed to be as fast as something else may be that much slower
@@ -107,6 +107,7 @@ def run_tests(seconds: float, dry: bool) -> dict:
     command = [sys.executable, '-m', 'pytest', '-v', '-m', 'gpu', '--tb=short', '-p', 'no:cacheprovider']
     command += ['-k', DRY_TESTS] if dry else []
     files = sorted(marked, key=lambda path: path.name != 'test_gpu.py')[: 1 if dry else None]
+    print(f'tests: {seconds:.0f} s at most', flush=True)
     with tempfile.TemporaryFile('w+') as out:
         settings = {'GPU_TESTS': 'cpu', 'OMP_NUM_THREADS': '1'} if dry else {}
         status = within(seconds, [*command, *map(str, files)], settings, stdout=out, cwd=ROOT)
