@@ -109,7 +109,8 @@ def run_tests(seconds: float, dry: bool) -> dict:
     files = sorted(marked, key=lambda path: path.name != 'test_gpu.py')[: 1 if dry else None]
     print(f'tests: {seconds:.0f} s at most', flush=True)
     with tempfile.TemporaryFile('w+') as out:
-        settings = {'GPU_TESTS': 'cpu', 'OMP_NUM_THREADS': '1'} if dry else {}
+        settings = {'PYTHONUNBUFFERED': '1'}  # what was printed before the time was over is not lost
+        settings |= {'GPU_TESTS': 'cpu', 'OMP_NUM_THREADS': '1'} if dry else {}
         status = within(seconds, [*command, *map(str, files)], settings, stdout=out, cwd=ROOT)
         out.seek(0)
         text = out.read()
