@@ -6,6 +6,7 @@ batch.
 
 import contextlib
 import ctypes
+import functools
 import inspect
 import os
 import random
@@ -80,6 +81,14 @@ class Run:
         self.log = log
         self.rescue: Callable[[], Path | None] | None = None  # saves the state of a failing run
         self.steps: deque[Step] = deque(maxlen=2)  # the last two
+
+    @functools.cached_property
+    def copying(self) -> 'torch.cuda.Stream | None':
+        """The stream on which all loaders copy batches to the GPU, each while the network processes the previous one.
+
+        None on the CPU. Memory that a stream has freed is reused only by this stream, so one serves all.
+        """
+        return torch.cuda.Stream(self.device) if self.device.type == 'cuda' else None
 
     @contextlib.contextmanager
     def autocast(self, testing: bool = False) -> Iterator[None]:
