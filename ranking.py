@@ -33,7 +33,7 @@ from eval_metrics import (
     same_identity,
 )
 from reranking import reranked
-from runtime import commands
+from runtime import commands, values
 from runtime.errors import UserError
 from runtime.tiles import (
     NONE,
@@ -328,8 +328,9 @@ def read(folder: str | Path) -> list[np.ndarray]:
 
 def main() -> None:
     parser = commands.Parser(description='Rank saved features from disk, in bounded memory.')
-    parser.add_argument('query', help='folder with features.npy (N, D), pids.npy and camids.npy (N,) of the queries')
-    parser.add_argument('gallery', help='the same for the gallery')
+    text = 'folder with features.npy (N, D), pids.npy and camids.npy (N,) of the queries'
+    parser.add_argument('query', type=values.path, help=text)
+    parser.add_argument('gallery', type=values.path, help='the same for the gallery')
     args = parser.parse_args()
     (queries, q_pids, q_camids), (gallery, g_pids, g_camids) = read(args.query), read(args.gallery)
     show(rank(queries, gallery, q_pids, g_pids, q_camids, g_camids))

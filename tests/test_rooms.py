@@ -13,7 +13,9 @@ EXPERIMENT = (  # what a script may import
 )
 MAY_IMPORT = {  # and each room, beside runtime.errors
     'arguments': 'data_manager models runtime.checks runtime.commands runtime.processes runtime.values',
-    'data_manager': 'readers.market1501 readers.mars readers.tree runtime.commands runtime.decoding toy',
+    'data_manager': (
+        'readers.market1501 readers.mars readers.tree runtime.commands runtime.decoding runtime.values toy'
+    ),
     'dataset_loader': 'arguments runtime.caching runtime.decoding runtime.device runtime.feed runtime.workers samplers',
     'eval_metrics': '',
     'evaluation': (
@@ -21,8 +23,8 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
         'runtime.device runtime.meters runtime.provenance runtime.testset transforms utils'
     ),
     'losses': '',
-    'ranking': 'eval_metrics reranking runtime.commands runtime.tiles',
-    'report': 'page page.activations runtime.commands',
+    'ranking': 'eval_metrics reranking runtime.commands runtime.tiles runtime.values',
+    'report': 'page page.activations runtime.commands runtime.values',
     'reranking': 'eval_metrics runtime.tiles',
     'samplers': '',
     'transforms': '',
