@@ -165,6 +165,8 @@ def start_all(number: int, more: Sequence[str]) -> tuple[int, str]:
         rdzv_endpoint='localhost:0',  # any free port
         max_restarts=0,
     )
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and hasattr(config, 'signals_to_handle'):
+        config.signals_to_handle = 'SIGTERM,SIGINT,SIGQUIT'  # nohup: it stays ignored, also in the processes
     try:
         elastic_launch(config, sys.executable)(*sys.orig_argv[1:], *more)
     except ChildFailedError as failed:

@@ -32,9 +32,9 @@ from PIL import Image
 from torch import Tensor
 
 from runtime.errors import ProcessLost, UserError
+from runtime.signals import STOPS
 
 PIPE_BYTES = 1 << 20  # that a worker can send before it blocks; the default on Linux is 64 kB
-STOPS = (signal.SIGINT, signal.SIGTERM)  # sent by a terminal or a batch system to all processes of a run
 RETURNS = (
     'a data set must return a PIL image or a uint8 tensor (3, H, W), of any size, or a prepared float tensor (3, '
     'height, width), always of the same size; it returned'
@@ -121,8 +121,8 @@ def _channels_last(image: Any) -> np.ndarray:
 class Workers:
     """Processes that run `work` on tasks ahead of the run, each on one task at a time.
 
-    They are forked when first needed, and end on `close` or with the run, however it ends. They ignore SIGINT and
-    SIGTERM, which a terminal or a batch system also sends to them: the run saves its state first, then ends them.
+    They are forked when first needed, and end on `close` or with the run, however it ends. They ignore the
+    signals that ask a run to stop: the run saves its state first, then ends them.
     """
 
     def __init__(self, number: int, work: Callable[[Task], Block], pin: bool):

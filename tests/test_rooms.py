@@ -28,7 +28,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'reranking': 'eval_metrics runtime.tiles',
     'samplers': '',
     'transforms': '',
-    'utils': 'runtime.files',
+    'utils': 'runtime.console runtime.files',
     'weights': 'models models.network runtime.unpickling',
     'models': 'models.DenseNet models.ResNet models.network',
     'models.DenseNet': 'models.network',
@@ -51,13 +51,17 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
         'runtime.meters runtime.provenance utils weights'
     ),
     'runtime.checks': 'data_manager models runtime.processes',
-    'runtime.commands': '',
+    'runtime.commands': 'runtime.console',
+    'runtime.console': '',
     'runtime.decoding': '',
     'runtime.device': 'arguments models runtime.files runtime.precision runtime.processes runtime.signals utils',
     'runtime.errors': '',
     'runtime.feed': 'runtime.caching runtime.workers',
     'runtime.files': '',
-    'runtime.launch': 'arguments runtime.commands runtime.device runtime.files runtime.processes runtime.signals utils',
+    'runtime.launch': (
+        'arguments runtime.commands runtime.console runtime.device runtime.files runtime.processes runtime.signals '
+        'utils'
+    ),
     'runtime.meters': 'arguments eval_metrics runtime.device utils',
     'runtime.precision': '',
     'runtime.processes': '',
@@ -67,7 +71,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.tiles': 'runtime.precision',
     'runtime.unpickling': '',
     'runtime.values': '',
-    'runtime.workers': '',
+    'runtime.workers': 'runtime.signals',
     'toy': 'toy.formats',
     'toy.formats': 'toy.people toy.scenes toy.views',
     'toy.people': 'toy.views',
