@@ -25,6 +25,7 @@ from page import results
 from readers.tree import Dataset, Item, ids_of
 from runtime.device import Run
 from runtime.errors import UserError
+from runtime.files import allocate
 from runtime.meters import bar_over
 from runtime.provenance import provenance
 from runtime.testset import check_files, check_items
@@ -116,8 +117,7 @@ class Test:
                 for column, name in ((1, 'pids'), (2, 'camids')):
                     np.save(folder / f'{name}.npy', np.array([item[column] for item in items]))
                 np.lib.format.open_memmap(path, 'w+', np.float32, (len(items), feat_dim))
-                with open(path, 'r+b') as file:  # writing to the map of a full disk would raise SIGBUS
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+                allocate(path)
             except OSError as problem:
                 failure = problem.errno or errno.ENOSPC  # numpy raises some without an errno
         failure = int(self.run.sum(torch.tensor(failure)))  # the others wait until the files exist

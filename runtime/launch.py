@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import errno
-import fcntl
 import os
 import platform
 import sys
@@ -20,6 +19,7 @@ from runtime.errors import UserError
 from runtime.files import Unwritten
 from runtime.processes import Group
 from runtime.signals import STOPS, Signals, Stopped
+from runtime.system import fcntl
 from utils import Logger, mkdir_if_missing
 
 ENDS = (0, 2, *(128 + number for number in STOPS))  # exit statuses after which --max-restarts does not restart

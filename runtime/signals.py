@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from runtime import system  # noqa: F401 (Windows has no SIGHUP)
 from runtime.processes import Processes
 
 # Sent by a batch system, by a terminal on Ctrl-C and when it is closed, to all processes of a run.

@@ -10,7 +10,6 @@ batches that are decoded ahead of the run.
 
 import atexit
 import contextlib
-import fcntl
 import gc
 import io
 import itertools
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from runtime.errors import ProcessLost, UserError
 from runtime.signals import STOPS
+from runtime.system import fcntl
 
 PIPE_BYTES = 1 << 20  # that a worker can send before it blocks; the default on Linux is 64 kB
 RETURNS = (

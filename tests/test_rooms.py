@@ -20,7 +20,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'eval_metrics': '',
     'evaluation': (
         'arguments data_manager dataset_loader eval_metrics models.network page.results ranking readers.tree '
-        'runtime.device runtime.meters runtime.provenance runtime.testset transforms utils'
+        'runtime.device runtime.files runtime.meters runtime.provenance runtime.testset transforms utils'
     ),
     'losses': '',
     'ranking': 'eval_metrics reranking runtime.commands runtime.tiles runtime.values',
@@ -60,18 +60,19 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.files': '',
     'runtime.launch': (
         'arguments runtime.commands runtime.console runtime.device runtime.files runtime.processes runtime.signals '
-        'utils'
+        'runtime.system utils'
     ),
     'runtime.meters': 'arguments eval_metrics runtime.device utils',
     'runtime.precision': '',
     'runtime.processes': '',
     'runtime.provenance': 'runtime.device',
-    'runtime.signals': 'runtime.processes',
+    'runtime.signals': 'runtime.processes runtime.system',
+    'runtime.system': 'runtime.commands',
     'runtime.testset': 'eval_metrics readers.tree runtime.device',
     'runtime.tiles': 'runtime.precision',
     'runtime.unpickling': '',
     'runtime.values': '',
-    'runtime.workers': 'runtime.signals',
+    'runtime.workers': 'runtime.signals runtime.system',
     'toy': 'toy.formats',
     'toy.formats': 'toy.people toy.scenes toy.views',
     'toy.people': 'toy.views',
