@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from runtime import console
+from runtime import console, memory
 from runtime.errors import UserError
 
 
@@ -40,6 +40,11 @@ def status_of(main: Callable[[], int | None]) -> int:
         except UserError as mistake:
             console.report(f'error: {mistake}\n')
             return mistake.status
+        except Exception as problem:
+            if not (whose := memory.exhausted(problem)):
+                raise
+            console.report(f'error: the memory of the {whose} ran out ({memory.reason(problem)})\n')
+            return UserError.status
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

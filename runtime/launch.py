@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from arguments import Arguments, Parser, RunOptions
-from runtime import commands, console, device, processes
+from runtime import commands, console, device, memory, processes
 from runtime.device import Run
 from runtime.errors import UserError
 from runtime.files import Unwritten
@@ -82,8 +82,9 @@ def _run(experiment: Experiment, args: Arguments, group: Group, unwritten: Unwri
                 print(f'Finished. Total elapsed time (h:m:s): {elapsed}')
                 return 0, ''
             except Exception as problem:
+                testing = args.evaluate or bool(run and run.rescue and not signals.held)
                 signals.hold()
-                return _end(problem, run, group, signals)
+                return _end(memory.explained(problem, args, testing), run, group, signals)
         except Stopped as stopped:
             if stopped.together:
                 print(stopped)

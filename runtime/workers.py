@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from runtime import memory
 from runtime.errors import ProcessLost, UserError
 from runtime.signals import STOPS
 from runtime.system import fcntl
@@ -275,7 +276,10 @@ def _answer(work: Callable[[Task], Block], task: Task) -> tuple[bytes, memoryvie
         return _pickled((block, pixels.dtype, pixels.numel())), pixels.numpy().data.cast('B')
     except UserError as mistake:
         return pickle.dumps(UserError(str(mistake))), memoryview(b'')
-    except BaseException:  # also SystemExit; the exception may not be picklable, its traceback is
+    except BaseException as problem:  # also SystemExit; the exception may not be picklable, its traceback is
+        if memory.exhausted(problem):
+            text = f'memory ran out in a process that decodes images ({memory.reason(problem)}); use fewer --workers'
+            return pickle.dumps(UserError(text)), memoryview(b'')
         text = f'in a process that decodes images:\n{traceback.format_exc()}'
         return pickle.dumps(RuntimeError(text)), memoryview(b'')
 

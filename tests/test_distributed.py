@@ -203,6 +203,11 @@ def test_two_processes_evaluate_as_one(data_dir, tmp_path, script, capsys):
     [
         ('mistake', 2, r'error: what process 1 says\n'),
         ('fault', 1, r'Traceback (?:(?!Traceback).)*\nValueError: what process 1 says\n'),
+        (
+            'memory',
+            2,
+            r'error: the memory of the GPU ran out \(CUDA out of memory\); try a smaller --train-batch or .*\n',
+        ),
         ('kill', 137, r'error: process 1 of the run was killed by signal 9\n'),
     ],
 )

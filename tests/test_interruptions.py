@@ -213,7 +213,7 @@ def not_finite(features):
 
 FAILURES = {  # of a test: what happens when it has the first features, options, exit status and message
     'a bug': (bug, [], 1, r'ValueError: a bug\n'),
-    'memory': (out_of_memory, [], 1, r'torch\.OutOfMemoryError: CUDA out of memory\n'),
+    'memory': (out_of_memory, [], 2, r'error: the memory of the GPU ran out .*; try a smaller --test-batch or .*; '),
     'a signal': (stopped, [], 143, 'Stopped by SIGTERM; '),
     'a killed worker': (all_killed, ['--workers', 1, '--test-batch', 1], 1, 'error: a process that decodes .*; '),
     'infinite features': (not_finite, [], 2, r'error: (\d+) of \1 query features are not finite .*; '),

@@ -51,7 +51,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
         'runtime.meters runtime.provenance utils weights'
     ),
     'runtime.checks': 'data_manager models runtime.processes',
-    'runtime.commands': 'runtime.console',
+    'runtime.commands': 'runtime.console runtime.memory',
     'runtime.console': '',
     'runtime.decoding': '',
     'runtime.device': 'arguments models runtime.files runtime.precision runtime.processes runtime.signals utils',
@@ -59,9 +59,10 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.feed': 'runtime.caching runtime.workers',
     'runtime.files': '',
     'runtime.launch': (
-        'arguments runtime.commands runtime.console runtime.device runtime.files runtime.processes runtime.signals '
-        'runtime.system utils'
+        'arguments runtime.commands runtime.console runtime.device runtime.files runtime.memory runtime.processes '
+        'runtime.signals runtime.system utils'
     ),
+    'runtime.memory': '',
     'runtime.meters': 'arguments eval_metrics runtime.device utils',
     'runtime.precision': '',
     'runtime.processes': '',
@@ -72,7 +73,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.tiles': 'runtime.precision',
     'runtime.unpickling': '',
     'runtime.values': '',
-    'runtime.workers': 'runtime.signals runtime.system',
+    'runtime.workers': 'runtime.memory runtime.signals runtime.system',
     'toy': 'toy.formats',
     'toy.formats': 'toy.people toy.scenes toy.views',
     'toy.people': 'toy.views',

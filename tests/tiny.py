@@ -22,7 +22,7 @@ if str(ROOT) not in sys.path:
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # before torch: threads that spin hold up a busy machine
 
-from torch import nn  # noqa: E402
+from torch import OutOfMemoryError, nn  # noqa: E402
 
 import models  # noqa: E402
 from models.network import Network  # noqa: E402
@@ -131,7 +131,12 @@ def fault():
     raise ValueError(f'what process {os.environ["RANK"]} says')
 
 
-ACTS = [kill, kill_later, kill_worker, stop, ask, ask_launcher, hang_up, ignore, mistake, fault]
+def memory():
+    """As one process of a group of GPUs may run out of it."""
+    raise OutOfMemoryError('CUDA out of memory. ')
+
+
+ACTS = [kill, kill_later, kill_worker, stop, ask, ask_launcher, hang_up, ignore, mistake, fault, memory]
 
 
 def plan() -> None:
