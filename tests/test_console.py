@@ -182,17 +182,20 @@ def test_a_terminal_that_is_closed_in_the_middle(data_dir, tmp_path):
         command, stdin=ours, stdout=ours, stderr=ours, env={**ENV, 'ACT': 'stop 2 0'}, start_new_session=True
     )
     os.close(ours)
-    _, status = os.waitpid(run.pid, os.WUNTRACED)
-    assert os.WIFSTOPPED(status)
-    os.set_blocking(terminal, False)
-    shown = b''
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            shown += os.read(terminal, 1 << 16)
-    assert b'Epoch 1/1: ' in shown
-    os.close(terminal)
-    os.kill(run.pid, signal.SIGCONT)
-    assert run.wait(HANG) == 2
+    try:
+        _, status = os.waitpid(run.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        os.set_blocking(terminal, False)
+        shown = b''
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                shown += os.read(terminal, 1 << 16)
+        assert b'Epoch 1/1: ' in shown
+        os.close(terminal)
+        os.kill(run.pid, signal.SIGCONT)
+        assert run.wait(HANG) == 2
+    finally:
+        run.kill()
     log = (tmp_path / 'log_train.txt').read_text()
     assert log.count(f'error: stdout cannot be written: {os.strerror(errno.EIO)}') == 1 and 'Finished' in log
 
