@@ -5,7 +5,6 @@ import datetime
 import errno
 import os
 import platform
-import sys
 import time
 import traceback
 import warnings
@@ -42,7 +41,7 @@ def main(experiment: Experiment, parser: Parser) -> None:
     the exit status is 2.
     """
     if status := commands.status_of(lambda: _main(experiment, parser)):
-        sys.exit(status)
+        processes.end(status)
 
 
 def _main(experiment: Experiment, parser: Parser) -> int:

@@ -51,10 +51,13 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
         'runtime.meters runtime.provenance utils weights'
     ),
     'runtime.checks': 'data_manager models runtime.processes',
+    'runtime.cards': '',
     'runtime.commands': 'runtime.console runtime.memory',
     'runtime.console': '',
     'runtime.decoding': '',
-    'runtime.device': 'arguments models runtime.files runtime.precision runtime.processes runtime.signals utils',
+    'runtime.device': (
+        'arguments models runtime.cards runtime.files runtime.precision runtime.processes runtime.signals utils'
+    ),
     'runtime.errors': '',
     'runtime.feed': 'runtime.caching runtime.workers',
     'runtime.files': '',
