@@ -24,6 +24,7 @@ FULL = os.strerror(errno.ENOSPC)
 GONE = os.strerror(errno.EPIPE)
 CLOSED = os.strerror(errno.EBADF)
 TRAIN = ['--max-epoch', 1, '--print-freq', 1]
+BUFFERED = {name: value for name, value in ENV.items() if name != 'PYTHONUNBUFFERED'}
 
 
 def pipe_without_a_reader():
@@ -157,10 +158,10 @@ def test_names_that_the_console_cannot_show(script, tmp_path, monkeypatch):
 # In processes of their own, where Python writes once more at its exit
 
 
-def finished(command, stdout, stderr=subprocess.PIPE, **more):
+def finished(command, stdout, stderr=subprocess.PIPE):
     """Exit status, and what it wrote to stderr; `stdout` and `stderr` may be files, which are closed here."""
     run = subprocess.run(
-        [sys.executable, *map(str, command)], stdout=stdout, stderr=stderr, cwd=ROOT, env={**ENV, **more},
+        [sys.executable, *map(str, command)], stdout=stdout, stderr=stderr, cwd=ROOT, env=BUFFERED,
         timeout=HANG, text=True,
     )  # fmt: skip
     return run.returncode, run.stderr
@@ -179,7 +180,7 @@ def test_a_terminal_that_is_closed_in_the_middle(data_dir, tmp_path):
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack('4H', 24, 80, 0, 0))
     command = [sys.executable, *map(str, train(tmp_path, data_dir))]
     run = subprocess.Popen(
-        command, stdin=ours, stdout=ours, stderr=ours, env={**ENV, 'ACT': 'stop 2 0'}, start_new_session=True
+        command, stdin=ours, stdout=ours, stderr=ours, env={**BUFFERED, 'ACT': 'stop 2 0'}, start_new_session=True
     )
     os.close(ours)
     try:
@@ -214,7 +215,7 @@ def test_a_training_that_nobody_listens_to(data_dir, tmp_path):
     """stdin, stdout and stderr were closed at the start: no file that the run opens takes their place."""
     command = [sys.executable, *map(str, train(tmp_path, data_dir, '--workers', 1))]
     run = subprocess.run(
-        ['sh', '-c', 'exec "$@" <&- >&- 2>&-', 'sh', *command], env=ENV, capture_output=True, timeout=HANG
+        ['sh', '-c', 'exec "$@" <&- >&- 2>&-', 'sh', *command], env=BUFFERED, capture_output=True, timeout=HANG
     )
     assert run.returncode == 2 and run.stdout == run.stderr == b''
     assert (tmp_path / 'log_train.txt').read_text().count(f'error: stdout cannot be written: {CLOSED}') == 1
