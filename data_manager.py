@@ -17,7 +17,7 @@ import toy
 from readers.market1501 import Market1501
 from readers.mars import Mars
 from readers.tree import Dataset, Item, paths_of
-from runtime import commands
+from runtime import commands, values
 from runtime.decoding import read_image
 from runtime.errors import UserError, plain
 
@@ -185,7 +185,7 @@ def _open(path: str) -> tuple[bytes, str]:
 def main() -> int:
     parser = commands.Parser(description='Open every image of a data set and report its faults.')
     parser.add_argument('-d', '--dataset', default='market1501', help=f'{", ".join(get_names())} (default: market1501)')
-    parser.add_argument('--data-dir', default='data', help='folder with the data sets (default: data)')
+    parser.add_argument('--data-dir', type=values.path, default='data', help='where the data sets are (default: data)')
     parser.add_argument('-j', '--jobs', type=int, default=os.cpu_count() or 1, help='processes (default: all cores)')
     args = parser.parse_args()
     started = time.monotonic()
