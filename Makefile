@@ -2,13 +2,14 @@
 # make test     all other tests, with coverage, the linter and the type checker
 # make soak     the slow tests
 # make fuzz     random files for the readers of foreign files, FUZZ_SECONDS (600) per reader and engine
+# make gpu      what holds on the GPU of this machine, in less than ten minutes
 # make bench    speeds relative to the original's method; BENCH=full for the large sizes
 
 PYTHON ?= python3
 PY = .venv/bin/python
 FUZZ_SECONDS ?= 600
 
-.PHONY: demo test soak fuzz bench
+.PHONY: demo test soak fuzz gpu bench
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -36,6 +37,9 @@ fuzz: .venv/dev
 	$(PY) -m pip install --quiet --disable-pip-version-check --only-binary atheris atheris 2>/dev/null || \
 	    echo 'atheris cannot be installed here: fuzzing continues without it'
 	$(PY) tests/fuzz/test_fuzz.py --seconds $(FUZZ_SECONDS)
+
+gpu: .venv/dev
+	$(PY) benchmarks/gpu.py
 
 bench: .venv/run
 	$(PY) benchmarks/table.py $(if $(filter full,$(BENCH)),--full)

@@ -27,6 +27,7 @@ from runtime.values import (
     gpu_list,
     nonnegative_float,
     nonnegative_int,
+    path,
     positive_float,
     positive_int,
     seed,
@@ -58,7 +59,7 @@ class Recipe:
     arch: str = option('resnet50', 'one of {models}', '-a')
     pretrained: str = option('imagenet',
         'initial weights of the network; PATH is a checkpoint or a torchvision backbone. Ignored if --resume is '
-        'given', metavar='imagenet|none|PATH')  # fmt: skip
+        'given', metavar='imagenet|none|PATH', type=path)  # fmt: skip
     height: int = option(256, 'image height, in pixels', type=positive_int)
     width: int = option(128, 'image width, in pixels', type=positive_int)
     train_batch: int = option(32, 'images per batch, over all GPUs together', type=positive_int)
@@ -85,10 +86,10 @@ class Shared(Recipe):
     evaluate: bool = option(False, 'test only', under='test')
     eval_step: int = option(-1, 'epochs between tests; -1: test after the last epoch only', under='test', type=int)
     no_report: bool = option(False, 'do not write report.html, the page of a test', under='test')
-    save_dir: str = option('log', 'folder for logs, checkpoints and results', under='save')
+    save_dir: str = option('log', 'folder for logs, checkpoints and results', under='save', type=path)
     resume: str = option('',
         'continue from this checkpoint, or, with --evaluate, test it; published weights are accepted too', under='save',
-        metavar='PATH')  # fmt: skip
+        metavar='PATH', type=path)  # fmt: skip
     quiet: bool = option(False, 'do not print progress; the log still contains it', under='run')
 
     @property
@@ -100,7 +101,7 @@ class Shared(Recipe):
 
 @dataclass(frozen=True)
 class DataOptions(Shared):
-    data_dir: str = option('data', 'folder with the data sets, see data/README.md')
+    data_dir: str = option('data', 'folder with the data sets, see data/README.md', type=path)
     cache: str = option('none',
         'decode the training images once, before the first epoch, and keep their pixels in memory or on the GPU',
         choices=('none', 'ram', 'device'))  # fmt: skip

@@ -17,7 +17,7 @@ import toy
 from readers.market1501 import Market1501
 from readers.mars import Mars
 from readers.tree import Dataset, Item, paths_of
-from runtime import commands
+from runtime import commands, values
 from runtime.decoding import read_image
 from runtime.errors import UserError, plain
 
@@ -76,8 +76,13 @@ def init_dataset(name: str, data_dir: str = 'data', train: bool = True) -> Datas
     if dataset.untrainable and train:
         raise UserError(dataset.untrainable)
     if dataset.untrainable:
-        print(f'It can be tested, but not trained on: {plain(dataset.untrainable, 500).removesuffix("; expected:")}')
+        print(f'It can be tested, but not trained on: {_why(dataset)}')
     return dataset
+
+
+def _why(dataset: Dataset) -> str:
+    """Why nothing can be trained on a data set, in one line; '' if it can."""
+    return plain(dataset.untrainable, 500).removesuffix('; expected:')
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -99,14 +104,16 @@ Finding = tuple[bool, str, list[str]]  # whether it is a fault, what it is, and 
 def check(dataset: Dataset, jobs: int = 1) -> Iterable[Finding]:
     """Faults of a data set, and notes that are merely worth knowing. Opens every image, in `jobs` processes.
 
-    Faults are statistics that differ from the known ones, files that cannot be read, persons that are in both the
-    training set and the test sets, and byte-equal images of two persons. For MARS both protocols are examined,
-    whichever was read. Persons are numbered as on disk; distractors (pid 0) are not counted as persons.
+    Faults are a training set that cannot be used, statistics that differ from the known ones, files that cannot be
+    read, persons that are in both the training set and the test sets, and byte-equal images of two persons. For MARS
+    both protocols are examined, whichever was read. Persons are numbered as on disk; distractors (pid 0) are not
+    counted as persons.
     """
     train = [(paths, dataset.train_pids[label], camid) for paths, label, camid in dataset.train]
     query, queries = dataset.query, set(dataset.query)
     gallery = [item for item in dataset.gallery if item not in queries]  # as in the original's protocol
 
+    yield True, 'training set that cannot be used', [why] if (why := _why(dataset)) else []
     yield True, 'statistics that differ from the known ones', dataset.differences()
     yield False, 'files and folders that are not read', list(dataset.passed_over)
 
@@ -178,14 +185,14 @@ def _open(path: str) -> tuple[bytes, str]:
 def main() -> int:
     parser = commands.Parser(description='Open every image of a data set and report its faults.')
     parser.add_argument('-d', '--dataset', default='market1501', help=f'{", ".join(get_names())} (default: market1501)')
-    parser.add_argument('--data-dir', default='data', help='folder with the data sets (default: data)')
+    parser.add_argument('--data-dir', type=values.path, default='data', help='where the data sets are (default: data)')
     parser.add_argument('-j', '--jobs', type=int, default=os.cpu_count() or 1, help='processes (default: all cores)')
     args = parser.parse_args()
     started = time.monotonic()
     faults = 0
     if args.jobs < 1:
         raise UserError(f'-j {args.jobs}: at least one process is needed')
-    for is_fault, what, cases in check(init_dataset(args.dataset, args.data_dir), args.jobs):
+    for is_fault, what, cases in check(init_dataset(args.dataset, args.data_dir, train=False), args.jobs):
         if not cases:
             continue
         faults += is_fault

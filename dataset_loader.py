@@ -149,7 +149,6 @@ class TrainLoader:
             )
         self.workers = workers_for(dataset, options.workers, run.device)
         self.cache: Cache | None = None
-        self.stream = torch.cuda.Stream(run.device) if run.device.type == 'cuda' else None
         self.advised = self.announced = False
 
     def __len__(self) -> int:
@@ -164,7 +163,7 @@ class TrainLoader:
         mine = slice(start, None), slice(self.run.rank, None, self.run.world_size)  # of batches, of each batch
         tasks = map(Task, indices[mine].tolist(), seeds[mine].tolist())
         draws = draws[mine].contiguous().to(self.run.device)  # one copy per epoch
-        feed = Feed(self._source().blocks(tasks), self.run.device, self.stream)
+        feed = Feed(self._source().blocks(tasks), self.run.device, self.run.copying)
         began = time.perf_counter()
         for (images, pids, _, more), batch_draws in zip(feed, draws, strict=True):
             if images[0][1].is_floating_point() and not self.announced:
@@ -218,15 +217,14 @@ class TestLoader:
             step = max(1, batch_size // run.world_size)
             shares = (own[at : at + step] for at in range(0, len(own), step))
         self.items = [list(share) for share in shares if share]
-        self.dataset, self.workers, self.device = dataset, workers, run.device
-        self.stream = torch.cuda.Stream(run.device) if run.device.type == 'cuda' else None
+        self.dataset, self.workers, self.run = dataset, workers, run
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __iter__(self) -> Iterator[tuple[list[Group], Tensor, Tensor]]:
-        workers = workers_for(self.dataset, self.workers, self.device)  # they end with the iteration
-        feed = Feed(workers.blocks(map(Task, self.items, self.items)), self.device, self.stream)
+        workers = workers_for(self.dataset, self.workers, self.run.device)  # they end with the iteration
+        feed = Feed(workers.blocks(map(Task, self.items, self.items)), self.run.device, self.run.copying)
         for (images, _, counts, _), items in zip(feed, self.items, strict=True):
             yield images, torch.tensor(items), torch.tensor(counts)
 

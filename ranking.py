@@ -32,7 +32,7 @@ from eval_metrics import (
     same_identity,
 )
 from reranking import reranked
-from runtime import commands
+from runtime import commands, values
 from runtime.features import read, read_files
 from runtime.tiles import (
     DISTANCES,
@@ -53,7 +53,6 @@ from runtime.tiles import (
     tile_of,
     tiles,
 )  # fmt: skip
-from runtime.values import fraction, positive_int
 
 if TYPE_CHECKING:
     from eval_metrics import Ids
@@ -322,14 +321,15 @@ def show(result: Ranking, any_camera: bool = False) -> None:
 
 def main() -> None:
     parser = commands.Parser(description='Rank saved features from disk, in bounded memory.')
-    parser.add_argument('query', help='folder with features.npy (N, D), pids.npy and camids.npy (N,) of the queries')
-    parser.add_argument('gallery', help='the same for the gallery')
+    text = 'folder with features.npy (N, D), pids.npy and camids.npy (N,) of the queries'
+    parser.add_argument('query', type=values.path, help=text)
+    parser.add_argument('gallery', type=values.path, help='the same for the gallery')
     parser.add_argument('--any-camera', action='store_true', help="drop the query's own file only, not its camera")
     parser.add_argument('--distance', choices=list(DISTANCES), default='euclidean', help='(default: euclidean)')
     parser.add_argument('--rerank', action='store_true', help='use k-reciprocal re-ranking; copies the features')
-    parser.add_argument('--k1', type=positive_int, default=20, help='as for a test (default: 20)')
-    parser.add_argument('--k2', type=positive_int, default=6, help='as for a test (default: 6)')
-    parser.add_argument('--lambda', type=fraction, default=0.3, dest='lambda_value', help='(default: 0.3)')
+    parser.add_argument('--k1', type=values.positive_int, default=20, help='as for a test (default: 20)')
+    parser.add_argument('--k2', type=values.positive_int, default=6, help='as for a test (default: 6)')
+    parser.add_argument('--lambda', type=values.fraction, default=0.3, dest='lambda_value', help='(default: 0.3)')
     args = parser.parse_args()
     (queries, *q_ids), (gallery, *g_ids) = read(args.query), read(args.gallery)
     q_pids, g_pids, q_camids, g_camids = check_ids(q_ids[0], g_ids[0], q_ids[1], g_ids[1])

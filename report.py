@@ -9,15 +9,27 @@ The page is one file that needs no network and no server. Each test rewrites it.
 
 from page import compare, write
 from page.activations import activations
-from runtime import commands
+from runtime import commands, values
 
 
 def main() -> None:
     parser = commands.Parser(description='Write the page of a run, a comparison of runs, or a grid of activation maps.')
-    parser.add_argument('save_dirs', nargs='*', metavar='SAVE_DIR', help='folder of a tested run; several are compared')
-    parser.add_argument('--out', help='file to write (default: SAVE_DIR/report.html, compare.html, activations.png)')
     parser.add_argument(
-        '--activations', nargs='+', metavar=('CHECKPOINT', 'IMAGE'), help='draw activation maps of these images instead'
+        'save_dirs',
+        nargs='*',
+        type=values.path,
+        metavar='SAVE_DIR',
+        help='folder of a tested run; several are compared',
+    )
+    parser.add_argument(
+        '--out', type=values.path, help='file to write (default: SAVE_DIR/report.html, compare.html, activations.png)'
+    )
+    parser.add_argument(
+        '--activations',
+        nargs='+',
+        type=values.path,
+        metavar=('CHECKPOINT', 'IMAGE'),
+        help='draw activation maps of these images instead',
     )
     parser.add_argument('-a', '--arch', help='architecture of the checkpoint (default: recognised by its weights)')
     parser.add_argument(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from runtime.console import Console, report
 from runtime.files import Unwritten, write_whole
 
 
@@ -27,32 +28,35 @@ class AverageMeter:
         self.avg = self.sum / self.count
 
 
-class Logger:
-    """Standard output that is also written to a file: `with Logger('log/log_train.txt'): print(...)`.
-
-    Lines are appended to the file: neither a resumed run nor a mistake overwrites an earlier log.
-    """
+class Logger(Console):
+    """Standard output that is also appended to a file: `with Logger('log/log_train.txt'): print(...)`."""
 
     def __init__(self, fpath: str | Path, unwritten: Unwritten | None = None):
-        self.console, self.failed = sys.stdout, False
-        self.unwritten = Unwritten() if unwritten is None else unwritten
+        self.problems: list[str] = []  # of the console, not reported yet
+        super().__init__(sys.stdout, self.problems.append)
+        self.failed, self.unwritten = False, Unwritten() if unwritten is None else unwritten
         mkdir_if_missing(Path(fpath).parent)
         self.file = open(fpath, 'a', 1, 'utf-8', 'backslashreplace')  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> 'Logger':
-        sys.stdout = self  # it has the methods that print and tqdm use
+        self.before, sys.stdout = sys.stdout, self
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.stdout = self.console
+        self.flush()
+        sys.stdout = self.before
         with contextlib.suppress(OSError):  # what a full disk did not accept
             self.file.close()
 
     def write(self, text: str) -> None:
-        self.console.write(text)
-        if text.endswith('\n'):
-            self.console.flush()  # otherwise a pipe receives lines late
         self.note(text)
+        super().write(text)
+        if text.endswith('\n'):
+            self.flush()  # otherwise a pipe receives lines late
+            while self.problems:
+                line = f'error: stdout cannot be written: {self.problems.pop()}; the run continues with its log\n'
+                report(line)
+                self.note(line)
 
     def note(self, text: str) -> None:
         """Write to the file only."""
@@ -62,12 +66,6 @@ class Logger:
             if not self.failed:
                 self.failed = True
                 self.unwritten.report(self.file.name, problem, 'the run continues without its log')
-
-    def flush(self) -> None:
-        self.console.flush()  # the file is written line by line, and its disk may be full
-
-    def isatty(self) -> bool:
-        return self.console.isatty()
 
 
 def mkdir_if_missing(folder: str | Path) -> None:

@@ -3,6 +3,7 @@
 import http.client
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
 
 FORMAT = 'deep-person-reid 1'  # the entry 'format' of the checkpoints written here
+PATIENCE = 30  # seconds without data after which a download is given up
 
 
 @dataclass
@@ -301,23 +303,29 @@ def pretrain(model: Network, pretrained: str) -> None:
     print(f'Initialised at random: {_listed(fresh, most=len(fresh))}')
 
 
-def _fetch(imagenet: 'WeightsEnum') -> dict[str, Tensor]:
+def _fetch(imagenet: 'WeightsEnum', timeout: float = PATIENCE) -> dict[str, Tensor]:
+    """torchvision's weights, from its cache or downloaded into it; `timeout`: seconds without data."""
     path = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(imagenet.url))
     elsewise = 'use another file with --pretrained PATH, or start from random weights with --pretrained none'
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(timeout)  # torch.hub waits for ever
     try:
         state_dict: dict[str, Tensor] = imagenet.get_state_dict(
             progress=sys.stderr.isatty(), check_hash=True, weights_only=True, map_location='cpu'
         )
         return state_dict
-    except (OSError, http.client.HTTPException) as error:
-        reason = plain(str(getattr(error, 'reason', error)))
-        raise UserError(
-            f'the ImageNet weights could not be downloaded ({reason}); download {imagenet.url} into '
-            f'{os.path.dirname(path)} yourself, {elsewise}'
-        ) from error
-    except Exception as error:  # a damaged file in the cache, or a download with a wrong checksum
+    except Exception as error:
+        network = isinstance(error, OSError | http.client.HTTPException)
+        if network or not os.path.exists(path):  # or a download that ended early or was altered
+            reason = plain(str(getattr(error, 'reason', error)) or type(error).__name__)
+            raise UserError(
+                f'the ImageNet weights could not be downloaded ({reason}); download {imagenet.url} into '
+                f'{os.path.dirname(path)} yourself, {elsewise}'
+            ) from error
         reason = plain(f'{type(error).__name__}: {error}')
         raise UserError(f'{path} is damaged ({reason}); delete it and start again, {elsewise}') from error
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _listed(names: Iterable, most: int = 8) -> str:

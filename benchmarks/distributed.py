@@ -29,7 +29,7 @@ from losses import CrossEntropyLabelSmooth, TripletLoss
 from runtime import device
 from runtime.device import Run
 from runtime.processes import Group, of_environment
-from table import Row, row
+from table import Row, in_a_fresh_process, row
 
 HEIGHT, WIDTH, CLASSES = 256, 128, 751
 TURNS, WARM = 7, 2
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def rows(full: bool) -> list[Row]:
-    gpus = torch.cuda.device_count()
+    gpus = in_a_fresh_process('table', 'gpus')
     if gpus == 1:
         return [Row('a batch shared by several GPUs: needs two or more')]
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(gpus or 2)]

@@ -15,15 +15,17 @@ ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (1, 2, 3)
 
 
+def command() -> list[str]:
+    """The command of `make demo`, without its Python."""
+    makefile = (ROOT / 'Makefile').read_text(encoding='utf-8')
+    return shlex.split(re.search(r'(train_img_model_xent\.py(?:.*\\\n)*.*)', makefile)[1].replace('\\\n', ' '))
+
+
 def demo(*options: str) -> dict:
     """results.json after the command of `make demo` with additional options."""
-    makefile = (ROOT / 'Makefile').read_text(encoding='utf-8')
-    command = re.search(r'(train_img_model_xent\.py(?:.*\\\n)*.*)', makefile)[1].replace('\\\n', ' ')
     with tempfile.TemporaryDirectory() as folder:
         there = ['--save-dir', folder, '--data-dir', f'{folder}/data']
-        subprocess.run(
-            [sys.executable, *shlex.split(command), *options, *there], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
-        )
+        subprocess.run([sys.executable, *command(), *options, *there], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         return json.loads((Path(folder) / 'results.json').read_text(encoding='utf-8'))
 
 

@@ -4,10 +4,11 @@
 
 The sides of a row run in turn, so that a noisy machine slows all of them; a ratio is the median over the turns. Input,
 training (in float32) and testing assert that all sides compute the same result. Each part runs in a separate process
-and prints its rows when it ends.
+and prints its rows one by one. Nothing but what is measured holds memory of a GPU.
 
-`--full` adds the large sizes (11 GB of memory), training in both precisions, and on a CUDA device the original's
-recipe. Rows that need a CUDA device say so if there is none.
+`--full` adds the large sizes (11 GB of memory), the demo in both precisions, and on a CUDA device the original's
+recipe. Rows that need a CUDA device say so if there is none. On a machine with one, all parts together take less than
+15 minutes without `--full`: each part is ended when its time is over.
 """
 
 import argparse
@@ -17,15 +18,19 @@ import importlib
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-PARTS = ['input', 'training', 'testing', 'reporting', 'distributed', 'learning']
+SECONDS = {'input': 90, 'training': 390, 'testing': 210, 'reporting': 60, 'distributed': 120, 'learning': 20}
+PARTS = list(SECONDS)  # and how long each may take on a machine with a CUDA device
+HERE = Path(__file__).resolve().parent
 HEAD = '| what | unit | this project | plain | limit | times plain | time / limit | peak MB | target | met |'
 
 
@@ -151,8 +156,32 @@ def _work() -> float:
     return seconds(_work_here)
 
 
+def within(
+    seconds: float | None, command: list[str], settings: Mapping[str, str] | None = None, **kwargs
+) -> int | None:
+    """The exit status of `command`; None if it took longer. All processes that it has started end with it.
+
+    settings: environment variables; modules of the project and of this folder can be imported
+    """
+    paths = [str(HERE.parent), str(HERE), *filter(None, [os.environ.get('PYTHONPATH')])]
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(paths), **(settings or {})}
+    with subprocess.Popen(command, start_new_session=True, env=env, **kwargs) as process:
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def print_rows(part: str, full: bool) -> None:
+    for each in importlib.import_module(part).rows(full):
+        print(each, flush=True)
+
+
 def machine() -> str:
-    """A description of the machine."""
+    """A description of the machine; asking for its GPUs takes memory of each until this process ends."""
     import torch
 
     names = {line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if 'name' in line}
@@ -163,6 +192,13 @@ def machine() -> str:
     )
 
 
+def gpus() -> int:
+    """How many CUDA devices there are. To be called in a fresh process: what asks for them may start CUDA."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('parts', nargs='*', default=PARTS, metavar='part', help=f'of {", ".join(PARTS)}')
@@ -171,13 +207,18 @@ def main() -> None:
     unknown = sorted({*options.parts} - {*PARTS})
     if unknown:
         parser.error(f'{unknown[0]}: no such part; choose from {", ".join(PARTS)}')
-    print(f'{machine()}\n\n{HEAD}\n|{" --- |" * (HEAD.count("|") - 1)}', flush=True)
+    print(f'{in_a_fresh_process("table", "machine")}\n\n{HEAD}\n|{" --- |" * (HEAD.count("|") - 1)}', flush=True)
+    limited = not options.full and in_a_fresh_process('table', 'gpus')
+    failed = False
     for part in options.parts:
-        for line in in_a_fresh_process(part, 'rows', options.full):
-            print(line, flush=True)
+        command = [sys.executable, '-c', f'import table; table.print_rows({part!r}, {options.full})']
+        status = within(SECONDS[part] if limited else None, command)
+        if status is None:
+            print(Row(f'{part} was ended after {SECONDS[part]} s', target='less', met=False), flush=True)
+        failed = failed or status != 0
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == '__main__':
-    here = Path(__file__).resolve().parent
-    sys.path[:1] = [str(here.parent), str(here)]
+    sys.path[:1] = [str(HERE.parent), str(HERE)]
     main()

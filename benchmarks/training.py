@@ -1,8 +1,10 @@
 """Images per second of training and extraction, on the device that is there: rows of `table.py`.
 
 The sides work on one resident batch of 32 images of 256x128, ResNet50, each in a process of its own: on a CPU it counts
-what a process has done with its memory before. The original's way is float32, NCHW, eager, Adam as torch gives it.
-"From files" is this project's whole loop (decoding workers, copy, augmentation, step, meter).
+what a process has done with its memory before, and on a GPU no side has less memory than another. The original's way is
+NCHW, eager, Adam as torch gives it. All sides multiply in the same precision and let cuDNN choose its algorithms by
+trial, except in the rows that name a precision of plain. "From files" is this project's whole loop (decoding workers,
+copy, augmentation, step, meter).
 """
 
 import contextlib
@@ -10,6 +12,7 @@ import io
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,8 +29,9 @@ from losses import CrossEntropyLabelSmooth
 from runtime import device
 from runtime.device import Run
 from runtime.meters import LossMeter
+from runtime.precision import allow_tf32
 from samplers import RandomSampler
-from table import Row, apart, row, seconds, take_turns
+from table import Row, apart, in_a_fresh_process, row, seconds, take_turns
 from transforms import TrainTransform
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,17 +57,27 @@ def resident():
     return torch.randn(BATCH, 3, HEIGHT, WIDTH, device=device), torch.arange(BATCH, device=device)
 
 
-def plain_trainer():
+def plain_start(precision: str):
+    """The settings of a plain side, and its autocast. It has what `start` sets for the arithmetic, not for memory."""
+    torch.backends.cudnn.benchmark = torch.cuda.is_available()
+    allow_tf32(precision == 'tf32')
+    kind = 'cuda' if torch.cuda.is_available() else 'cpu'
+    return lambda: torch.autocast(kind, torch.bfloat16, enabled=precision == 'bf16')
+
+
+def plain_trainer(precision='fp32'):
     """One step as the original took it."""
+    autocast = plain_start(precision)
     images, pids = resident()
     model = network().to(images.device).train()
     optimizer = Adam(model.parameters(), 3e-4, weight_decay=5e-4)
-    torch.backends.cudnn.benchmark = True  # convolutions in TF32, as torch has it where nothing else was set
 
     def step():
         target = torch.full((len(pids), CLASSES), 0.1 / CLASSES, device=images.device)
         target.scatter_(1, pids[:, None], 0.9 + 0.1 / CLASSES)
-        loss = (-target * F.log_softmax(model(images), dim=1)).mean(0).sum()
+        with autocast():
+            logits = model(images)
+        loss = (-target * F.log_softmax(logits.float(), dim=1)).mean(0).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -106,13 +120,14 @@ def trainer(precision, compiled=False):
     return step
 
 
-def plain_extractor():
+def plain_extractor(precision='fp32'):
+    autocast = plain_start(precision)
     images, _ = resident()
     model = network().to(images.device).eval()
 
     def step():
-        with torch.no_grad():
-            return model(images).cpu()
+        with torch.no_grad(), autocast():
+            return model(images).float().cpu()
 
     return step
 
@@ -171,19 +186,22 @@ def compare(repeats: int, **sides: tuple) -> dict:
         return take_turns(TURNS, lambda work: work(), **works)
 
 
-def agree(ours, plain, tolerance):
-    """Whether both sides computed the same, as far as the precision goes."""
-    torch.testing.assert_close(
-        torch.as_tensor(ours).cpu(), torch.as_tensor(plain).cpu(), rtol=tolerance, atol=tolerance
-    )
+def result(maker: str, *args):
+    """What the first step of a side computed, on the CPU."""
+    return torch.as_tensor(globals()[maker](*args)()).cpu().clone()
 
 
-def from_files(on_cpu: bool, limit_target: float, compiled: bool = False, cache: str = 'none') -> Row:
+def agree(ours: tuple, plain: tuple, tolerance: float) -> None:
+    """Assert that two sides compute the same in float32, as far as rounding goes."""
+    one, other = (in_a_fresh_process('training', 'result', *side, 'fp32') for side in (ours, plain))
+    torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def from_files(persons: int, turns: int, limit_target: float, compiled: bool = False, cache: str = 'none') -> Row:
     """This project's whole loop against its bare step on a resident batch, in turns of an epoch."""
     run = start('auto', compiled)
-    workers = 2 if on_cpu else 8
+    workers = 2 if run.device.type == 'cpu' else 8
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        persons = 32 if on_cpu else 1617
         toy.draw_market1501(Path(folder) / 'market1501', num_train=persons, num_images=8, height=128, width=64)
         dataset = data_manager.init_dataset('market1501', folder)
         sampler = RandomSampler(dataset.train, BATCH, 1)
@@ -207,34 +225,49 @@ def from_files(on_cpu: bool, limit_target: float, compiled: bool = False, cache:
             quiet = SimpleNamespace(update=lambda loss: None)
             train(batches, replica, lambda imgs, _: imgs, criterion, optimizer, quiet, run)
 
-        take_turns(2, ours=whole, limit=bare)
-        times = take_turns(TURNS, ours=whole, limit=bare)
+        take_turns(1 if compiled else 2, ours=whole, limit=bare)
+        times = take_turns(turns, ours=whole, limit=bare)
     how = f'{run.precision}{", compiled" * compiled}, --cache {cache}'
     what = f'training from files, {how}; limit: the step on a resident batch'
     return row(what, times, things=len(loader) * BATCH, limit_target=limit_target)
 
 
-def rows(full: bool) -> list[Row]:
-    agree(trainer('fp32')(), plain_trainer()(), 1e-4)
-    agree(extractor('fp32')(), plain_extractor()(), 1e-3)
-    on_cpu = start('auto').device.type == 'cpu'
+def rows(full: bool) -> Iterator[Row]:
+    """`full`: longer epochs and more turns from files, and the recipe."""
+    agree(('trainer',), ('plain_trainer',), 1e-4)
+    agree(('extractor',), ('plain_extractor',), 1e-3)
+    on_cpu = not in_a_fresh_process('table', 'gpus')
     repeats = 1 if on_cpu else 20
-    table = []
-    for precision, target in (('fp32', None), ('bf16', 2.6 if on_cpu else None)):
-        times = compare(repeats, ours=('trainer', precision), plain=('plain_trainer',))
-        table.append(row(f'training step, {precision}', times, repeats * BATCH, plain_target=target))
-    for precision, target in (('fp32', 1.5), ('bf16', 4)):
-        sides = {'ours': ('extractor', precision), 'plain': ('plain_extractor',), 'limit': ('convolutions', precision)}
-        what = f'extraction, {precision}; limit: its convolutions alone'
-        times = compare(repeats, **sides)
-        table.append(row(what, times, repeats * BATCH, plain_target=target if on_cpu else None))
-    table.append(from_files(on_cpu, limit_target=1.05))
+
+    def trained(ours: str, plain: str, target: float | None, compiled: bool = False) -> Row:
+        times = compare(repeats, ours=('trainer', ours, compiled), plain=('plain_trainer', plain))
+        what = f'training step, {ours}{", compiled" * compiled}{f"; plain: {plain}" * (ours != plain)}'
+        return row(what, times, repeats * BATCH, plain_target=target)
+
+    def extracted(ours: str, plain: str, target: float | None) -> Row:
+        sides = {'ours': ('extractor', ours), 'plain': ('plain_extractor', plain), 'limit': ('convolutions', ours)}
+        what = f'extraction, {ours}; {f"plain: {plain}; " * (ours != plain)}limit: its convolutions alone'
+        return row(what, compare(repeats, **sides), repeats * BATCH, plain_target=target)
+
+    yield trained('fp32', 'fp32', None)
     if on_cpu:
-        return [*table, Row('compiled step, from files against it, and 60 epochs of 12936 images: need a CUDA device')]
-    times = compare(repeats, ours=('trainer', 'auto', True), plain=('plain_trainer',))
-    table.append(row('training step, compiled', times, repeats * BATCH, plain_target=3))
-    table += [from_files(on_cpu, 1.11, compiled=True, cache=cache) for cache in ('none', 'device')]
-    return [*table, recipe()] if full else table
+        yield trained('bf16', 'fp32', 2.6)
+        yield extracted('fp32', 'fp32', 1.5)
+        yield extracted('bf16', 'fp32', 4)
+        yield from_files(32, TURNS, 1.05)
+        yield Row('compiled step, from files against it, and 60 epochs of 12936 images: need a CUDA device')
+        return
+    for precision in ('tf32', 'bf16'):
+        yield trained(precision, precision, None)
+    yield trained('bf16', 'tf32', 3, compiled=True)  # what this project can do against the faster plain of those days
+    for precision in ('fp32', 'bf16'):
+        yield extracted(precision, precision, None)
+    size = (1617, TURNS) if full else (404, 3)
+    yield in_a_fresh_process('training', 'from_files', *size, 1.05)
+    for cache in ('none', 'device') if full else ('device',):
+        yield in_a_fresh_process('training', 'from_files', *size, 1.11, True, cache)
+    if full:
+        yield recipe()
 
 
 def recipe() -> Row:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from runtime import console, memory
 from runtime.errors import UserError
 
 
@@ -17,14 +18,35 @@ class Parser(argparse.ArgumentParser):
 
 def refuse(message: str, status: int = UserError.status) -> NoReturn:
     """Report a mistake and exit."""
-    sys.stderr.write(f'error: {message}\n')
+    console.report(f'error: {message}\n')
     sys.exit(status)
+
+
+def status_of(main: Callable[[], int | None]) -> int:
+    """The status that `main` returns or exits with, or that of its UserError, which is reported.
+
+    A console that cannot be written is a UserError too.
+    """
+    with console.guarded():
+        try:
+            try:
+                status = main()
+            except SystemExit as end:  # as after -h
+                if isinstance(end.code, str):
+                    raise
+                status = end.code
+            sys.stdout.flush()
+            return status or 0
+        except UserError as mistake:
+            console.report(f'error: {mistake}\n')
+            return mistake.status
+        except Exception as problem:
+            if not (whose := memory.exhausted(problem)):
+                raise
+            console.report(f'error: the memory of the {whose} ran out ({memory.reason(problem)})\n')
+            return UserError.status
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Exit with the status that `main` returns, or with its UserError."""
-    try:
-        status = main()
-    except UserError as mistake:
-        refuse(str(mistake), mistake.status)
-    sys.exit(status or 0)
+    sys.exit(status_of(main))

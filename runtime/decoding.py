@@ -33,6 +33,8 @@ def read_image(path: str | os.PathLike) -> Image.Image:
             time.sleep(PAUSE)
         try:
             return _decode(path)
+        except MemoryError:  # no fault of the image
+            raise
         except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error and more
             failure = error
     if isinstance(failure, UnidentifiedImageError):

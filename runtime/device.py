@@ -6,6 +6,7 @@ batch.
 
 import contextlib
 import ctypes
+import functools
 import inspect
 import os
 import random
@@ -22,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models
 from arguments import RunOptions
+from runtime import cards
 from runtime.errors import UserError
 from runtime.files import Unwritten
 from runtime.precision import allow_tf32, has_bf16
@@ -80,6 +82,14 @@ class Run:
         self.log = log
         self.rescue: Callable[[], Path | None] | None = None  # saves the state of a failing run
         self.steps: deque[Step] = deque(maxlen=2)  # the last two
+
+    @functools.cached_property
+    def copying(self) -> 'torch.cuda.Stream | None':
+        """The stream on which all loaders copy batches to the GPU, each while the network processes the previous one.
+
+        None on the CPU. Memory that a stream has freed is reused only by this stream, so one serves all.
+        """
+        return torch.cuda.Stream(self.device) if self.device.type == 'cuda' else None
 
     @contextlib.contextmanager
     def autocast(self, testing: bool = False) -> Iterator[None]:
@@ -216,10 +226,11 @@ def start(
     """Choose device and precision, join the other processes, and set the seeds for weights and centers.
 
     Raises:
-        UserError: a GPU does not exist; the device does not support the precision; --sync-bn or --compile is used on a
-        CPU.
+        UserError: a GPU does not exist or cannot be used; the device does not support the precision; --sync-bn or
+        --compile is used on a CPU.
     """
     group = group or Group(Processes())
+    group.meet()
     device = _device(options, group.processes)
     chosen = _precision(options, device)
     for option, wanted in (('--sync-bn', options.sync_bn), ('--compile', options.compile)):
@@ -251,8 +262,10 @@ def start(
 def _device(options: RunOptions, processes: Processes) -> torch.device:
     if processes.world_size > 1:
         print(f'{processes.world_size} processes')
-    if options.use_cpu or (',' not in options.gpu_devices and not torch.cuda.is_available()):
+    if options.use_cpu or (',' not in options.gpu_devices and not cards.available()):
         print('Currently using CPU (GPU is highly recommended)')
+        if not options.use_cpu and (other := cards.unsupported()):
+            print(f'The {other} device of this machine is not used: the program supports CUDA and the CPU only')
         _keep_memory()
         return torch.device('cpu')
     indices = gpus(options, processes.local_world_size)
@@ -263,6 +276,7 @@ def _device(options: RunOptions, processes: Processes) -> torch.device:
         )
     print(f'Currently using GPU {",".join(map(str, indices))}')
     device = torch.device('cuda', indices[processes.local_rank])
+    cards.check(device)
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = not options.deterministic  # every batch has the same shape
     return device
@@ -288,13 +302,14 @@ def gpus(options: RunOptions, processes: int = 1) -> list[int]:
     """The indices in --gpu-devices; if it has only one, as by default, and there are several processes, 0, 1, ...
 
     Raises:
-        UserError: this machine has fewer.
+        UserError: this machine has fewer, or its driver does not work.
     """
     indices = [int(index) for index in options.gpu_devices.split(',')]
     if len(indices) == 1 < processes:
         indices = list(range(processes))
     missing = [str(index) for index in indices if index >= torch.cuda.device_count()]
     if missing:
+        cards.available()  # which knows the reason if there is none
         raise UserError(
             f'--gpu-devices {options.gpu_devices}: this machine has {torch.cuda.device_count()} CUDA devices, '
             f'none with index {", ".join(missing)}; list fewer, or pass --use-cpu'

@@ -19,6 +19,7 @@ import torch
 from readers.tree import Item
 from runtime import paths
 from runtime.errors import UserError
+from runtime.files import allocate
 
 if TYPE_CHECKING:  # `python ranking.py` needs no device
     from runtime.device import Run
@@ -42,8 +43,7 @@ def create_features(save_dir: str, subset: str, items: Sequence[Item], feat_dim:
                 np.save(folder / f'{name}.npy', np.array([item[column] for item in items]))
             paths.write(folder / 'paths.jsonl', (item[0] for item in items))
             np.lib.format.open_memmap(path, 'w+', np.float32, (len(items), feat_dim))
-            with open(path, 'r+b') as file:  # writing to the map of a full disk would raise SIGBUS
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            allocate(path)
         except OSError as problem:
             failure = problem.errno or errno.ENOSPC  # numpy raises some without an errno
     failure = int(run.sum(torch.tensor(failure)))  # the others wait until the files exist

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+BLOCK = 1 << 24  # bytes that are written at once
+
 
 def write_whole(fpath: str | Path, write: Callable[[Path], object], *also: str | Path) -> None:
     """Let `write` fill a temporary file beside `fpath`, then rename it: a file of that name is always complete.
@@ -52,6 +54,23 @@ def _double(fpath: Path, double: Path) -> None:
         os.link(fpath, double)
     except OSError:  # the file system has no hard links
         shutil.copyfile(fpath, double)
+
+
+def allocate(fpath: str | Path) -> None:
+    """Reserve the disk space of a file; writing into the memory map of a file on a full disk would raise SIGBUS.
+
+    Raises OSError if there is not enough.
+    """
+    with open(fpath, 'r+b') as file:
+        size = os.fstat(file.fileno()).st_size
+        if hasattr(os, 'posix_fallocate'):
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        for start in range(0, size, BLOCK):  # macOS
+            file.seek(start)
+            block = file.read(BLOCK)
+            file.seek(start)
+            file.write(block)
 
 
 def free_space(folder: str | Path) -> int:

@@ -33,6 +33,11 @@ DOWNLOADS: list[Kind] = [  # in place of any file
 ]
 MODELS: list[Kind] = [  # in place of weights
     (
+        rb'\x80[^\x02]',
+        'is pickled with a protocol other than 2, the only one that PyTorch writes',
+        'save it again, with torch.save(model.state_dict(), path)',
+    ),
+    (
         rb'.{5}\x00\x00\x00\{\s*"',
         'is a safetensors file',
         'convert it with torch.save(safetensors.torch.load_file(path), "weights.pth")',

@@ -3,11 +3,8 @@
 import contextlib
 import datetime
 import errno
-import fcntl
 import os
 import platform
-import signal
-import sys
 import time
 import traceback
 import warnings
@@ -15,16 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from arguments import Arguments, Parser, RunOptions
-from runtime import device, processes
-from runtime.commands import refuse
+from runtime import commands, console, device, memory, processes
 from runtime.device import Run
 from runtime.errors import UserError
 from runtime.files import Unwritten
 from runtime.processes import Group
-from runtime.signals import Signals, Stopped
+from runtime.signals import STOPS, Signals, Stopped
+from runtime.system import fcntl
 from utils import Logger, mkdir_if_missing
 
-ENDS = (0, 2, 128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit statuses after which --max-restarts does not restart
+ENDS = (0, 2, *(128 + number for number in STOPS))  # exit statuses after which --max-restarts does not restart
 
 REPORT_SECONDS = 30  # more than a launcher needs to end the other processes after one was killed
 
@@ -40,23 +37,22 @@ def main(experiment: Experiment, parser: Parser) -> None:
 
     A mistake of the user (`UserError`) is one line on stderr and exit status 2; an error in the code keeps its
     traceback and exits with 1; a signal exits with 128 + its number. All are logged. If several processes fail, the
-    first reports its error and all exit with its status. If a file could not be written during the run, the exit status
-    is 2.
+    first reports its error and all exit with its status. If a file or the console could not be written during the run,
+    the exit status is 2.
     """
-    try:
-        ours = processes.of_environment()
-    except UserError as mistake:  # every process reports it: which one is first is unknown
-        refuse(str(mistake))
+    if status := commands.status_of(lambda: _main(experiment, parser)):
+        processes.end(status)
+
+
+def _main(experiment: Experiment, parser: Parser) -> int:
+    ours = processes.of_environment()
     args = parser.parse_args()
     path = Path(args.save_dir) / ('log_test.txt' if args.evaluate else 'log_train.txt')
     supervises = not ours.started and (args.run.several_gpus or args.run.max_restarts > 0)
     unwritten = Unwritten()
     with contextlib.ExitStack() as stack:
-        try:
-            if ours.is_first and not supervises and not args.evaluate:
-                stack.enter_context(_alone_in(args.save_dir))
-        except UserError as mistake:  # the log belongs to the other run
-            refuse(str(mistake))
+        if ours.is_first and not supervises and not args.evaluate:
+            stack.enter_context(_alone_in(args.save_dir))
         log = stack.enter_context(Logger(path, unwritten)) if ours.is_first else None
         if log is None:
             stack.enter_context(_silence())
@@ -64,11 +60,10 @@ def main(experiment: Experiment, parser: Parser) -> None:
         if not status and unwritten:
             status, text = 2, f'error: {len(unwritten)} files could not be written, the first was {unwritten[0]}\n'
     if text:
-        sys.stderr.write(text)
+        console.report(text)
         with contextlib.suppress(OSError), open(path, 'a', encoding='utf-8', errors='backslashreplace') as file:
             file.write(text)
-    if status:
-        sys.exit(status)
+    return status or (2 if log and log.problem else 0)
 
 
 def _run(experiment: Experiment, args: Arguments, group: Group, unwritten: Unwritten, log: Logger | None) -> End:
@@ -86,8 +81,9 @@ def _run(experiment: Experiment, args: Arguments, group: Group, unwritten: Unwri
                 print(f'Finished. Total elapsed time (h:m:s): {elapsed}')
                 return 0, ''
             except Exception as problem:
+                testing = args.evaluate or bool(run and run.rescue and not signals.held)
                 signals.hold()
-                return _end(problem, run, group, signals)
+                return _end(memory.explained(problem, args, testing), run, group, signals)
         except Stopped as stopped:
             if stopped.together:
                 print(stopped)
@@ -165,5 +161,5 @@ def _alone_in(save_dir: str) -> Iterator[None]:
 def _silence() -> Iterator[None]:
     """Suppress output and warnings: only the first process prints."""
     warnings.simplefilter('ignore')
-    with open(os.devnull, 'w', encoding='utf-8') as nowhere, contextlib.redirect_stdout(nowhere):
+    with open(os.devnull, 'w', encoding='utf-8', errors='replace') as nowhere, contextlib.redirect_stdout(nowhere):
         yield

@@ -43,14 +43,14 @@ def of_size(trained: Training, height: int, width: int) -> list[str]:
 
 
 def _of_data(trained: Training, dataset: Dataset, name: str) -> list[str]:
-    """At most one notice: of a file of this project its data set is known, of others how many persons it had."""
+    """At most one notice; of a file of another project only the number of persons is known."""
     where = trained.where
     if pair := _differences(trained.options, {'dataset': name} if name else {}):
         return ['{} was trained with {}, and is tested with {}'.format(where, *pair)]
     now = fingerprint(dataset)
     if trained.fingerprint not in (None, now):
         return [f'{where} was trained on other files of {dataset.name}: fingerprint {trained.fingerprint}, now {now}']
-    if trained.fingerprint is None and trained.num_pids not in (None, dataset.num_train_pids):
+    if trained.num_pids not in (None, dataset.num_train_pids):
         return [f'{where} was trained on {trained.num_pids} persons, and {dataset.name} has {dataset.num_train_pids}']
     return []
 

@@ -9,8 +9,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -85,14 +86,13 @@ class Group:
         self.processes = processes
         self.store: dist.Store | None = None
 
-    def join(self, device: torch.device) -> None:
-        """Meet the others; every process must call this.
+    def meet(self) -> None:
+        """Find the store that all processes share; from now on only the first one that fails reports it.
 
         Raises:
             UserError: they cannot meet because the port is taken or the host is unknown.
         """
-        processes = self.processes
-        if processes.world_size == 1:
+        if self.processes.world_size == 1 or self.store is not None:
             return
         try:
             self.store, *_ = next(dist.rendezvous('env://'))
@@ -103,6 +103,12 @@ class Group:
                 f'the processes cannot meet at {address} of MASTER_ADDR and MASTER_PORT ({reason}); choose another '
                 f'port or host with --master-port and --master-addr of torchrun'
             ) from problem
+
+    def join(self, device: torch.device) -> None:
+        """Begin to exchange tensors with the others; every process must call this."""
+        processes = self.processes
+        if processes.world_size == 1:
+            return
         on_gpu = device.type == 'cuda'
         dist.init_process_group(
             'nccl' if on_gpu else 'gloo',
@@ -165,19 +171,37 @@ def start_all(number: int, more: Sequence[str]) -> tuple[int, str]:
         rdzv_endpoint='localhost:0',  # any free port
         max_restarts=0,
     )
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and hasattr(config, 'signals_to_handle'):
+        config.signals_to_handle = 'SIGTERM,SIGINT,SIGQUIT'  # nohup: it stays ignored, also in the processes
     try:
         elastic_launch(config, sys.executable)(*sys.orig_argv[1:], *more)
     except ChildFailedError as failed:
-        killed = [
-            (rank, -failure.exitcode)
-            for rank, failure in sorted(failed.failures.items())
-            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM  # with which the launcher ends the others
-        ]
-        if killed:
-            rank, number = killed[0]
-            return 128 + number, f'error: process {rank} of the run was killed by signal {number}\n'
-        _, failure = failed.get_first_failure()
-        return (failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode), ''
+        return _first_end({rank: (each.timestamp, each.exitcode) for rank, each in failed.failures.items()})
     except SignalException as stopped:
         return 128 + stopped.sigval, ''
     return 0, ''
+
+
+def _first_end(ends: Mapping[int, tuple[int, int]]) -> tuple[int, str]:
+    """Exit status and message of a run, from the time (s) and exit code (-N if killed by signal N) of its processes.
+
+    The first one counts: the launcher then ends the others by SIGTERM, and by SIGKILL those that wait for a GPU.
+    """
+    own = {rank: end for rank, end in ends.items() if end[1] != -signal.SIGTERM} or ends
+    # In the same second: a mistake, whose loss others may not survive; then a killed process, which others report lost.
+    rank, (_, code) = min(own.items(), key=lambda item: (item[1][0], item[1][1] != UserError.status, item[1][1]))
+    if code >= 0 or code == -signal.SIGTERM:
+        return (code if code >= 0 else 128 - code), ''
+    return 128 - code, f'error: process {rank} of the run was killed by signal {-code}\n'
+
+
+def end(status: int) -> NoReturn:
+    """Exit with a status, also if the group was not left because a process has failed.
+
+    NCCL would report that its group was not destroyed, and destroying it waits for collectives that never end.
+    """
+    if dist.is_initialized() and dist.get_backend() == 'nccl':
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a run that is asked to stop finishes its step, saves, and ends in an orderly way."""
+"""SIGTERM, SIGINT and SIGHUP: a run that is asked to stop finishes its step, saves, and ends in an orderly way."""
 
 import contextlib
 import os
@@ -10,7 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from runtime import system  # noqa: F401 (Windows has no SIGHUP)
 from runtime.processes import Processes
+
+# Sent by a batch system, by a terminal on Ctrl-C and when it is closed, to all processes of a run.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def hangup_is_ignored() -> bool:
+    """Whether the program was started with nohup, and outlives its terminal."""
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 class Stopped(BaseException):  # like KeyboardInterrupt: `except Exception` must not catch it
@@ -60,13 +69,14 @@ class Signals:
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the run with `Stopped`, at once or later if held; a second SIGINT always at once.
+        """Each of STOPS ends the run with `Stopped`, at once or later if held; a second SIGINT always at once.
 
         Under a launcher the third one: the launcher forwards the first, which a terminal also sends to its processes.
         """
         before = {}
         if threading.current_thread() is threading.main_thread():
-            before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+            numbers = [number for number in STOPS if number != signal.SIGHUP or not hangup_is_ignored()]
+            before = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield
         finally:

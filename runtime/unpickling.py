@@ -114,7 +114,7 @@ def inspect_file(file: BinaryIO) -> str:
     if head == b'PK\x03\x04':
         _inspect_zip(file, size)
         return 'a zip file'
-    if head[:1] == b'\x80':
+    if head[:2] == b'\x80\x02':
         _inspect_legacy(file, size)
         return 'a legacy stream'
     if size == 0:

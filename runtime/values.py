@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -17,6 +18,11 @@ def _number(text: str, kind: Callable[[str], Value], least: float, expected: str
     if not fits:
         raise argparse.ArgumentTypeError(f'must be {expected}, not {text!r}')
     return value
+
+
+def path(text: str) -> str:
+    """A path; the shell leaves the `~` in `--save-dir=~/log` as it is."""
+    return os.path.expanduser(text)
 
 
 def positive_int(text: str) -> int:

@@ -10,7 +10,6 @@ batches that are decoded ahead of the run.
 
 import atexit
 import contextlib
-import fcntl
 import gc
 import io
 import itertools
@@ -31,10 +30,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from runtime import memory
 from runtime.errors import ProcessLost, UserError
+from runtime.signals import STOPS
+from runtime.system import fcntl
 
 PIPE_BYTES = 1 << 20  # that a worker can send before it blocks; the default on Linux is 64 kB
-STOPS = (signal.SIGINT, signal.SIGTERM)  # sent by a terminal or a batch system to all processes of a run
 RETURNS = (
     'a data set must return a PIL image or a uint8 tensor (3, H, W), of any size, or a prepared float tensor (3, '
     'height, width), always of the same size; it returned'
@@ -121,8 +122,8 @@ def _channels_last(image: Any) -> np.ndarray:
 class Workers:
     """Processes that run `work` on tasks ahead of the run, each on one task at a time.
 
-    They are forked when first needed, and end on `close` or with the run, however it ends. They ignore SIGINT and
-    SIGTERM, which a terminal or a batch system also sends to them: the run saves its state first, then ends them.
+    They are forked when first needed, and end on `close` or with the run, however it ends. They ignore the
+    signals that ask a run to stop: the run saves its state first, then ends them.
     """
 
     def __init__(self, number: int, work: Callable[[Task], Block], pin: bool):
@@ -275,7 +276,10 @@ def _answer(work: Callable[[Task], Block], task: Task) -> tuple[bytes, memoryvie
         return _pickled((block, pixels.dtype, pixels.numel())), pixels.numpy().data.cast('B')
     except UserError as mistake:
         return pickle.dumps(UserError(str(mistake))), memoryview(b'')
-    except BaseException:  # also SystemExit; the exception may not be picklable, its traceback is
+    except BaseException as problem:  # also SystemExit; the exception may not be picklable, its traceback is
+        if memory.exhausted(problem):
+            text = f'memory ran out in a process that decodes images ({memory.reason(problem)}); use fewer --workers'
+            return pickle.dumps(UserError(text)), memoryview(b'')
         text = f'in a process that decodes images:\n{traceback.format_exc()}'
         return pickle.dumps(RuntimeError(text)), memoryview(b'')
 

@@ -20,7 +20,8 @@ TINY = ['-a', 'tiny', '--height', '32', '--width', '16', '--workers', '0', '--us
 TINY.append('--no-report')  # it takes a second
 HANG = 600  # seconds after which a process that is waited for is taken to hang; nothing is measured by it
 SCRIPTS = [path.stem for path in sorted(ROOT.glob('train_*.py'))]
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'}
+PATHS = [str(ROOT), str(ROOT / 'tests'), *filter(None, [os.environ.get('PYTHONPATH')])]
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(PATHS)}
 
 
 @pytest.fixture(scope='session')

@@ -541,6 +541,7 @@ def emulated() -> Iterator[Gpu]:
         'is_available': lambda: True,
         'device_count': lambda: COUNT,
         'get_device_capability': lambda *_: (8, 0),
+        'get_arch_list': lambda: ['sm_80'],
         'get_device_name': lambda *_: 'an emulated GPU',
         'is_bf16_supported': lambda *_, **__: True,
         'is_current_stream_capturing': lambda: False,

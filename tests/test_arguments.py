@@ -119,6 +119,20 @@ def test_a_folder_with_checkpoints_may_be_continued_with(options, tmp_path):
     parse('train_img_model_xent', '--save-dir', 'run', *options.split())
 
 
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_a_home_folder_that_the_shell_left_alone(script, tmp_path, monkeypatch):
+    """In every option that is a path, and only in these."""
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'file').touch()
+    args = parse(script, '--save-dir=~/log', '--data-dir=~/data', '--pretrained=~/file')
+    expected = {name: f'{tmp_path}/{name}' for name in ('log', 'data', 'file')}
+    assert [args.save_dir, args.data_dir, args.pretrained] == [*expected.values()]
+    assert args.save.arguments['save_dir'] == args.run.save_dir == expected['log']
+    assert parse(script, '--resume=~/file').resume == expected['file']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['file', 'log']
+    assert not {'save_dir', 'data_dir', 'resume', 'pretrained'} & set(args.save.recipe)  # it resumes elsewhere
+
+
 def test_a_requirement_names_the_values():
     parser = arguments.parser('an experiment', dataset='market1501', test_batch=1)
     parser.add_argument('--alpha', type=float, default=1.0, help='of the experiment')

@@ -3,11 +3,17 @@
 import ast
 import importlib
 import inspect
+import os
+import re
+import select
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ENV, HANG, ROOT
+
+from runtime.precision import allow_tf32
 
 FOLDER = ROOT / 'benchmarks'
 PARTS = sorted(path.stem for path in FOLDER.glob('*.py'))
@@ -42,7 +48,193 @@ def test_the_measured_step_is_that_of_the_script(part, script):
     assert step == step_of((ROOT / f'{script}.py').read_text())
 
 
+@pytest.mark.parametrize('precision', ['fp32', 'tf32', 'bf16'])
+def test_both_sides_of_a_training_have_the_same_arithmetic(precision, monkeypatch):
+    """On a GPU, which this machine need not have: TF32 for products and for convolutions, and cuDNN's trials."""
+    training, matmul = importlib.import_module('training'), torch.backends.cuda.matmul
+    for name, value in (('is_available', True), ('device_count', 1), ('set_device', None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    sides = []
+    for prepare in (training.start, training.plain_start):
+        allow_tf32(precision != 'tf32')
+        torch.backends.cudnn.benchmark = False
+        prepare(precision)
+        name = 'fp32_precision' if hasattr(matmul, 'fp32_precision') else 'allow_tf32'
+        sides.append((getattr(matmul, name), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark))
+    allow_tf32(False)
+    torch.backends.cudnn.benchmark = False
+    assert sides[0] == sides[1] and sides[0][1:] == (precision == 'tf32', True)
+
+
+@pytest.mark.parametrize('full', [False, True])
+@pytest.mark.parametrize('gpus', [0, 1])
+def test_a_row_whose_sides_differ_in_precision_says_so(gpus, full, monkeypatch):
+    training, table = importlib.import_module('training'), importlib.import_module('table')
+    compared = []
+    monkeypatch.setattr(training, 'agree', lambda *_: None)
+    monkeypatch.setattr(training, 'compare', lambda _, **sides: compared.append(sides) or {key: [1.0] for key in sides})
+    for name in ('from_files', 'recipe'):
+        monkeypatch.setattr(training, name, lambda *_: table.Row('a row'))
+    fresh = {'gpus': gpus, 'from_files': table.Row('a row')}
+    monkeypatch.setattr(training, 'in_a_fresh_process', lambda module, function, *_: fresh[function])
+    rows = [row for row in training.rows(full) if row.times_plain]
+    assert len(rows) == len(compared) == (6 if gpus else 4)
+    for row, sides in zip(rows, compared, strict=True):
+        (_, ours, *_), (_, plain) = sides['ours'], sides['plain']
+        assert ours in row.what and (ours != plain) == (f'; plain: {plain}' in row.what)
+    assert {sides['ours'][1] for sides in compared} == ({'fp32', 'tf32', 'bf16'} if gpus else {'fp32', 'bf16'})
+
+
+@pytest.mark.parametrize('name', ['training', 'testing', 'distributed', 'reporting', 'learning', 'table'])
+def test_what_waits_for_the_measurements_does_not_start_cuda(name):
+    """It would hold memory of the GPU while they run."""
+    part = importlib.import_module(name)
+    source = inspect.getsource(part.main if name == 'table' else part.rows)
+    assert 'cuda.' not in source and 'trainer(' not in source and ' start(' not in source
+
+
+def test_what_takes_too_long_is_ended_with_all_that_it_started():
+    """Each of them holds the pipe, which ends when the last of them has ended."""
+    within = importlib.import_module('table').within
+    reading, writing = os.pipe()
+    assert within(2, ['bash', '-c', f'sleep {2 * HANG} & wait'], stdout=writing) is None
+    os.close(writing)
+    assert select.select([reading], [], [], HANG)[0] and os.read(reading, 1) == b''
+    os.close(reading)
+    assert within(HANG, ['bash', '-c', 'exit 3']) == 3
+    assert within(None, ['bash', '-c', 'exit 0']) == 0
+
+
 def test_the_command():
     done = subprocess.run([sys.executable, FOLDER / 'table.py', 'everything'], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, '')
     assert 'everything: no such part; choose from input, training' in done.stderr
+
+
+def test_parts_are_run_and_ended_in_time(monkeypatch, capfd):
+    """On a machine with a GPU they have a time limit, if not all is to be measured."""
+    table = importlib.import_module('table')
+    monkeypatch.setattr(table, 'in_a_fresh_process', lambda _, function: {'machine': 'a machine', 'gpus': 1}[function])
+    assert sum(table.SECONDS.values()) < 15 * 60
+    for seconds, expected in ((0, '| learning was ended after 0 s |'), (HANG, '| mAP of the demo in bf16 and fp32:')):
+        monkeypatch.setattr(table, 'SECONDS', {'learning': seconds})
+        monkeypatch.setattr(sys, 'argv', ['table.py', 'learning'])
+        with pytest.raises(SystemExit) as end:
+            table.main()
+        assert end.value.code == (1 if seconds == 0 else 0)
+        out = capfd.readouterr().out
+        assert out.startswith('a machine\n') and expected in out.splitlines()[-1]
+
+
+# What holds on a GPU
+
+SPEEDS = {
+    'fp32': {'training': 1000.0, 'extraction': 3000.0, 'peak': 3.21},
+    'tf32': {'training': 1500.0, 'extraction': 4000.0, 'peak': 3.21},
+    'bf16': {'training': 2310.0, 'extraction': 6000.0, 'peak': 2.5},
+    'bf16 compiled': {'training': 3000.0, 'peak': 2.0},
+}
+GOOD = {
+    'device': {'name': 'NVIDIA H100', 'torch': '2.9+cu130', 'bf16': True},
+    'tests': {'passed': ['a', 'b'], 'failed': [], 'error': [], 'skipped': ['c'], 'selected': 3, 'status': 0},
+    'demo': 0.8514,
+    'speeds': SPEEDS,
+}
+
+
+def test_all_holds():
+    line, problems = importlib.import_module('gpu').verdict(GOOD)
+    assert problems == []
+    assert line == (
+        'GPU NVIDIA H100, torch 2.9+cu130: tests 2 of 2 passed, 1 skipped, demo mAP 85.1, training 1000 fp32, '
+        '1500 tf32 (x1.5 fp32), 2310 bf16 (x2.3 fp32), 3000 bf16 compiled (x3.0 fp32) images/s, extraction 3000 fp32, '
+        '4000 tf32 (x1.3 fp32), 6000 bf16 (x2.0 fp32) images/s, peak memory 3.2 fp32, 3.2 tf32, 2.5 bf16, '
+        '2.0 bf16 compiled GB: all holds'
+    )
+
+
+@pytest.mark.parametrize(
+    ('change', 'problem'),
+    [
+        ({'tests': {**GOOD['tests'], 'passed': ['a'], 'failed': ['b[1]'], 'status': 1}}, 'b[1]'),
+        ({'tests': {**GOOD['tests'], 'passed': ['a'], 'error': ['b'], 'status': 1}}, 'b'),
+        ({'tests': {**GOOD['tests'], 'selected': 9, 'status': None}}, '6 tests did not run (the end of their time)'),
+        ({'tests': {**GOOD['tests'], 'selected': 9, 'status': 3}}, '6 tests did not run (exit status 3)'),
+        ({'tests': {**GOOD['tests'], 'passed': [], 'status': 0, 'selected': 1}}, '0 tests did not run (exit status 0)'),
+        ({'demo': None}, 'demo mAP of at least 75'),
+        ({'demo': 0.5}, 'demo mAP of at least 75'),
+        ({'speeds': {**SPEEDS, 'tf32': None}}, 'speed in tf32 could be measured'),
+        ({'speeds': {**SPEEDS, 'fp32': None}}, 'speed in fp32 could be measured'),
+        (
+            {'speeds': {**SPEEDS, 'bf16': {'training': 900.0}, 'bf16 compiled': {}}},
+            'training in bf16 as fast as in fp32',
+        ),
+        ({'speeds': {**SPEEDS, 'bf16 compiled': {'training': 2000.0}}}, 'training in bf16 compiled as fast as in bf16'),
+        ({'speeds': {**SPEEDS, 'tf32': {'extraction': 2000.0}}}, 'extraction in tf32 as fast as in fp32'),
+    ],
+)
+def test_what_does_not_hold_is_named(change, problem):
+    line, problems = importlib.import_module('gpu').verdict({**GOOD, **change})
+    assert problems == [problem] and line.endswith(f': does not hold: {problem}')
+
+
+def test_a_gpu_without_bf16_need_not_be_fast_in_it():
+    slow = {**SPEEDS, 'bf16': {'training': 90.0, 'extraction': 90.0}, 'bf16 compiled': {'training': 95.0}}
+    old = {**GOOD['device'], 'bf16': False}
+    assert importlib.import_module('gpu').verdict({**GOOD, 'speeds': slow, 'device': old})[1] == []
+
+
+def test_outcomes_of_tests_that_were_ended():
+    text = (
+        'collecting ... collected 90 items / 84 deselected / 6 selected\n\n'
+        'tests/test_gpu.py::test_one[a b-1] PASSED  [ 16%]\ntests/test_gpu.py::test_two SKIPPED (needs tw...) [ 33%]\n'
+        'tests/test_gpu.py::test_three FAILED  [ 50%]\ntests/test_gpu.py::test_four ERROR [ 66%]\n'
+        'tests/test_gpu.py::test_five '
+    )
+    expected = {
+        'passed': ['test_one[a b-1]'],
+        'skipped': ['test_two'],
+        'failed': ['test_three'],
+        'error': ['test_four'],
+    }
+    outcomes = importlib.import_module('gpu').outcomes
+    assert outcomes(text) == {**expected, 'selected': 6}
+    assert outcomes('collecting ... collected 1 item\n')['selected'] == 1 and outcomes('')['selected'] == 0
+
+
+def gpu_command(*args):
+    command = [sys.executable, FOLDER / 'gpu.py', *args]
+    return subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=HANG)
+
+
+def test_the_whole_of_it_on_the_cpu():
+    """And with it some of the logic of test_gpu.py."""
+    run = gpu_command('--dry')
+    assert run.returncode == 0, run.stdout + run.stderr
+    line = run.stdout.splitlines()[-1]
+    assert re.fullmatch(r'DRY RUN on the CPU, .*tests (\d+) of \1 passed, demo mAP .*bf16 \(x.*: all holds', line), line
+    assert 'test_no_step_waits' in run.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='this machine has a GPU')
+def test_a_machine_without_a_gpu():
+    run = gpu_command()
+    assert (run.returncode, run.stdout) == (1, '')
+    assert run.stderr.startswith('nothing was measured: there is no CUDA device for torch 2')
+
+
+def test_a_package_that_is_missing(monkeypatch):
+    gpu = importlib.import_module('gpu')
+    monkeypatch.setattr(gpu.importlib.util, 'find_spec', lambda name: name not in ('PIL', 'pytest'))
+    monkeypatch.setattr(sys, 'argv', ['gpu.py'])
+    with pytest.raises(SystemExit, match=r'^nothing was measured: install pytest, Pillow$'):
+        gpu.main()
+
+
+def test_a_script_does_without_tqdm(data_dir, tmp_path):
+    options = ['-a', 'tiny', '--height', 32, '--width', 16, '--use-cpu', '--precision', 'fp32', '--pretrained', 'none']
+    options += ['--train-batch', 8, '--max-epoch', 1, '--no-report', '--data-dir', data_dir, '--save-dir', tmp_path]
+    command = [sys.executable, ROOT / 'tests' / 'tiny.py', ROOT / 'train_img_model_xent.py', *options]
+    env = {**ENV, 'PYTHONPATH': str(FOLDER / 'instead')}
+    run = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env, timeout=HANG)
+    assert run.returncode == 0 and 'mAP: ' in run.stdout, run.stderr

@@ -1,3 +1,6 @@
+import importlib
+import sys
+
 import pytest
 
 from runtime import commands
@@ -37,6 +40,31 @@ def test_run_exits_with_what_main_returns(returned, status):
     with pytest.raises(SystemExit) as end:
         commands.run(lambda: returned)
     assert end.value.code == status
+
+
+@pytest.mark.parametrize(
+    ('module', 'command'),
+    [
+        ('ranking', '~/query ~/gallery'),
+        ('report', '~/run'),
+        ('report', '~/run --out ~/page.html'),
+        ('report', '--activations ~/checkpoint.pth.tar ~/image.jpg --out ~/grid.png'),
+        ('data_manager', '--data-dir ~/data'),
+    ],
+)
+def test_every_path_of_a_command_may_be_in_the_home_folder(module, command, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setattr(sys, 'argv', [f'{module}.py', *command.split()])
+    parse, parsed = commands.Parser.parse_args, []
+
+    def see(parser):
+        parsed.append(parse(parser))
+        raise UserError('it ends here')
+
+    monkeypatch.setattr(commands.Parser, 'parse_args', see)
+    with pytest.raises(UserError, match='it ends here'):
+        importlib.import_module(module).main()
+    assert str(parsed).count(str(tmp_path)) == command.count('~') and '~' not in str(parsed)
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,18 @@ def test_what_is_not_read_is_listed(market, checked):
     ]
 
 
+def test_a_data_set_that_can_only_be_tested(market, checked):
+    shutil.rmtree(market / 'bounding_box_train')
+    status, found, _ = checked('market1501')
+    assert status == 1
+    assert found[0].startswith('It can be tested, but not trained on: ')
+    assert found[1:-1] == [
+        'fault: training set that cannot be used: 1',
+        '    market1501 contains no bounding_box_train',
+        *NOTES[2:],
+    ]
+
+
 def test_other_cameras_are_a_difference(market, checked):
     shutil.copy(market / 'query' / MARKET['query'][0], market / 'bounding_box_test' / '0000_c0.jpg')
     status, found, _ = checked('market1501')

@@ -468,7 +468,7 @@ def test_a_signal_that_ends_the_run_while_it_waits_for_a_block(decoders):
     assert some.workers == []
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_a_worker_that_is_just_born_is_ignored(number, decoders):
     """It would still raise there what it raises in the run."""
 
@@ -584,7 +584,7 @@ from runtime.device import Run
 from samplers import RandomSampler
 
 got = []
-for number in (signal.SIGTERM, signal.SIGINT):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, lambda number, _: got.append(number))
 items = [(path, index, 0) for index, path in enumerate(sys.argv[2:])]
 options, run = DataOptions(workers=2), Run(torch.device('cpu'))
@@ -593,8 +593,9 @@ batches = training.epoch(0)
 next(batches)
 os.killpg(0, signal.SIGTERM)
 os.killpg(0, signal.SIGINT)
+os.killpg(0, signal.SIGHUP)
 assert len(list(batches)) == len(training) - 1 and len(list(training.epoch(1))) == len(training)
-assert got == [signal.SIGTERM, signal.SIGINT], got
+assert got == [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], got
 print('continued', flush=True)
 if sys.argv[1] == 'raises':
     batches = training.epoch(2)

@@ -17,7 +17,7 @@ from arguments import RunOptions
 from runtime import device
 from runtime.device import Run
 from runtime.errors import UserError
-from runtime.precision import has_bf16
+from runtime.precision import allow_tf32, has_bf16, without_tf32
 from runtime.processes import Processes
 
 CPU = torch.device('cpu')
@@ -98,6 +98,20 @@ def test_precision(monkeypatch):
     assert start().precision == 'fp32'
 
 
+@pytest.mark.parametrize('allowed', [False, True])
+def test_both_names_of_a_precision_can_be_read_afterwards(allowed):
+    """PyTorch raises for the older ones if they contradict the newer ones, as after only one of them was set."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    try:
+        allow_tf32(allowed)
+        with without_tf32():
+            assert getattr(matmul, 'fp32_precision', 'ieee') == 'ieee'
+        assert matmul.allow_tf32 == cudnn.allow_tf32 == allowed
+        assert torch.get_float32_matmul_precision() == ('high' if allowed else 'highest')
+    finally:
+        allow_tf32(False)
+
+
 def test_autocast_is_for_the_model_call():
     weight = torch.ones(2, 2)
     run = Run(CPU, 'bf16', 'fp32')
@@ -167,7 +181,8 @@ def test_sync_bn_keeps_parameters_and_keys(monkeypatch):
 def test_which_gpu_a_process_takes(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
-    taken = []
+    checked, taken = [], []
+    monkeypatch.setattr(device.cards, 'check', checked.append)
     monkeypatch.setattr(torch.cuda, 'set_device', taken.append)
 
     def take(local_rank, number, listed):
@@ -176,6 +191,6 @@ def test_which_gpu_a_process_takes(monkeypatch):
 
     for local_rank, number, listed in ((0, 1, '2'), (1, 2, '0'), (1, 2, '2,3')):
         assert take(local_rank, number, listed) == taken[-1]
-    assert [each.index for each in taken] == [2, 1, 3]
+    assert [each.index for each in taken] == [2, 1, 3] and checked == taken
     with pytest.raises(UserError, match='0,1,2: 3 GPUs for 2 processes on this host'):
         take(1, 2, '0,1,2')

@@ -214,6 +214,11 @@ def test_two_processes_evaluate_as_one(data_dir, tmp_path, script, capsys):
     [
         ('mistake', 2, r'error: what process 1 says\n'),
         ('fault', 1, r'Traceback (?:(?!Traceback).)*\nValueError: what process 1 says\n'),
+        (
+            'memory',
+            2,
+            r'error: the memory of the GPU ran out \(CUDA out of memory\); try a smaller --train-batch or .*\n',
+        ),
         ('kill', 137, r'error: process 1 of the run was killed by signal 9\n'),
     ],
 )
@@ -266,10 +271,12 @@ def test_two_processes_continue_with_a_test_that_failed_in_one(copied, tmp_path)
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_mistake_of_all_processes_is_reported_once(tmp_path):
-    run = on_two_gpus('train_img_model_xent', '--data-dir', tmp_path, '--save-dir', tmp_path)
+@pytest.mark.parametrize(('options', 'text'), [([], 'bounding_box_train'), (['--sync-bn'], '--sync-bn is for CUDA')])
+def test_a_mistake_of_all_processes_is_reported_once(options, text, tmp_path):
+    """Also one that each sees before they exchange anything."""
+    run = on_two_gpus('train_img_model_xent', '--data-dir', tmp_path, '--save-dir', tmp_path, *options)
     assert run.returncode == 2
-    assert run.stderr.startswith('error: ') and run.stderr.count('bounding_box_train') == 1
+    assert run.stderr.startswith('error: ') and run.stderr.count(text) == 1
 
 
 @pytest.mark.parametrize(

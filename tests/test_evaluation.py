@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ import ranking
 from arguments import TestOptions
 from page import runs
 from readers.tree import ids_of
-from runtime import commands, testset
+from runtime import commands, files, testset
 from runtime.errors import UserError
 from runtime.features import create_features, read_paths
 
@@ -261,10 +262,27 @@ def test_lists_of_frames_are_tracklets_too(data_dir, model, run, tmp_path):
     assert evaluation.Test(dataset, options(tmp_path), run)(model) == figures
 
 
-def test_features_that_do_not_fit_on_the_disk(dataset, run, small_disk):
+@pytest.fixture(params=['Linux', 'macOS'])
+def system(request, monkeypatch):
+    if request.param == 'macOS':
+        monkeypatch.delattr(os, 'posix_fallocate')
+
+
+def test_features_that_do_not_fit_on_the_disk(system, dataset, run, small_disk):
     """They are a map of the file, and a process that writes into one on a full disk ends by SIGBUS."""
     with pytest.raises(UserError, match=r'--save-features: .*query/features.npy cannot be written \(No space left'):
         create_features(str(small_disk), 'query', dataset.query, 200_000 // len(dataset.query), run)
+
+
+def test_space_is_reserved_and_contents_stay(system, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, 'BLOCK', 1 << 12)
+    path = tmp_path / 'features.npy'
+    np.lib.format.open_memmap(path, 'w+', np.float32, (9, 1111))[:] = 7
+    with open(path, 'r+b') as file:
+        file.truncate(1 << 16)  # the rest is a hole
+    files.allocate(path)
+    assert path.stat().st_size == 1 << 16 <= path.stat().st_blocks * 512
+    assert (np.load(path) == 7).all()
 
 
 def test_saved_features_are_ranked_from_disk(dataset, model, run, tmp_path, capsys, monkeypatch):

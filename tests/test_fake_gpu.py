@@ -272,6 +272,18 @@ def test_a_resumed_run(on_cpu, data_dir, tmp_path):
         assert not gpu.of(RACE, MIXED)
 
 
+def test_all_loaders_copy_on_one_stream(data_dir, tmp_path, monkeypatch):
+    """Those of the training and of query and gallery in each test."""
+    with fake_gpu.emulated() as gpu, counted_calls('prefetching') as calls:
+        made, streams = [], torch.cuda.Stream
+        monkeypatch.setattr(torch.cuda, 'Stream', lambda device: made.append(streams(device)) or made[-1])
+        options = ['--gpu-devices', '1', '--precision', 'fp32', '--eval-step', '1']
+        assert run_script('train_img_model_xent', data_dir, tmp_path, *options) == 0
+        monkeypatch.undo()
+    assert [stream.device for stream in made] == [DEVICE] and calls['prefetching'] > 3 * EPOCHS
+    assert not gpu.of(RACE, MIXED)
+
+
 @pytest.mark.parametrize(
     ('name', 'options'),
     [

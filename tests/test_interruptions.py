@@ -21,6 +21,7 @@ import pytest
 import tiny
 import torch
 from conftest import ENV, HANG, ROOT, SCRIPTS, TINY
+from torch.distributed.launcher.api import LaunchConfig
 
 from runtime import checkpoint
 
@@ -90,7 +91,7 @@ def wait_for_stop(run):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize('name', ['train_img_model_xent_htri', 'train_img_model_cent', 'train_vid_model_xent'])
 def test_a_signal_in_the_middle_of_an_epoch(name, number, workers, script, at_batch, tmp_path, capsys):
     whole, parted = tmp_path / 'whole', tmp_path / 'parted'
@@ -212,7 +213,7 @@ def not_finite(features):
 
 FAILURES = {  # of a test: what happens when it has the first features, options, exit status and message
     'a bug': (bug, [], 1, r'ValueError: a bug\n'),
-    'memory': (out_of_memory, [], 1, r'torch\.OutOfMemoryError: CUDA out of memory\n'),
+    'memory': (out_of_memory, [], 2, r'error: the memory of the GPU ran out .*; try a smaller --test-batch or .*; '),
     'a signal': (stopped, [], 143, 'Stopped by SIGTERM; '),
     'a killed worker': (all_killed, ['--workers', 1, '--test-batch', 1], 1, 'error: a process that decodes .*; '),
     'infinite features': (not_finite, [], 2, r'error: (\d+) of \1 query features are not finite .*; '),
@@ -446,6 +447,26 @@ def test_two_processes_stop_after_the_same_step(act, started, left_alone, data_d
     status, _, err = end_of(started('train_img_model_xent_htri', *options, '--auto-resume', processes=2))
     assert status == 0, err
     assert equal(*(weights_of(folder / 'checkpoint_ep2.pth.tar') for folder in (tmp_path, left_alone)))
+
+
+def test_two_processes_stop_when_their_terminal_is_closed(started, data_dir, tmp_path):
+    options = [*TWO_EPOCHS, '--data-dir', data_dir, '--save-dir', tmp_path, '--max-restarts', 1]
+    act = f'ask_launcher 4 0 {signal.SIGHUP:d}'
+    status, out, err = end_of(started('train_img_model_xent_htri', *options, processes=2, act=act))
+    assert (status, err) == (129, '') and 'restarting' not in out
+    assert f'Stopped by SIGHUP after saving {tmp_path}/resume_2_2.pth.tar. Continue with:' in out
+
+
+@pytest.mark.skipif(not hasattr(LaunchConfig, 'signals_to_handle'), reason='this launcher always heeds SIGHUP')
+def test_two_processes_that_ignore_the_end_of_their_terminal(started, data_dir, tmp_path):
+    """As under nohup."""
+    options = ['--max-epoch', 1, '--data-dir', data_dir, '--save-dir', tmp_path]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run = started('train_img_model_xent', *options, processes=2, act='hang_up 2 0')
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert end_of(run)[::2] == (0, '')
 
 
 @pytest.mark.parametrize('act', ['kill', 'kill_worker'])

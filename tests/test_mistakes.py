@@ -221,6 +221,13 @@ TREES = [
     tree('no match', '', r'none of the \d+ queries has a match', without('bounding_box_test', '0000')),
     tree('one camera', '', r'none of the (\d+) queries has a match: 0 show .* lacks, \1 one .* camera only; .* if '
          'the cameras are unknown, use --any-camera', one_camera),
+    tree('no boxes of the queries', '--multi-query', '--multi-query needs .*gt_bbox, which is missing; it is part of',
+         removed('data/market1501/gt_bbox')),
+    tree('a query without a box', '--multi-query', 'no picture of the person and camera of 4 of its 10 queries, ',
+         without('gt_bbox', '001')),
+    tree('boxes without a name', '--multi-query', "gt_bbox: the name 'a.jpg' cannot be parsed",
+         written('data/market1501/gt_bbox/a.jpg', b'')),
+    tree('single queries', '--multi-query', 'mars has one query of each person in a camera, and no ', script=VIDEO),
     tree('a batch larger than the data', '--train-batch 999', r'--train-batch is 999, but .* only \d+ images: use'),
     tree('P larger than the data', '--train-batch 64', 'needs 16 identities with --num-instances 4, but', script=HTRI),
     tree('P of 1', '--train-batch 4', 'has room for one identity with --num-instances 4', script=HTRI),
@@ -544,6 +551,11 @@ BOTH, FEATURES = 'features/query features/gallery', 'features/query/features.npy
 RANKING = [
     features('no folders', '', 'the following arguments are required: query, gallery'),
     features('an unknown option', f'{BOTH} --fast', 'unrecognized arguments: --fast'),
+    features('no neighbours', f'{BOTH} --rerank --k1 0', '--k1: must be an integer of at least 1'),
+    features('no weight', f'{BOTH} --rerank --lambda 2', '--lambda: must be a number from 0 to 1'),
+    Mistake('paths of other features', f'{BOTH} --any-camera', r'paths.jsonl cannot be read \(it has 1 lines for 4',
+            lambda folder: [(folder / f'features/{subset}/paths.jsonl').write_text('"a"\n')
+                            for subset in ('query', 'gallery')], 'ranking', logged=False),
     features('a folder that is not there', 'features/query nowhere', r'nowhere/features.npy cannot be read \(No such'),
     instead('a text', written(FEATURES, b'1, 2')),
     instead('no bytes', written(FEATURES, b'')),

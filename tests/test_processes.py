@@ -114,3 +114,50 @@ def test_the_loss_of_another_process_is_no_fault_of_this_one(problem, lost, monk
     assert not processes.lost_another(problem)  # there is no other
     monkeypatch.setattr(dist, 'is_initialized', lambda: True)
     assert processes.lost_another(problem) is lost
+
+
+def test_processes_meet_once_and_before_they_join(monkeypatch):
+    group, store = Group(Processes(world_size=2)), dist.HashStore()
+    met = iter([(store, 0, 2)])
+    monkeypatch.setattr(dist, 'rendezvous', lambda _: met)
+    for _ in range(2):
+        group.meet()
+        assert group.store is store
+    Group(Processes()).meet()
+
+
+KILLED = 'error: process 1 of the run was killed by signal 9\n'
+
+
+@pytest.mark.parametrize(
+    ('ends', 'expected'),
+    [
+        ({0: (100, -15), 1: (100, 2)}, (2, '')),  # a mistake; the launcher ended the other one
+        ({0: (130, -9), 1: (100, 2)}, (2, '')),  # by SIGKILL, as it waited for its GPU
+        ({0: (100, -6), 1: (100, 2)}, (2, '')),  # or NCCL did
+        ({0: (100, -15), 1: (100, -9)}, (137, KILLED)),
+        ({0: (100, 1), 1: (100, -9)}, (137, KILLED)),  # the other one noticed it
+        ({0: (130, -9), 1: (100, -9)}, (137, KILLED)),
+        ({0: (100, -15), 1: (101, -15)}, (143, '')),
+    ],
+)
+def test_the_first_end_is_that_of_the_run(ends, expected):
+    assert processes._first_end(ends) == expected
+
+
+@pytest.mark.parametrize(('backend', 'at_once'), [('nccl', True), ('gloo', False), (None, False)])
+def test_a_group_of_gpus_is_left_without_a_farewell(backend, at_once, monkeypatch):
+    """NCCL would report at exit that its group was not destroyed."""
+
+    class Exit(BaseException):
+        pass
+
+    def leave(status):
+        assert status == 2
+        raise Exit
+
+    monkeypatch.setattr(dist, 'is_initialized', lambda: backend is not None)
+    monkeypatch.setattr(dist, 'get_backend', lambda: backend)
+    monkeypatch.setattr(processes.os, '_exit', leave)
+    with pytest.raises(Exit if at_once else SystemExit):
+        processes.end(2)

@@ -13,7 +13,9 @@ EXPERIMENT = (  # what a script may import
 )
 MAY_IMPORT = {  # and each room, beside runtime.errors
     'arguments': 'data_manager models runtime.checks runtime.commands runtime.processes runtime.values',
-    'data_manager': 'readers.market1501 readers.mars readers.tree runtime.commands runtime.decoding toy',
+    'data_manager': (
+        'readers.market1501 readers.mars readers.tree runtime.commands runtime.decoding runtime.values toy'
+    ),
     'dataset_loader': 'arguments runtime.caching runtime.decoding runtime.device runtime.feed runtime.workers samplers',
     'eval_metrics': '',
     'evaluation': (
@@ -23,11 +25,11 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     ),
     'losses': '',
     'ranking': 'eval_metrics reranking runtime.commands runtime.features runtime.tiles runtime.values',
-    'report': 'page page.activations runtime.commands',
+    'report': 'page page.activations runtime.commands runtime.values',
     'reranking': 'eval_metrics runtime.tiles',
     'samplers': 'transforms',
     'transforms': '',
-    'utils': 'runtime.files',
+    'utils': 'runtime.console runtime.files',
     'weights': 'models models.network runtime.unpickling',
     'models': 'models.DenseNet models.MobileNet models.OSNet models.ResNet models.Timm models.network',
     'models.DenseNet': 'models.network',
@@ -54,28 +56,37 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
         'runtime.meters runtime.notices runtime.provenance runtime.state utils weights'
     ),
     'runtime.checks': 'data_manager models runtime.kinds runtime.processes',
-    'runtime.commands': '',
+    'runtime.cards': '',
+    'runtime.commands': 'runtime.console runtime.memory',
+    'runtime.console': '',
     'runtime.decoding': 'runtime.kinds',
-    'runtime.device': 'arguments models runtime.files runtime.precision runtime.processes runtime.signals utils',
+    'runtime.device': (
+        'arguments models runtime.cards runtime.files runtime.precision runtime.processes runtime.signals utils'
+    ),
     'runtime.errors': '',
-    'runtime.features': 'readers.tree runtime.device runtime.paths',
+    'runtime.features': 'readers.tree runtime.device runtime.files runtime.paths',
     'runtime.feed': 'runtime.caching runtime.workers',
     'runtime.files': '',
     'runtime.kinds': '',
-    'runtime.launch': 'arguments runtime.commands runtime.device runtime.files runtime.processes runtime.signals utils',
+    'runtime.launch': (
+        'arguments runtime.commands runtime.console runtime.device runtime.files runtime.memory runtime.processes '
+        'runtime.signals runtime.system utils'
+    ),
+    'runtime.memory': '',
     'runtime.meters': 'arguments eval_metrics runtime.device utils',
     'runtime.notices': 'arguments data_manager models.network readers.tree runtime.device',
     'runtime.paths': '',
     'runtime.precision': '',
     'runtime.processes': '',
     'runtime.provenance': 'runtime.device',
-    'runtime.signals': 'runtime.processes',
+    'runtime.signals': 'runtime.processes runtime.system',
     'runtime.state': 'arguments',
+    'runtime.system': 'runtime.commands',
     'runtime.testset': 'eval_metrics readers.tree runtime.device runtime.paths',
     'runtime.tiles': 'runtime.precision',
     'runtime.unpickling': 'runtime.kinds',
     'runtime.values': '',
-    'runtime.workers': '',
+    'runtime.workers': 'runtime.memory runtime.signals runtime.system',
     'toy': 'toy.formats',
     'toy.formats': 'toy.people toy.scenes toy.views',
     'toy.people': 'toy.views',

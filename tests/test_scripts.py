@@ -73,7 +73,11 @@ def test_a_test_needs_nothing_of_the_training(name, script, data_dir, tmp_path, 
     odd = FOR_TRAINING.split() + (['--num-instances', 7, '--margin', 0] if 'htri' in name else ['--cache', 'ram'])
     for resume in ([], ['--resume', tmp_path / 'eleven.pth']):
         figures = []
-        for data in ([], ['--data-dir', root], ['--data-dir', root, *(odd if resume else odd[:4])]):
+        for data in (
+            [],
+            ['--data-dir', root],
+            ['--data-dir', root, *(option for option in odd if resume or option != '--auto-resume')],
+        ):
             save_dir = tmp_path / f'log{len(figures)}'
             assert script(name, '--evaluate', *data, *resume, '--save-dir', save_dir) == 0
             out, err = capsys.readouterr()

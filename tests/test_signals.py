@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from runtime.processes import Processes
-from runtime.signals import Signals, Stopped
+from runtime.signals import STOPS, Signals, Stopped
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_how_to_continue(processes, command, monkeypatch):
     assert str(Signals(processes).stop(signal.SIGINT, None)) == 'Stopped by SIGINT'
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_at_once_or_when_the_run_is_ready(number):
     ours = Signals(Processes())
     with ours.handled(), pytest.raises(Stopped) as stopped:
@@ -79,8 +79,21 @@ def test_a_run_on_its_way_out_is_not_stopped_again(monkeypatch):
     assert ends == [130]
 
 
+def test_a_hangup_that_is_ignored_stays_ignored():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        ours = Signals(Processes())
+        with ours.handled():
+            signal.raise_signal(signal.SIGHUP)
+            assert not ours.received
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_the_handlers_are_put_back():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(number) for number in STOPS]
     with Signals(Processes()).handled():
-        assert signal.getsignal(signal.SIGTERM) != before[0]
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+        assert all(signal.getsignal(number) != handler for number, handler in zip(STOPS, before, strict=True))
+    assert [signal.getsignal(number) for number in STOPS] == before

@@ -1,14 +1,19 @@
 """Weight files: every published layout is understood, and what does not fit a model is refused whole."""
 
 import copy
+import multiprocessing
 import pickle
+import socket
 import urllib.error
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import HANG
 from published_files import (
     TORCHVISION_NAMES,
     OldParameter,
@@ -404,6 +409,43 @@ def test_imagenet_weights_without_a_network(resnet, hub):
         weights.pretrain(resnet, 'imagenet')
     with pytest.raises(UserError, match='Tiny has no ImageNet weights'):
         weights.pretrain(Tiny(), 'imagenet')
+
+
+ANSWER = b'HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n'
+
+
+def serve(server, answer, stays):
+    connection, _ = server.accept()
+    connection.sendall(answer)
+    while stays and connection.recv(1000):  # until the other side gives up
+        pass
+
+
+@pytest.mark.parametrize(
+    ('answer', 'stays', 'reason'),
+    [
+        (b'', True, 'timed out'),
+        (ANSWER, True, 'timed out'),
+        (ANSWER + b'PK', True, 'timed out'),
+        (ANSWER + b'PK', False, 'invalid hash value|IncompleteRead|Connection reset'),
+        (b'', False, 'without response|Connection reset'),
+    ],
+    ids=['silent', 'stalls before the data', 'stalls in the middle', 'ends early', 'hangs up'],
+)
+def test_a_download_that_ends_in_the_middle_or_never(answer, stays, reason, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setenv('no_proxy', '*')
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        process = multiprocessing.get_context('fork').Process(target=serve, args=(server, answer, stays))
+        process.start()
+        url = f'http://127.0.0.1:{server.getsockname()[1]}/resnet50-0676ba61.pth'
+        imagenet = SimpleNamespace(url=url, get_state_dict=partial(torch.hub.load_state_dict_from_url, url))
+        start = rf'^the ImageNet weights could not be downloaded \(.*({reason}).*\); download {url} into '
+        with pytest.raises(UserError, match=start):
+            weights._fetch(imagenet, timeout=0.2 if stays else HANG)
+        process.join()
+    assert socket.getdefaulttimeout() is None
+    assert list((tmp_path / 'hub' / 'checkpoints').iterdir()) == []
 
 
 def test_pretrained_path(resnet, folder, capsys):

@@ -22,7 +22,7 @@ if str(ROOT) not in sys.path:
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # before torch: threads that spin hold up a busy machine
 
-from torch import nn  # noqa: E402
+from torch import OutOfMemoryError, nn  # noqa: E402
 
 import models  # noqa: E402
 from models.network import Network  # noqa: E402
@@ -104,11 +104,18 @@ def ask():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def ask_launcher():
+def ask_launcher(number=signal.SIGTERM):
     """Ask the launcher of this process (two_gpus.py) to stop, and take no further step before it has forwarded that."""
-    os.kill(int(os.environ['LAUNCHER']), signal.SIGTERM)
+    os.kill(int(os.environ['LAUNCHER']), number)
     while not waiting():
         time.sleep(0.01)
+
+
+def hang_up():
+    """What the end of a terminal sends to a run that ignores it, and to its launcher."""
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    for process in (int(os.environ['LAUNCHER']), os.getpid()):
+        os.kill(process, signal.SIGHUP)
 
 
 def ignore():
@@ -124,7 +131,12 @@ def fault():
     raise ValueError(f'what process {os.environ["RANK"]} says')
 
 
-ACTS = [kill, kill_later, kill_worker, stop, ask, ask_launcher, ignore, mistake, fault]
+def memory():
+    """As one process of a group of GPUs may run out of it."""
+    raise OutOfMemoryError('CUDA out of memory. ')
+
+
+ACTS = [kill, kill_later, kill_worker, stop, ask, ask_launcher, hang_up, ignore, mistake, fault, memory]
 
 
 def plan() -> None:

@@ -65,7 +65,7 @@ from readers import market1501, mars, tree
 from runtime import kinds, unpickling
 from runtime.errors import UserError
 
-READERS = [pickletools, zipfile, weights, unpickling, kinds, market1501, mars, tree, data_manager]
+READERS = [pickletools, zipfile, kinds, weights, unpickling, market1501, mars, tree, data_manager]
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 20  # of a core that one input may take; a million instructions are followed in 3
 HANG = 600  # seconds after which one that takes no time of a core hangs

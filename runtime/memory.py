@@ -1,0 +1,42 @@
+"""Memory that runs out: whose it was, and which options need less."""
+
+import argparse
+import errno
+import re
+
+from runtime.errors import UserError, plain
+
+# Of the GPU: torch.OutOfMemoryError, other calls of CUDA, and its libraries, which name it differently.
+OF_GPU = re.compile(r'out of memory|(?:CUBLAS|CUDNN|CUSOLVER)_STATUS_ALLOC_FAILED', re.IGNORECASE)
+OF_HOST = re.compile('DefaultCPUAllocator|DefaultHostAllocator')
+
+
+def exhausted(problem: BaseException) -> str:
+    """'GPU' or 'host' if an exception means that its memory ran out, '' otherwise."""
+    if isinstance(problem, MemoryError) or (isinstance(problem, OSError) and problem.errno == errno.ENOMEM):
+        return 'host'
+    if isinstance(problem, RuntimeError):  # torch's errors for both are of this kind
+        return 'host' if OF_HOST.search(str(problem)) else 'GPU' if OF_GPU.search(str(problem)) else ''
+    return ''
+
+
+def reason(problem: BaseException) -> str:
+    """The numbers in an error for memory that ran out, without torch's advice."""
+    text = str(problem).rpartition('DefaultCPUAllocator: ')[2]
+    return plain('. '.join(text.split('. ')[:3])).rstrip('.') or 'no details are known'
+
+
+def explained(problem: Exception, args: argparse.Namespace, testing: bool) -> Exception:
+    """A UserError with the options that need less, if memory ran out in training or in a test; else the problem."""
+    whose, options = exhausted(problem), vars(args)
+    if not whose:
+        return problem
+    batch = '--test-batch' if testing else '--train-batch'
+    advice = [f'a smaller {batch}']
+    if whose == 'GPU' and options.get('precision') != 'bf16':
+        advice.append('--precision bf16')
+    if whose == 'host' and options.get('workers'):
+        advice.append('fewer --workers')
+    if options.get('cache', 'none') == ('device' if whose == 'GPU' else 'ram'):
+        advice.append('--cache none')
+    return UserError(f'the memory of the {whose} ran out ({reason(problem)}); try {" or ".join(advice)}')
