@@ -35,11 +35,22 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize('script', SCRIPTS)
+@pytest.mark.parametrize('script', DEFAULTS)
 def test_defaults_are_those_of_the_original(script):
     args = vars(parse(script))
     expected = {**COMMON, 'save_dir': 'log', **DEFAULTS[script]}
     assert {name: args[name] for name in expected} == expected
+
+
+def test_defaults_of_the_strong_recipe_are_those_of_its_paper():
+    args = vars(parse('train_img_model_strong'))
+    expected = {
+        'train_batch': 64, 'num_instances': 4, 'lr': 3.5e-4, 'max_epoch': 120, 'warmup': 10, 'decays': [40, 70],
+        'gamma': 0.1, 'weight_decay': 5e-4, 'margin': 0.3, 'weight_cent': 5e-4, 'lr_cent': 0.5, 'padding': 10,
+        'random_erasing': 0.5, 'height': 256, 'width': 128, 'distance': 'cosine', 'arch': 'resnet50',
+    }  # fmt: skip
+    assert {name: args[name] for name in expected} == expected
+    assert 'stepsize' not in args
 
 
 @pytest.mark.parametrize('script', SCRIPTS)

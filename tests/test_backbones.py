@@ -251,11 +251,11 @@ def test_position_embeddings_have_the_size_of_the_images():
         (
             'timm:test_vitt',
             (64, 32),
-            r'-a timm:test_vitt: timm .* has no such model; see timm.list_models\(\), such as',
+            r"timm .* has no model 'test_vitt'; see timm.list_models\(\), such as test_vit",
         ),
-        ('timm:', (64, 32), r'-a timm:: timm .* has no such model'),
-        ('timm:test_vit', (8, 8), r'-a timm:test_vit cannot take images of 8x8 \(Input height \(8\) should be'),
-        ('resnet', None, r"no such model 'resnet'; choose one of resnet50, .*, or timm:NAME"),
+        ('timm:', (64, 32), r"timm .* has no model ''"),
+        ('timm:test_vit', (8, 8), r'timm:test_vit cannot take images of 8x8 \(Input height \(8\) should be'),
+        ('resnet', None, r"there is no model 'resnet'; choose one of resnet50, .*, or timm:NAME"),
     ],
 )
 def test_a_model_that_cannot_be_built_is_one_line(arch, size, message):
@@ -267,7 +267,7 @@ def test_a_model_that_cannot_be_built_is_one_line(arch, size, message):
 
 def test_without_timm_one_line_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, 'timm', None)
-    with pytest.raises(UserError, match='-a timm:test_vit needs the package timm: pip install timm'):
+    with pytest.raises(UserError, match='it needs the package timm: pip install timm'):
         models.init_model('timm:test_vit', 5)
 
 

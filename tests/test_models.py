@@ -142,7 +142,9 @@ def test_features_are_returned_for_any_loss_but_cross_entropy_alone(loss):
 
 
 def test_an_unknown_name_is_the_user_s_mistake():
-    with pytest.raises(UserError, match=r"no such model 'resnet20'; choose one of resnet50, resnet50m, densenet121"):
+    with pytest.raises(
+        UserError, match=r"there is no model 'resnet20'; choose one of resnet50, resnet50m, densenet121"
+    ):
         models.init_model('resnet20', 5)
 
 

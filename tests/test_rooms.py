@@ -5,7 +5,7 @@ import ast
 import pytest
 from conftest import ROOT
 
-LONGEST, MOST_AT_ROOT = 350, 18  # lines of a room; files at the root
+LONGEST, MOST_AT_ROOT = 350, 19  # lines of a room; files at the root
 DOORS = ('models', 'readers', 'runtime', 'page', 'toy')
 EXPERIMENT = (  # what a script may import
     'arguments data_manager dataset_loader evaluation losses models runtime.checkpoint runtime.device '

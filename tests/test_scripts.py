@@ -26,7 +26,8 @@ def equal(one, other):
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_train_resume_evaluate(name, script, tmp_path, capsys):
     """A run that is resumed after its first epoch ends with the weights of the one that was not interrupted."""
-    options = ['--max-epoch', EPOCHS, '--eval-step', 1, '--stepsize', 2, '--print-freq', 2]
+    decay = ['--warmup', 1, '--decays', 2] if name == 'train_img_model_strong' else ['--stepsize', 2]
+    options = ['--max-epoch', EPOCHS, '--eval-step', 1, *decay, '--print-freq', 2]
     assert script(name, *options, '--save-dir', tmp_path / 'whole') == 0
     out = capsys.readouterr().out
     assert 'Model size: 0.00' in out
@@ -69,7 +70,10 @@ def test_a_test_needs_nothing_of_the_training(name, script, data_dir, tmp_path, 
     root = tmp_path / 'data'
     missing = shutil.ignore_patterns('bbox_train', 'train_name.txt', 'tracks_train_info.mat', 'bounding_box_train')
     shutil.copytree(data_dir, root, ignore=missing)
-    torch.save(Tiny(11).state_dict(), tmp_path / 'eleven.pth')
+    model = Tiny(11)
+    if name == 'train_img_model_strong':
+        model.add_neck()
+    torch.save(model.state_dict(), tmp_path / 'eleven.pth')
     odd = FOR_TRAINING.split() + (['--num-instances', 7, '--margin', 0] if 'htri' in name else ['--cache', 'ram'])
     for resume in ([], ['--resume', tmp_path / 'eleven.pth']):
         figures = []
