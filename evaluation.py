@@ -39,7 +39,7 @@ class Test:
 
     Raises:
         UserError: the test is known to fail before training starts: query or gallery is empty, no query has a match, a
-            file is missing, or a package that the page needs is missing.
+            file or with --multi-query a picture of a query is missing, or a package that the page needs.
     """
 
     def __init__(self, dataset: Dataset, options: TestOptions, run: Run):
@@ -102,7 +102,11 @@ class Test:
         return self._averaged(*extracted, pictures, file) if pictures else extracted
 
     def _averaged(self, features: Tensor, indices: Tensor, pictures: Pictures, file: np.ndarray | None) -> Extracted:
-        """The features of the queries, each the mean of those of the pictures of its person in its camera."""
+        """The features of the queries, each the mean of those (N, D) of the pictures of its person in its camera.
+
+        As the field's evaluations do it, the features are averaged as the single-query test compares them: here without
+        being normalised before or after.
+        """
         groups, numbers = (torch.from_numpy(each) for each in (pictures.groups, pictures.of_queries))  # (N,), (Q,)
         sizes = groups.bincount()  # (P,)
         own = groups[indices]  # (n,)

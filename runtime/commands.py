@@ -1,6 +1,7 @@
 """Command lines: a mistake is reported in one line and ends the command with status 2."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -25,7 +26,7 @@ def refuse(message: str, status: int = UserError.status) -> NoReturn:
 def status_of(main: Callable[[], int | None]) -> int:
     """The status that `main` returns or exits with, or that of its UserError, which is reported.
 
-    A console that cannot be written is a UserError too.
+    A console that cannot be written is a UserError too. Ctrl-C ends the command without a message.
     """
     with console.guarded():
         try:
@@ -40,6 +41,8 @@ def status_of(main: Callable[[], int | None]) -> int:
         except UserError as mistake:
             console.report(f'error: {mistake}\n')
             return mistake.status
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
         except Exception as problem:
             if not (whose := memory.exhausted(problem)):
                 raise

@@ -58,7 +58,8 @@ def _main(experiment: Experiment, parser: Parser) -> int:
             stack.enter_context(_silence())
         status, text = _supervise(args.run) if supervises else _run(experiment, args, Group(ours), unwritten, log)
         if not status and unwritten:
-            status, text = 2, f'error: {len(unwritten)} files could not be written, the first was {unwritten[0]}\n'
+            number = f'{len(unwritten)} files' if len(unwritten) > 1 else '1 file'
+            status, text = 2, f'error: {number} could not be written, the first was {unwritten[0]}\n'
     if text:
         console.report(text)
         with contextlib.suppress(OSError), open(path, 'a', encoding='utf-8', errors='backslashreplace') as file:

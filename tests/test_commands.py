@@ -30,6 +30,12 @@ def test_run_reports_a_user_error_in_one_line(kind, status, capsys):
     assert (end.value.code, *capsys.readouterr()) == (status, '', 'error: no such file; give another\n')
 
 
+def test_an_interrupt_from_the_keyboard_ends_a_command_without_a_traceback(capsys):
+    with pytest.raises(SystemExit) as end:
+        commands.run(lambda: raise_(KeyboardInterrupt()))
+    assert (end.value.code, *capsys.readouterr()) == (130, '', '')
+
+
 def test_run_leaves_other_errors_their_traceback():
     with pytest.raises(ZeroDivisionError):
         commands.run(lambda: 1 / 0)

@@ -140,16 +140,17 @@ def test_a_signal_beside_a_fault_changes_nothing(tmp_path, capsys):
     assert ended(experiment, tmp_path, capsys)[::2] == (2, f'error: what, where, what to do; {SAVED}\n')
 
 
-def test_files_that_could_not_be_written_are_counted_at_the_end(tmp_path, capsys):
+@pytest.mark.parametrize(('names', 'number'), [('a', '1 file'), ('ab', '2 files')])
+def test_files_that_could_not_be_written_are_counted_at_the_end(names, number, tmp_path, capsys):
     def experiment(args, run):
-        for name in ('a', 'b'):
+        for name in names:
             with run.unwritten.excuse(tmp_path / name):
                 raise OSError(28, 'No space left on device')
 
     status, out, err = ended(experiment, tmp_path, capsys)
     assert status == 2 and 'Finished.' in out
     assert f'error: {tmp_path}/a: No space left on device; the old file is untouched, and the run continues\n' in out
-    assert err == f'error: 2 files could not be written, the first was {tmp_path}/a: No space left on device\n'
+    assert err == f'error: {number} could not be written, the first was {tmp_path}/a: No space left on device\n'
 
 
 CLOSED = RuntimeError('[/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:5021')
