@@ -1,10 +1,7 @@
 """Weight files: any published or foreign file -> weights under this project's names, and a description of it."""
 
-import http.client
 import os
 import re
-import socket
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,14 +12,13 @@ from torch import Tensor
 
 import models
 from models.network import Network, Training
-from runtime import unpickling
+from runtime import download, unpickling
 from runtime.errors import UserError, plain
 
 if TYPE_CHECKING:
-    from torchvision.models import WeightsEnum
+    pass
 
 FORMAT = 'deep-person-reid 1'  # the entry 'format' of the checkpoints written here
-PATIENCE = 30  # seconds without data after which a download is given up
 
 
 @dataclass
@@ -173,6 +169,37 @@ def arch_of(state_dict: Mapping[str, Tensor]) -> str | None:
     return next((arch for arch, network in models.factory.items() if _is_for(network, state_dict)), None)
 
 
+def build(loaded: Weights, arch: str | None, where: str) -> Network:
+    """The network that weights were trained with, holding them, in eval mode; prints what of them was left out.
+
+    Architecture and arguments of `init_model` are those that a file of this project records. Of other files the
+    architecture is recognised by names and shapes, and so are neck and pooling; the last stride is assumed to be 2.
+
+    arch: None to recognise it
+
+    Raises:
+        UserError: the architecture cannot be recognised, or the weights do not fit.
+    """
+    state_dict, state = loaded.state_dict, loaded.state or {}
+    arch = arch or loaded.trained.options.get('arch') or arch_of(state_dict)
+    if not isinstance(arch, str):
+        raise UserError(f'{where}: its architecture cannot be recognised by its weights; give it with --arch')
+    made, options = state.get('model'), loaded.trained.options
+    made = made if isinstance(made, dict) else {}
+    size = tuple(side for name in ('height', 'width') if isinstance(side := options.get(name), int))
+    model = models.init_model(
+        arch,
+        num_classes=len(state_dict.get('classifier.weight', [0])),
+        last_stride=1 if made.get('last_stride') == 1 else 2,
+        neck='bottleneck.weight' in state_dict,
+        pooling='gem' if 'pool.p' in state_dict else 'max' if made.get('pooling') == 'max' else 'avg',
+        size=size if len(size) == 2 else None,
+    )
+    for notice in load_into(model, state_dict, allow_other_classifier=True, where=where):
+        print(notice)
+    return model.eval()
+
+
 def _is_for(network: type[Network], state_dict: Mapping[str, Tensor]) -> bool:
     name, shape = network.signature
     known = name in state_dict and state_dict[name].shape == shape
@@ -282,7 +309,7 @@ def pretrain(model: Network, pretrained: str) -> None:
         where = "torchvision's ImageNet weights"
         if model.imagenet is None:
             raise UserError(f'{type(model).__name__} has no ImageNet weights; give --pretrained none or a path')
-        state_dict, _ = normalised(_fetch(model.imagenet), where)
+        state_dict, _ = normalised(download.fetch(model.imagenet), where)
         layout, trained = str(model.imagenet), Training(where, of_imagenet=True)
     else:
         where, weights = plain(pretrained, 500), read(pretrained)
@@ -301,31 +328,6 @@ def pretrain(model: Network, pretrained: str) -> None:
     if dropped:
         print(f'Not loaded: {_listed(dropped)}')
     print(f'Initialised at random: {_listed(fresh, most=len(fresh))}')
-
-
-def _fetch(imagenet: 'WeightsEnum', timeout: float = PATIENCE) -> dict[str, Tensor]:
-    """torchvision's weights, from its cache or downloaded into it; `timeout`: seconds without data."""
-    path = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(imagenet.url))
-    elsewise = 'use another file with --pretrained PATH, or start from random weights with --pretrained none'
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(timeout)  # torch.hub waits for ever
-    try:
-        state_dict: dict[str, Tensor] = imagenet.get_state_dict(
-            progress=sys.stderr.isatty(), check_hash=True, weights_only=True, map_location='cpu'
-        )
-        return state_dict
-    except Exception as error:
-        network = isinstance(error, OSError | http.client.HTTPException)
-        if network or not os.path.exists(path):  # or a download that ended early or was altered
-            reason = plain(str(getattr(error, 'reason', error)) or type(error).__name__)
-            raise UserError(
-                f'the ImageNet weights could not be downloaded ({reason}); download {imagenet.url} into '
-                f'{os.path.dirname(path)} yourself, {elsewise}'
-            ) from error
-        reason = plain(f'{type(error).__name__}: {error}')
-        raise UserError(f'{path} is damaged ({reason}); delete it and start again, {elsewise}') from error
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def _listed(names: Iterable, most: int = 8) -> str:

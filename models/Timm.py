@@ -27,7 +27,12 @@ class TimmWeights(WeightsFile):
         try:
             base = build(self.name, self.size, pretrained=True)
         except Exception as problem:  # of any type: another library looks for them on the network
-            raise OSError(f'timm: {problem}') from problem
+            reason = plain(' '.join(str(problem).split()), 300) or type(problem).__name__
+            raise UserError(
+                f'timm could not get the weights of {self.name} ({reason}); where there is a network, download them '
+                f'from {self.url}, and copy them to the same place in ~/.cache/huggingface/hub, or use another file '
+                'with --pretrained PATH, or start from random weights with --pretrained none'
+            ) from problem
         return {f'base.{name}': value for name, value in base.state_dict().items()}
 
 
@@ -39,10 +44,12 @@ class Timm(Network):
 
     name: str
     size: tuple[int, int]
+    licence: str  # of the weights
     pools_itself = True
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__(num_classes, loss)
+        print(f'The weights that timm has for {self.name} have the licence {self.licence}')
         try:
             self.base = build(self.name, self.size)
             self.feat_dim = feat_dim(self.base, self.size)

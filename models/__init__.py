@@ -75,6 +75,7 @@ def init_model(
     network = network_of(name, size)
     print(f'Initializing model: {name}')
     model = network(max(num_classes, 1), loss)  # torch warns of a layer without outputs
+    model.made = {'last_stride': last_stride, 'neck': neck, 'pooling': pooling}
     if last_stride == 1:
         model.keep_resolution()
     if pooling != 'avg' and network.pools_itself:

@@ -97,6 +97,7 @@ class Network(nn.Module):
         self.num_classes, self.loss = num_classes, set(loss)
         self.pool: Callable[[Tensor], Tensor] = average
         self.bottleneck: nn.Module | None = None
+        self.made: dict[str, Any] = {}  # the arguments of init_model that decide what the network computes
 
     @classmethod
     def adapt(cls, state_dict: dict[str, Tensor], notes: Set[str]) -> None:

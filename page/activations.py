@@ -29,40 +29,42 @@ def activations(
         height, width: of the network's input, in pixels.
 
     Raises:
-        UserError: the checkpoint or an image cannot be read, the checkpoint does not fit the architecture, or `out`
-        cannot be written.
+        UserError: the checkpoint or an image cannot be read, the checkpoint does not fit the architecture, the network
+        has no maps, or `out` cannot be written.
     """
     import torch  # pages, which the command also writes, need no torch
     from matplotlib import colormaps
     from torch.nn import functional as F
 
-    import models
     import weights
     from dataset_loader import read_image
     from runtime import notices
     from transforms import TestTransform
 
     loaded = weights.read(checkpoint)
-    state_dict = loaded.state_dict
-    arch = arch or (loaded.state or {}).get('arguments', {}).get('arch') or weights.arch_of(state_dict)
-    if arch is None:
-        raise UserError(f'{checkpoint}: its architecture cannot be recognised by its weights; give it with --arch')
-    model = models.init_model(arch, num_classes=len(state_dict.get('classifier.bias', [0]))).eval()
-    weights.load_into(model, state_dict, allow_other_classifier=True, where=str(checkpoint))
+    model = weights.build(loaded, arch, str(checkpoint))
     for notice in notices.of_size(loaded.trained, height, width):
         print(f'Notice: {notice}')
-    stage = list(model.get_submodule('base').children())[-1]
-    if isinstance(stage, torch.nn.Sequential):
-        stage = stage[-1]  # ResNet50M calls the blocks of its last stage individually
     outputs: list[torch.Tensor] = []
-    stage.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    prepare, colours, cells = TestTransform(height, width), colormaps['inferno'], []
+    pool = model.pool
+
+    def pooled(maps: torch.Tensor) -> torch.Tensor:
+        outputs.append(maps)
+        return pool(maps)
+
+    model.pool = pooled
+    interpolation = loaded.trained.options.get('interpolation') or model.interpolation
+    prepare = TestTransform(height, width, model.normalisation, interpolation)
+    colours, cells = colormaps['inferno'], []
     for path in images:
         image = read_image(path)
         pixels = torch.from_numpy(np.array(image))[None]  # (1, H, W, 3)
         with torch.inference_mode():
             model(prepare([(torch.tensor([0]), pixels)]))
-            heat = outputs.pop().square().sum(1, keepdim=True)  # (1, 1, h, w)
+            if not outputs:
+                raise UserError(f'{checkpoint}: the network pools its maps itself, so that they cannot be shown')
+            heat = outputs[-1].square().sum(1, keepdim=True)  # (1, 1, h, w), of the last stage
+            outputs.clear()
             heat = F.interpolate(heat, (height, width), mode='bilinear')[0, 0]  # (height, width)
         heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=torch.finfo(heat.dtype).tiny)
         picture = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)) / 255  # (height, width, 3)

@@ -44,7 +44,8 @@ class Checkpoint:
     A file is a dict of tensors, numbers, strings and plain containers. `state_dict`, `rank1` (Rank-1 in 0..1) and
     `epoch` (index of the epoch just finished, from 0) mean what they mean in the original's files; `batch` is the
     number of batches of the next epoch that are done as well, `state` holds the other parts, `best_rank1` is the best
-    Rank-1 so far, `arguments` holds every option, `recipe` those that a resumed run must repeat, and `provenance` the
+    Rank-1 so far, `arguments` holds every option, `model` the
+    arguments of `init_model`, `recipe` those that a resumed run must repeat, and `provenance` the
     origin of the file. If a script gains options, they have their defaults in the files that it wrote before.
 
     Raises:
@@ -279,6 +280,7 @@ class Checkpoint:
     def _state(self, epoch: int, batch: int, rank1: float) -> dict[str, Any]:
         return {
             'format': weights.FORMAT,
+            'model': self.model.made,
             'state_dict': self.model.state_dict(),
             'rank1': rank1,
             'epoch': epoch,

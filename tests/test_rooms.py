@@ -30,7 +30,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'samplers': 'transforms',
     'transforms': '',
     'utils': 'runtime.console runtime.files',
-    'weights': 'models models.network runtime.unpickling',
+    'weights': 'models models.network runtime.download runtime.unpickling',
     'models': 'models.DenseNet models.MobileNet models.OSNet models.ResNet models.Timm models.network',
     'models.DenseNet': 'models.network',
     'models.MobileNet': 'models.network',
@@ -39,7 +39,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'models.Timm': 'models.network',
     'models.network': 'transforms',
     'page': 'page.cameras page.charts page.lists page.runs runtime.files',
-    'page.activations': 'dataset_loader models runtime.files runtime.notices transforms weights',
+    'page.activations': 'dataset_loader runtime.files runtime.notices transforms weights',
     'page.cameras': 'eval_metrics page.runs',
     'page.charts': 'eval_metrics page.runs',
     'page.lists': 'page.runs',
@@ -63,6 +63,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.device': (
         'arguments models runtime.cards runtime.files runtime.precision runtime.processes runtime.signals utils'
     ),
+    'runtime.download': 'models.network',
     'runtime.errors': '',
     'runtime.features': 'readers.tree runtime.device runtime.files runtime.paths',
     'runtime.feed': 'runtime.caching runtime.workers',

@@ -33,6 +33,7 @@ from torchvision.models import DenseNet121_Weights, ResNet50_Weights
 import models
 import weights
 from models.network import Network, Training
+from runtime import download
 from runtime.errors import UserError
 
 LONGER = ('base.6.6.conv1.weight', 'base.denseblock4.denselayer17.norm1.weight')  # ResNet101, DenseNet169
@@ -442,7 +443,7 @@ def test_a_download_that_ends_in_the_middle_or_never(answer, stays, reason, tmp_
         imagenet = SimpleNamespace(url=url, get_state_dict=partial(torch.hub.load_state_dict_from_url, url))
         start = rf'^the ImageNet weights could not be downloaded \(.*({reason}).*\); download {url} into '
         with pytest.raises(UserError, match=start):
-            weights._fetch(imagenet, timeout=0.2 if stays else HANG)
+            download.fetch(imagenet, timeout=0.2 if stays else HANG)
         process.join()
     assert socket.getdefaulttimeout() is None
     assert list((tmp_path / 'hub' / 'checkpoints').iterdir()) == []

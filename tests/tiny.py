@@ -46,8 +46,8 @@ class Tiny(Network):
         )
         self.classifier = nn.Linear(self.feat_dim, num_classes)
 
-    def features(self, x):
-        return self.base(x).mean((2, 3))  # (B, 16)
+    def maps(self, x):
+        return self.base(x)  # (B, 16, h, w)
 
 
 models.factory['tiny'] = Tiny

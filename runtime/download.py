@@ -1,0 +1,51 @@
+"""Published weights of a backbone: from the cache of torch.hub, or downloaded into it."""
+
+import http.client
+import os
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from models.network import WeightsFile
+from runtime.errors import UserError, plain
+
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
+
+PATIENCE = 30  # seconds without data after which a download is given up
+
+
+def fetch(imagenet: 'WeightsEnum | WeightsFile', timeout: float = PATIENCE) -> dict[str, Tensor]:
+    """The weights of a backbone under their published names.
+
+    timeout: seconds without data after which a download is given up
+
+    Raises:
+        UserError: they can be neither downloaded nor read.
+    """
+    path = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(imagenet.url))
+    elsewise = 'use another file with --pretrained PATH, or start from random weights with --pretrained none'
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(timeout)  # torch.hub waits for ever
+    try:
+        state_dict: dict[str, Tensor] = imagenet.get_state_dict(
+            progress=sys.stderr.isatty(), check_hash=True, weights_only=True, map_location='cpu'
+        )
+        return state_dict
+    except UserError:
+        raise
+    except Exception as error:
+        network = isinstance(error, OSError | http.client.HTTPException)
+        if network or not os.path.exists(path):  # or a download that ended early or was altered
+            reason = plain(str(getattr(error, 'reason', error)) or type(error).__name__)
+            raise UserError(
+                f'the ImageNet weights could not be downloaded ({reason}); download {imagenet.url} into '
+                f'{os.path.dirname(path)} yourself, {elsewise}'
+            ) from error
+        reason = plain(f'{type(error).__name__}: {error}')
+        raise UserError(f'{path} is damaged ({reason}); delete it and start again, {elsewise}') from error
+    finally:
+        socket.setdefaulttimeout(before)
