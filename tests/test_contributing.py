@@ -19,8 +19,8 @@ from PIL import Image
 BLOCKS = re.findall(r'```python\n(.*?)```', (ROOT / 'CONTRIBUTING.md').read_text(), re.S)
 IMPORTS = {  # which the examples leave to the reader
     'readers/shop.py': 'import os\n\nfrom readers.tree import Dataset, Image\n',
-    'models/MobileNet.py': 'from collections.abc import Set\n\nfrom torch import Tensor, nn\n'
-    'from torchvision.models import MobileNet_V2_Weights, mobilenet_v2\n\nfrom models.network import Network\n',
+    'models/SqueezeNet.py': 'from collections.abc import Set\n\nfrom torch import Tensor, nn\n'
+    'from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1\n\nfrom models.network import Network\n',
     'script': 'import numpy as np\nfrom torch import Tensor, nn\n',
 }
 PLAIN = '''
@@ -33,10 +33,10 @@ class Plain:
 '''
 BACKBONE = """
 import models, torch, weights
-model = models.init_model('mobilenetv2', 5)
+model = models.init_model('squeezenet', 5)
 weights.pretrain(model, 'weights.pth')
-assert torch.equal(model.base[18][0].weight, torch.load('weights.pth')['features.18.0.weight'])
-assert model.eval()(torch.zeros(2, 3, 64, 32)).shape == (2, 1280)
+assert torch.equal(model.base[12].expand3x3.weight, torch.load('weights.pth')['features.12.expand3x3.weight'])
+assert model.eval()(torch.zeros(2, 3, 64, 32)).shape == (2, 512)
 """
 
 # Importing the project takes longer than most of these commands, so they run one after the other in one process.
@@ -78,8 +78,8 @@ COMMANDS = {
         for workers in (0, 2)
     },
     'backbone': ['-c', BACKBONE],
-    'mobilenetv2': xent(
-        '-a', 'mobilenetv2', '--height', 64, '--width', 32, '--pretrained', 'weights.pth', '--save-dir', 'log/mobile'
+    'squeezenet': xent(
+        '-a', 'squeezenet', '--height', 64, '--width', 32, '--pretrained', 'weights.pth', '--save-dir', 'log/squeeze'
     ),
     'help': ['train_img_model_xent.py', '-h'],
 }
@@ -107,14 +107,14 @@ def project(tmp_path_factory) -> Path:
         elif path.is_dir() and not path.name.startswith('.') and path.name not in ('data', 'log', 'saved-models'):
             shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns('__pycache__', 'fixtures'))
 
-    for name, text in (('readers/shop.py', 'class Shop'), ('models/MobileNet.py', 'class MobileNetV2')):
+    for name, text in (('readers/shop.py', 'class Shop'), ('models/SqueezeNet.py', 'class SqueezeNet')):
         (folder / name).write_text(f'{IMPORTS[name]}\n\n{example(text)}')
     with open(folder / 'readers/shop.py', 'a') as file:
         file.write(f'\n{PLAIN}')
     inserted(folder / 'data_manager.py', 'from readers.tree', 'from readers.shop import Plain, Shop\n')
     inserted(folder / 'data_manager.py', "'toy_market1501': toy_market1501}", "'shop': Shop, 'plain': Plain, ")
-    inserted(folder / 'models/__init__.py', 'from models.network', 'from models.MobileNet import MobileNetV2\n')
-    inserted(folder / 'models/__init__.py', "'densenet121': DenseNet121}", "'mobilenetv2': MobileNetV2, ")
+    inserted(folder / 'models/__init__.py', 'from models.network', 'from models.SqueezeNet import SqueezeNet\n')
+    inserted(folder / 'models/__init__.py', "    'densenet121': DenseNet121,", "    'squeezenet': SqueezeNet,\n")
     function, row = re.fullmatch(
         r'(.*\n)METRICS = \(\n    # \.\.\.\n(.*)\)\n', example('def r_precision'), re.S
     ).groups()
@@ -143,7 +143,7 @@ def project(tmp_path_factory) -> Path:
         for name in (f'{pid}_{camera}_{number}.jpg' for pid in pids for camera in (1, 2) for number in (1, 2)):
             pixels = rng.integers(0, 255, (48, 24, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / 'data' / 'shop' / part / name)
-    torch.save(torchvision.models.mobilenet_v2(weights=None).state_dict(), folder / 'weights.pth')
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), folder / 'weights.pth')
     return folder
 
 
@@ -214,9 +214,9 @@ def test_a_data_set_that_draws_and_returns_more(project, printed):
 
 def test_a_backbone(project, printed):
     assert "torchvision's names translated" in printed('backbone')
-    out = printed('mobilenetv2')
-    assert "torchvision's names translated" in out and 'obtained 8-by-1280 matrix' in out
-    assert weights_of(project / 'log/mobile')['classifier.weight'].shape == (3, 1280)
+    out = printed('squeezenet')
+    assert "torchvision's names translated" in out and 'obtained 8-by-512 matrix' in out
+    assert weights_of(project / 'log/squeeze')['classifier.weight'].shape == (3, 512)
 
 
 def test_an_option(project, printed):
