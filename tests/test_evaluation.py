@@ -306,3 +306,53 @@ def test_saved_features_are_ranked_from_disk(dataset, model, run, tmp_path, caps
             commands.run(ranking.main)
         err = capsys.readouterr().err
         assert end.value.code == 2 and err.count('\n') == 1 and 'pids.npy cannot be read' in err
+
+
+def test_with_flip_test_a_feature_is_the_mean_with_that_of_the_mirror_image(dataset, model, run, tmp_path):
+    class Mirror(Tiny):
+        def forward(self, x):
+            return super().forward(x.flip(3))
+
+    mirror = Mirror(3)
+    mirror.load_state_dict(model.state_dict())
+    plain, mirrored = (evaluation.extract(each, dataset.query, options(tmp_path), run)[0] for each in (model, mirror))
+    both, _ = evaluation.extract(model, dataset.query, options(tmp_path, flip_test=True), run)
+    assert not torch.allclose(plain, mirrored)
+    torch.testing.assert_close(both, (plain + mirrored) / 2)
+
+
+def test_images_are_resized_as_the_model_or_the_option_says(data_dir, model, run, tmp_path):
+    query = data_manager.init_dataset('market1501', str(data_dir)).query
+    bilinear, bicubic = (
+        evaluation.extract(model, query, options(tmp_path, interpolation=name), run)[0]
+        for name in ('bilinear', 'bicubic')
+    )
+    assert torch.equal(evaluation.extract(model, query, options(tmp_path), run)[0], bilinear)
+    model.interpolation = 'bicubic'
+    assert torch.equal(evaluation.extract(model, query, options(tmp_path), run)[0], bicubic)
+    assert not torch.equal(bilinear, bicubic)
+
+
+def test_the_distance_is_that_of_the_figures_the_files_and_the_page(dataset, model, run, tmp_path):
+    features = [evaluation.extract(model, items, OPTIONS, run)[0] for items in (dataset.query, dataset.gallery)]
+    unit = [torch.nn.functional.normalize(each) for each in features]
+    expected = ranking.rank(*unit, *ids_of(dataset.query, dataset.gallery))
+    evaluation.Test(dataset, options(tmp_path, distance='cosine', no_report=False), run)(model)
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert results['distance'] == 'cosine' and results['mAP'] == pytest.approx(expected.mAP, abs=1e-6)
+    nearest = np.load(tmp_path / 'ranking.npz')['nearest_distances']
+    np.testing.assert_allclose(nearest, expected.nearest_distances / 2, atol=1e-5)
+    assert 'cosine distance' in (tmp_path / 'report.html').read_text()
+    evaluation.Test(dataset, options(tmp_path, distance='cosine', rerank=True), run)(model)
+    how = 20, 6, 0.3
+    reranked = ranking.rerank(*unit, *ids_of(dataset.query, dataset.gallery), *how)
+    assert json.loads((tmp_path / 'results.json').read_text())['mAP'] == pytest.approx(reranked.mAP, abs=1e-6)
+
+
+def test_saved_features_are_ranked_by_cosine_like_the_test(dataset, model, run, tmp_path, monkeypatch, capsys):
+    evaluation.Test(dataset, options(tmp_path, distance='cosine', save_features=True), run)(model)
+    expected = printed(capsys)[-9:]
+    folders = [str(tmp_path / 'features' / subset) for subset in ('query', 'gallery')]
+    monkeypatch.setattr('sys.argv', ['ranking.py', *folders, '--distance', 'cosine'])
+    ranking.main()
+    assert printed(capsys)[-9:] == expected
