@@ -353,7 +353,8 @@ def test_a_step_of_a_real_network(name, gpu):
     assert not gpu.reports, '\n'.join(map(str, gpu.reports))
     for param, old in zip(model.parameters(), before, strict=True):
         assert param.grad.dtype == torch.float32 and param.grad.device == DEVICE
-        assert not torch.equal(fake_gpu.on_host(param.detach()), old)
+        moved = not torch.equal(fake_gpu.on_host(param.detach()), old)
+        assert moved or not fake_gpu.on_host(param.grad).any()  # of a small OSNet, a gate may have no gradient
         if min(param.shape) > 1:  # else strides mean nothing
             assert param.grad.stride() == param.stride() == optimizer.state[param]['exp_avg'].stride()
 
@@ -734,7 +735,7 @@ def counts_what_is_translated(whole, transform, images, draws):
 
 @fault('augmentation', WAIT)
 def sends_a_table_in_each_step(whole, transform, images, draws):
-    table = torch.zeros(4, dtype=draws.dtype).to(draws.device)  # here
+    table = torch.zeros(draws.shape[1], dtype=draws.dtype).to(draws.device)  # here
     return whole(transform, images, draws + table)
 
 
