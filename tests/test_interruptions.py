@@ -119,7 +119,7 @@ def test_a_signal_in_the_middle_of_an_epoch(name, number, workers, script, at_ba
 def test_a_signal_before_the_first_step_or_in_an_evaluation_ends_at_once(script, monkeypatch, tmp_path, capsys):
     import data_manager
 
-    monkeypatch.setattr(data_manager, 'init_dataset', lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(data_manager, 'init_dataset', lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     assert script('train_img_model_xent', '--save-dir', tmp_path) == 130
     assert script('train_img_model_xent', '--save-dir', tmp_path, '--evaluate') == 130
     assert capsys.readouterr().out.count('Stopped by SIGINT\n') == 2
