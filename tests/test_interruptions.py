@@ -587,7 +587,8 @@ def test_a_disk_that_fails_ends_no_training(script, at_batch, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     found = capsys.readouterr()
     assert f'error: {tmp_path}/checkpoint_ep2.pth.tar: File too large; the old file is untouched' in found.out
-    assert re.fullmatch(rf'error: 4 files could not be written, the first was {tmp_path}/resume_2_3.*\n', found.err)
+    # Of each of two epochs: the position, the checkpoint, and results.csv.
+    assert re.fullmatch(rf'error: 6 files could not be written, the first was {tmp_path}/resume_2_3.*\n', found.err)
     assert found.out.count('==> Test') == 3
     assert not [path for path in tmp_path.iterdir() if path.name.startswith('.check')]
     assert names(tmp_path)[:2] == ['best_model.pth.tar', 'checkpoint_ep1.pth.tar']
