@@ -98,7 +98,7 @@ class Test:
         if pictures:
             subset, items = 'multi-query', pictures.items
         extracted = extract(model, items, self.options, self.run, None if pictures else file)
-        print(f'Extracted features for {subset} set, obtained {len(items)}-by-{model.feat_dim} matrix')
+        print(f'Extracted features for {subset} set, obtained {len(items)}-by-{extracted[0].size(1)} matrix')
         return self._averaged(*extracted, pictures, file) if pictures else extracted
 
     def _averaged(self, features: Tensor, indices: Tensor, pictures: Pictures, file: np.ndarray | None) -> Extracted:

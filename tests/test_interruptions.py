@@ -119,7 +119,7 @@ def test_a_signal_in_the_middle_of_an_epoch(name, number, workers, script, at_ba
 def test_a_signal_before_the_first_step_or_in_an_evaluation_ends_at_once(script, monkeypatch, tmp_path, capsys):
     import data_manager
 
-    monkeypatch.setattr(data_manager, 'init_dataset', lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(data_manager, 'init_dataset', lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     assert script('train_img_model_xent', '--save-dir', tmp_path) == 130
     assert script('train_img_model_xent', '--save-dir', tmp_path, '--evaluate') == 130
     assert capsys.readouterr().out.count('Stopped by SIGINT\n') == 2
@@ -587,7 +587,8 @@ def test_a_disk_that_fails_ends_no_training(script, at_batch, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     found = capsys.readouterr()
     assert f'error: {tmp_path}/checkpoint_ep2.pth.tar: File too large; the old file is untouched' in found.out
-    assert re.fullmatch(rf'error: 4 files could not be written, the first was {tmp_path}/resume_2_3.*\n', found.err)
+    # Of each of two epochs: the position, the checkpoint, and results.csv.
+    assert re.fullmatch(rf'error: 6 files could not be written, the first was {tmp_path}/resume_2_3.*\n', found.err)
     assert found.out.count('==> Test') == 3
     assert not [path for path in tmp_path.iterdir() if path.name.startswith('.check')]
     assert names(tmp_path)[:2] == ['best_model.pth.tar', 'checkpoint_ep1.pth.tar']
