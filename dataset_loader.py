@@ -155,10 +155,10 @@ class TrainLoader:
         return self.sampler.num_batches
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple]:
-        """Batches start, start + 1, ...: (images, pids int64 (B,), draws float64 (B, 4), more ...), on the device."""
+        """Batches start, start + 1, ..., on the device: images, pids int64 (B,), draws float64 (B, DRAWS), more ..."""
         if start == len(self):  # a resumed run has nothing to decode before its test
             return
-        indices, draws = self.sampler.draw(epoch)  # (batches, B), (batches, B, 4)
+        indices, draws = self.sampler.draw(epoch)  # (batches, B), (batches, B, DRAWS)
         seeds = generator(ITEMS, self.sampler.seed, epoch).integers(2**63, size=tuple(indices.shape))  # (batches, B)
         mine = slice(start, None), slice(self.run.rank, None, self.run.world_size)  # of batches, of each batch
         tasks = map(Task, indices[mine].tolist(), seeds[mine].tolist())

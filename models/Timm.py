@@ -1,6 +1,7 @@
 """Networks of the library timm, as backbones."""
 
 import difflib
+import functools
 from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,7 @@ class Timm(Network):
         return pooled(self.base, x)
 
 
+@functools.cache
 def named(name: str, size: tuple[int, int] | None = None) -> type[Timm]:
     """The class of a network of timm, for images of `size` (height, width), by default of the size of its weights.
 

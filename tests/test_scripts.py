@@ -193,3 +193,25 @@ def test_a_copy_with_another_loss_trains_and_resumes(script, tmp_path, monkeypat
     capsys.readouterr()
     assert script('my_experiment', *resume, '--scale', '3') == 2
     assert '--scale was 2.0, is 3.0' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('arch', ['timm:test_vit', 'timm:test_convnext'])
+@pytest.mark.parametrize('name', ['train_img_model_xent', 'train_img_model_strong'])
+def test_a_network_of_timm_learns_resumes_and_is_tested(name, arch, script, tmp_path, capsys):
+    timm = pytest.importorskip('timm')
+    size = ['-a', arch, '--height', 64, '--width', 32]
+    options = [*size, '--max-epoch', 2, '--eval-step', 1, '--save-dir']
+    assert script(name, *options, tmp_path / 'whole') == 0
+    out = capsys.readouterr().out
+    licence = timm.get_pretrained_cfg(arch.removeprefix('timm:')).license
+    assert f'have the licence {licence}\n' in out
+    assert script(name, *options, tmp_path / 'resumed', '--resume', tmp_path / 'whole' / 'checkpoint_ep1.pth.tar') == 0
+    first, one, other = (
+        weights_of(tmp_path / folder / f'checkpoint_ep{epoch}.pth.tar')
+        for folder, epoch in (('whole', 1), ('whole', 2), ('resumed', 2))
+    )
+    assert equal(one, other) and not equal(first, one)
+    whole = json.loads((tmp_path / 'whole' / 'results.json').read_text())
+    last = tmp_path / 'whole' / 'checkpoint_ep2.pth.tar'
+    assert script(name, *size, '--evaluate', '--resume', last, '--save-dir', tmp_path / 'test') == 0
+    assert json.loads((tmp_path / 'test' / 'results.json').read_text())['mAP'] == whole['mAP']
