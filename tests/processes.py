@@ -40,7 +40,7 @@ class Frozen(tiny.Tiny):
     def train(self, mode=True):
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 module.eval()
         return self
 
