@@ -79,7 +79,7 @@ class Dataset:
             print(f'It differs from the published {title or name}: {"; ".join(differences)}')
 
     def multi_query(self) -> list[Item]:
-        """Pictures of the queries' persons in their cameras, over which --multi-query averages: here the queries."""
+        """Images of the queries' persons in their cameras, over which --multi-query averages: here the queries."""
         return self.query
 
     def _statistics(self, total: int, lengths: Sequence[int]) -> list[str]:

@@ -184,6 +184,7 @@ def test_cameras_are_called_by_their_camids(saved):
     change(saved, camera_ids=np.array([-7, 10**15]), camera_map=means, camera_queries=counts)
     page = report.write(saved).read_text()
     assert '<th scope="col">camera -7</th><th scope="col">camera 1000000000000000</th>' in page
+    assert 'Cameras are named by their camids.' in page and 'tracklets' not in page
     assert re.search(r'<th scope="row">camera -7</th><td aria-label="no query">–</td><td [^>]*>50.0', page)
 
 
