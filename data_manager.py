@@ -71,8 +71,10 @@ def init_dataset(name: str, data_dir: str = 'data', train: bool = True) -> Datas
         dataset = (IMAGES | TRACKLETS)[name](data_dir)
     except OSError as error:
         raise UserError(f'{name} cannot be read or drawn in {data_dir}: {error}; choose another --data-dir') from error
-    if not isinstance(dataset, Dataset):  # any object with the three lists
-        dataset = Dataset(name, dataset.train, dataset.query, dataset.gallery)
+    if not isinstance(dataset, Dataset):  # any object with the three lists, and perhaps multi_query()
+        own = dataset
+        dataset = Dataset(name, own.train, own.query, own.gallery)
+        dataset.multi_query = getattr(own, 'multi_query', dataset.multi_query)
     if dataset.untrainable and train:
         raise UserError(dataset.untrainable)
     if dataset.untrainable:

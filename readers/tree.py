@@ -139,8 +139,10 @@ def paths_of(item: Item) -> Sequence[str]:
     return (item[0],) if isinstance(item[0], str) else item[0]
 
 
-def usable(read: Callable[[], list[AnyItem]]) -> tuple[list[AnyItem], str]:
-    """What `read` returns and ''; or, if it raises UserError, nothing and its message."""
+def usable(read: Callable[[], list[AnyItem]], untrainable: str) -> tuple[list[AnyItem], str]:
+    """What `read` returns and ''; or nothing and why: `untrainable`, or the message if it raises UserError."""
+    if untrainable:
+        return [], untrainable
     try:
         return read(), ''
     except UserError as fault:

@@ -95,8 +95,8 @@ OPTIONS = [
     option('-d market1501', 'run train_img_model_xent.py', VIDEO),
     option('--seq-len -1', '--seq-len: must be an integer of at least 0', VIDEO),
     option('--pool sum', '--pool: invalid choice', VIDEO),
-    option('--any-camera --multi-query', '--any-camera does not work with --multi-query: averaged images in the gallery '
-           'would count as matches; remove one of the two'),
+    option('--any-camera --multi-query', '--any-camera does not work with --multi-query: averaged images in the '
+           'gallery would count as matches; remove one of the two'),
     option('--k1 0', '--k1: must be an integer of at least 1'),
     option('--lambda 1.1', '--lambda: must be a number from 0 to 1', VIDEO),
     option('--seq-len 4', 'unrecognized arguments: --seq-len 4'),
