@@ -7,7 +7,7 @@ A scan reads file names and MARS's tables, nothing else: no image is opened or l
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
@@ -87,11 +87,11 @@ def _why(dataset: Dataset) -> str:
     return plain(dataset.untrainable, 500).removesuffix('; expected:')
 
 
-def fingerprint(dataset: Dataset) -> str:
-    """16 hexadecimal digits that identify the file names, pids and camids, wherever the files are."""
+def fingerprint(dataset: Dataset, subsets: Sequence[str] = ('train', 'query', 'gallery')) -> str:
+    """16 hexadecimal digits that identify the file names, pids and camids of `subsets`, wherever the files are."""
     digest = hashlib.sha256()
-    for items in (dataset.train, dataset.query, dataset.gallery):
-        for paths, pid, camid in items:
+    for subset in subsets:
+        for paths, pid, camid in getattr(dataset, subset):
             names = [os.path.basename(path) for path in ([paths] if isinstance(paths, str) else paths)]
             digest.update(f'{pid} {camid} {" ".join(names)}\n'.encode(errors='surrogateescape'))
     return digest.hexdigest()[:16]

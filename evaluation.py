@@ -182,6 +182,7 @@ class Test:
             'precision': self.run.test_precision,
             'notices': self.notices,
             'dataset_fingerprint': fingerprint(dataset),
+            'test_fingerprint': fingerprint(dataset, ('query', 'gallery')),  # whether or not there is a training set
             **provenance(self.run),
         }
 
