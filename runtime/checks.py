@@ -31,6 +31,7 @@ def check(parser: Reporter, args: argparse.Namespace) -> None:
     """Report the first mistake, in one line, and exit."""
     check_names(parser, args)
     check_batch(parser, args)
+    check_test(parser, args)
     check_compile(parser, args)
     check_resume(parser, args)
     check_folder(parser, args)
@@ -83,6 +84,14 @@ def number_of_processes(args: argparse.Namespace) -> int:
     ours = of_environment()
     listed = 1 if args.use_cpu else args.gpu_devices.count(',') + 1
     return ours.world_size if ours.started else listed
+
+
+def check_test(parser: Reporter, args: argparse.Namespace) -> None:
+    if args.any_camera and args.multi_query:
+        parser.error(
+            '--any-camera does not work with --multi-query: averaged images in the gallery would count as matches; '
+            'remove one of the two'
+        )
 
 
 def check_compile(parser: Reporter, args: argparse.Namespace) -> None:

@@ -95,6 +95,8 @@ OPTIONS = [
     option('-d market1501', 'run train_img_model_xent.py', VIDEO),
     option('--seq-len -1', '--seq-len: must be an integer of at least 0', VIDEO),
     option('--pool sum', '--pool: invalid choice', VIDEO),
+    option('--any-camera --multi-query', '--any-camera does not work with --multi-query: averaged images in the '
+           'gallery would count as matches; remove one of the two'),
     option('--k1 0', '--k1: must be an integer of at least 1'),
     option('--lambda 1.1', '--lambda: must be a number from 0 to 1', VIDEO),
     option('--seq-len 4', 'unrecognized arguments: --seq-len 4'),
@@ -223,7 +225,7 @@ TREES = [
          'the cameras are unknown, use --any-camera', one_camera),
     tree('no boxes of the queries', '--multi-query', '--multi-query needs .*gt_bbox, which is missing; it is part of',
          removed('data/market1501/gt_bbox')),
-    tree('a query without a box', '--multi-query', 'no picture of the person and camera of 4 of its 10 queries, ',
+    tree('a query without a box', '--multi-query', 'no image of the person and camera of 4 of its 10 queries, ',
          without('gt_bbox', '001')),
     tree('boxes without a name', '--multi-query', "gt_bbox: the name 'a.jpg' cannot be parsed",
          written('data/market1501/gt_bbox/a.jpg', b'')),
