@@ -21,6 +21,7 @@ from runtime.errors import UserError
 ENVIRONMENT = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')  # set by torchrun
 RUN_ID = 'plain-command'  # run id of processes started by a plain command, for --gpu-devices or --max-restarts
 TIMEOUT = datetime.timedelta(hours=1)  # of NCCL: the first process may re-rank a large gallery while others wait
+REPORT_SECONDS = 30  # more than a launcher needs to end the other processes after one has failed
 
 
 @dataclass(frozen=True)
