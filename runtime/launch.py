@@ -82,7 +82,8 @@ def _run(experiment: Experiment, args: Arguments, group: Group, unwritten: Unwri
             except Exception as problem:
                 testing = args.evaluate or bool(run and run.rescue and not signals.held)
                 signals.hold()
-                return _end(memory.explained(problem, args, testing), run, group, signals)
+                precision = (run.test_precision if testing else run.precision) if run else ''
+                return _end(memory.explained(problem, args, testing, precision), run, group, signals)
         except Stopped as stopped:
             if stopped.together:
                 print(stopped)
