@@ -76,7 +76,7 @@ def test_without_a_compiler(machine, monkeypatch, capsys):
 def test_a_compiler_that_is_none(compiler, machine, monkeypatch, capsys):
     """triton runs CC as it is, and nothing else."""
     monkeypatch.setenv('CC', compiler)
-    assert f'and CC is {compiler!r} in the environment, which is no program' in refused(capsys)
+    assert f'and CC is {compiler!r} in the environment, which was not found' in refused(capsys)
 
 
 def test_without_the_headers_of_python(machine, monkeypatch, capsys):

@@ -479,11 +479,19 @@ def cached(folder: Path) -> None:
     (folder / HUB / ResNet50_Weights.IMAGENET1K_V1.url.rpartition('/')[2]).write_bytes(b'half a download')
 
 
+LONG = 300 * 'n'  # more than a file system takes
+
 PRETRAINED = [
     Mistake('first weights that are text', f'{RESNET} file', 'file is empty; get the checkpoint again'),
     Mistake('first weights of another model', f'{RESNET} {RESUMED}', 'ep1.pth.tar does not fit the model: missing'),
     Mistake('first weights of another shape', f'{RESNET} weights.pth', 'missing .*does not look like an architecture',
             saved(lambda: {'conv1.weight': torch.zeros(1)})),
+    Mistake('first weights with a name that is too long', f'--pretrained {LONG}', f'--pretrained {LONG}: no such file',
+            logged=False),
+    Mistake('weights with a name that is too long', f'--resume {LONG}', f'--resume {LONG}: no such file', logged=False),
+    Mistake('a folder with a name that is too long', f'--save-dir {LONG}', r'cannot be written to \(File name too long',
+            logged=False),
+    Mistake('data with a name that is too long', f'--data-dir {LONG}', 'error: no market1501', drawn=True),
     Mistake('a damaged cache', f'{RESNET} imagenet', r'-\w+.pth is damaged .*; delete it and start again',
             cached, environ={'TORCH_HOME': 'cache'}),
     Mistake('a cache in a file', f'{RESNET} imagenet', r'could not be downloaded \(.*Not a directory.*download https',
@@ -557,6 +565,7 @@ RANKING = [
             lambda folder: [(folder / f'features/{subset}/paths.jsonl').write_text('"a"\n')
                             for subset in ('query', 'gallery')], 'ranking', logged=False),
     features('a folder that is not there', 'features/query nowhere', r'nowhere/features.npy cannot be read \(No such'),
+    features('a name that is too long', f'features/query {LONG}', r'features.npy cannot be read \(File name too long'),
     instead('a text', written(FEATURES, b'1, 2')),
     instead('no bytes', written(FEATURES, b'')),
     instead('features that are cut short', cut(FEATURES, 200)),
