@@ -219,7 +219,7 @@ TREES = [
          written('data/market1501/query/-2_c1s1_000001_00.jpg', b'')),
     tree('one identity', '', 'the training set is limited to one person', without('bounding_box_train', '0002')),
     tree('no match', '', r'none of the \d+ queries has a match', without('bounding_box_test', '0000')),
-    tree('one camera', '', r'none of the (\d+) queries has a match: 0 .* not in the gallery, \1 .* same camera only; .* if '
+    tree('one camera', '', r'none of the (\d+) queries .*: 0 .* not in the gallery, \1 .* same camera only; .* if '
          'the cameras are unknown, use --any-camera', one_camera),
     tree('no boxes of the queries', '--multi-query', '--multi-query needs .*gt_bbox, which is missing; it is part of',
          removed('data/market1501/gt_bbox')),
