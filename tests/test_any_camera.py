@@ -119,8 +119,8 @@ def test_a_query_that_matches_itself_alone(data_dir, run, tmp_path, capsys):
     with pytest.raises(UserError) as refused:
         evaluation.Test(dataset, options(tmp_path, any_camera=True), run)
     assert str(refused.value) == (
-        'none of the 2 queries has a match: 1 show an identity that the gallery lacks, 1 one whose only match is their '
-        'own file; a query needs another gallery item of its pid: correct the pids of the data set'
+        'none of the 2 queries has a match: 1 whose person is not in the gallery, 1 whose only match is their own '
+        'file; a query needs another gallery item of its pid: correct the pids of the data set'
     )
     dataset.gallery.append((other[0] + 'copy', *other[1:]))
     shutil.copy(other[0], tmp_path / 'copy.jpg')  # a copy is another file

@@ -193,13 +193,13 @@ def test_queries_without_a_match_are_noticed_without_a_look_at_the_disk(data_dir
     gallery, number = dataset.gallery, len(dataset.query)
     dataset.gallery = [(path, pid + 1000, camid) for path, pid, camid in gallery]
     with pytest.raises(
-        UserError, match=rf'none of the {number} queries .*: {number} show .* lacks, 0 one .* same camera'
+        UserError, match=rf'none of the {number} queries .*: {number} .* not in the gallery, 0 .* same camera'
     ):
         evaluation.Test(dataset, options(tmp_path), run)
     dataset.query = [(path, pid, 0) for path, pid, _ in dataset.query]
     dataset.gallery = [(path, pid, 0) for path, pid, _ in gallery]
     with pytest.raises(
-        UserError, match=rf'none of the {number} queries .*: 0 show .* lacks, {number} one .* same camera'
+        UserError, match=rf'none of the {number} queries .*: 0 .* not in the gallery, {number} .* same camera'
     ):
         evaluation.Test(dataset, options(tmp_path), run)
 
