@@ -2,7 +2,7 @@
 # make test     all other tests, with coverage, the linter and the type checker
 # make soak     the slow tests
 # make fuzz     random files for the readers of foreign files, FUZZ_SECONDS (600) per reader and engine
-# make gpu      what holds on the GPU of this machine, in less than ten minutes
+# make gpu      the tests of a GPU and its speed, in less than ten minutes
 # make bench    speeds relative to the original's method; BENCH=full for the large sizes
 
 PYTHON ?= python3

@@ -11,7 +11,7 @@ use the values it started with.
 
 import argparse
 import dataclasses
-import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
@@ -20,7 +20,7 @@ import data_manager
 import models
 from runtime import commands
 from runtime.checks import check
-from runtime.processes import of_environment
+from runtime.processes import REPORT_SECONDS, of_environment
 from runtime.values import (
     epochs_or_never,
     fraction,
@@ -234,9 +234,13 @@ class Parser(commands.Parser):
         return self.recipe[-1]
 
     def error(self, message: str) -> NoReturn:
-        if of_environment().local_rank:  # the first process of each host reports it
-            sys.exit(2)
-        super().error(message)
+        """Report a mistake: the first process of each host does, and the others wait for their launcher to end them.
+
+        It ends all processes when one of them exits, and the first one may still be starting.
+        """
+        if of_environment().local_rank:
+            time.sleep(REPORT_SECONDS)
+        super().error(message)  # of another process, if it alone found the mistake
 
     def require(self, holds: Callable[[argparse.Namespace], bool], message: str) -> None:
         """Reject the options unless `holds(args)`. `message` may contain their values: `--margin {margin}`."""

@@ -7,7 +7,7 @@ A scan reads file names and MARS's tables, nothing else: no image is opened or l
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
@@ -71,8 +71,10 @@ def init_dataset(name: str, data_dir: str = 'data', train: bool = True) -> Datas
         dataset = (IMAGES | TRACKLETS)[name](data_dir)
     except OSError as error:
         raise UserError(f'{name} cannot be read or drawn in {data_dir}: {error}; choose another --data-dir') from error
-    if not isinstance(dataset, Dataset):  # any object with the three lists
-        dataset = Dataset(name, dataset.train, dataset.query, dataset.gallery)
+    if not isinstance(dataset, Dataset):  # any object with the three lists, and perhaps multi_query()
+        own = dataset
+        dataset = Dataset(name, own.train, own.query, own.gallery)
+        dataset.multi_query = getattr(own, 'multi_query', dataset.multi_query)
     if dataset.untrainable and train:
         raise UserError(dataset.untrainable)
     if dataset.untrainable:
@@ -85,11 +87,11 @@ def _why(dataset: Dataset) -> str:
     return plain(dataset.untrainable, 500).removesuffix('; expected:')
 
 
-def fingerprint(dataset: Dataset) -> str:
-    """16 hexadecimal digits that identify the file names, pids and camids, wherever the files are."""
+def fingerprint(dataset: Dataset, subsets: Sequence[str] = ('train', 'query', 'gallery')) -> str:
+    """16 hexadecimal digits that identify the file names, pids and camids of `subsets`, wherever the files are."""
     digest = hashlib.sha256()
-    for items in (dataset.train, dataset.query, dataset.gallery):
-        for paths, pid, camid in items:
+    for subset in subsets:
+        for paths, pid, camid in getattr(dataset, subset):
             names = [os.path.basename(path) for path in ([paths] if isinstance(paths, str) else paths)]
             digest.update(f'{pid} {camid} {" ".join(names)}\n'.encode(errors='surrogateescape'))
     return digest.hexdigest()[:16]

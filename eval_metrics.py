@@ -220,14 +220,14 @@ def check_matches(q_pids: 'Ids', g_pids: 'Ids', q_camids: 'Ids', g_camids: 'Ids'
 
 def no_match(absent: int, dropped: int, any_camera: bool = False) -> UserError:
     """The error for a test without a match: how many queries have none for which reason, and what to do."""
-    reasons = f'none of the {absent + dropped} queries has a match: {absent} show an identity that the gallery lacks'
+    reasons = f'none of the {absent + dropped} queries has a match: {absent} whose person is not in the gallery'
     if any_camera:
         return UserError(
-            f'{reasons}, {dropped} one whose only match is their own file; a query needs another gallery item of its '
+            f'{reasons}, {dropped} whose only match is their own file; a query needs another gallery item of its '
             'pid: correct the pids of the data set'
         )
     return UserError(
-        f'{reasons}, {dropped} one that it shows in the same camera only; a query needs a gallery item of its pid from '
+        f'{reasons}, {dropped} whose person is in the same camera only; a query needs a gallery item of its pid from '
         'another camera: correct the pids and camids of the data set; if the cameras are unknown, use --any-camera'
     )
 

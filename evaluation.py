@@ -24,7 +24,7 @@ from runtime.device import Run
 from runtime.features import create_features, keep_features
 from runtime.meters import bar_over
 from runtime.provenance import provenance
-from runtime.testset import Pictures, check_files, check_items, pictures_of
+from runtime.testset import Averaged, averaged, check_files, check_items
 from transforms import TestTransform
 
 MAX_RANK = 50
@@ -39,14 +39,14 @@ class Test:
 
     Raises:
         UserError: the test is known to fail before training starts: query or gallery is empty, no query has a match, a
-            file or with --multi-query a picture of a query is missing, or a package that the page needs.
+            file or with --multi-query an image of a query is missing, or a package that the page needs.
     """
 
     def __init__(self, dataset: Dataset, options: TestOptions, run: Run):
         self.dataset, self.options, self.run = dataset, options, run
         self.ids = check_items(dataset, options.any_camera, run)
-        self.pictures = pictures_of(dataset) if options.multi_query else None
-        more = [self.pictures.items] if self.pictures else []
+        self.averaged = averaged(dataset) if options.multi_query else None
+        more = [self.averaged.items] if self.averaged else []
         subsets = (tested_items(items, options) for items in (dataset.query, dataset.gallery, *more))
         check_files(list(dict.fromkeys(path for items in subsets for path in items.files())), run)
         if not options.no_report:
@@ -94,20 +94,20 @@ class Test:
         file = None
         if self.options.save_features:
             file = create_features(self.options.save_dir, subset, items, model.feat_dim, self.run)
-        pictures = self.pictures if subset == 'query' else None
-        if pictures:
-            subset, items = 'multi-query', pictures.items
-        extracted = extract(model, items, self.options, self.run, None if pictures else file)
+        several = self.averaged if subset == 'query' else None
+        if several:
+            subset, items = 'multi-query', several.items
+        extracted = extract(model, items, self.options, self.run, None if several else file)
         print(f'Extracted features for {subset} set, obtained {len(items)}-by-{extracted[0].size(1)} matrix')
-        return self._averaged(*extracted, pictures, file) if pictures else extracted
+        return self._means(*extracted, several, file) if several else extracted
 
-    def _averaged(self, features: Tensor, indices: Tensor, pictures: Pictures, file: np.ndarray | None) -> Extracted:
-        """The features of the queries, each the mean of those (N, D) of the pictures of its person in its camera.
+    def _means(self, features: Tensor, indices: Tensor, several: Averaged, file: np.ndarray | None) -> Extracted:
+        """The features of the queries, each the mean of those (N, D) of the items of its person in its camera.
 
         As the field's evaluations do it, the features are averaged as the single-query test compares them: here without
         being normalised before or after.
         """
-        groups, numbers = (torch.from_numpy(each) for each in (pictures.groups, pictures.of_queries))  # (N,), (Q,)
+        groups, numbers = (torch.from_numpy(each) for each in (several.groups, several.of_queries))  # (N,), (Q,)
         sizes = groups.bincount()  # (P,)
         own = groups[indices]  # (n,)
         order = own.argsort(stable=True).to(features.device)
@@ -118,7 +118,7 @@ class Test:
         means = sums[numbers] / sizes.to(features.device)[numbers, None]  # (q, D)
         if file is not None:
             file[rows.numpy()] = means.cpu().numpy()
-        print('Multi-query: the feature of a query is the mean over the pictures of its person in its camera')
+        print('Multi-query: the feature of a query is the mean over the images of its person in its camera')
         return means, rows
 
     def _rank(self, query: Extracted, gallery: Extracted) -> ranking.Ranking | None:
@@ -158,7 +158,6 @@ class Test:
 
     def _summary(self, result: ranking.Ranking) -> dict[str, object]:
         options, dataset = self.options, self.dataset
-        only = 'match in their own file only' if options.any_camera else 'match in the same camera only'
         return {
             'mAP': result.mAP,
             'mINP': result.mINP,
@@ -166,7 +165,7 @@ class Test:
             'queries': {
                 'all': len(dataset.query),
                 'valid': result.num_valid,
-                only: result.num_same_camera,
+                'match in the same camera only': result.num_same_camera,  # with --any-camera: in their own file
                 'not in the gallery': result.num_absent,
             },
             'gallery': len(dataset.gallery),
@@ -176,7 +175,7 @@ class Test:
             'distance': options.distance,
             'flip_test': options.flip_test,
             'any_camera': options.any_camera,
-            'multi_query': self.pictures is not None and {'pictures': len(self.pictures.items)},
+            'multi_query': self.averaged is not None and {'items': len(self.averaged.items)},
             'seq_len': options.seq_len if dataset.kind == 'video' else None,
             'pool': options.pool if dataset.kind == 'video' else None,
             'cameras_left_out': self._cameras_left_out() or None,
@@ -187,6 +186,7 @@ class Test:
             'precision': self.run.test_precision,
             'notices': self.notices,
             'dataset_fingerprint': fingerprint(dataset),
+            'test_fingerprint': fingerprint(dataset, ('query', 'gallery')),  # whether or not there is a training set
             **provenance(self.run),
         }
 

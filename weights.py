@@ -260,7 +260,8 @@ def load_into(
 def fit_classifier(model: Network, state_dict: Mapping[str, Tensor], where: str) -> None:
     """Gives a model that will only be tested a classifier of the size that its weights have, and prints that it did.
 
-    The classifier is not used at a test. Nothing changes if the weights have no classifier, or one on other features.
+    That is not printed if the model's has one identity, for want of a training set. The classifier is not used at a
+    test. Nothing changes if the weights have no classifier, or one on other features.
     """
     own, weight, bias = model.classifier, state_dict.get('classifier.weight'), state_dict.get('classifier.bias')
     if not isinstance(own, torch.nn.Linear) or weight is None or (bias is None) != (own.bias is None):
@@ -272,7 +273,8 @@ def fit_classifier(model: Network, state_dict: Mapping[str, Tensor], where: str)
         return
     model.num_classes, before = number, own.out_features
     model.classifier = torch.nn.Linear(own.in_features, number, bias=bias is not None).to(own.weight)
-    print(f'The classifier has the {number} identities of {where} instead of {before}')
+    if before > 1:
+        print(f'The classifier has the {number} identities of {where} instead of {before}')
 
 
 def _alike(given: Tensor, own: Tensor) -> bool:

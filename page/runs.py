@@ -182,18 +182,30 @@ def _split(paths: np.ndarray) -> list[list[str]]:
 
 def settings(runs: Sequence[TestedRun]) -> list[str]:
     """A notice for each setting in which tests differ although it affects their figures."""
+    mark = 'dataset' if any('test_fingerprint' not in run.summary for run in runs) else 'test'  # of older files
     of: dict[str, Callable[[dict[str, Any]], str]] = {
         'input sizes': lambda summary: f'{summary["height"]} × {summary["width"]} pixels',
         'precisions': lambda summary: str(summary['precision']),
-        'data sets': lambda summary: f'{summary["dataset"]}, fingerprint {summary["dataset_fingerprint"]}',
+        'data sets': lambda summary: f'{summary["dataset"]}, fingerprint {summary[f"{mark}_fingerprint"]}',
+        'rankings': lambda summary: _listed(summary['rerank'], 're-ranked') or 'not re-ranked',
+        'matches': lambda summary: f'from {"any camera" if summary.get("any_camera") else "other cameras"}',
+        'queries': lambda summary: _listed(summary.get('multi_query'), 'multi-query') or 'single',
+        'numbers of frames': lambda summary: {None: '', 0: 'all'}.get(number := summary.get('seq_len'), str(number)),
+        'poolings': lambda summary: str(summary.get('pool') or ''),
     }
     notices = []
     for what, value_of in of.items():
         values = [value_of(run.summary) for run in runs]
-        if len(set(values)) > 1:
-            listed = '; '.join(f'{run.name}: {value}' for run, value in zip(runs, values, strict=True))
+        if len({*values} - {''}) > 1:  # '' is unknown: older files lack it
+            listed = '; '.join(f'{run.name}: {value or "unknown"}' for run, value in zip(runs, values, strict=True))
             notices.append(f'the runs were tested with different {what} ({listed})')
     return notices
+
+
+def _listed(values: object, what: str) -> str:
+    """`what` and the values of its options by name; '' if it was not used."""
+    named = [f'{name} {value}' for name, value in values.items()] if isinstance(values, dict) else []
+    return ', '.join([what, *named]) if values else ''
 
 
 def interval(values: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ class Market1501(Dataset):
         root, untrainable = find(data_dir, name, FOLDERS if name == 'market1501' else (name,), PARTS, TRAINING)
         self.root = root
         passed_over: list[str] = []
-        train, fault = usable(lambda: _scan(os.path.join(root, 'bounding_box_train'), passed_over))
+        train, untrainable = usable(lambda: _scan(os.path.join(root, 'bounding_box_train'), passed_over), untrainable)
         query, gallery = (_scan(os.path.join(root, part), passed_over) for part in ('query', 'bounding_box_test'))
         self.camids, cameras = camids_of(train, query, gallery)
         subsets = (
@@ -47,7 +47,7 @@ class Market1501(Dataset):
             name,
             *subsets,
             title='Market1501' if name == 'market1501' else name,
-            untrainable=untrainable or fault,
+            untrainable=untrainable,
             cameras=cameras,
             passed_over=passed_over,
         )

@@ -51,15 +51,15 @@ class Mars(Dataset):
 
     `name` is mars or toy_mars. Raises UserError for a missing folder, a table with another name, shape or type or with
     lines beyond the end of the name file, a name that cannot be parsed, a tracklet of two persons or two cameras, a
-    negative camera, and an empty query or gallery. If only the training set has such a fault, or is empty, it is left
-    empty, and `untrainable` is the message.
+    negative camera, and an empty query or gallery. If only the training set has such a fault, is missing or empty, it
+    is left empty, and `untrainable` is the message.
     """
 
     def __init__(self, data_dir: str = 'data', official: bool = False, name: str = 'mars') -> None:
         self.official = official
         self.published = PUBLISHED if name == 'mars' else {}
         root, untrainable = find(data_dir, name, FOLDERS if name == 'mars' else (name,), PARTS, TRAINING)
-        train, fault = usable(lambda: _present(root, 'training', _read_tracklets(root, 'train')))
+        train, untrainable = usable(lambda: _present(root, 'training', _read_tracklets(root, 'train')), untrainable)
         test = _read_tracklets(root, 'test')
         queries = _read_query_rows(os.path.join(root, 'info', 'query_IDX.mat'), len(test))
         others = set(range(len(test))).difference(queries)
@@ -74,7 +74,7 @@ class Mars(Dataset):
             title='MARS' if name == 'mars' else name,
             total=len(once),
             lengths=[len(paths) for paths, _, _ in once],
-            untrainable=untrainable or fault,
+            untrainable=untrainable,
             cameras=cameras,
         )
 

@@ -79,7 +79,7 @@ class Dataset:
             print(f'It differs from the published {title or name}: {"; ".join(differences)}')
 
     def multi_query(self) -> list[Item]:
-        """Pictures of the queries' persons in their cameras, over which --multi-query averages: here the queries."""
+        """Images of the queries' persons in their cameras, over which --multi-query averages: here the queries."""
         return self.query
 
     def _statistics(self, total: int, lengths: Sequence[int]) -> list[str]:
@@ -139,8 +139,10 @@ def paths_of(item: Item) -> Sequence[str]:
     return (item[0],) if isinstance(item[0], str) else item[0]
 
 
-def usable(read: Callable[[], list[AnyItem]]) -> tuple[list[AnyItem], str]:
-    """What `read` returns and ''; or, if it raises UserError, nothing and its message."""
+def usable(read: Callable[[], list[AnyItem]], untrainable: str) -> tuple[list[AnyItem], str]:
+    """What `read` returns and ''; or nothing and why: `untrainable`, or the message if it raises UserError."""
+    if untrainable:
+        return [], untrainable
     try:
         return read(), ''
     except UserError as fault:

@@ -1,5 +1,6 @@
 """The GPUs of the machine: whether this build of PyTorch can use them, and if not, why."""
 
+import contextlib
 import os
 import re
 import warnings
@@ -10,7 +11,7 @@ import torch
 
 from runtime.errors import UserError, plain
 
-NVIDIA = Path('/dev/nvidia0')  # exists if the kernel has loaded NVIDIA's driver
+DEVICES = Path('/dev')  # where the kernel lists what NVIDIA's driver serves
 DRIVER = Path('/proc/driver/nvidia/version')
 
 
@@ -23,7 +24,7 @@ def available() -> bool:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         usable = torch.cuda.is_available()
-    if usable or not torch.version.cuda or _are_hidden() or not NVIDIA.exists():
+    if usable or not torch.version.cuda or _are_hidden() or not _has_driver(bool(caught)):
         for each in caught:
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
         return usable
@@ -33,6 +34,14 @@ def available() -> bool:
         f'the driver of the GPU{_driver()} does not work with PyTorch {torch.__version__}, which is built for CUDA '
         f'{torch.version.cuda}{why}; update the driver, install a build for an older CUDA, or pass --use-cpu'
     )
+
+
+def _has_driver(failed: bool) -> bool:
+    """Whether the kernel has loaded NVIDIA's driver, and this container has a GPU, such as only the fourth.
+
+    A container without one may have the control device, too, but initialising CUDA has not `failed` in it.
+    """
+    return any(DEVICES.glob('nvidia[0-9]*')) or (failed and (DEVICES / 'nvidiactl').exists())
 
 
 def _are_hidden() -> bool:
@@ -97,5 +106,8 @@ def unsupported() -> str:
     """The kind of an accelerator of this machine that is neither CUDA nor ROCm, such as mps or xpu; '' if none."""
     if torch.backends.mps.is_available():
         return 'mps'
-    device = torch.accelerator.current_accelerator()  # that PyTorch was built for
-    return device.type if device and device.type != 'cuda' and torch.accelerator.is_available() else ''
+    with contextlib.suppress(RuntimeError):  # torch 2.6 raises where later versions return None
+        device = torch.accelerator.current_accelerator()  # that PyTorch was built for
+        if device and device.type != 'cuda' and torch.accelerator.is_available():
+            return device.type
+    return ''

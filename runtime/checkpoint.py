@@ -27,6 +27,11 @@ from runtime.provenance import provenance
 from runtime.state import Stateful, advance, check, restore
 from utils import save_checkpoint
 
+# The names of the files that a run writes, and may therefore delete
+POSITIONS, TESTS, BEST = r'resume_\d+_\d+\.pth\.tar', r'checkpoint_ep\d+\.pth\.tar', r'best_model\.pth\.tar'
+PARTIAL = rf'\.(?:{POSITIONS}|{TESTS}|{BEST})\.\d+'  # of `write_whole`
+OTHERS = r'metrics\.csv|events\.out\.tfevents\..*'
+
 
 class Checkpoint:
     """The checkpoint files of a run, and its position.
@@ -143,7 +148,7 @@ class Checkpoint:
                 f'nothing left to train; raise --max-epoch'
             )
         if self.run.rank == 0:
-            self._clear('.*.pth.tar.*')  # incomplete files left by a killed process
+            self._clear(PARTIAL)  # incomplete files left by a killed process
         if not self.options.overwrite:  # it frees space
             self._check_room()
         self.saved = time.monotonic()
@@ -195,24 +200,33 @@ class Checkpoint:
         if self.run.rank or not self._is_finite():
             return
         if self.options.overwrite and (not self.options.resume or self.options.resume_weights_only):
-            self._clear('*.pth.tar', 'metrics.csv', 'events.out.tfevents.*', *results.FILES)
+            self._clear(POSITIONS, TESTS, BEST, OTHERS, *map(re.escape, results.FILES))
         elif afresh:
-            self._clear('metrics.csv')
+            self._clear(r'metrics\.csv')
 
     def _clear(self, *patterns: str) -> None:
-        for pattern in patterns:
-            for path in self.folder.glob(pattern):
-                if path.resolve() not in self._begun_with():
-                    path.unlink()
+        """Delete the files whose whole names match a regular expression, except those that the command names."""
+        for path in self._written('|'.join(patterns)):
+            if path.resolve() not in self._begun_with():
+                path.unlink()
+
+    def _written(self, pattern: str) -> list[Path]:
+        return [path for path in self.folder.glob('*') if re.fullmatch(pattern, path.name)]
 
     def _prune(self, written: str, number: int) -> None:
-        """Delete all but the newest files that were `written` (a regular expression). One that cannot be is reported.
+        """Delete all but the newest files that were `written` (a regular expression).
+
+        What cannot be listed or deleted is reported.
 
         The file just written is spared, whatever the clock says, and those that the command names: a restart of the
         same command checks that they exist.
         """
-        paths = [path for path in self.folder.iterdir() if re.fullmatch(written, path.name)]
-        for path in sorted(paths, key=_age)[number:]:
+        try:
+            paths = sorted(self._written(written), key=_age)
+        except OSError as problem:
+            print(f'{self.folder} cannot be listed ({problem.strerror}), and no old file is deleted; the run continues')
+            return
+        for path in paths[number:]:
             if path != self.position and path.resolve() not in self._begun_with():
                 try:
                     path.unlink(missing_ok=True)
@@ -239,10 +253,16 @@ class Checkpoint:
         self.position = path = self.folder / f'resume_{self.epoch + 1}_{self.done}.pth.tar'
         if self.run.rank or not self._is_finite():
             return
-        with self.run.unwritten.excuse(path):
-            save_checkpoint(self._state(self.epoch - 1, self.done, max(self.best_rank1, 0.0)), False, path)
-            self._prune(r'resume_\d+_\d+\.pth\.tar', self.options.keep)
+        if self._write(path, self._state(self.epoch - 1, self.done, max(self.best_rank1, 0.0))):
+            self._prune(POSITIONS, self.options.keep)
         self.saved = time.monotonic()
+
+    def _write(self, path: Path, state: dict[str, Any], is_best: bool = False) -> bool:
+        """Whether the file was written; a failure is reported, and the run continues."""
+        failures = len(self.run.unwritten)
+        with self.run.unwritten.excuse(path):
+            save_checkpoint(state, is_best, path)
+        return len(self.run.unwritten) == failures
 
     def _is_finite(self) -> bool:
         """Whether losses and weights are finite: a loss can be finite although its gradients are not."""
@@ -266,13 +286,10 @@ class Checkpoint:
         meter.tested(epoch, figures)
         if not self._is_finite():
             raise UserError(f'weights are not finite after epoch {epoch + 1}; nothing was saved. Try a lower --lr')
-        failures = len(self.run.unwritten)
-        with self.run.unwritten.excuse(path):
-            save_checkpoint(self._state(epoch, 0, rank1), is_best, path)
-            if self.options.keep_tests:
-                self._prune(r'checkpoint_ep\d+\.pth\.tar', self.options.keep_tests)
-        if len(self.run.unwritten) > failures:
+        if not self._write(path, self._state(epoch, 0, rank1), is_best):
             self.best_rank1 = earlier  # that of best_model.pth.tar, which was not replaced
+        elif self.options.keep_tests:
+            self._prune(TESTS, self.options.keep_tests)
         self.saved = time.monotonic()
         if not self.options.no_report:
             results.write_page(self.folder, self.run.unwritten)

@@ -32,6 +32,7 @@ def check(parser: Reporter, args: argparse.Namespace) -> None:
     """Report the first mistake, in one line, and exit."""
     check_names(parser, args)
     check_batch(parser, args)
+    check_test(parser, args)
     check_compile(parser, args)
     check_resume(parser, args)
     check_folder(parser, args)
@@ -58,7 +59,7 @@ def check_names(parser: Reporter, args: argparse.Namespace) -> None:
             f'--height {args.height} --width {args.width} is too small: -a {args.arch} needs at least {smallest} '
             f'pixels in each dimension'
         )
-    if args.pretrained not in ('imagenet', 'none') and not Path(args.pretrained).is_file():
+    if args.pretrained not in ('imagenet', 'none') and not os.path.isfile(args.pretrained):
         reason = not_a_file(args.pretrained)
         reason = f' {reason}' if reason else ': no such file; give a path, imagenet or none'
         parser.error(f'--pretrained {args.pretrained}{reason}')
@@ -87,6 +88,14 @@ def number_of_processes(args: argparse.Namespace) -> int:
     return ours.world_size if ours.started else listed
 
 
+def check_test(parser: Reporter, args: argparse.Namespace) -> None:
+    if args.any_camera and args.multi_query:
+        parser.error(
+            '--any-camera does not work with --multi-query: averaged images in the gallery would count as matches; '
+            'remove one of the two'
+        )
+
+
 def check_compile(parser: Reporter, args: argparse.Namespace) -> None:
     """Check what --compile needs on this machine: it fails at the first step, long after the data were read.
 
@@ -110,7 +119,7 @@ def check_compile(parser: Reporter, args: argparse.Namespace) -> None:
     compiler = os.environ.get('CC')  # triton compiles its launcher with CC, else gcc, else clang
     if compiler is not None and not shutil.which(compiler):
         parser.error(
-            f'--compile needs a C compiler, and CC is {compiler!r} in the environment, which is no program: set it to '
+            f'--compile needs a C compiler, and CC is {compiler!r} in the environment, which was not found: set it to '
             f'the path of one, or remove --compile'
         )
     if compiler is None and not (shutil.which('gcc') or shutil.which('clang')):
@@ -138,7 +147,7 @@ def include_folders() -> list[Path]:
 def check_resume(parser: Reporter, args: argparse.Namespace) -> None:
     """Check that there is something to resume and something to train, and that no options contradict each other."""
     processes = of_environment()
-    if args.resume and not Path(args.resume).is_file():
+    if args.resume and not os.path.isfile(args.resume):
         reason = not_a_file(args.resume)
         parser.error(f'--resume {args.resume} {reason}' if reason else f'--resume {args.resume}: no such file')
     restarts = args.max_restarts or processes.may_restart  # by us, or by torchrun
@@ -156,7 +165,7 @@ def check_resume(parser: Reporter, args: argparse.Namespace) -> None:
 def check_folder(parser: Reporter, args: argparse.Namespace) -> None:
     """Check that --save-dir contains no run that would be mixed up with this one, and is writable."""
     save_dir = Path(args.save_dir)
-    held = sorted(save_dir.glob('*.pth.tar')) if save_dir.is_dir() else []
+    held = sorted(save_dir.glob('*.pth.tar')) if os.path.isdir(save_dir) else []  # Path.is_dir raises if it is too long
     resumes = args.resume and not args.resume_weights_only
     if held and not (args.evaluate or args.overwrite or args.auto_resume or resumes):
         parser.error(

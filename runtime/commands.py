@@ -32,10 +32,12 @@ def status_of(main: Callable[[], int | None]) -> int:
         try:
             try:
                 status = main()
-            except SystemExit as end:  # as after -h
+            except SystemExit as end:  # as after -h, or a mistake that has been reported
                 if isinstance(end.code, str):
                     raise
-                status = end.code
+                if end.code:
+                    return end.code
+                status = 0
             sys.stdout.flush()
             return status or 0
         except UserError as mistake:

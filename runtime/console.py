@@ -65,7 +65,7 @@ def _discard(stream: Any) -> None:
 
 
 def end(problem: str) -> None:
-    """What a command does that loses its console, and with it the only place for its results."""
+    """Ends a command whose output can no longer be written."""
     raise UserError(f'stdout cannot be written: {problem}')
 
 
@@ -78,11 +78,14 @@ def guarded() -> Iterator[None]:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Console(sys.stdout, end), Console(sys.stderr)
+    consoles = sys.stdout, sys.stderr = Console(sys.stdout, end), Console(sys.stderr)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = streams
+        for console in consoles:
+            with contextlib.suppress(UserError):  # the command has ended; what cannot be written is discarded
+                console.flush()
 
 
 def report(text: str) -> None:

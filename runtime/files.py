@@ -30,7 +30,7 @@ def write_whole(fpath: str | Path, write: Callable[[Path], object], *also: str |
         for double in doubles:
             _double(first, double)
         for temporary in temporaries:
-            with open(temporary, 'rb') as file:
+            with open(temporary, 'r+b') as file:  # Windows flushes only what may be written
                 os.fsync(file.fileno())
         try:
             for double, path in zip(doubles, paths[1:], strict=True):
@@ -41,7 +41,10 @@ def write_whole(fpath: str | Path, write: Callable[[Path], object], *also: str |
         for temporary in temporaries:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-    folder = os.open(paths[0].parent, os.O_RDONLY)
+    try:
+        folder = os.open(paths[0].parent, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folder, and others none that may not be listed
+        return
     try:
         os.fsync(folder)
     finally:

@@ -93,7 +93,7 @@ def recognised_zip(names: Iterable[str]) -> str:
 def not_a_file(path: str | os.PathLike) -> str:
     """Why `path`, which exists, is not a file with weights, and what to give, as the end of a sentence; '' if it is."""
     place = Path(path)
-    if place.is_file() or not place.exists():
+    if os.path.isfile(place) or not os.path.exists(place):  # those of Path raise if the name is too long
         return ''
     if not place.is_dir():
         return 'is not a regular file; give the path of a checkpoint'

@@ -23,8 +23,6 @@ from utils import Logger, mkdir_if_missing
 
 ENDS = (0, 2, *(128 + number for number in STOPS))  # exit statuses after which --max-restarts does not restart
 
-REPORT_SECONDS = 30  # more than a launcher needs to end the other processes after one was killed
-
 Experiment = Callable[[Arguments, Run], object]
 End = tuple[int, str]  # exit status, and the text for stderr and the log
 
@@ -84,7 +82,8 @@ def _run(experiment: Experiment, args: Arguments, group: Group, unwritten: Unwri
             except Exception as problem:
                 testing = args.evaluate or bool(run and run.rescue and not signals.held)
                 signals.hold()
-                return _end(memory.explained(problem, args, testing), run, group, signals)
+                precision = (run.test_precision if testing else run.precision) if run else ''
+                return _end(memory.explained(problem, args, testing, precision), run, group, signals)
         except Stopped as stopped:
             if stopped.together:
                 print(stopped)
@@ -100,7 +99,7 @@ def _end(problem: Exception, run: Run | None, group: Group, signals: Signals) ->
     """The end of a run that raised an exception: its report, and where the run was saved."""
     saved = ''
     if processes.lost_another(problem):  # in the middle of a step, so nothing is saved
-        end = time.monotonic() + REPORT_SECONDS
+        end = time.monotonic() + processes.REPORT_SECONDS
         while not (group.has_failed() or signals.waiting) and time.monotonic() < end:
             time.sleep(0.01)
         if signals.waiting and not group.has_failed():

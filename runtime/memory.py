@@ -26,14 +26,17 @@ def reason(problem: BaseException) -> str:
     return plain('. '.join(text.split('. ')[:3])).rstrip('.') or 'no details are known'
 
 
-def explained(problem: Exception, args: argparse.Namespace, testing: bool) -> Exception:
-    """A UserError with the options that need less, if memory ran out in training or in a test; else the problem."""
+def explained(problem: Exception, args: argparse.Namespace, testing: bool, precision: str = '') -> Exception:
+    """A UserError with the options that need less, if memory ran out in training or in a test; else the problem.
+
+    precision: that in which the network computed, '' if it is not known yet
+    """
     whose, options = exhausted(problem), vars(args)
     if not whose:
         return problem
     batch = '--test-batch' if testing else '--train-batch'
     advice = [f'a smaller {batch}']
-    if whose == 'GPU' and options.get('precision') != 'bf16':
+    if whose == 'GPU' and precision in ('fp32', 'tf32'):
         advice.append('--precision bf16')
     if whose == 'host' and options.get('workers'):
         advice.append('fewer --workers')

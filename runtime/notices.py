@@ -4,6 +4,7 @@ None of it is a mistake: a network may well be tested at another size, or on a d
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from arguments import TestOptions
@@ -14,6 +15,11 @@ from runtime.device import Run
 from runtime.errors import plain
 
 POOLING, RERANKING = ('seq_len', 'pool'), ('k1', 'k2', 'lambda_value')
+# The options of a test, apart from the recipe, that change its figures, and those that do not
+CHANGING = (*POOLING, 'any_camera', 'multi_query', 'rerank', *RERANKING)
+UNCHANGING = (
+    'test_batch', 'save_features', 'evaluate', 'eval_step', 'no_report', 'save_dir', 'resume', 'quiet', 'workers',
+)  # fmt: skip
 
 
 def of_test(model: Network, dataset: Dataset, options: TestOptions, run: Run) -> list[str]:
@@ -27,6 +33,8 @@ def of_test(model: Network, dataset: Dataset, options: TestOptions, run: Run) ->
     if not trained.of_imagenet:
         pooling = POOLING if dataset.kind == 'video' else ()
         ours = {name: getattr(options, name) for name in pooling} | {'precision': run.test_precision}
+        if _training_set(trained.options.get('dataset')) == _training_set(options.dataset):
+            ours['dataset'] = options.dataset  # perhaps another protocol
         if pair := _differences(trained.options, ours):
             notices.append('{} was tested with {} while it was trained, and now with {}'.format(trained.where, *pair))
         notices += _of_data(trained, dataset, options.dataset)
@@ -43,24 +51,37 @@ def of_size(trained: Training, height: int, width: int) -> list[str]:
 
 
 def _of_data(trained: Training, dataset: Dataset, name: str) -> list[str]:
-    """At most one notice; of a file of another project only the number of persons is known."""
-    where = trained.where
-    if pair := _differences(trained.options, {'dataset': name} if name else {}):
+    """At most one notice; of a file of another project only the number of persons is known.
+
+    Of a data set without a training set only the name is compared.
+    """
+    where, theirs = trained.where, trained.options.get('dataset')
+    pair = _differences(trained.options, {'dataset': name} if name else {})
+    if pair and _training_set(theirs) != _training_set(name):
         return ['{} was trained with {}, and is tested with {}'.format(where, *pair)]
+    if dataset.untrainable:
+        return []
     now = fingerprint(dataset)
-    if trained.fingerprint not in (None, now):
+    if not pair and trained.fingerprint not in (None, now):
         return [f'{where} was trained on other files of {dataset.name}: fingerprint {trained.fingerprint}, now {now}']
     if trained.num_pids not in (None, dataset.num_train_pids):
         return [f'{where} was trained on {trained.num_pids} persons, and {dataset.name} has {dataset.num_train_pids}']
     return []
 
 
+def _training_set(dataset: object) -> str:
+    """The name of a data set but for its protocol: mars and mars_official share a training set."""
+    return str(dataset).removesuffix('_official')
+
+
 def of_resumed(trained: Training, options: Mapping[str, Any]) -> list[str]:
     """The notice that the tests of a run change when it resumes with these `options`, which its recipe allows."""
-    reranks = options.get('rerank') or trained.options.get('rerank')
-    names = ('precision', *POOLING, 'rerank', *(RERANKING if reranks else ()))
+    known = {field.name: field.default for field in fields(TestOptions)} if trained.options else {}
+    theirs = {**known, **trained.options}  # an option that is newer than the file had its default
+    reranks = options.get('rerank') or theirs.get('rerank')
+    names = [name for name in ('precision', *CHANGING) if reranks or name not in RERANKING]
     ours = {name: options[name] for name in names if name in options}
-    if pair := _differences(trained.options, ours):
+    if pair := _differences(theirs, ours):
         return [
             'the tests of this run had {}, and from now on have {}: their figures are not comparable, and '
             'best_model.pth.tar is chosen among both'.format(*pair)

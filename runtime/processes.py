@@ -21,6 +21,7 @@ from runtime.errors import UserError
 ENVIRONMENT = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')  # set by torchrun
 RUN_ID = 'plain-command'  # run id of processes started by a plain command, for --gpu-devices or --max-restarts
 TIMEOUT = datetime.timedelta(hours=1)  # of NCCL: the first process may re-rank a large gallery while others wait
+REPORT_SECONDS = 30  # more than a launcher needs to end the other processes after one has failed
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,11 @@ def lost_another(problem: BaseException) -> bool:
     return named or isinstance(problem, dist.DistError)
 
 
+def hangup_is_ignored() -> bool:
+    """Whether the program was started with nohup, and outlives its terminal."""
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 def start_all(number: int, more: Sequence[str]) -> tuple[int, str]:
     """Run this command in `number` processes, as torchrun does. Returns the exit status and a message to report."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -171,8 +177,8 @@ def start_all(number: int, more: Sequence[str]) -> tuple[int, str]:
         rdzv_endpoint='localhost:0',  # any free port
         max_restarts=0,
     )
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and hasattr(config, 'signals_to_handle'):
-        config.signals_to_handle = 'SIGTERM,SIGINT,SIGQUIT'  # nohup: it stays ignored, also in the processes
+    if hangup_is_ignored() and hasattr(config, 'signals_to_handle'):  # which older versions of torch do not have
+        config.signals_to_handle = 'SIGTERM,SIGINT,SIGQUIT'  # SIGHUP stays ignored, also in the processes
     try:
         elastic_launch(config, sys.executable)(*sys.orig_argv[1:], *more)
     except ChildFailedError as failed:

@@ -11,15 +11,10 @@ from pathlib import Path
 from types import FrameType
 
 from runtime import system  # noqa: F401 (Windows has no SIGHUP)
-from runtime.processes import Processes
+from runtime.processes import Processes, hangup_is_ignored
 
 # Sent by a batch system, by a terminal on Ctrl-C and when it is closed, to all processes of a run.
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
-def hangup_is_ignored() -> bool:
-    """Whether the program was started with nohup, and outlives its terminal."""
-    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 class Stopped(BaseException):  # like KeyboardInterrupt: `except Exception` must not catch it

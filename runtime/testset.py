@@ -40,16 +40,16 @@ def check_items(dataset: Dataset, any_camera: bool, run: Run) -> list[np.ndarray
     return [q_pids, g_pids, q_camids, g_camids]
 
 
-class Pictures(NamedTuple):
-    """With --multi-query: the pictures over which the features of the queries are averaged."""
+class Averaged(NamedTuple):
+    """With --multi-query: the items over which the features of the queries are averaged."""
 
     items: list[Item]
-    groups: np.ndarray  # (N,) int64, number of the person and camera of each picture, from 0
+    groups: np.ndarray  # (N,) int64, number of the person and camera of each item, from 0
     of_queries: np.ndarray  # (Q,) int64, the same of each query
 
 
-def pictures_of(dataset: Dataset) -> Pictures:
-    """All pictures of each query's person in its camera, by pid and camid.
+def averaged(dataset: Dataset) -> Averaged:
+    """All items of each query's person in its camera, by pid and camid.
 
     Raises:
         UserError: the data set has none of a query, or just the queries, one of each person and camera.
@@ -61,15 +61,15 @@ def pictures_of(dataset: Dataset) -> Pictures:
     if len(lacking):
         first = plain(paths_of(dataset.query[lacking[0]])[0], 1000)
         raise UserError(
-            f'--multi-query: {dataset.name} has no picture of the person and camera of {len(lacking)} of its '
+            f'--multi-query: {dataset.name} has no image of the person and camera of {len(lacking)} of its '
             f'{len(of_queries)} queries, the first one {first}; unpack the data set again, or omit the option'
         )
     if len(items) == len(numbers) and items == dataset.query:
         raise UserError(
-            f'--multi-query: {dataset.name} has one query of each person in a camera, and no other pictures of them, '
+            f'--multi-query: {dataset.name} has one query of each person in a camera, and no other images of them, '
             'so there is nothing to average; omit the option'
         )
-    return Pictures(items, groups, of_queries)
+    return Averaged(items, groups, of_queries)
 
 
 def check_files(paths: Sequence[str], run: Run) -> None:

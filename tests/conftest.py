@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 import toy
 from runtime import launch
 from runtime.device import Run
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores, and all that it starts
 
 ROOT = tiny.ROOT
 TINY = ['-a', 'tiny', '--height', '32', '--width', '16', '--workers', '0', '--use-cpu', '--precision', 'fp32']

@@ -110,8 +110,9 @@ def tests(run, dataset, tracklets, folder):
     with contextlib.redirect_stdout(printed):
         rank1 = [evaluation.Test(dataset, options, run)(model)]
         rank1.append(evaluation.Test(dataset, dataclasses.replace(options, rerank=True), run)(model))
-        more = {'any_camera': True, 'multi_query': True, 'save_dir': str(folder / 'more'), 'no_report': True}
-        rank1.append(evaluation.Test(dataset, dataclasses.replace(options, **more), run)(model))
+        for option in ('any_camera', 'multi_query'):
+            more = {option: True, 'save_dir': str(folder / 'more'), 'no_report': True}
+            rank1.append(evaluation.Test(dataset, dataclasses.replace(options, **more), run)(model))
     (_, pid, camid), *_ = dataset.query
     matches = [item for item in dataset.gallery if item[1] == pid and item[2] != camid]
     rankings, seen = [], []

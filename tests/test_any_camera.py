@@ -83,7 +83,7 @@ def test_equals_the_textbook(rerank, one_camera, run, tmp_path, capsys):
     counts = results['queries']
     assert (
         f'Queries: {counts["valid"]} valid, {number - counts["valid"]} skipped '
-        f'({counts["match in their own file only"]} whose only match is their own file, '
+        f'({counts["match in the same camera only"]} whose only match is their own file, '
         f'{counts["not in the gallery"]} with none in the gallery)'
     ) in lines
 
@@ -94,13 +94,18 @@ def test_the_usual_test_is_as_before(dataset, run, tmp_path):
     assert results['any_camera'] is False and 'match in the same camera only' in results['queries']
     html = page.write(tmp_path).read_text()
     assert "Junk (the query's own identity in its own camera) is excluded, as in the figures. A match" in html
-    assert 'from any camera' not in html
+    assert 'from any camera' not in html and 'only match' not in html
 
 
 def test_the_page_and_the_comparison_say_so(one_camera, run, tmp_path):
     outcome(one_camera, run, tmp_path)
     html = page.write(tmp_path).read_text()
-    assert '<li>matches <b>from any camera</b></li>' in html and '<p>Left out: --any-camera.</p>' in html
+    assert '<li>matches <b>from any camera</b></li>' in html
+    only = json.loads((tmp_path / 'results.json').read_text())['queries']['match in the same camera only']
+    assert (
+        f'<li>queries whose only match is their own file <b>{only}</b></li>' in html
+        and '<p>Left out: --any-camera.</p>' in html
+    )
     assert "Only the query's own file is excluded, as in the figures." in html and 'Junk' not in html
     assert runs.read(tmp_path).how == ['any camera']
     html = page.compare([tmp_path, tmp_path], tmp_path / 'compare.html').read_text()
@@ -114,14 +119,14 @@ def test_a_query_that_matches_itself_alone(data_dir, run, tmp_path, capsys):
     with pytest.raises(UserError) as refused:
         evaluation.Test(dataset, options(tmp_path, any_camera=True), run)
     assert str(refused.value) == (
-        'none of the 2 queries has a match: 1 show an identity that the gallery lacks, 1 one whose only match is their '
-        'own file; a query needs another gallery item of its pid: correct the pids of the data set'
+        'none of the 2 queries has a match: 1 whose person is not in the gallery, 1 whose only match is their own '
+        'file; a query needs another gallery item of its pid: correct the pids of the data set'
     )
     dataset.gallery.append((other[0] + 'copy', *other[1:]))
     shutil.copy(other[0], tmp_path / 'copy.jpg')  # a copy is another file
     dataset.gallery[-1] = (str(tmp_path / 'copy.jpg'), *other[1:])
     _, _, results = outcome(dataset, run, tmp_path)
-    assert results['queries'] == {'all': 2, 'valid': 1, 'match in their own file only': 1, 'not in the gallery': 0}
+    assert results['queries'] == {'all': 2, 'valid': 1, 'match in the same camera only': 1, 'not in the gallery': 0}
     assert '1 skipped (1 whose only match is their own file, 0 with none in the gallery)' in capsys.readouterr().out
 
 

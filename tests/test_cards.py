@@ -91,7 +91,7 @@ def old_driver(monkeypatch, tmp_path):
     (tmp_path / 'version').write_text(
         'NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.104.05  Release Build\nGCC version: 12.3.0\n'
     )
-    monkeypatch.setattr(cards, 'NVIDIA', tmp_path / 'nvidia0')
+    monkeypatch.setattr(cards, 'DEVICES', tmp_path)
     monkeypatch.setattr(cards, 'DRIVER', tmp_path / 'version')
     monkeypatch.setattr(torch.version, 'cuda', '13.0')
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
@@ -140,26 +140,50 @@ def test_cards_that_are_hidden_leave_the_cpu(hidden, old_driver, monkeypatch, ca
             cards.available()
 
 
+@pytest.mark.parametrize('name', ['nvidia3', 'nvidia12', 'nvidiactl'])
+def test_a_container_may_have_any_of_the_cards(name, old_driver):
+    (cards.DEVICES / 'nvidia0').rename(cards.DEVICES / name)
+    with pytest.raises(UserError, match=r'^the driver of the GPU'):
+        cards.available()
+
+
+def test_a_container_may_have_the_driver_and_no_card(old_driver, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)  # and no warning: the driver works
+    for name in ('nvidiactl', 'nvidia-uvm', 'nvidia-modeset'):
+        (cards.DEVICES / name).touch()
+    (cards.DEVICES / 'nvidia0').unlink()
+    assert not cards.available()
+
+
 @pytest.mark.parametrize('missing', ['card', 'CUDA'])
 @pytest.mark.filterwarnings('ignore:CUDA initialization')
 def test_no_driver_is_missed_without_a_card_or_cuda(missing, old_driver, monkeypatch):
     if missing == 'card':
-        cards.NVIDIA.unlink()
+        (cards.DEVICES / 'nvidia0').unlink()
     else:
         monkeypatch.setattr(torch.version, 'cuda', None)
     assert not cards.available()
 
 
 @pytest.mark.parametrize('kind', ['mps', 'xpu', 'cuda', None])
-def test_an_accelerator_of_another_kind_is_mentioned(kind, monkeypatch, capsys):
+def test_an_accelerator_of_another_kind_is_mentioned(kind, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: kind == 'mps')
     monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda *_: kind and SimpleNamespace(type=kind))
     monkeypatch.setattr(torch.accelerator, 'is_available', lambda: True)
-    monkeypatch.setattr(cards, 'NVIDIA', cards.NVIDIA.with_name('nvidia-none'))
+    monkeypatch.setattr(cards, 'DEVICES', tmp_path)
     device.start(RunOptions(precision='fp32'))
     line = f'The {kind} device of this machine is not used: the program supports CUDA and the CPU only\n'
     expected = 'Currently using CPU (GPU is highly recommended)\n' + (line if kind in ('mps', 'xpu') else '')
     assert capsys.readouterr().out == expected
     device.start(RunOptions(use_cpu=True, precision='fp32'))
     assert line not in capsys.readouterr().out
+
+
+def test_a_pytorch_that_raises_when_there_is_no_accelerator(monkeypatch):
+    def none(*_):
+        raise RuntimeError('Cannot access accelerator device when none is available.')  # as torch 2.6 does
+
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator', none)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
+    assert cards.unsupported() == ''

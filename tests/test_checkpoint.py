@@ -181,6 +181,23 @@ def test_a_file_that_cannot_be_deleted_is_reported_and_kept(tmp_path, monkeypatc
     assert not checkpoint.run.unwritten
 
 
+def test_a_folder_that_cannot_be_listed_is_no_failure_to_write(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ESTALE, 'Stale file handle')
+
+    checkpoint = begin(options(tmp_path, keep_tests=1), **parts())
+    monkeypatch.setattr(type(tmp_path), 'glob', refuse)
+    monkeypatch.setattr(type(tmp_path), 'iterdir', refuse)
+    record_test(checkpoint, 0, 0.5)
+    checkpoint.epoch, checkpoint.done = 1, 2
+    checkpoint._save_position()
+    monkeypatch.undo()
+    assert (checkpoint.run.unwritten, checkpoint.best_rank1) == ([], 0.5)
+    assert torch.load(tmp_path / 'resume_2_2.pth.tar', weights_only=True)['best_rank1'] == 0.5
+    line = f'{tmp_path} cannot be listed (Stale file handle), and no old file is deleted; the run continues'
+    assert capsys.readouterr().out.splitlines().count(line) == 2
+
+
 def test_a_write_that_fails_deletes_nothing_and_is_not_the_best(tmp_path, monkeypatch):
     """Of the tests after it, one is the best if it is better than best_model.pth.tar, which was not replaced."""
 
@@ -307,13 +324,13 @@ def test_of_files_of_the_same_moment_the_later_position_is_the_newest(tmp_path):
 @pytest.mark.parametrize('loss', [1.0, float('nan')])
 def test_overwrite_removes_the_old_run_after_the_first_step_of_the_new_one(loss, tmp_path):
     saved(tmp_path, epoch=7)
-    kept = ['log_train.txt', 'mine.pth.tar']
-    old = ['best_model.pth.tar', 'checkpoint_ep8.pth.tar', *kept, 'metrics.csv', 'report.html']
-    for name in ('log_train.txt', 'report.html'):
+    begun_with = tmp_path / 'resume_1_1.pth.tar'
+    others = ['.mine.pth.tar.bak', 'checkpoint_ep20_mine.pth.tar', 'mine.pth.tar', 'old_resume_1_1.pth.tar']
+    kept = sorted([*others, 'log_train.txt', begun_with.name])
+    old = ['best_model.pth.tar', 'checkpoint_ep8.pth.tar', 'metrics.csv', 'report.html', 'resume_2_9.pth.tar', *kept]
+    for name in ('log_train.txt', 'report.html', 'resume_2_9.pth.tar', begun_with.name, *others):
         (tmp_path / name).write_text(name)
     state = parts()
-    begun_with = tmp_path / 'mine.pth.tar'
-    begun_with.write_bytes(b'')
     changes = {'overwrite': True, 'arguments': {'pretrained': str(begun_with)}}
     checkpoint = begin(options(tmp_path, **changes), **state)
     meter, epoch = meter_of(checkpoint), next(checkpoint.epochs(1))

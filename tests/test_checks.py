@@ -6,13 +6,14 @@ import re
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ENV, HANG, ROOT
 
-from runtime import checks
+from runtime import checks, processes
 
 SCRIPT = 'train_img_model_xent'
 
@@ -75,7 +76,7 @@ def test_without_a_compiler(machine, monkeypatch, capsys):
 def test_a_compiler_that_is_none(compiler, machine, monkeypatch, capsys):
     """triton runs CC as it is, and nothing else."""
     monkeypatch.setenv('CC', compiler)
-    assert f'and CC is {compiler!r} in the environment, which is no program' in refused(capsys)
+    assert f'and CC is {compiler!r} in the environment, which was not found' in refused(capsys)
 
 
 def test_without_the_headers_of_python(machine, monkeypatch, capsys):
@@ -126,10 +127,37 @@ def test_what_compiles_nothing_needs_nothing(options, machine, monkeypatch):
     assert parse(*options).compile
 
 
-def test_processes_of_a_host_report_it_once(tmp_path):
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    command = [*torchrun, ROOT / f'{SCRIPT}.py', '--compile', '--sync-bn', '--save-dir', tmp_path / 'log']
+LATE = """
+import os, runpy, sys, time
+from pathlib import Path
+waits, sleep = Path(sys.argv[1]), time.sleep
+sys.argv = sys.argv[2:]
+if os.environ['LOCAL_RANK'] == '1':
+    time.sleep = lambda _: waits.touch() or sleep(1000)  # until it is ended, on a busy machine too
+while os.environ['LOCAL_RANK'] == '0' and not waits.exists():
+    sleep(0.01)
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+@pytest.mark.parametrize('first_is_late', [False, True])
+def test_processes_of_a_host_report_it_once(first_is_late, tmp_path):
+    """Also if the second one finds the mistake while the first one is still starting."""
+    (tmp_path / 'late.py').write_text(LATE)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    command += [tmp_path / 'late.py', tmp_path / 'waits'] if first_is_late else []
+    command += [ROOT / f'{SCRIPT}.py', '--compile', '--sync-bn', '--save-dir', tmp_path / 'log']
     run = subprocess.run([*map(str, command)], env=ENV, timeout=HANG, capture_output=True, text=True)
     assert run.returncode
     assert len(re.findall('^error: --compile does not work', run.stderr, re.MULTILINE)) == 1
     assert not (tmp_path / 'log').exists()
+
+
+def test_a_mistake_of_another_process_alone_is_reported(monkeypatch, capsys):
+    for name, value in {'RANK': 1, 'WORLD_SIZE': 2, 'LOCAL_RANK': 1, 'LOCAL_WORLD_SIZE': 2, 'MASTER_PORT': 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv('MASTER_ADDR', 'localhost')
+    waited = []
+    monkeypatch.setattr(time, 'sleep', waited.append)
+    assert refused(capsys, '--sync-bn').startswith('error: --compile does not work with --sync-bn')
+    assert waited == [processes.REPORT_SECONDS]

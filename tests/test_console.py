@@ -244,6 +244,32 @@ def test_a_command_without_a_reader_ends_in_one_line(name, commands):
         assert finished(commands[name], writer) == (2, f'error: stdout cannot be written: {GONE}\n')
 
 
+@pytest.mark.parametrize(
+    ('end', 'status', 'err'),
+    [
+        ('raise UserError("a mistake")', 2, 'error: a mistake\n'),
+        ('refuse("a mistake")', 2, 'error: a mistake\n'),
+        ('raise KeyboardInterrupt', 130, ''),
+        ('raise MemoryError', 2, 'error: the memory of the host ran out (no details are known)\n'),
+        ('return 1', 2, f'error: stdout cannot be written: {FULL}\n'),  # its results are lost
+    ],
+)
+def test_a_command_that_fails_leaves_nothing_that_python_writes_at_its_exit(end, status, err):
+    """Which would fail again, with two more lines and status 120."""
+    program = f"""
+from runtime.commands import refuse, run
+from runtime.errors import UserError
+
+def main():
+    print('a result')
+    {end}
+
+run(main)
+"""
+    with open('/dev/full', 'w') as full:
+        assert finished(['-c', program], full) == (status, err)
+
+
 def test_a_command_without_a_reader_of_its_errors(commands):
     with pipe_without_a_reader() as writer:
         assert finished(commands['ranking'], writer, stderr=subprocess.STDOUT) == (2, None)

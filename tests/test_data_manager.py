@@ -67,6 +67,10 @@ def test_any_object_with_three_lists_is_a_data_set(table, monkeypatch, capsys):
     assert (dataset.query, dataset.gallery, dataset.train_pids) == (lists['query'], lists['gallery'], [3, 70])
     assert (dataset.num_train_pids, dataset.num_query_pids, dataset.num_gallery_pids) == (2, 1, 1)
     assert f'# {"images" if table == "IMAGES" else "tracklets"}\n' in capsys.readouterr().out
+    assert dataset.multi_query() == lists['query']
+    more = [(path, 70, 0), (path, 70, 0)]
+    lists['multi_query'] = lambda: more
+    assert data_manager.init_dataset('mine').multi_query() == more
     for train, fault in (([], 'is empty'), (lists['train'][::2], 'is limited to one person .a.jpg ...')):
         lists['train'] = train
         with pytest.raises(UserError, match=f'^mine: the training set {fault}'):

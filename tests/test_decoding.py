@@ -352,9 +352,13 @@ def test_whatever_a_data_set_raises_ends_the_iteration(number, problem, decoders
     some = decoders(number, fails)
     blocks = some.blocks(tasks_of(6))
     assert [next(blocks).pids, next(blocks).pids] == [[0, 1], [2, 3]]
-    with pytest.raises(RuntimeError if number or isinstance(problem, StopIteration) else type(problem)) as error:
+    kind = RuntimeError if number or isinstance(problem, StopIteration) else type(problem)
+    out_of_memory = number and isinstance(problem, MemoryError)
+    with pytest.raises(UserError if out_of_memory else kind) as error:
         next(blocks)
-    if number:
+    if out_of_memory:
+        assert re.fullmatch('memory ran out in a process that decodes images .*; use fewer --workers', str(error.value))
+    elif number:
         assert str(error.value).startswith('in a process that decodes images:\nTraceback')
         assert type(problem).__name__ in str(error.value) and 'in fails' in str(error.value)
     assert some.workers == [] and next(blocks, None) is None

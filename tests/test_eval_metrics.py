@@ -136,7 +136,7 @@ def test_tensors_are_welcome_and_left_alone(dtype):
 
 
 def test_no_valid_query_is_explained():
-    with pytest.raises(UserError, match=r'none of the 3 queries has a match: 2 .* lacks, 1 one .* same camera only'):
+    with pytest.raises(UserError, match=r'none of the 3 queries .* 2 .* not in the gallery, 1 .* same camera only'):
         evaluate(np.zeros((3, 2)), [1, 2, 3], [1, 4], [0, 0, 0], [0, 0])
 
 

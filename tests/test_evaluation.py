@@ -172,10 +172,11 @@ def test_all_frames_in_a_test(data_dir, model, run, tmp_path):
     assert longest <= 5 and all(len(paths) == 60 for paths, _, _ in dataset.query)
     results = json.loads((tmp_path / 'results.json').read_text())
     assert (results['seq_len'], results['pool']) == (0, 'avg')
-    assert '<li>tracklets <b>all frames</b></li>' in page.write(tmp_path).read_text()
+    assert '<li>tracklets <b>all frames, avg pooling</b></li>' in page.write(tmp_path).read_text()
     assert runs.read(tmp_path).how == ['all frames']
     again = evaluation.Test(dataset, options(tmp_path, seq_len=60), run)(model)
     assert list(found.values()) == pytest.approx(list(again.values()), abs=1e-6)
+    assert '<li>tracklets <b>60 frames, avg pooling</b></li>' in page.write(tmp_path).read_text()
 
 
 def test_missing_frames_are_noticed_with_all(data_dir, run, tmp_path):
@@ -192,13 +193,13 @@ def test_queries_without_a_match_are_noticed_without_a_look_at_the_disk(data_dir
     gallery, number = dataset.gallery, len(dataset.query)
     dataset.gallery = [(path, pid + 1000, camid) for path, pid, camid in gallery]
     with pytest.raises(
-        UserError, match=rf'none of the {number} queries .*: {number} show .* lacks, 0 one .* same camera'
+        UserError, match=rf'none of the {number} queries .*: {number} .* not in the gallery, 0 .* same camera'
     ):
         evaluation.Test(dataset, options(tmp_path), run)
     dataset.query = [(path, pid, 0) for path, pid, _ in dataset.query]
     dataset.gallery = [(path, pid, 0) for path, pid, _ in gallery]
     with pytest.raises(
-        UserError, match=rf'none of the {number} queries .*: 0 show .* lacks, {number} one .* same camera'
+        UserError, match=rf'none of the {number} queries .*: 0 .* not in the gallery, {number} .* same camera'
     ):
         evaluation.Test(dataset, options(tmp_path), run)
 

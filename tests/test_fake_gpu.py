@@ -291,7 +291,8 @@ def test_all_loaders_copy_on_one_stream(data_dir, tmp_path, monkeypatch):
         ('train_img_model_xent', ['--rerank']),
         ('train_vid_model_xent_htri', ['--save-features', '--pool', 'max', '--test-batch', '3']),
         ('train_vid_model_xent_htri', ['--rerank']),
-        ('train_img_model_xent', ['--multi-query', '--any-camera', '--save-features']),
+        ('train_img_model_xent', ['--multi-query', '--save-features']),
+        ('train_img_model_xent', ['--any-camera']),
         ('train_vid_model_xent_htri', ['--seq-len', '0', '--save-features']),
     ],
 )

@@ -22,7 +22,7 @@ from torch import nn
 from readers.mars import Mars
 from runtime import decoding, unpickling
 from runtime.errors import UserError
-from runtime.kinds import HEAD, MODELS, recognised
+from runtime.kinds import HEAD, MODELS, not_a_file, recognised
 
 CHECKPOINT = {'base.0.weight': torch.ones(3)}
 
@@ -204,3 +204,7 @@ def test_a_part_of_info_that_is_something_else(name, content, what, tmp_path):
     with pytest.raises(UserError) as error:
         Mars(tmp_path)
     assert str(error.value).startswith(f'{root}/info/{name} {what}')
+
+
+def test_a_name_that_is_too_long_is_no_kind_of_file():
+    assert not_a_file(300 * 'n') == ''

@@ -190,7 +190,7 @@ def test_a_process_that_lost_a_killed_one_is_ended_by_the_launcher(first, monkey
 
 def test_a_process_that_hears_nothing_of_the_one_it_lost_reports_that(first, monkeypatch):
     run, group, signals = first
-    monkeypatch.setattr(launch, 'REPORT_SECONDS', 0)
+    monkeypatch.setattr(launch.processes, 'REPORT_SECONDS', 0)
     status, text = launch._end(CLOSED, run, group, signals)
     assert status == 1 and text.endswith(f'RuntimeError: {CLOSED}\n')
 

@@ -11,7 +11,7 @@ import tiny
 import torch
 from conftest import ENV, HANG, ROOT, TINY
 
-from runtime import commands, decoding, memory
+from runtime import commands, decoding, device, memory
 from runtime.errors import UserError
 from runtime.workers import Task, Workers
 
@@ -55,15 +55,17 @@ def test_whose_memory_ran_out(problem, whose):
 
 
 @pytest.mark.parametrize(
-    ('options', 'testing', 'advice'),
+    ('options', 'testing', 'precision', 'advice'),
     [
-        ({}, False, 'a smaller --train-batch or --precision bf16'),
-        ({'precision': 'bf16', 'cache': 'ram', 'workers': 4}, False, 'a smaller --train-batch'),
-        ({'precision': 'fp32', 'cache': 'device'}, True, 'a smaller --test-batch or --precision bf16 or --cache none'),
+        ({}, False, 'fp32', 'a smaller --train-batch or --precision bf16'),
+        ({}, False, 'tf32', 'a smaller --train-batch or --precision bf16'),
+        ({'precision': 'auto', 'cache': 'ram', 'workers': 4}, False, 'bf16', 'a smaller --train-batch'),
+        ({'cache': 'device'}, True, 'fp32', 'a smaller --test-batch or --precision bf16 or --cache none'),
+        ({}, False, '', 'a smaller --train-batch'),  # before it was chosen
     ],
 )
-def test_what_to_try_on_a_gpu(options, testing, advice):
-    told = str(memory.explained(GPU, argparse.Namespace(**options), testing))
+def test_what_to_try_on_a_gpu(options, testing, precision, advice):
+    told = str(memory.explained(GPU, argparse.Namespace(**options), testing, precision))
     numbers = 'Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.25 GiB of which 1.94 MiB is free'
     assert told == f'the memory of the GPU ran out (CUDA out of memory. {numbers}); try {advice}'
 
@@ -82,6 +84,13 @@ def test_what_to_try_on_the_host(options, advice):
     assert told.endswith(f'; try {advice}')
 
 
+def raises(problem):
+    def forward(*_):
+        raise problem
+
+    return forward
+
+
 @pytest.mark.parametrize('evaluate', [False, True])
 @pytest.mark.parametrize('problem', [GPU, MemoryError()])
 def test_a_script_reports_it_in_one_line(problem, evaluate, script, monkeypatch, tmp_path, capsys):
@@ -91,14 +100,23 @@ def test_a_script_reports_it_in_one_line(problem, evaluate, script, monkeypatch,
         options += ['--evaluate', '--resume', tmp_path / 'checkpoint_ep1.pth.tar']
     capsys.readouterr()
 
-    def forward(*_):
-        raise problem
-
-    monkeypatch.setattr(tiny.Tiny, 'forward', forward)
+    monkeypatch.setattr(tiny.Tiny, 'forward', raises(problem))
     assert script('train_img_model_xent', *options) == 2
     err = capsys.readouterr().err
     assert err.startswith('error: the memory of the ') and err.count('\n') == 1
     assert f'try a smaller {"--test-batch" if evaluate else "--train-batch"}' in err
+
+
+@pytest.mark.parametrize(
+    ('bf16', 'evaluate', 'advised'), [(True, False, False), (True, True, True), (False, False, True)]
+)
+def test_a_precision_that_the_run_has_is_not_advised(bf16, evaluate, advised, script, monkeypatch, tmp_path, capsys):
+    """With --precision auto, which is fp32 in a test."""
+    monkeypatch.setattr(device, 'has_bf16', lambda _: bf16)
+    options = ['--precision', 'auto', '--save-dir', tmp_path, *['--evaluate'] * evaluate]
+    monkeypatch.setattr(tiny.Tiny, 'forward', raises(GPU))
+    assert script('train_img_model_xent', *options) == 2
+    assert ('or --precision bf16' in capsys.readouterr().err) is advised
 
 
 def test_it_is_not_tried_again(data_dir, tmp_path):

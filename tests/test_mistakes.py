@@ -95,6 +95,8 @@ OPTIONS = [
     option('-d market1501', 'run train_img_model_xent.py', VIDEO),
     option('--seq-len -1', '--seq-len: must be an integer of at least 0', VIDEO),
     option('--pool sum', '--pool: invalid choice', VIDEO),
+    option('--any-camera --multi-query', '--any-camera does not work with --multi-query: averaged images in the '
+           'gallery would count as matches; remove one of the two'),
     option('--k1 0', '--k1: must be an integer of at least 1'),
     option('--lambda 1.1', '--lambda: must be a number from 0 to 1', VIDEO),
     option('--seq-len 4', 'unrecognized arguments: --seq-len 4'),
@@ -219,11 +221,11 @@ TREES = [
          written('data/market1501/query/-2_c1s1_000001_00.jpg', b'')),
     tree('one identity', '', 'the training set is limited to one person', without('bounding_box_train', '0002')),
     tree('no match', '', r'none of the \d+ queries has a match', without('bounding_box_test', '0000')),
-    tree('one camera', '', r'none of the (\d+) queries has a match: 0 show .* lacks, \1 one .* camera only; .* if '
+    tree('one camera', '', r'none of the (\d+) queries .*: 0 .* not in the gallery, \1 .* same camera only; .* if '
          'the cameras are unknown, use --any-camera', one_camera),
     tree('no boxes of the queries', '--multi-query', '--multi-query needs .*gt_bbox, which is missing; it is part of',
          removed('data/market1501/gt_bbox')),
-    tree('a query without a box', '--multi-query', 'no picture of the person and camera of 4 of its 10 queries, ',
+    tree('a query without a box', '--multi-query', 'no image of the person and camera of 4 of its 10 queries, ',
          without('gt_bbox', '001')),
     tree('boxes without a name', '--multi-query', "gt_bbox: the name 'a.jpg' cannot be parsed",
          written('data/market1501/gt_bbox/a.jpg', b'')),
@@ -479,11 +481,19 @@ def cached(folder: Path) -> None:
     (folder / HUB / ResNet50_Weights.IMAGENET1K_V1.url.rpartition('/')[2]).write_bytes(b'half a download')
 
 
+LONG = 300 * 'n'  # more than a file system takes
+
 PRETRAINED = [
     Mistake('first weights that are text', f'{RESNET} file', 'file is empty; get the checkpoint again'),
     Mistake('first weights of another model', f'{RESNET} {RESUMED}', 'ep1.pth.tar does not fit the model: missing'),
     Mistake('first weights of another shape', f'{RESNET} weights.pth', 'missing .*does not look like an architecture',
             saved(lambda: {'conv1.weight': torch.zeros(1)})),
+    Mistake('first weights with a name that is too long', f'--pretrained {LONG}', f'--pretrained {LONG}: no such file',
+            logged=False),
+    Mistake('weights with a name that is too long', f'--resume {LONG}', f'--resume {LONG}: no such file', logged=False),
+    Mistake('a folder with a name that is too long', f'--save-dir {LONG}', r'cannot be written to \(File name too long',
+            logged=False),
+    Mistake('data with a name that is too long', f'--data-dir {LONG}', 'error: no market1501', drawn=True),
     Mistake('a damaged cache', f'{RESNET} imagenet', r'-\w+.pth is damaged .*; delete it and start again',
             cached, environ={'TORCH_HOME': 'cache'}),
     Mistake('a cache in a file', f'{RESNET} imagenet', r'could not be downloaded \(.*Not a directory.*download https',
@@ -557,6 +567,7 @@ RANKING = [
             lambda folder: [(folder / f'features/{subset}/paths.jsonl').write_text('"a"\n')
                             for subset in ('query', 'gallery')], 'ranking', logged=False),
     features('a folder that is not there', 'features/query nowhere', r'nowhere/features.npy cannot be read \(No such'),
+    features('a name that is too long', f'features/query {LONG}', r'features.npy cannot be read \(File name too long'),
     instead('a text', written(FEATURES, b'1, 2')),
     instead('no bytes', written(FEATURES, b'')),
     instead('features that are cut short', cut(FEATURES, 200)),

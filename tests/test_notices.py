@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 
 import pytest
 import tiny
@@ -11,6 +12,7 @@ from conftest import TINY
 from test_evaluation import options
 
 import data_manager
+from arguments import Recipe, TestOptions
 from models.network import Training
 from readers.market1501 import Market1501
 from runtime import notices
@@ -174,6 +176,59 @@ def test_the_page_shows_them(script, trained, tmp_path, monkeypatch):
     assert f'<p class="notice">Notice: {path} was trained with --width 16, and is used with --width 24</p>' in page
 
 
-def test_every_option_of_a_test_that_is_compared_is_one(script):
-    names = {field.name for field in dataclasses.fields(notices.TestOptions)}
-    assert names >= {'height', 'width', 'dataset', *notices.POOLING, 'rerank', *notices.RERANKING}
+def test_every_option_of_a_test_changes_its_figures_or_does_not():
+    recipe, names = ({field.name for field in dataclasses.fields(group)} for group in (Recipe, TestOptions))
+    assert sorted([*notices.CHANGING, *notices.UNCHANGING]) == sorted(names - recipe)  # the recipe cannot change
+    assert {'height', 'width', 'dataset', *notices.POOLING} <= names
+
+
+OTHERS = {'seq_len': 4, 'pool': 'max', 'any_camera': True, 'multi_query': True, 'rerank': True, 'precision': 'bf16'}
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_each_option_that_changes_the_tests_of_a_resumed_run_has_a_notice(name):
+    assert {*OTHERS, *notices.RERANKING} == {'precision', *notices.CHANGING}
+    before = {field.name: field.default for field in dataclasses.fields(TestOptions)} | {'precision': 'auto'}
+    after = before | {name: OTHERS[name]}
+    trained = Training('a file', options=before)
+    assert notices.of_resumed(trained, before) == []
+    (notice,) = notices.of_resumed(trained, after)
+    flag = f'--{name.replace("_", "-")}'
+    assert re.match(rf'the tests of this run had (no )?{flag}\b.*, and from now on have {flag}\b', notice)
+    older = Training('a file', options={'precision': 'auto', 'lr': 0.1})  # before there were such options
+    assert notices.of_resumed(older, before) == [] and notices.of_resumed(older, after) == [notice]
+    assert notices.of_resumed(Training('a file'), after) == []
+    neutral = dict.fromkeys(notices.UNCHANGING, 'other')
+    assert notices.of_resumed(trained, before | neutral) == []
+
+
+def test_without_a_training_set_nothing_about_it_is_compared(noticed, trained, script, data_dir, tmp_path, capsys):
+    shutil.copytree(data_dir / 'market1501', tmp_path / 'data' / 'market1501')
+    foreign = tmp_path / 'foreign.pth'
+    torch.save(tiny.Tiny(9).state_dict(), foreign)
+    where, marks = ['--data-dir', tmp_path / 'data'], []
+    for part in ('', 'bounding_box_train'):
+        if part:
+            shutil.rmtree(tmp_path / 'data' / 'market1501' / part)
+            assert noticed(*where, path=foreign) == []
+        path = trained(script, IMAGES)
+        capsys.readouterr()
+        assert script(IMAGES, '--evaluate', '--resume', path, '--save-dir', tmp_path, *where) == 0
+        out = capsys.readouterr().out
+        assert 'Notice' not in out and 'The classifier has' not in out
+        marks.append(read_json(tmp_path / 'results.json'))
+    assert marks[0]['test_fingerprint'] == marks[1]['test_fingerprint']
+    assert marks[0]['dataset_fingerprint'] != marks[1]['dataset_fingerprint']
+
+
+def test_the_protocols_of_mars_share_a_training_set(noticed, trained, script, tmp_path):
+    expected = 'was tested with -d mars while it was trained, and now with -d mars_official'
+    assert noticed('-d', 'mars_official', name=VIDEOS) == [expected]
+    more = f'{expected.replace("-d mars ", "--pool avg -d mars ").replace("-d mars_", "--pool max -d mars_")}'
+    assert noticed('-d', 'mars_official', '--pool', 'max', name=VIDEOS) == [more]
+    path = tmp_path / 'checkpoint.pth.tar'
+    changed = torch.load(trained(script, VIDEOS), weights_only=True)
+    changed['arguments']['dataset'] = 'mars_official'
+    torch.save(changed, path)
+    expected = 'was tested with -d mars_official while it was trained, and now with -d mars'
+    assert noticed(name=VIDEOS, path=path) == [expected]

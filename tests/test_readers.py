@@ -362,13 +362,29 @@ def test_mars_without_a_training_set(tmp_path, capsys):
         printed = capsys.readouterr().out
         assert f'not trained on: {root} contains no bbox_train' in printed and part in printed
         assert (dataset.query, dataset.gallery) == (whole.query, whole.gallery)
-        assert dataset.train == (whole.train if part == 'bbox_train' else [])  # the tables have the names
-        assert ('  train    |     2 |        3\n' in printed) == (part == 'bbox_train')
+        assert dataset.train == [] and '  train    |     0 |        0\n' in printed
         with pytest.raises(UserError, match=f'contains no (bbox_train, .*)?{part}[,;]'):
             data_manager.init_dataset('mars', tmp_path)
     (root / 'info' / 'query_IDX.mat').unlink()
     with pytest.raises(UserError, match=r'contains no bbox_train, .* no info/query_IDX\.mat; expected'):
         data_manager.init_dataset('mars', tmp_path, train=False)
+
+
+@pytest.mark.parametrize(
+    ('name', 'part'),
+    [('market1501', part) for part in market1501.TRAINING] + [('mars', part) for part in mars.TRAINING],
+)
+def test_a_part_that_only_training_needs(name, part, data_dir, tmp_path):
+    """Without it there is no training set, and query and gallery are as before."""
+    root = tmp_path / 'data' / name
+    shutil.copytree(data_dir / name, root)
+    whole = data_manager.init_dataset(name, root.parent)
+    (root / part).rename(tmp_path / 'elsewhere')
+    with pytest.raises(UserError, match=f'{root} contains no {part}; expected'):
+        data_manager.init_dataset(name, root.parent)
+    dataset = data_manager.init_dataset(name, root.parent, train=False)
+    assert (dataset.train, dataset.num_train_pids) == ([], 0) and whole.train
+    assert (dataset.query, dataset.gallery) == (whole.query, whole.gallery)
 
 
 # ---- the real sizes ----

@@ -184,6 +184,7 @@ def test_cameras_are_called_by_their_camids(saved):
     change(saved, camera_ids=np.array([-7, 10**15]), camera_map=means, camera_queries=counts)
     page = report.write(saved).read_text()
     assert '<th scope="col">camera -7</th><th scope="col">camera 1000000000000000</th>' in page
+    assert 'Cameras are named by their camids.' in page and 'tracklets' not in page
     assert re.search(r'<th scope="row">camera -7</th><td aria-label="no query">–</td><td [^>]*>50.0', page)
 
 
@@ -377,6 +378,43 @@ def test_compare_lists_the_notices_and_the_settings_that_differ(tmp_path, saved,
         f'the runs were tested with different data sets ({saved}: toy_market1501, fingerprint 0123456789abcdef; '
         f'{other}: toy_market1501, fingerprint f)',
     ]
+
+
+def test_compare_lists_the_protocols_that_differ(tmp_path, saved, market):
+    other = put_run(tmp_path / 'other', market)
+    put_summary(saved, seq_len=15, pool='avg', multi_query=False, any_camera=False)
+    reranked = {'k1': 20, 'k2': 6, 'lambda_value': 0.3}
+    put_summary(other, seq_len=0, pool='max', multi_query={'items': 9}, any_camera=True, rerank=reranked)
+    page = report.compare([saved, other], tmp_path / 'out.html').read_text()
+    words = [
+        ('rankings', 'not re-ranked', 're-ranked, k1 20, k2 6, lambda_value 0.3'),
+        ('matches', 'from other cameras', 'from any camera'),
+        ('queries', 'single', 'multi-query, items 9'),
+        ('numbers of frames', '15', 'all'),
+        ('poolings', 'avg', 'max'),
+    ]
+    assert [html.unescape(notice) for notice in re.findall('Notice: (.*)</p>', page)] == [
+        f'the runs were tested with different {what} ({saved}: {one}; {other}: {another})'
+        for what, one, another in words
+    ]
+    older = put_run(tmp_path / 'older', market)  # whose frames are unknown
+    assert 'Notice' not in report.compare([saved, older], tmp_path / 'out.html').read_text()
+
+
+def test_compare_needs_no_training_set(tmp_path, saved, market):
+    """Files of earlier versions have one fingerprint, which includes it."""
+    other = put_run(tmp_path / 'other', market)
+    for folder, whole in ((saved, 'a'), (other, 'b')):
+        put_summary(folder, dataset_fingerprint=whole, test_fingerprint='t')
+    assert 'Notice' not in report.compare([saved, other], tmp_path / 'out.html').read_text()
+    older = put_run(tmp_path / 'older', market)
+    put_summary(older, dataset_fingerprint='a')
+    page = report.compare([saved, other, older], tmp_path / 'out.html').read_text()
+    assert f'({saved}: toy_market1501, fingerprint a; {other}: toy_market1501, fingerprint b; {older}: toy' in page
+    assert 'Notice' not in report.compare([saved, older], tmp_path / 'out.html').read_text()
+    put_summary(other, test_fingerprint='u')
+    page = report.compare([saved, other], tmp_path / 'out.html').read_text()
+    assert f'({saved}: toy_market1501, fingerprint t; {other}: toy_market1501, fingerprint u)' in page
 
 
 @pytest.mark.parametrize('notices', [None, 5, 'text'])

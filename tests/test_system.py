@@ -8,11 +8,24 @@ import pytest
 from conftest import ENV, HANG, ROOT, SCRIPTS
 
 AS_ON_WINDOWS = """
-import os, runpy, signal, sys, torch
+import errno, fcntl, os, runpy, signal, sys, torch
 for module, names in ((os, 'fork forkpty getuid posix_fallocate pread pwrite readv register_at_fork sysconf wait'),
                       (signal, 'SIGHUP SIGKILL SIGSTOP SIGCONT pthread_sigmask')):
     for name in names.split():
         delattr(module, name)
+whole_open, whole_fsync = os.open, os.fsync
+
+def open_file(path, *how, **more):
+    if os.path.isdir(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+    return whole_open(path, *how, **more)
+
+def fsync(number):
+    if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    whole_fsync(number)
+
+os.open, os.fsync = open_file, fsync
 sys.modules['fcntl'] = sys.modules['resource'] = sys.modules['pwd'] = None
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
@@ -51,6 +64,12 @@ def test_a_command_that_does_not_need_it_works(tmp_path):
         np.save(tmp_path / subset / 'camids.npy', np.full(4, len(subset)))
     run = as_on_windows('ranking.py', tmp_path / 'query', tmp_path / 'gallery')
     assert run.returncode == 0 and 'Rank-1' in run.stdout, run.stderr
-    for name in ('data_manager', 'report'):
-        run = as_on_windows(f'{name}.py', '-h')
-        assert run.returncode == 0, run.stderr
+    run = as_on_windows('data_manager.py', '-h')
+    assert run.returncode == 0, run.stderr
+
+
+def test_so_does_the_page(script, tmp_path):
+    assert script('train_img_model_xent', '--max-epoch', 1, '--save-dir', tmp_path) == 0
+    run = as_on_windows('report.py', tmp_path)
+    assert (run.returncode, run.stdout) == (0, f'Wrote {tmp_path / "report.html"}\n'), run.stderr
+    assert (tmp_path / 'report.html').stat().st_size > 0
