@@ -188,6 +188,8 @@ def settings(runs: Sequence[TestedRun]) -> list[str]:
         'precisions': lambda summary: str(summary['precision']),
         'data sets': lambda summary: f'{summary["dataset"]}, fingerprint {summary[f"{mark}_fingerprint"]}',
         'rankings': lambda summary: _listed(summary['rerank'], 're-ranked') or 'not re-ranked',
+        'distances': lambda summary: str(summary.get('distance') or 'euclidean'),
+        'features': lambda summary: 'means with mirror images' if summary.get('flip_test') else 'of the images alone',
         'matches': lambda summary: f'from {"any camera" if summary.get("any_camera") else "other cameras"}',
         'queries': lambda summary: _listed(summary.get('multi_query'), 'multi-query') or 'single',
         'numbers of frames': lambda summary: {None: '', 0: 'all'}.get(number := summary.get('seq_len'), str(number)),

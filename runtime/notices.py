@@ -16,7 +16,7 @@ from runtime.errors import plain
 
 POOLING, RERANKING = ('seq_len', 'pool'), ('k1', 'k2', 'lambda_value')
 # The options of a test, apart from the recipe, that change its figures, and those that do not
-CHANGING = (*POOLING, 'any_camera', 'multi_query', 'rerank', *RERANKING)
+CHANGING = (*POOLING, 'distance', 'flip_test', 'any_camera', 'multi_query', 'rerank', *RERANKING)
 UNCHANGING = (
     'test_batch', 'save_features', 'evaluate', 'eval_step', 'no_report', 'save_dir', 'resume', 'quiet', 'workers',
 )  # fmt: skip
