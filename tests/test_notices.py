@@ -182,7 +182,10 @@ def test_every_option_of_a_test_changes_its_figures_or_does_not():
     assert {'height', 'width', 'dataset', *notices.POOLING} <= names
 
 
-OTHERS = {'seq_len': 4, 'pool': 'max', 'any_camera': True, 'multi_query': True, 'rerank': True, 'precision': 'bf16'}
+OTHERS = {
+    'seq_len': 4, 'pool': 'max', 'any_camera': True, 'multi_query': True, 'rerank': True, 'precision': 'bf16',
+    'distance': 'cosine', 'flip_test': True,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize('name', OTHERS)
