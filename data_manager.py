@@ -201,7 +201,7 @@ def main() -> int:
         listed = cases if is_fault or len(cases) <= MOST else [*cases[:MOST], f'and {len(cases) - MOST} more']
         lines = [f'{"fault" if is_fault else "note"}: {what}: {len(cases)}', *(plain(case, 1000) for case in listed)]
         print('\n    '.join(lines))
-    print(f'{args.dataset}: {faults} kinds of faults; {time.monotonic() - started:.0f} s')
+    print(f'{args.dataset}: {faults} kind{"" if faults == 1 else "s"} of faults; {time.monotonic() - started:.0f} s')
     return 1 if faults else 0
 
 

@@ -228,7 +228,7 @@ def load_into(
             own[option] = torch.tensor(True, device=next(model.parameters()).device)
     missing = [key for key in own if key not in state_dict and not key.endswith('.num_batches_tracked')]
     unexpected = [key for key in state_dict if key not in own]
-    unlike = [key for key in own if key in state_dict and not _alike(state_dict[key], own[key])]
+    unlike = [key for key in own if key in state_dict and not _alike(key, state_dict[key], own[key])]
     classifier = [key for key in unlike if key.startswith('classifier.')]
 
     if missing or unexpected or unlike != classifier:
@@ -245,6 +245,8 @@ def load_into(
         else:
             guess = f'it looks like a {arch}: try --arch {arch}'
         raise UserError(f'{where} does not fit the model: {"; ".join(filter(None, faults))}; {guess}')
+    if broken := [key for key, value in state_dict.items() if not bool(value.isfinite().all())]:
+        raise UserError(f'{where} has weights that are not finite, in {_listed(broken)}; get the file again')
     others = _listed(_shapes(key, state_dict, own) for key in classifier)
     if classifier and not allow_other_classifier:
         raise UserError(
@@ -277,8 +279,9 @@ def fit_classifier(model: Network, state_dict: Mapping[str, Tensor], where: str)
         print(f'The classifier has the {number} identities of {where} instead of {before}')
 
 
-def _alike(given: Tensor, own: Tensor) -> bool:
-    return given.shape == own.shape and given.dtype.is_floating_point == own.dtype.is_floating_point
+def _alike(key: str, given: Tensor, own: Tensor) -> bool:
+    kinds = given.dtype.is_floating_point == own.dtype.is_floating_point or key.endswith('.num_batches_tracked')
+    return given.shape == own.shape and kinds
 
 
 def _shapes(key: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:

@@ -58,13 +58,11 @@ class Market1501(Dataset):
         Raises UserError if that folder is missing, and for the names in it as for those of the other folders.
         """
         folder = os.path.join(self.root, 'gt_bbox')
-        if not os.path.isdir(folder):
-            again = (
-                'remove the folder of the toy, and it is drawn again'
-                if self.name.startswith('toy_')
-                else ('it is part of Market-1501-v15.09.15.zip: unzip that again')
-            )
-            raise UserError(f'--multi-query needs {folder}, which is missing; {again}, or omit the option')
+        if not os.path.isdir(folder) or not os.listdir(folder):
+            again = 'it is part of Market-1501-v15.09.15.zip: unzip that again'
+            if self.name.startswith('toy_'):
+                again = 'remove the folder of the toy, and it is drawn again'
+            raise UserError(f'--multi-query needs {folder}, which is missing or empty; {again}, or omit the option')
         boxes = _scan(folder, [])
         return [(path, pid, self.camids[camera]) for path, pid, camera in boxes if camera in self.camids]
 

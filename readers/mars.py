@@ -59,6 +59,8 @@ class Mars(Dataset):
         self.official = official
         self.published = PUBLISHED if name == 'mars' else {}
         root, untrainable = find(data_dir, name, FOLDERS if name == 'mars' else (name,), PARTS, TRAINING)
+        if not untrainable and not os.listdir(folder := os.path.join(root, 'bbox_train')):
+            untrainable = f'{folder} is empty; unpack bbox_train.zip'
         train, untrainable = usable(lambda: _present(root, 'training', _read_tracklets(root, 'train')), untrainable)
         test = _read_tracklets(root, 'test')
         queries = _read_query_rows(os.path.join(root, 'info', 'query_IDX.mat'), len(test))

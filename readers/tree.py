@@ -62,8 +62,8 @@ class Dataset:
         self.train_pids = sorted({pid for _, pid, _ in train})
         self.untrainable = untrainable
         if not untrainable and len(self.train_pids) < 2:
-            whose = f'limited to one person ({plain(paths_of(train[0])[0], 500)} ...)' if train else 'empty'
-            self.untrainable = f'{name}: the training set is {whose}; at least two persons are needed'
+            fault = f'has only one person ({plain(paths_of(train[0])[0], 500)} ...)' if train else 'is empty'
+            self.untrainable = f'{name}: the training set {fault}; at least two persons are needed'
         self.kind = 'image' if all(isinstance(paths, str) for paths, _, _ in (*train[:1], *query[:1])) else 'video'
         labels = {pid: label for label, pid in enumerate(self.train_pids)}
         self.train: list[Item] = [(paths, labels[pid], camid) for paths, pid, camid in train]

@@ -155,7 +155,11 @@ class Checkpoint:
         self.run.rescue = self.rescue
         for self.epoch in range(first, max_epoch):
             self.run.signals.hold()
-            print(f'==> Epoch {self.epoch + 1}/{max_epoch}')
+            line = f'==> Epoch {self.epoch + 1}/{max_epoch}'
+            if self.options.quiet and self.run.log:
+                self.run.log.note(line + '\n')
+            else:
+                print(line)
             self.done = self.start_batch
             if self.start_batch:
                 self.position = Path(self.path or '')
@@ -278,7 +282,10 @@ class Checkpoint:
         """
         self.run.signals.hold()
         rank1 = figures['rank1']
-        earlier, is_best = self.best_rank1, rank1 > self.best_rank1
+        best, earlier = self.folder / 'best_model.pth.tar', self.best_rank1
+        is_best = rank1 > earlier or not best.exists()
+        if is_best and rank1 <= earlier:
+            print(f'{best} is missing: the weights of this epoch replace it')
         self.best_rank1 = max(rank1, earlier)
         self.position = path = self.folder / f'checkpoint_ep{epoch + 1}.pth.tar'
         if self.run.rank:

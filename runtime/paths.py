@@ -37,14 +37,12 @@ def read(path: Path, number: int) -> Iterator[Paths]:
                 if not frames or not all(isinstance(frame, str) for frame in frames):
                     raise ValueError('not a path or a list of paths')
                 yield tuple(paths) if isinstance(paths, list) else paths
-        if line != number:
-            raise ValueError(f'it has {line} lines for {number} items')
     except (OSError, ValueError, RecursionError) as problem:
-        reason = getattr(problem, 'strerror', None) or plain(str(problem))
-        where = '' if isinstance(problem, OSError) else f', line {line}'
-        raise UserError(
-            f'{path} cannot be read ({reason}{where}); write it with --evaluate --save-features'
-        ) from problem
+        message = getattr(problem, 'msg', str(problem))  # of json, without its own count of lines
+        reason = getattr(problem, 'strerror', None) or f'line {line}: {plain(message)}'
+        raise UserError(f'{path} cannot be read ({reason}); write it with --evaluate --save-features') from problem
+    if line != number:
+        raise UserError(f'{path} has {line} lines for {number} items; write it with --evaluate --save-features')
 
 
 def same_files(

@@ -175,4 +175,4 @@ def test_features_without_paths_drop_nothing(data_dir, run, tmp_path, capsys, mo
     with pytest.raises(SystemExit) as end:
         commands.run(ranking.main)
     err = capsys.readouterr().err
-    assert end.value.code == 2 and err.count('\n') == 1 and 'paths.jsonl cannot be read (it has 1 lines for' in err
+    assert end.value.code == 2 and err.count('\n') == 1 and 'paths.jsonl has 1 lines for' in err

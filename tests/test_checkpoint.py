@@ -115,6 +115,19 @@ def test_moments_take_the_layout_of_their_weight(tmp_path):
         torch.testing.assert_close(resumed['model'].state_dict()[name], value, atol=1e-6, rtol=0)
 
 
+def test_a_best_model_that_was_deleted_is_replaced_by_the_next_one(tmp_path, capsys):
+    best = tmp_path / 'best_model.pth.tar'
+    checkpoint = begin(options(tmp_path), **parts())
+    for epoch, rank1 in ((0, 0.5), (1, 0.3)):
+        record_test(checkpoint, epoch, rank1)
+    assert torch.load(best, weights_only=True)['epoch'] == 0
+    assert 'is missing' not in capsys.readouterr().out
+    best.unlink()
+    record_test(checkpoint, 2, 0.4)
+    assert torch.load(best, weights_only=True)['epoch'] == 2
+    assert f'{best} is missing: the weights of this epoch replace it\n' in capsys.readouterr().out
+
+
 def test_best_model_is_the_best_also_after_a_resume(tmp_path):
     _, path = saved(tmp_path, epoch=0, rank1=0.5)
     checkpoint = begin(options(tmp_path, resume=str(path)), **parts())

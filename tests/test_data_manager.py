@@ -71,7 +71,7 @@ def test_any_object_with_three_lists_is_a_data_set(table, monkeypatch, capsys):
     more = [(path, 70, 0), (path, 70, 0)]
     lists['multi_query'] = lambda: more
     assert data_manager.init_dataset('mine').multi_query() == more
-    for train, fault in (([], 'is empty'), (lists['train'][::2], 'is limited to one person .a.jpg ...')):
+    for train, fault in (([], 'is empty'), (lists['train'][::2], 'has only one person .a.jpg ...')):
         lists['train'] = train
         with pytest.raises(UserError, match=f'^mine: the training set {fault}'):
             data_manager.init_dataset('mine')

@@ -130,7 +130,12 @@ def test_without_gt_bbox(name, advice, data_dir, run, tmp_path):
     dataset = data_manager.init_dataset(name, str(tmp_path))
     with pytest.raises(UserError) as refused:
         evaluation.Test(dataset, options(tmp_path, multi_query=True), run)
-    assert str(refused.value) == f'--multi-query needs {root}/gt_bbox, which is missing; {advice}'
+    expected = f'--multi-query needs {root}/gt_bbox, which is missing or empty; {advice}'
+    assert str(refused.value) == expected
+    (root / 'gt_bbox').mkdir()
+    with pytest.raises(UserError) as refused:
+        evaluation.Test(dataset, options(tmp_path, multi_query=True), run)
+    assert str(refused.value) == expected
     evaluation.Test(dataset, options(tmp_path), run)
 
 

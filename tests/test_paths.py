@@ -24,10 +24,11 @@ def test_paths_are_read_back(tmp_path):
 @pytest.mark.parametrize(
     ('content', 'fault'),
     [
-        ('"a"\n"b"\n', 'it has 2 lines for 3 items, line 2'),
-        ('"a"\n3\n"b"\n', 'not a path or a list of paths, line 2'),
-        ('"a"\n[]\n"b"\n', 'not a path or a list of paths, line 2'),
-        ('"a"\n"b\n"c"\n', 'line 2'),
+        ('"a"\n"b"\n', 'has 2 lines for 3 items; write'),
+        ('"a"\n3\n"b"\n', 'line 2: not a path or a list of paths'),
+        ('"a"\n[]\n"b"\n', 'line 2: not a path or a list of paths'),
+        ('"a"\n"b\n"c"\n', r'\(line 2: Invalid control character at\);'),
+        ('"a"\n{\n"c"\n', r'\(line 2: Expecting property name enclosed in double quotes\);'),
         ('"a"\n"\xff"\n', 'ascii'),
         ('[' * 100_000, 'line 1'),
     ],

@@ -50,7 +50,7 @@ def put_tracklets(root, train, test, queries, tables):
     info = root / 'info'
     info.mkdir(parents=True)
     for subset, tracklets in ('train', train), ('test', test):
-        (root / f'bbox_{subset}').mkdir()
+        (root / f'bbox_{subset}' / '0001').mkdir(parents=True)
         names, table = [], []
         for number, (pid, camera, frames) in enumerate(tracklets, start=1):
             first = len(names) + 1
@@ -336,7 +336,7 @@ def test_market1501_without_a_training_set(tmp_path, capsys):
     whole = Market1501(tmp_path)
     train = root / 'bounding_box_train'
     for number, (make, reason) in enumerate((
-        (lambda: (train / MARKET['bounding_box_train'][2]).unlink(), 'the training set is limited to one person'),
+        (lambda: (train / MARKET['bounding_box_train'][2]).unlink(), 'the training set has only one person'),
         (lambda: (train / 'holiday.jpg').touch(), "the name 'holiday.jpg' cannot be parsed"),
         (lambda: (shutil.rmtree(train), train.mkdir()), 'contains no images of persons; it is empty'),
         (train.rmdir, 'market1501 contains no bounding_box_train'),
@@ -355,6 +355,10 @@ def test_market1501_without_a_training_set(tmp_path, capsys):
 def test_mars_without_a_training_set(tmp_path, capsys):
     root = put_info(tmp_path / 'mars')
     whole = Mars(tmp_path)
+    shutil.move(root / 'bbox_train', tmp_path / 'frames')
+    (root / 'bbox_train').mkdir()
+    assert Mars(tmp_path).untrainable == f'{root}/bbox_train is empty; unpack bbox_train.zip'
+    assert Mars(tmp_path).train == []
     for part in ('bbox_train', 'info/tracks_train_info.mat', 'info/train_name.txt'):
         shutil.rmtree(root / part) if part == 'bbox_train' else (root / part).unlink()
         capsys.readouterr()
@@ -482,7 +486,7 @@ def test_a_missing_part_is_named(tmp_path):
         Market1501(tmp_path)
     root = put_info(tmp_path / 'mars' / 'MARS')
     (root / 'info' / 'query_IDX.mat').unlink()
-    (root / 'bbox_test').rmdir()
+    shutil.rmtree(root / 'bbox_test')
     with pytest.raises(UserError, match=r'mars/MARS contains no bbox_test, no info/query_IDX\.mat; expected:'):
         Mars(tmp_path)
 
@@ -503,7 +507,7 @@ def test_a_missing_part_is_named(tmp_path):
         ('query', ['a.txt', 'b.TXT', 'c.txt', 'd.jp2'], 'query contains no images of persons, but 4 files '
          '(a.txt, b.TXT, c.txt ...); images are .jpg, .jpeg,'),
         ('bounding_box_test', ['-1_c1s1_000401_03.jpg', 'a.txt'], 'but only junk (pid -1)'),
-        ('bounding_box_train', MARKET['bounding_box_train'][:2], 'the training set is limited to one person'),
+        ('bounding_box_train', MARKET['bounding_box_train'][:2], 'the training set has only one person'),
         ('query', ['a\n\x1b[2J\udcff.jpg'], r"query: the name 'a\n\x1b[2J\udcff.jpg' cannot be parsed"),
         ('query', ['-3_c7\n.jpg'], r"query: '-3_c7\n.jpg' has person -3"),
     ],
@@ -546,7 +550,7 @@ def changed(row, column, value, dtype=np.int32):
         (changed(1, 3, -1), 'track 2 has camera -1, but cameras are numbered from 0'),
         (changed(1, 2, -2), 'track 2 has person -2, but persons are numbered from 0, and -1 is junk'),
         (changed(1, 2, 2**54, float), 'is not a table of integers up to 2^53'),
-        (changed(2, 2, 1), 'the training set is limited to one person'),
+        (changed(2, 2, 1), 'the training set has only one person'),
         (changed(slice(None), 2, -1), 'the training set has no tracklet of a person'),
         (changed(0, 0, np.nan, float), 'is not a table of integers'),
         (changed(0, 0, 1.5, float), 'is not a table of integers'),

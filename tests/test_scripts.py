@@ -88,7 +88,7 @@ def test_a_test_needs_nothing_of_the_training(name, script, data_dir, tmp_path, 
             assert err == '' and 'Evaluate only' in out
             assert ('  train    |     0 |        0\n' in out) == bool(data)
             assert ('It can be tested, but not trained on: ' in out) == bool(data)
-            assert ('The classifier has the 11 identities of ' in out) == bool(resume)
+            assert ('The classifier has the 11 identities of ' in out) == bool(resume and not data)
             assert 'Not loaded' not in out
             figures.append(json.loads((save_dir / 'results.json').read_text())['mAP'])
         assert figures[0] == figures[1] == figures[2]
@@ -215,3 +215,10 @@ def test_a_network_of_timm_learns_resumes_and_is_tested(name, arch, script, tmp_
     last = tmp_path / 'whole' / 'checkpoint_ep2.pth.tar'
     assert script(name, *size, '--evaluate', '--resume', last, '--save-dir', tmp_path / 'test') == 0
     assert json.loads((tmp_path / 'test' / 'results.json').read_text())['mAP'] == whole['mAP']
+
+
+def test_a_quiet_run_prints_its_progress_to_the_log_alone(script, tmp_path, capsys):
+    assert script('train_img_model_xent', '--quiet', '--max-epoch', 2, '--save-dir', tmp_path) == 0
+    out, log = capsys.readouterr().out, (tmp_path / 'log_train.txt').read_text()
+    assert 'Epoch' not in out and 'Batch' not in out and 'mAP: ' in out
+    assert '==> Epoch 2/2\n' in log and 'mAP: ' in log

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import HANG
 from published_files import (
@@ -476,3 +477,25 @@ def test_pretrained_path(resnet, folder, capsys):
     torch.save(middle.state_dict(), path)
     with pytest.raises(UserError, match=r'unexpected fc_fuse\.0\.weight.*try --arch resnet50m'):
         weights.pretrain(taken, str(path))
+
+
+@pytest.mark.parametrize('value', [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused_and_named(value):
+    torch.manual_seed(0)
+    model = tiny.Tiny(3)
+    broken = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    broken['base.3.weight'][0, 0, 0, 0] = value
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        UserError, match=r'^a\.pth has weights that are not finite, in base\.3\.weight; get the file again$'
+    ):
+        weights.load_into(model, broken, allow_other_classifier=False, where='a.pth')
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_counters_of_any_type_are_accepted():
+    torch.manual_seed(0)
+    model, halved = tiny.Tiny(3), tiny.Tiny(3)
+    state_dict = {key: tensor.half() for key, tensor in halved.state_dict().items()}
+    assert weights.load_into(model, state_dict, allow_other_classifier=False, where='a.pth') == []
+    torch.testing.assert_close(model.classifier.weight, halved.classifier.weight, rtol=1e-3, atol=1e-4)

@@ -625,7 +625,7 @@ def read_mars(info: tuple, folder: Path) -> bool:
     parts = list(mars.PARTS)
     (folder / 'mars' / 'info').mkdir(parents=True)
     for part in parts[:2]:
-        (folder / 'mars' / part).mkdir()
+        (folder / 'mars' / part / '0001').mkdir(parents=True)
     for part, content in zip(parts[2:], contents, strict=True):
         (folder / 'mars' / part).write_bytes(content)
     try:
