@@ -245,14 +245,14 @@ def load_into(
         else:
             guess = f'it looks like a {arch}: try --arch {arch}'
         raise UserError(f'{where} does not fit the model: {"; ".join(filter(None, faults))}; {guess}')
-    if broken := [key for key, value in state_dict.items() if not bool(value.isfinite().all())]:
-        raise UserError(f'{where} has weights that are not finite, in {_listed(broken)}; get the file again')
     others = _listed(_shapes(key, state_dict, own) for key in classifier)
     if classifier and not allow_other_classifier:
         raise UserError(
             f'{where} has a classifier for a different number of identities: {others}; '
             f'test it with --evaluate, or start from its other weights with --resume-weights-only'
         )
+    if broken := [key for key, value in state_dict.items() if not bool(value.isfinite().all())]:
+        raise UserError(f'{where} has weights that are not finite, in {_listed(broken)}; get the file again')
     for option in model.options:
         setattr(model, option, own.get(option))
     model.load_state_dict({**own, **{key: value for key, value in state_dict.items() if key not in classifier}})
