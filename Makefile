@@ -25,7 +25,7 @@ demo: .venv/run
 	    --train-batch 16 --lr 0.0006 --max-epoch 15 --stepsize 11 --workers 1 --save-dir log/demo --overwrite
 
 test: .venv/dev
-	$(PY) -m pytest -m 'not soak' --cov --cov-report=term --cov-fail-under=90
+	$(PY) -m pytest -n 2 --dist loadfile -m 'not soak' --cov --cov-report=term --cov-fail-under=90
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	$(PY) -m mypy
