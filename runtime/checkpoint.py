@@ -283,8 +283,10 @@ class Checkpoint:
         self.run.signals.hold()
         rank1 = figures['rank1']
         best, earlier = self.folder / 'best_model.pth.tar', self.best_rank1
-        is_best = rank1 > earlier or not best.exists()
-        if is_best and rank1 <= earlier:
+        is_best = rank1 > earlier
+        began_here = self.path is None or Path(self.path).resolve().parent == self.folder.resolve()
+        if not is_best and began_here and not best.exists():
+            is_best = True
             print(f'{best} is missing: the weights of this epoch replace it')
         self.best_rank1 = max(rank1, earlier)
         self.position = path = self.folder / f'checkpoint_ep{epoch + 1}.pth.tar'

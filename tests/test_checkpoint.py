@@ -128,6 +128,15 @@ def test_a_best_model_that_was_deleted_is_replaced_by_the_next_one(tmp_path, cap
     assert f'{best} is missing: the weights of this epoch replace it\n' in capsys.readouterr().out
 
 
+def test_a_run_that_continues_in_another_folder_writes_a_best_model_only_if_it_is_better(tmp_path, capsys):
+    _, path = saved(tmp_path / 'old', epoch=0, rank1=0.5)
+    checkpoint = begin(options(tmp_path / 'new', resume=str(path)), **parts())
+    record_test(checkpoint, 1, 0.4)
+    assert not (tmp_path / 'new' / 'best_model.pth.tar').exists() and 'is missing' not in capsys.readouterr().out
+    record_test(checkpoint, 2, 0.6)
+    assert torch.load(tmp_path / 'new' / 'best_model.pth.tar', weights_only=True)['epoch'] == 2
+
+
 def test_best_model_is_the_best_also_after_a_resume(tmp_path):
     _, path = saved(tmp_path, epoch=0, rank1=0.5)
     checkpoint = begin(options(tmp_path, resume=str(path)), **parts())
