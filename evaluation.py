@@ -91,10 +91,10 @@ class Test:
 
     def _extract(self, model: Network, subset: str) -> Extracted:
         items = getattr(self.dataset, subset)
-        file = None
+        several, file = self.averaged if subset == 'query' else None, None
         if self.options.save_features:
-            file = create_features(self.options.save_dir, subset, items, model.feat_dim, self.run)
-        several = self.averaged if subset == 'query' else None
+            counts = np.bincount(several.groups)[several.of_queries] if several else None
+            file = create_features(self.options.save_dir, subset, items, model.feat_dim, self.run, counts)
         if several:
             subset, items = 'multi-query', several.items
         extracted = extract(model, items, self.options, self.run, None if several else file)

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +14,6 @@ import models
 from models.network import Network, Training
 from runtime import download, unpickling
 from runtime.errors import UserError, plain
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT = 'deep-person-reid 1'  # the entry 'format' of the checkpoints written here
 
@@ -212,9 +209,9 @@ def load_into(
     """Copies weights into a model, all or none; returns notices, to be printed, of what was left out.
 
     Names, shapes and data types are compared before anything is copied. Missing `num_batches_tracked` are accepted:
-    PyTorch 0.3 had none, and a fixed momentum does not use them. A classifier of another size is left out, with a
-    notice, if `allow_other_classifier`. Anything else that is missing, unexpected or of another shape raises UserError,
-    which lists it and guesses the architecture of the weights.
+    PyTorch 0.3 had none, and a fixed momentum does not use them. A classifier of another size, or none, is accepted,
+    with a notice, if `allow_other_classifier`: the model keeps its own. Anything else that is missing, unexpected or of
+    another shape raises UserError, which lists it and guesses the architecture of the weights.
 
     A model's `options` are the names of buffers that are None, and therefore not saved, unless the network that the
     weights come from computes differently; the weights determine whether one is set.
@@ -230,6 +227,11 @@ def load_into(
     unexpected = [key for key in state_dict if key not in own]
     unlike = [key for key in own if key in state_dict and not _alike(key, state_dict[key], own[key])]
     classifier = [key for key in unlike if key.startswith('classifier.')]
+    absent = [key for key in own if key.startswith('classifier.')]
+    if allow_other_classifier and absent and set(absent) <= set(missing):
+        missing = [key for key in missing if key not in absent]
+    else:
+        absent = []
 
     if missing or unexpected or unlike != classifier:
         faults = [
@@ -256,7 +258,8 @@ def load_into(
     for option in model.options:
         setattr(model, option, own.get(option))
     model.load_state_dict({**own, **{key: value for key, value in state_dict.items() if key not in classifier}})
-    return [f'Not loaded from {where}: {others}'] if classifier else []
+    left_out = others or (f'{_listed(absent)}, which it does not contain' if absent else '')
+    return [f'Not loaded from {where}: {left_out}'] if left_out else []
 
 
 def fit_classifier(model: Network, state_dict: Mapping[str, Tensor], where: str) -> None:

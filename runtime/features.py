@@ -3,6 +3,7 @@
 There is a folder for the queries and one for the gallery, each with
 - features.npy, (N, D) float32;
 - pids.npy and camids.npy, (N,);
+- counts.npy, (N,): how many items each feature is the mean of, 1 without --multi-query;
 - paths.jsonl, N lines: the path of an image as a JSON string, or those of a tracklet's frames as a list of strings.
 """
 
@@ -25,8 +26,12 @@ if TYPE_CHECKING:  # `python ranking.py` needs no device
     from runtime.device import Run
 
 
-def create_features(save_dir: str, subset: str, items: Sequence[Item], feat_dim: int, run: 'Run') -> np.ndarray:
+def create_features(
+    save_dir: str, subset: str, items: Sequence[Item], feat_dim: int, run: 'Run', counts: np.ndarray | None = None
+) -> np.ndarray:
     """features.npy (N, feat_dim) in memory-mapped form, the other files next to it; in every process.
+
+    counts: (N,) integers, over how many items each feature is averaged; None if over none
 
     Until all are extracted they are in `.features`, so that a failure leaves the earlier ones intact.
 
@@ -41,6 +46,7 @@ def create_features(save_dir: str, subset: str, items: Sequence[Item], feat_dim:
             folder.mkdir(parents=True, exist_ok=True)
             for column, name in ((1, 'pids'), (2, 'camids')):
                 np.save(folder / f'{name}.npy', np.array([item[column] for item in items]))
+            np.save(folder / 'counts.npy', np.ones(len(items), np.int64) if counts is None else counts)
             paths.write(folder / 'paths.jsonl', (item[0] for item in items))
             np.lib.format.open_memmap(path, 'w+', np.float32, (len(items), feat_dim))
             allocate(path)
@@ -73,18 +79,19 @@ def read(folder: str | Path) -> list[np.ndarray]:
     Raises:
         UserError: a file is missing or is not an array of numbers.
     """
-    arrays = []
-    for name, kinds in (('features', 'f'), ('pids', 'iu'), ('camids', 'iu')):
-        path = Path(folder) / f'{name}.npy'
-        try:
-            array = np.load(path, mmap_mode='c')
-        except (OSError, ValueError, EOFError) as problem:
-            reason = getattr(problem, 'strerror', None) or ' '.join(str(problem).split())
-            raise UserError(f'{path} cannot be read ({reason}); write it with --evaluate --save-features') from None
-        if array.dtype.kind not in kinds:
-            raise UserError(f'{path} contains {array.dtype}; write it with --evaluate --save-features')
-        arrays.append(array)
-    return arrays
+    return [_array(Path(folder), name, kinds) for name, kinds in (('features', 'f'), ('pids', 'iu'), ('camids', 'iu'))]
+
+
+def _array(folder: Path, name: str, kinds: str) -> np.ndarray:
+    path = folder / f'{name}.npy'
+    try:
+        array: np.ndarray = np.load(path, mmap_mode='c')
+    except (OSError, ValueError, EOFError) as problem:
+        reason = getattr(problem, 'strerror', None) or ' '.join(str(problem).split())
+        raise UserError(f'{path} cannot be read ({reason}); write it with --evaluate --save-features') from None
+    if array.dtype.kind not in kinds:
+        raise UserError(f'{path} contains {array.dtype}; write it with --evaluate --save-features')
+    return array
 
 
 def read_files(
@@ -93,8 +100,13 @@ def read_files(
     """What `paths.same_files` returns for the items of two folders; None if one of them has no paths.
 
     Raises:
-        UserError: see `read_paths`.
+        UserError: see `read_paths`; or the features of the queries are means, of items that no rule could drop.
     """
+    if (Path(query) / 'counts.npy').exists() and (_array(Path(query), 'counts', 'iu') > 1).any():
+        raise UserError(
+            f'--any-camera: the features in {query} are means over several items (--multi-query), which would count as '
+            'matches; save them without --multi-query'
+        )
     q_paths, g_paths = read_paths(query, len(q_pids)), read_paths(gallery, len(g_pids))
     return paths.same_files(q_pids, g_pids, q_paths, g_paths) if q_paths and g_paths else None
 

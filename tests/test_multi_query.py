@@ -81,6 +81,12 @@ def test_market1501_equals_the_textbook(save_features, market, run, tmp_path, ca
         np.testing.assert_allclose(features, means, atol=1e-5)
         assert pids.tolist() == [pid for _, pid, _ in market.query]
         assert ranked(capsys, monkeypatch, tmp_path) == lines[-9:]
+        counts = np.load(tmp_path / 'features' / 'query' / 'counts.npy')
+        assert counts.tolist() == [sum(item[1:] == query[1:] for item in images) for query in market.query]
+        with pytest.raises(UserError, match=r'features/query are means over several .* save them without --multi'):
+            ranked(capsys, monkeypatch, tmp_path, '--any-camera')
+        evaluation.Test(market, options(tmp_path, save_features=True), run)(Tiny(3))
+        assert ranked(capsys, monkeypatch, tmp_path, '--any-camera')[0].startswith('Any camera')
 
 
 def test_images_of_other_persons_and_cameras_are_not_read(market, run, tmp_path):

@@ -277,6 +277,21 @@ def test_other_classifier():
     assert (model.classifier.weight == 7).all()
 
 
+def test_without_a_classifier():
+    """A test does not use it, and neither does a training that starts from the other weights."""
+    state_dict = {key: value for key, value in Tiny(7).state_dict().items() if not key.startswith('classifier.')}
+    model = filled_with_sevens(Tiny(5))
+    with pytest.raises(UserError, match=r'missing classifier\.weight, classifier\.bias'):
+        load(model, state_dict)
+    assert (model.base[0].weight == 7).all()
+    (notice,) = load(model, state_dict, allow=True)
+    assert notice == 'Not loaded from best.pth: classifier.weight, classifier.bias, which it does not contain'
+    assert_equal(model.base.state_dict(), {key[5:]: state_dict[key] for key in state_dict})
+    assert (model.classifier.weight == 7).all()
+    with pytest.raises(UserError, match=r'missing classifier\.bias;'):
+        load(model, {**state_dict, 'classifier.weight': torch.ones(5, 8)}, allow=True)
+
+
 def test_a_classifier_of_the_files_size(capsys):
     """For a test. Weights without a classifier, or with one on other features, change nothing."""
     state_dict = Tiny(7).state_dict()
@@ -316,7 +331,7 @@ def test_a_classifier_of_the_files_size(capsys):
         ),
         (lambda s: s.update({'base.1.bias': torch.ones(8, dtype=torch.int32)}), r'bias 8 int32 where the model has 8;'),
         (lambda s: s.update({'base.1.bias': torch.tensor(1.0)}), r'bias scalar where the model has 8;'),
-        (lambda s: s.clear(), r'missing (\S+, ){7}\S+; it'),
+        (lambda s: s.clear(), r'missing (\S+, ){5,7}\S+; it'),
         (
             lambda s: s.update({str(i): torch.ones(1) for i in range(99)}),
             r'unexpected 0, 1, 2, 3, 4, 5, 6, 7 and 91 more;',
