@@ -33,7 +33,7 @@ RUN = Run(torch.device('cpu'))
 
 def plain_image(path: str, draw: list[float]) -> torch.Tensor:
     """The original's transforms of one image, given its draws."""
-    translate, down, right, mirror = draw
+    translate, down, right, mirror, *_ = draw  # the rest belongs to random erasing
     image = Image.open(path).convert('RGB')
     if translate < 0.5:
         image = image.resize((WIDTH, HEIGHT), Image.BILINEAR)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ENV, HANG, ROOT
 
+import data_manager
 from runtime import cards
 from runtime.precision import allow_tf32
 
@@ -47,6 +48,13 @@ def step_of(source: str) -> str:
 def test_the_measured_step_is_that_of_the_script(part, script):
     step = step_of(inspect.getsource(importlib.import_module(part).train))
     assert step == step_of((ROOT / f'{script}.py').read_text())
+
+
+def test_both_sides_of_the_input_make_the_same_batches(data_dir):
+    """`compare` asserts it: it reads the draws in its own way."""
+    items = data_manager.init_dataset('market1501', str(data_dir)).train * 4
+    rows = importlib.import_module('input').compare(items, turns=1)
+    assert len(rows) == 3 and all(row.ours > 0 and row.times_plain > 0 for row in rows)
 
 
 @pytest.mark.parametrize('precision', ['fp32', 'tf32', 'bf16'])
