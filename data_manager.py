@@ -24,10 +24,11 @@ from runtime.errors import UserError, plain
 __all__ = ['Market1501', 'Mars', 'get_names', 'init_dataset']
 
 
-def toy_market1501(data_dir: str) -> Market1501:
-    """A toy in Market1501's format, drawn if it does not exist."""
-    toy.draw_market1501(_place(data_dir, 'toy_market1501'))
-    return Market1501(data_dir, name='toy_market1501')
+def toy_market1501(data_dir: str, hard: bool = False) -> Market1501:
+    """A toy in Market1501's format, drawn if it does not exist; if `hard`, with much occlusion and changes of light."""
+    name = 'toy_market1501_hard' if hard else 'toy_market1501'
+    toy.draw_market1501(_place(data_dir, name), hard=hard)
+    return Market1501(data_dir, name=name)
 
 
 def toy_mars(data_dir: str) -> Mars:
@@ -43,7 +44,11 @@ def _place(data_dir: str, name: str) -> str:
 
 
 # A data set is a line in one of these two: its name, and the class that reads it from `data_dir`.
-IMAGES: dict[str, Callable[[str], Dataset]] = {'market1501': Market1501, 'toy_market1501': toy_market1501}
+IMAGES: dict[str, Callable[[str], Dataset]] = {
+    'market1501': Market1501,
+    'toy_market1501': toy_market1501,
+    'toy_market1501_hard': partial(toy_market1501, hard=True),
+}
 TRACKLETS: dict[str, Callable[[str], Dataset]] = {
     'mars': Mars,
     'mars_official': partial(Mars, official=True),

@@ -22,7 +22,7 @@ from runtime.errors import UserError
 def test_toys_are_drawn_and_read(tmp_path, monkeypatch):
     small = {'num_train': 3, 'num_test': 2, 'num_distractors': 1, 'height': 24, 'width': 12}
     draw_market1501, draw_mars = toy.draw_market1501, toy.draw_mars
-    monkeypatch.setattr(toy, 'draw_market1501', lambda folder: draw_market1501(folder, num_images=4, **small))
+    monkeypatch.setattr(toy, 'draw_market1501', lambda folder, hard: draw_market1501(folder, num_images=4, **small))
     monkeypatch.setattr(toy, 'draw_mars', lambda folder: draw_mars(folder, num_frames=(2, 3), **small))
     market = data_manager.init_dataset('toy_market1501', tmp_path)
     mars = data_manager.init_dataset('toy_mars', tmp_path)
@@ -48,10 +48,13 @@ def test_a_toy_that_cannot_be_drawn(tmp_path):
 
 
 def test_names():
-    assert data_manager.get_names() == ['market1501', 'toy_market1501', 'mars', 'mars_official', 'toy_mars']
-    assert data_manager.get_names('image') == ['market1501', 'toy_market1501']
-    assert data_manager.get_names('video') == ['mars', 'mars_official', 'toy_mars']
-    with pytest.raises(UserError, match="no data set 'duke': choose one of market1501, toy_market1501, mars"):
+    images, tracklets = ['market1501', 'toy_market1501', 'toy_market1501_hard'], ['mars', 'mars_official', 'toy_mars']
+    assert data_manager.get_names() == images + tracklets
+    assert data_manager.get_names('image') == images
+    assert data_manager.get_names('video') == tracklets
+    with pytest.raises(
+        UserError, match="no data set 'duke': choose one of market1501, toy_market1501, toy_market1501_hard, mars"
+    ):
         data_manager.init_dataset('duke')
 
 

@@ -66,6 +66,20 @@ def test_the_task_of_market1501(market):
         assert sum(p == pid and c != camid for _, p, c in market.gallery) == 6
 
 
+def test_a_hard_setting(tmp_path):
+    """The same persons under the same names, half of them partly hidden, under light that varies more."""
+    for hard in False, True:
+        toy.draw_market1501(tmp_path / str(hard), **SMALL, hard=hard)
+    usual, hard = (contents(tmp_path / str(hard)) for hard in (False, True))
+    assert usual.keys() == hard.keys() and all(usual[name] != hard[name] for name in usual)
+    rng = np.random.default_rng(0)
+    moments = [views.random_view(rng) for _ in range(2000)]
+    for seen, share, spread in ((moments, 0.08, 0.12), (list(map(views.harder, moments)), 0.5, 0.36)):
+        assert np.mean([view.screen > 1 - views.SCREENED for view in seen]) == pytest.approx(share, abs=0.03)
+        assert max(abs(view.light - 1) for view in seen) == pytest.approx(spread, abs=0.01)
+        assert all(0 <= view.screen <= 1 for view in seen)
+
+
 def test_the_format_of_mars(mars):
     info = mars / 'toy_mars' / 'info'
     assert loadmat(info / 'query_IDX.mat')['query_IDX'].dtype == np.uint16

@@ -13,7 +13,7 @@ from numpy.random import Generator
 
 from toy.people import Person, random_persons
 from toy.scenes import NUM_CAMERAS, photograph, random_camera
-from toy.views import View, random_view, walk
+from toy.views import View, harder, random_view, walk
 
 
 def draw_market1501(
@@ -26,13 +26,15 @@ def draw_market1501(
     height: int = 96,
     width: int = 48,
     seed: int = 0,
+    hard: bool = False,
 ) -> None:
     """Draw an image data set into `folder` in Market1501's format, unless the folder exists.
 
     Each of `num_train` persons has `num_images` images, two from each of several cameras. Each of `num_test` other
     persons is seen by as many cameras, with one query image and two gallery images from each. The gallery also contains
     `num_distractors` images of strangers (pid 0) and as many junk images (pid -1), with bodies out of the frame.
-    gt_bbox has a copy of each query and two more images of its person in its camera.
+    gt_bbox has a copy of each query and two more images of its person in its camera. If `hard`, the images show
+    the same persons with more occlusion and more changes of light (`views.harder`).
 
     The folder is either complete or absent: it is drawn under another name and then renamed, so several processes may
     draw it at once. Equal arguments give equal images. Raises OSError if it cannot write.
@@ -49,7 +51,8 @@ def draw_market1501(
         def shoot(part: str, pid: int, person: Person, camera: int, view: View) -> None:
             begin = '-1' if pid < 0 else f'{pid:04d}'
             name = f'{begin}_c{camera + 1}s1_{next(frames):06d}_{rng.integers(1, 5):02d}.jpg'
-            photograph(root / part / name, person, cameras[camera], view, height, width, rng)
+            seen = harder(view) if hard else view
+            photograph(root / part / name, person, cameras[camera], seen, height, width, rng)
             if part == 'query':
                 shutil.copyfile(root / part / name, root / 'gt_bbox' / name)
                 queries.append((pid, person, camera))

@@ -9,12 +9,11 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
 
 from toy.people import GREY, WHITE, Colour, Person, draw_figure, random_persons
-from toy.views import View, random_view
+from toy.views import SCREENED, View, random_view
 
 NUM_CAMERAS = 6
 OVERSAMPLING = 3  # images are drawn this many times larger and averaged down
 SCENE = 3  # width of a camera's scene, in images
-SCREENED = 0.08  # fraction of the images in which something hides part of the person
 
 
 @dataclass(frozen=True)

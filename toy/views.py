@@ -1,11 +1,13 @@
 """What differs between two images of a person by the same camera: pose, position, light and occlusion."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, get_type_hints
 
 import numpy as np
 from numpy.random import Generator
+
+SCREENED = 0.08  # fraction of the images in which something hides part of the person
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,18 @@ RANGES = {name: hint.__metadata__ for name, hint in get_type_hints(View, include
 def random_view(rng: Generator) -> View:
     """A moment independent of any other."""
     return View(**{name: rng.uniform(low, high) for name, (low, high) in RANGES.items()})
+
+
+def harder(view: View) -> View:
+    """The same moment in a hard setting: occlusion in half of the images instead of 8%, and more changes of light."""
+    return replace(
+        view,
+        screen=1 - (1 - view.screen) * SCREENED / 0.5,
+        light=1 + 3 * (view.light - 1),
+        warmth=3 * view.warmth,
+        shade_x=2 * view.shade_x,
+        shade_y=2 * view.shade_y,
+    )
 
 
 def walk(number: int, rng: Generator) -> list[View]:
