@@ -44,10 +44,10 @@ def start(precision: str, compiled: bool = False) -> Run:
         return device.start(RunOptions(precision=precision, width=WIDTH, compile=compiled))
 
 
-def network() -> torch.nn.Module:
+def network(arch: str = 'resnet50') -> torch.nn.Module:
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):
-        return models.init_model('resnet50', CLASSES)
+        return models.init_model(arch, CLASSES)
 
 
 def resident():
@@ -100,11 +100,11 @@ def train(batches, replica, augment, criterion_xent, optimizer, meter, run) -> N
         meter.update(loss=loss)
 
 
-def trainer(precision, compiled=False):
+def trainer(precision, compiled=False, arch='resnet50'):
     """One step of this project's script, on a batch that is already there."""
     run = start(precision, compiled)
     images, pids = resident()
-    model = run.place(network())
+    model = run.place(network(arch))
     replica = run.replicate(model)
     optimizer = Adam(model.parameters(), 3e-4, weight_decay=5e-4, fused=True)
     criterion = CrossEntropyLabelSmooth(CLASSES)
@@ -132,10 +132,10 @@ def plain_extractor(precision='fp32'):
     return step
 
 
-def extractor(precision):
+def extractor(precision, arch='resnet50'):
     run = start(precision)
     images, _ = resident()
-    model = run.place(network()).eval()
+    model = run.place(network(arch)).eval()
     images = images.contiguous(memory_format=torch.channels_last)
 
     def step():

@@ -57,6 +57,17 @@ def test_both_sides_of_the_input_make_the_same_batches(data_dir):
     assert len(rows) == 3 and all(row.ours > 0 and row.times_plain > 0 for row in rows)
 
 
+def test_a_backbone_is_held_to_what_its_class_says(monkeypatch):
+    backbones = importlib.import_module('backbones')
+    for gain, met in ((1.5, [True, False]), (0.5, [False, True]), (1.0, [True, True])):
+        times = {'ours': [1.0], 'plain': [gain]}
+        monkeypatch.setattr(backbones, 'compare', lambda *_, times=times, **sides: times)
+        rows = list(backbones.rows(True, ['resnet50', 'mobilenet_v2']))
+        assert [row.met for row in rows if row.met is not None] == met
+        assert [row.what.split(',')[0] for row in rows] == ['resnet50'] * 2 + ['mobilenet_v2'] * 2
+    assert len(list(backbones.rows(False))) == 1
+
+
 @pytest.mark.parametrize('precision', ['fp32', 'tf32', 'bf16'])
 def test_both_sides_of_a_training_have_the_same_arithmetic(precision, monkeypatch):
     """On a GPU, which this machine need not have: TF32 for products and for convolutions, and cuDNN's trials."""

@@ -1,0 +1,27 @@
+"""Images per second of each backbone, in bf16 beside float32: rows of `table.py`, measured with BENCH=full.
+
+The steps are those of training.py, on a resident batch of 32 images of 256x128. The training rows are the ground of
+`faster_in_bf16`, by which --precision auto chooses on CPUs: their target is what the backbone's class says.
+"""
+
+import models
+from table import Row, row
+from training import BATCH, compare
+
+SURE = 0.05  # a backbone whose two speeds differ by less than this fraction may say either
+
+
+def rows(full: bool, names: list[str] | None = None):
+    """`names`: the backbones, all by default."""
+    if not full:
+        yield Row('backbones in bf16 and fp32: measured with BENCH=full')
+        return
+    for arch in names or models.get_names():
+        gains = models.network_of(arch).faster_in_bf16
+        for what, maker, args in (('training step', 'trainer', (False, arch)), ('extraction', 'extractor', (arch,))):
+            sides = {'ours': (maker, 'bf16', *args), 'plain': (maker, 'fp32', *args)}
+            measured = row(f'{arch}, {what}, bf16; plain: fp32', compare(1, **sides), BATCH)
+            if maker == 'trainer':
+                measured.target = f'plain {f"≥ {1 - SURE}" if gains else f"≤ {1 + SURE}"}'
+                measured.met = measured.times_plain >= 1 - SURE if gains else measured.times_plain <= 1 + SURE
+            yield measured
