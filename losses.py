@@ -61,20 +61,22 @@ class TripletLoss(nn.Module):
     batch without a triplet (one identity, or one image per identity) gives a differentiable zero.
 
     Args:
-        margin: how much farther a negative must be than a positive, in units of the features.
+        margin: how much farther a negative must be than a positive, in units of the features. None is the paper's soft
+            margin, log(1 + exp(positive - negative)), which never stops pulling; a collapsed network then has log 2.
 
     Attributes:
-        active: fraction of the anchors in the last call whose triplet violates the margin; a detached 0-dim tensor on
-            the device of the features. Only reading it waits for the device.
+        active: fraction of the anchors in the last call whose triplet violates the margin, or with a soft margin whose
+            positive is farther than its negative; a detached 0-dim tensor on the device of the features. Only reading
+            it waits for the device.
         collapsed: as returned by `collapsed`, and also 1 if all triplets are active and the loss is near the margin.
 
     Raises:
         ValueError: the margin is negative.
     """
 
-    def __init__(self, margin: float = 0.3) -> None:
+    def __init__(self, margin: float | None = 0.3) -> None:
         super().__init__()
-        if margin < 0:
+        if margin is not None and margin < 0:
             raise ValueError(f'the margin of the triplet loss must not be negative, but is {margin}')
         self.margin = margin
         self.active = self.collapsed = torch.zeros(())  # not buffers: they are not part of a run's state
@@ -97,6 +99,11 @@ class TripletLoss(nn.Module):
 
         to_positive = _squared_distance(features, features[positives]).clamp(min=SMALLEST_SQUARE).sqrt()  # (B,)
         to_negative = _squared_distance(features, features[negatives]).clamp(min=SMALLEST_SQUARE).sqrt()  # (B,)
+        if self.margin is None:
+            difference = to_positive - to_negative  # (B,)
+            self.active = ((difference.detach() > 0) & holds_triplet).float().mean()
+            self.collapsed = collapsed(features)
+            return (F.softplus(difference) * holds_triplet).mean()
         hinge = F.relu(self.margin + to_positive - to_negative) * holds_triplet  # (B,); a product keeps NaN
         loss = hinge.mean()
         self.active = (hinge.detach() > 0).float().mean()

@@ -77,6 +77,12 @@ COMMANDS = {
         )
         for workers in (0, 2)
     },
+    **{
+        name: xent(
+            '--num-instances', 2, '--print-freq', 1, '--save-dir', f'log/{name}', script=f'train_img_model_{name}.py'
+        )
+        for name in ('sgd', 'adamw')
+    },
     'backbone': ['-c', BACKBONE],
     'squeezenet': xent(
         '-a', 'squeezenet', '--height', 64, '--width', 32, '--pretrained', 'weights.pth', '--save-dir', 'log/squeeze'
@@ -112,7 +118,7 @@ def project(tmp_path_factory) -> Path:
     with open(folder / 'readers/shop.py', 'a') as file:
         file.write(f'\n{PLAIN}')
     inserted(folder / 'data_manager.py', 'from readers.tree', 'from readers.shop import Plain, Shop\n')
-    inserted(folder / 'data_manager.py', "'toy_market1501': toy_market1501}", "'shop': Shop, 'plain': Plain, ")
+    inserted(folder / 'data_manager.py', "    'toy_market1501': toy_market1501,", "    'shop': Shop, 'plain': Plain,\n")
     inserted(folder / 'models/__init__.py', 'from models.network', 'from models.SqueezeNet import SqueezeNet\n')
     inserted(folder / 'models/__init__.py', "    'densenet121': DenseNet121,", "    'squeezenet': SqueezeNet,\n")
     function, row = re.fullmatch(
@@ -129,6 +135,16 @@ def project(tmp_path_factory) -> Path:
     source = source.replace(loop, step).replace('\n\n\ndef main', f'\n\n\n{example("class NormLoss")}\n\ndef main')
     source = source.replace('    criterion_htri =', '    criterion_norm = NormLoss()\n    criterion_htri =')
     (folder / 'train_img_model_mine.py').write_text(IMPORTS['script'] + source)
+
+    source = (ROOT / 'train_img_model_xent_htri.py').read_text()
+    for name, text in (('sgd', 'CosineAnnealingLR'), ('adamw', 'SequentialLR')):
+        imports, lines = example(text).split('\n\n')
+        lines += example('margin=None')
+        copy = re.sub(r' {4}(criterion_htri|optimizer|scheduler) = .*\n', '', source)
+        copy = copy.replace(
+            '    checkpoint =', ''.join(f'    {line}\n' for line in lines.splitlines()) + '    checkpoint ='
+        )
+        (folder / f'train_img_model_{name}.py').write_text(f'{imports}\n{copy}')
 
     source = (ROOT / 'train_img_model_xent.py').read_text()
     source = source.replace('\n\n\ndef main', f'\n\n\n{example("class Occluded")}\n\ndef main')
@@ -184,6 +200,14 @@ def test_a_loss(project, printed):
     assert metrics_of(project / 'log/mine')[0]['norm']
     checkpoint = torch.load(project / 'log/mine/checkpoint_ep2.pth.tar', weights_only=True)
     assert checkpoint['recipe']['weight_norm'] == 0.1
+
+
+@pytest.mark.parametrize(('name', 'rates'), [('sgd', [3e-4, 1.5e-4]), ('adamw', [3e-5, 5.7e-5])])
+def test_optimizer_schedule_and_soft_margin(name, rates, project, printed):
+    assert re.search(r'\t htri \d', printed(name))
+    rows = metrics_of(project / 'log' / name)
+    seen = {int(row['epoch']): float(row['lr']) for row in rows if row['lr']}
+    assert [seen[epoch] for epoch in sorted(seen)] == pytest.approx(rates)
 
 
 def test_a_metric(project, printed):

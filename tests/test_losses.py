@@ -1,5 +1,7 @@
 """Each loss against its textbook loop in float64, gradients included, over dtypes and corner cases."""
 
+import math
+
 import pytest
 import textbook
 import torch
@@ -74,7 +76,7 @@ def test_triplet_is_the_textbook_loop(dtype, batch, apart):
     assert criterion.active.item() == pytest.approx(active)
 
 
-@pytest.mark.parametrize(('margin', 'active'), [(0, 0.0), (0.3, 0.3), (5, 1.0)])
+@pytest.mark.parametrize(('margin', 'active'), [(0, 0.0), (0.3, 0.3), (5, 1.0), (None, 0.0)])
 def test_the_margin_decides_what_is_active(margin, active):
     pids = torch.tensor(BATCHES['shuffled'])
     features = (draw(10, 5, scale=0.1) + 0.3 * draw(9, 5, seed=1)[pids]).detach().requires_grad_()
@@ -85,11 +87,29 @@ def test_the_margin_decides_what_is_active(margin, active):
     assert criterion.active.item() == pytest.approx(textbook_active) and textbook_active == active
 
 
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('batch', BATCHES)
+def test_the_soft_margin_is_the_textbook_loop(dtype, batch):
+    pids = torch.tensor(BATCHES[batch])
+    features = draw(len(pids), 5, scale=0.1).detach().to(dtype).requires_grad_()
+    reference, criterion = leaf64(features), TripletLoss(None)
+    expected, active = textbook.triplet(reference, pids, None)
+    assert_equal_losses(criterion(features, pids), expected, (features, reference))
+    assert criterion.active.item() == pytest.approx(active)
+
+
+def test_a_collapsed_network_under_the_soft_margin():
+    criterion = TripletLoss(None)
+    assert criterion(torch.full((8, 5), 0.7), torch.arange(8) // 4).item() == pytest.approx(math.log(2))
+    assert criterion.collapsed == 1
+
+
+@pytest.mark.parametrize('margin', [0.3, None])
 @pytest.mark.parametrize('batch', ['one identity', 'one image per identity', 'one image'])
-def test_a_batch_without_a_triplet_is_a_zero_that_can_be_differentiated(batch):
+def test_a_batch_without_a_triplet_is_a_zero_that_can_be_differentiated(batch, margin):
     pids = torch.tensor(BATCHES[batch])
     features = draw(len(pids), 5, scale=0.01)  # well inside the margin
-    criterion = TripletLoss()
+    criterion = TripletLoss(margin)
     loss = criterion(features, pids)
     loss.backward()
     assert loss.item() == 0 and criterion.active.item() == 0

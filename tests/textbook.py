@@ -19,15 +19,16 @@ def cross_entropy_label_smooth(logits: Tensor, pids: Tensor, epsilon: float = 0.
     return total / len(pids)
 
 
-def triplet(features: Tensor, pids: Tensor, margin: float = 0.3) -> tuple[Tensor, float]:
+def triplet(features: Tensor, pids: Tensor, margin: float | None = 0.3) -> tuple[Tensor, float]:
     """Batch-hard triplet loss, averaged over the anchors, and the fraction of them with a positive hinge.
 
+    Without a margin it is the soft margin, and the fraction counts the positives that are farther than the negative.
     An anchor counts among its own positives. Without a triplet in the batch the loss is zero.
     """
     pids = pids.tolist()
     if len(set(pids)) in (1, len(pids)):
         return 0 * features.sum(), 0.0
-    hinges = []
+    differences = []
     for anchor, pid in zip(features, pids, strict=True):
         hardest_positive = hardest_negative = None
         for other, other_pid in zip(features, pids, strict=True):
@@ -36,8 +37,12 @@ def triplet(features: Tensor, pids: Tensor, margin: float = 0.3) -> tuple[Tensor
                 hardest_positive = distance
             if other_pid != pid and (hardest_negative is None or distance < hardest_negative):
                 hardest_negative = distance
-        hinges.append((margin + hardest_positive - hardest_negative).clamp(min=0))
-    return sum(hinges) / len(hinges), sum(hinge.item() > 0 for hinge in hinges) / len(hinges)
+        differences.append(hardest_positive - hardest_negative)
+    if margin is None:
+        terms = [(1 + difference.exp()).log() for difference in differences]
+    else:
+        terms = [(margin + difference).clamp(min=0) for difference in differences]
+    return sum(terms) / len(terms), sum(d.item() > -(margin or 0) for d in differences) / len(terms)
 
 
 def match_ranks(distances, q_pids, g_pids, is_dropped) -> list[list[int]]:
