@@ -172,7 +172,7 @@ class Test:
             'gallery': len(dataset.gallery),
             'date': datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
             'dataset': dataset.name,
-            'split': dataset.drawn or None,
+            **({'split': dataset.drawn} if dataset.drawn else {}),
             'rerank': options.rerank and {name: getattr(options, name) for name in ('k1', 'k2', 'lambda_value')},
             'distance': options.distance,
             'flip_test': options.flip_test,

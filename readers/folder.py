@@ -98,11 +98,10 @@ def _entries(folder: str) -> list[os.DirEntry]:
     """What a folder holds but for hidden files, in natural order."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(
-                (entry for entry in entries if not entry.name.startswith('.')), key=lambda entry: natural(entry.name)
-            )
+            seen = {entry.name: entry for entry in entries if entry.name[0] != '.'}
     except OSError as error:
         raise UserError(f'{plain(folder, 500)} cannot be read: {error.strerror}') from error
+    return [seen[name] for name in sorted(seen, key=natural)]
 
 
 def _folders(folder: str, passed_over: list[str]) -> Iterator[os.DirEntry]:
@@ -121,7 +120,7 @@ def _scan(folder: str, passed_over: list[str]) -> list[Found]:
         before = len(items)
         for entry in _entries(person.path):
             camera = CAMERA.search(entry.name)
-            number = str(int(camera[1])) if camera else ''
+            number = camera[1].lstrip('0') or '0' if camera else ''
             if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir():
                 items.append((entry.path, person.name, number))
             elif entry.is_dir() and (frames := _frames(entry.path, passed_over)):

@@ -1,9 +1,10 @@
 """Shared by all readers: the data set object, the numbers of its persons and cameras, and the search for its folder."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +20,7 @@ NUM_CAMERAS = 6  # of Market1501 and MARS, 1..6 on disk
 MAX_PID = 2**63 - 1  # pids are int64
 INTEGER = re.compile(r'0|-?[1-9][0-9]{0,17}')  # as Python writes it, and within int64
 DIGITS = re.compile(r'([0-9]+)')
+LONG = 4000  # digits, of which Python converts no more than 4300
 TOYS = ('market1501', 'mars')  # of which there is a toy
 DROPPINGS = ('thumbs.db', 'desktop.ini')  # left by Windows in any folder
 ARCHIVES = ('.zip', '.rar', '.7z', '.tar', '.tar.gz', '.tgz')
@@ -205,12 +207,13 @@ def numbered(texts: Iterable[str], first: int) -> tuple[dict[str, int], dict[int
     return numbers, {number: text for text, number in numbers.items()}
 
 
-def natural(text: str) -> tuple[list[object], str]:
+def natural(text: str) -> tuple[list[Any], str]:
     """Sort key that compares runs of digits by their value: a2 before a10; texts of equal value as they are."""
-    parts: list[object] = DIGITS.split(text)  # digits are at odd places
-    for place in range(1, len(parts), 2):
-        digits = str(parts[place]).lstrip('0')
-        parts[place] = len(digits), digits
+    parts = DIGITS.split(text)  # digits are at odd places
+    if len(text) < LONG:
+        parts[1::2] = map(int, parts[1::2])
+    else:
+        parts[1::2] = [int(digits) if len(digits) < LONG else math.inf for digits in parts[1::2]]
     return parts, text
 
 
