@@ -48,6 +48,11 @@ def _unmatched(dataset: Dataset, others: list[Item]) -> Iterator[Finding]:
         absent = [path for path, seen, _ in rows if seen is None]
         yield False, f'queries without a match{protocol} (the person is not in the gallery)', absent
         if dataset.no_cameras:
+            files: dict[int, set[str | tuple[str, ...]]] = {}
+            for paths, pid, _ in items:
+                files.setdefault(pid, set()).add(paths)
+            alone = [paths_of(item)[0] for item in query if files.get(item[1]) == {item[0]}]
+            yield False, 'queries without a match (the person has no other file in the gallery)', alone
             continue
         same = [path for path, seen, camid in rows if seen == {camid}]
         hint = '; if the cameras are unknown, test with --any-camera' if len(same) + len(absent) == len(query) else ''

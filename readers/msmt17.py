@@ -17,7 +17,7 @@ PUBLISHED = {  # persons and images; those of query and gallery are the same per
     'query and gallery': (TEST_PERSONS, 11659 + 82161),
 }
 LINE = re.compile(
-    r'((?:[^/]+/)*[^/_]+_[^/_]+_(\d+)_[^/]*) (\d+)', re.ASCII
+    r'((?:[^/]+/)*[^/_]+_[^/_]+_(\d{1,9})_[^/]*) (\d{1,9})', re.ASCII
 )  # 0000/0000_000_01_0303morning_0015_0.jpg 0
 
 
@@ -96,7 +96,7 @@ def _read(path: str, folder: str, first: int, most: int) -> list[Image]:
         if not (line := line.rstrip('\r ')):
             continue
         match = LINE.fullmatch(line)
-        if not match or '\0' in line or '..' in match[1].split('/') or int(match[3][:19]) >= most:
+        if not match or '\0' in line or '..' in match[1].split('/') or int(match[3]) >= most:
             raise UserError(
                 f'{path}, line {number}: {plain(repr(line))} cannot be parsed; it must be a path and a person, from 0 '
                 f'to {most - 1}, as in 0000/0000_000_01_0303morning_0015_0.jpg 0'

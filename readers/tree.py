@@ -80,7 +80,11 @@ class Dataset:
         if not untrainable and len(self.train_pids) < 2:
             fault = f'has only one person ({plain(paths_of(train[0])[0], 500)} ...)' if train else 'is empty'
             self.untrainable = f'{plain(name, 500)}: the training set {fault}; at least two persons are needed'
-        self.kind = 'image' if all(isinstance(paths, str) for paths, _, _ in (*train[:1], *query[:1])) else 'video'
+        self.kind = (
+            'image'
+            if all(isinstance(paths, str) for paths, _, _ in (*train[:1], *query[:1], *gallery[:1]))
+            else 'video'
+        )
         labels = {pid: label for label, pid in enumerate(self.train_pids)}
         self.train: list[Item] = [(paths, labels[pid], camid) for paths, pid, camid in train]
         self.query, self.gallery = list(query), list(gallery)
@@ -278,9 +282,9 @@ def find(
         fault = f"no {' or '.join(folders)} in --data-dir '{data_dir}'"
     tree = [os.path.join(data_dir, folders[0]) + os.sep]
     tree += [f'    {part}{"" if "." in part else os.sep}'.ljust(34) + hint for part, hint in parts.items()]
-    advice = 'see data/README.md for where to download it'
+    advice = 'see docs/data.md for what it consists of'
     if name in TOYS:
-        advice += f'; -d toy_{name} draws a toy in this format'
+        advice = f'see data/README.md for where to download it; -d toy_{name} draws a toy in this format'
     if name.startswith('toy_'):
         advice = 'remove that folder, and the toy is drawn again'
     elif archives := _spelled(data_dir, folders, ARCHIVES):

@@ -285,6 +285,10 @@ def test_unknown_cameras_are_no_reason_for_notes(tmp_path, checked):
         Image.fromarray(pixels).save(tmp_path / 'people' / person / f'{number}.png')
     status, found, _ = checked(f'folder:{tmp_path}/people')
     assert (status, len(found)) == (0, 1) and found[0].startswith('folder:people: 0 kinds of faults; ')
+    for person in 'abcd':
+        (tmp_path / 'people' / person / f'{2 * "abcd".index(person)}.png').unlink()
+    _, found, _ = checked(f'folder:{tmp_path}/people')
+    assert found[0] == 'note: queries without a match (the person has no other file in the gallery): 2'
 
 
 def test_names_that_would_steer_a_terminal(market, checked):

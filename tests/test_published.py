@@ -68,8 +68,9 @@ def test_msmt17_of_the_papers_size(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('line', [
-    '0000/0000_000_01_a.jpg', '/etc/0000_000_01_a.jpg 0', '../0000/0000_000_01_a.jpg 0', '0000/0000_\0_01_a.jpg 0', '0000/0000_000_x_a.jpg 0',
-    '0000/0000_000_01_a.jpg -1', '0000/0000_000_01_a.jpg 1041',
+    '0000/0000_000_01_a.jpg', '/etc/0000_000_01_a.jpg 0', '../0000/0000_000_01_a.jpg 0', '0000/0000_000_x_a.jpg 0',
+    '0000/0000_000_01_a.jpg -1', '0000/0000_000_01_a.jpg 1041', '0000/0000_\0_01_a.jpg 0',
+    f'0000/0000_000_{"9" * 5000}_a.jpg 0', f'0000/0000_000_01_a.jpg {"0" * 5000}',
 ])  # fmt: skip
 def test_lines_of_a_list_that_are_refused(line, tmp_path):
     toy.draw_msmt17(tmp_path / 'msmt17', num_train=2, num_test=1, **SMALL)
