@@ -80,11 +80,8 @@ class Dataset:
         if not untrainable and len(self.train_pids) < 2:
             fault = f'has only one person ({plain(paths_of(train[0])[0], 500)} ...)' if train else 'is empty'
             self.untrainable = f'{plain(name, 500)}: the training set {fault}; at least two persons are needed'
-        self.kind = (
-            'image'
-            if all(isinstance(paths, str) for paths, _, _ in (*train[:1], *query[:1], *gallery[:1]))
-            else 'video'
-        )
+        some = (*train[:1], *query[:1], *gallery[:1])
+        self.kind = 'image' if all(isinstance(paths, str) for paths, _, _ in some) else 'video'
         labels = {pid: label for label, pid in enumerate(self.train_pids)}
         self.train: list[Item] = [(paths, labels[pid], camid) for paths, pid, camid in train]
         self.query, self.gallery = list(query), list(gallery)
