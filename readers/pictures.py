@@ -16,7 +16,7 @@ from runtime.decoding import read_image
 from runtime.errors import UserError
 
 SIDE = 16  # of a perceptual hash, in bits
-# Bits of SIDE * SIDE in which near-duplicates may differ. Of 120 images of Market1501, saved again as JPEG (quality 20),
+# Bits of SIDE * SIDE in which near-duplicates may differ. Of 120 images of Market1501, saved as JPEG of quality 20,
 # halved, brightened or cropped by a pixel, all stayed within 34; any two of its training and test sets differ in 62.
 ALIKE = 40
 BLOCK = 1024  # hashes that are compared with all others at once
