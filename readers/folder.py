@@ -56,6 +56,7 @@ class Folder(Dataset):
             [
                 (paths, pid_of[person], 0 if unknown else camid_of[camera])
                 for paths, person, camera in found.get(split, ())
+                if names or person != '-1'  # junk
             ]
             for split in SPLITS
         ]

@@ -132,6 +132,22 @@ def test_a_file_is_no_folder(tmp_path):
         folder.kind_of(str(tmp_path / 'x'))
 
 
+def test_names_that_are_integers_mean_what_they_mean_in_market1501(tmp_path):
+    root = put(
+        tmp_path / 'n', *(f'{split}/{person}/c1.jpg' for split in ('train', 'gallery') for person in (-1, 0, 7, 10))
+    )
+    dataset = Folder(root)
+    assert (dataset.train_pids, [pid for _, pid, _ in dataset.gallery]) == ([0, 7, 10], [0, 7, 10])
+    put(tmp_path / 'n', 'train/x/c1.jpg')
+    assert {dataset.name_of(pid) for dataset in [Folder(root)] for pid in dataset.train_pids} == {
+        '-1',
+        '0',
+        '7',
+        '10',
+        'x',
+    }
+
+
 def test_links_are_followed(tmp_path):
     root = people(tmp_path / 'people', persons=3)
     (tmp_path / 'people' / 'linked').symlink_to(tmp_path / 'people' / 'p0')

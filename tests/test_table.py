@@ -169,6 +169,13 @@ def test_files_of_other_kinds(content, fault, tmp_path):
     assert refused(str(tmp_path / 'people.csv')).startswith(fault)
 
 
+def test_a_home_folder_that_the_shell_left_alone(tmp_path, monkeypatch):
+    put(tmp_path, HEADER + ROWS)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert len(data_manager.init_dataset('csv:~/people.csv').train) == 3
+    assert data_manager.kind_of('csv:~/people.csv') == 'image'
+
+
 def test_files_that_are_not_there(tmp_path):
     assert refused(f'{tmp_path}/none.csv') == ' is not there; give a CSV file'
     assert refused(str(tmp_path)) == ' is no regular file; give a CSV file'
