@@ -17,10 +17,9 @@ PUBLISHED = {
     'detected': {'train': (767, 7365), 'query': (700, 1400), 'gallery': (700, 5332)},
     'labeled': {'train': (767, 7368), 'query': (700, 1400), 'gallery': (700, 5328)},
 }
-NP, RAW = ('cuhk03-np',), ('cuhk03',)  # folders of the two forms
-NAME = re.compile(
-    r'([1-5])_(\d{3})_([12])_(\d{2})\.png', re.ASCII
-)  # pair of cameras, person, camera of the two, number
+FOLDERS = ('cuhk03-np',)  # of the published form
+# Pair of cameras, person, camera of the two, number: what save_img.m of Zhong et al. makes of a name
+NAME = re.compile(r'([1-5])_(\d{3})_([12])_(\d{2})\.png', re.ASCII)
 
 
 def read(boxes: str, data_dir: str = 'data') -> Dataset:
@@ -48,7 +47,7 @@ def read(boxes: str, data_dir: str = 'data') -> Dataset:
     name, parts = f'cuhk03_{boxes}', {os.path.join(boxes, part): hint for part, hint in PARTS.items()}
     raw = _raw_folder(data_dir, boxes)
     try:
-        root, untrainable = find(data_dir, name, NP, parts, [os.path.join(boxes, part) for part in TRAINING])
+        root, untrainable = find(data_dir, name, FOLDERS, parts, [os.path.join(boxes, part) for part in TRAINING])
     except UserError:
         if not raw:
             raise

@@ -16,9 +16,8 @@ PUBLISHED = {  # persons and images; those of query and gallery are the same per
     'train and val': (TRAIN_PERSONS, 32621),
     'query and gallery': (TEST_PERSONS, 11659 + 82161),
 }
-LINE = re.compile(
-    r'((?:[^/]+/)*[^/_]+_[^/_]+_(\d{1,9})_[^/]*) (\d{1,9})', re.ASCII
-)  # 0000/0000_000_01_0303morning_0015_0.jpg 0
+# Path, camera, person: 0000/0000_000_01_0303morning_0015_0.jpg 0
+LINE = re.compile(r'((?:[^/]+/)*[^/_]+_[^/_]+_(\d{1,9})_[^/]*) (\d{1,9})', re.ASCII)
 
 
 class Msmt17(Dataset):
@@ -28,10 +27,10 @@ class Msmt17(Dataset):
     itself. Version 1 has its images in train and test, version 2, whose faces are masked, in mask_train_v2 and
     mask_test_v2; if both are there, version 1 is read. Items are in the order of the lists.
 
-    list_val.txt is left out of training, as published figures on this data set usually leave it; `val` holds its
-    items, with pids as in `train_pids`. Persons are numbered from 0 on disk, and anew for the test: here those of
-    the training set are 1 to 1041, and those of the test begin at 1042, so that no two share a number and none is 0,
-    the number of distractors. Camids are camera - 1, 0..14.
+    list_val.txt is left out of training, as torchreid leaves it out (TransReID does not); `val` holds its items, with
+    pids as in `train_pids`. Persons are numbered from 0 on disk, and anew for the test: here those of the training set
+    are 1 to 1041, and those of the test begin at 1042, so that no two share a number and none is 0, the number of
+    distractors. Camids are camera - 1, 0..14.
 
     Sources: numbers of persons, images and cameras, the paper; folders of both versions, lists, and what a line of a
     list means (path, person, and the camera as the third part of the name), torchreid and TransReID, which agree.
