@@ -24,7 +24,7 @@ class Msmt17(Dataset):
     """MSMT17, images of 4101 persons in 15 cameras (Wei et al., Person Transfer GAN, CVPR 2018, arXiv:1711.08565).
 
     Found in `data_dir` as msmt17, MSMT17_V1 or MSMT17_V2, in any spelling, also one in another, or as `data_dir`
-    itself. Version 1 has its images in train and test, version 2, whose faces are masked, in mask_train_v2 and
+    itself. Version 1 has its images in train and test, version 2, whose faces are hidden, in mask_train_v2 and
     mask_test_v2; if both are there, version 1 is read. Items are in the order of the lists.
 
     list_val.txt is left out of training, as torchreid leaves it out (TransReID does not); `val` holds its items, with
@@ -32,9 +32,9 @@ class Msmt17(Dataset):
     are 1 to 1041, and those of the test begin at 1042, so that no two share a number and none is 0, the number of
     distractors. Camids are camera - 1, 0..14.
 
-    Sources: numbers of persons, images and cameras, the paper; folders of both versions, lists, and what a line of a
-    list means (path, person, and the camera as the third part of the name), torchreid and TransReID, which agree.
-    Checked are the numbers of the paper, which are those of train and val together: their parts are in no source.
+    Sources: the folders of both versions, the lists, and what a line of a list means (path, person, and the camera as
+    the third part of the name), torchreid and TransReID, which agree; the numbers of persons, images and cameras, the
+    paper as both quote it. Checked are these, which are those of train and val together: their parts are in no source.
 
     Raises UserError for a missing folder or list, a line that cannot be parsed, and an empty query or gallery. If only
     list_train.txt has such a fault, the training set is empty, and `untrainable` is the message.

@@ -79,6 +79,22 @@ def test_videos_from_a_table(data_dir, tmp_path, script):
     assert results(tmp_path / 'csv')['mAP'] == results(tmp_path / 'named')['mAP']
 
 
+def test_videos_from_folders(data_dir, tmp_path, script):
+    """A folder for each tracklet, in one for each person; the gallery is in another order than in the tables."""
+    dataset = data_manager.init_dataset('mars', str(data_dir))
+    train = [(paths, dataset.train_pids[label], camid) for paths, label, camid in dataset.train]
+    for split, items in (('train', train), ('query', dataset.query), ('gallery', dataset.gallery)):
+        for number, (paths, pid, camid) in enumerate(items):
+            folder = tmp_path / 'clips' / split / f'{pid:04d}' / f'{number:03d}_c{camid + 1}'
+            folder.mkdir(parents=True)
+            for path in paths:
+                (folder / os.path.basename(path)).symlink_to(path)
+    for form, name in {'named': 'mars', 'folder': f'folder:{tmp_path}/clips'}.items():
+        assert script(VIDEO, '-d', name, '--max-epoch', 1, '--save-dir', tmp_path / form) == 0
+    assert equal(*(weights_of(tmp_path / form / 'checkpoint_ep1.pth.tar') for form in ('named', 'folder')))
+    assert results(tmp_path / 'folder')['mAP'] == pytest.approx(results(tmp_path / 'named')['mAP'])
+
+
 def test_results_name_the_persons(people, tmp_path, script):
     assert script(XENT, '-d', f'folder:{people}', '--max-epoch', 1, '--save-dir', tmp_path / 'log') == 0
     with open(tmp_path / 'log' / 'results.csv', newline='', encoding='utf-8') as file:
