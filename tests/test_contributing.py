@@ -112,9 +112,7 @@ def project(tmp_path_factory) -> Path:
     with open(folder / 'readers/shop.py', 'a') as file:
         file.write(f'\n{PLAIN}')
     inserted(folder / 'data_manager.py', 'from readers.tree', 'from readers.shop import Plain, Shop\n')
-    inserted(
-        folder / 'data_manager.py', "    'toy_market1501': toy_market1501,", "    'shop': Shop,\n    'plain': Plain,\n"
-    )
+    inserted(folder / 'data_manager.py', "    'toy_market1501': toy_market1501,", "    'shop': Shop, 'plain': Plain,\n")
     inserted(folder / 'models/__init__.py', 'from models.network', 'from models.SqueezeNet import SqueezeNet\n')
     inserted(folder / 'models/__init__.py', "    'densenet121': DenseNet121,", "    'squeezenet': SqueezeNet,\n")
     function, row = re.fullmatch(
