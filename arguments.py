@@ -55,7 +55,9 @@ def option(default: Value, text: str, *names: str, under: str = '', **how: Any) 
 class Recipe:
     """The options of the experiment. A resumed run must use the same values, except for FREE."""
 
-    dataset: str = option('', 'one of {datasets}', '-d')
+    dataset: str = option('', 'one of {datasets}, or your own data: {own}, see docs/data.md', '-d')
+    test_share: float = option(0.5, 'of the persons of folder:DIR without a split, the share drawn for the test',
+        type=fraction)  # fmt: skip
     arch: str = option('resnet50', 'one of {models}', '-a')
     pretrained: str = option('imagenet',
         'initial weights of the network; PATH is a checkpoint or a torchvision backbone. Ignored if --resume is '
@@ -288,6 +290,7 @@ def parser(description: str | None, dataset: str, test_batch: int, without: Coll
     parser = Parser(description, kind)
     words = {
         'datasets': ', '.join(data_manager.get_names(kind)),
+        'own': data_manager.OWN_NAMES,
         'models': ', '.join(models.get_names()),
         'things': 'tracklets' if kind == 'video' else 'images',
     }

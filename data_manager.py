@@ -1,24 +1,27 @@
 """The data sets by name: `init_dataset(name)` -> train, query, gallery.
 
-A scan reads file names and MARS's tables, nothing else: no image is opened or looked up on disk. The command
-`python data_manager.py -d market1501` opens every image and reports the faults of a data set.
+A scan reads file names and tables, nothing else: no image is opened or looked up on disk. Commands:
+
+    python data_manager.py -d market1501                          # opens every image, and reports faults
+    python data_manager.py -d market1501 --write-csv table.csv    # writes it as a table, for -d csv:table.csv
+    python data_manager.py -d market1501 --sheet sheet.html       # writes a contact sheet of its persons
 """
 
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from functools import partial
 
-from tqdm import tqdm
-
 import toy
-from readers.market1501 import Market1501
+from readers import cuhk03, folder, table
+from readers.faults import check
+from readers.market1501 import Market, Market1501
+from readers.market1501_500k import Market1501With500k
 from readers.mars import Mars
-from readers.tree import Dataset, Item, paths_of
+from readers.msmt17 import Msmt17
+from readers.tree import Dataset
 from runtime import commands, values
-from runtime.decoding import read_image
 from runtime.errors import UserError, plain
 
 __all__ = ['Market1501', 'Mars', 'get_names', 'init_dataset']
@@ -46,6 +49,10 @@ def _place(data_dir: str, name: str) -> str:
 # A data set is a line in one of these two: its name, and the class that reads it from `data_dir`.
 IMAGES: dict[str, Callable[[str], Dataset]] = {
     'market1501': Market1501,
+    'market1501_500k': Market1501With500k,
+    'msmt17': Msmt17,
+    'cuhk03_detected': cuhk03.detected,
+    'cuhk03_labeled': cuhk03.labeled,
     'toy_market1501': toy_market1501,
     'toy_market1501_hard': partial(toy_market1501, hard=True),
 }
@@ -54,24 +61,64 @@ TRACKLETS: dict[str, Callable[[str], Dataset]] = {
     'mars_official': partial(Mars, official=True),
     'toy_mars': toy_mars,
 }
+# Data of one's own, NAME:PLACE: the class that reads the place, and what tells whether it holds images or videos.
+OWN: dict[str, tuple[Callable[..., Dataset], Callable[[str], str]]] = {
+    'csv': (table.Table, table.kind_of),
+    'folder': (folder.Folder, folder.kind_of),
+    'market': (Market, lambda place: 'image'),
+}
+OWN_NAMES = 'csv:FILE, folder:DIR or market:DIR'
 
 
 def get_names(kind: str | None = None) -> list[str]:
-    """The names that `init_dataset` accepts: all of them, or those of one kind, 'image' or 'video'."""
+    """The names that `init_dataset` accepts: all of them, or those of one kind, 'image' or 'video'; without OWN."""
     return [*(IMAGES if kind != 'video' else ()), *(TRACKLETS if kind != 'image' else ())]
 
 
-def init_dataset(name: str, data_dir: str = 'data', train: bool = True) -> Dataset:
+def kind_of(name: str) -> str:
+    """'image' or 'video': what a data set holds; '' if there is none of this name.
+
+    Raises UserError for data of one's own that are not at their place.
+    """
+    own, place = _own(name)
+    return OWN[own][1](place) if own else 'image' if name in IMAGES else 'video' if name in TRACKLETS else ''
+
+
+def _own(name: str) -> tuple[str, str]:
+    """The form and the place of data of one's own; two empty strings for any other name."""
+    own, colon, place = name.partition(':')
+    return (own, values.path(place)) if colon and own in OWN else ('', '')
+
+
+def init_dataset(
+    name: str, data_dir: str = 'data', train: bool = True, test_share: float = 0.5, seed: int = 1
+) -> Dataset:
     """Read the data set `name` from `data_dir` and print its statistics; a toy is drawn first if it does not exist.
 
+    name: one of `get_names()`, or of OWN_NAMES, which need no `data_dir`
     train: whether it must be possible to train on it; if not, a training set that is missing or unusable is empty
+    test_share, seed: of the persons in a folder without a split, those that are drawn for the test
 
     Raises UserError for an unknown name, for a toy that cannot be drawn, for a training set that is needed and cannot
     be used, and in the cases that the class lists.
     """
-    if name not in get_names():
-        raise UserError(f"there is no data set '{name}': choose one of {', '.join(get_names())}")
-    print(f'Initializing dataset {name}')
+    own, place = _own(name)
+    if not own and name not in get_names():
+        raise UserError(f"there is no data set '{plain(name)}': choose one of {', '.join(get_names())}, or {OWN_NAMES}")
+    print(f'Initializing dataset {plain(name, 500)}')
+    if own:
+        drawn = {'test_share': test_share, 'seed': seed} if own == 'folder' else {}
+        dataset = OWN[own][0](place, name, **drawn)
+    else:
+        dataset = _from_data_dir(name, data_dir)
+    if dataset.untrainable and train:
+        raise UserError(dataset.untrainable)
+    if dataset.untrainable:
+        print(f'It can be tested, but not trained on: {_why(dataset)}')
+    return dataset
+
+
+def _from_data_dir(name: str, data_dir: str) -> Dataset:
     try:
         dataset = (IMAGES | TRACKLETS)[name](data_dir)
     except OSError as error:
@@ -80,10 +127,6 @@ def init_dataset(name: str, data_dir: str = 'data', train: bool = True) -> Datas
         own = dataset
         dataset = Dataset(name, own.train, own.query, own.gallery)
         dataset.multi_query = getattr(own, 'multi_query', dataset.multi_query)
-    if dataset.untrainable and train:
-        raise UserError(dataset.untrainable)
-    if dataset.untrainable:
-        print(f'It can be tested, but not trained on: {_why(dataset)}')
     return dataset
 
 
@@ -102,111 +145,62 @@ def fingerprint(dataset: Dataset, subsets: Sequence[str] = ('train', 'query', 'g
     return digest.hexdigest()[:16]
 
 
-# ---- the check: python data_manager.py -d market1501 ----
+def digests(dataset: Dataset) -> list[str]:
+    """16 hexadecimal digits for the name of the person behind each training label.
+
+    A checkpoint records them: they tell whether two runs give equal labels to equal persons, without naming anybody.
+    """
+    names = (dataset.name_of(pid) for pid in dataset.train_pids)
+    return [hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:16] for name in names]
+
+
+# ---- the commands ----
 
 MOST = 10  # cases of a note that are listed
-Finding = tuple[bool, str, list[str]]  # whether it is a fault, what it is, and its cases (none if all is well)
-
-
-def check(dataset: Dataset, jobs: int = 1) -> Iterable[Finding]:
-    """Faults of a data set, and notes that are merely worth knowing. Opens every image, in `jobs` processes.
-
-    Faults are a training set that cannot be used, statistics that differ from the known ones, files that cannot be
-    read, persons that are in both the training set and the test sets, and byte-equal images of two persons. For MARS
-    both protocols are examined, whichever was read. Persons are numbered as on disk; distractors (pid 0) are not
-    counted as persons.
-    """
-    train = [(paths, dataset.train_pids[label], camid) for paths, label, camid in dataset.train]
-    query, queries = dataset.query, set(dataset.query)
-    gallery = [item for item in dataset.gallery if item not in queries]  # as in the original's protocol
-
-    yield True, 'training set that cannot be used', [why] if (why := _why(dataset)) else []
-    yield True, 'statistics that differ from the known ones', dataset.differences()
-    yield False, 'files and folders that are not read', list(dataset.passed_over)
-
-    shared = set(dataset.train_pids) & {pid for _, pid, _ in query + gallery}
-    yield True, 'persons in both the training set and the test sets', list(map(str, sorted(shared)))
-    for subset, items in ('the training set', train), ('the test sets', query + gallery):
-        cameras = _cameras_of(items)
-        alone = [str(pid) for pid in sorted(cameras) if pid and len(cameras[pid]) == 1]
-        yield False, f'persons of {subset} seen by one camera only', alone
-
-    protocols = {'': gallery}
-    if dataset.kind == 'video':
-        protocols = {' under mars': gallery, ' under mars_official': gallery + query}
-    for protocol, items in protocols.items():
-        cameras = _cameras_of(items)
-        rows = [(paths_of(item)[0], cameras.get(item[1]), item[2]) for item in query]
-        absent = [path for path, seen, _ in rows if seen is None]
-        yield False, f'queries without a match{protocol} (the person is not in the gallery)', absent
-        same = [path for path, seen, camid in rows if seen == {camid}]
-        hint = '; if the cameras are unknown, test with --any-camera' if len(same) + len(absent) == len(query) else ''
-        yield False, f'queries without a match{protocol} (the person is in the same camera only{hint})', same
-
-    pids = {path: item[1] for item in train + query + gallery for path in paths_of(item)}
-    unread: list[str] = []
-    copies: dict[bytes, list[str]] = {}
-    for path, (digest, reason) in zip(pids, _open_all(list(pids), jobs), strict=True):
-        if reason:
-            unread.append(reason)
-        else:
-            copies.setdefault(digest, []).append(path)
-    yield True, f'files (of {len(pids)}) that cannot be read', unread
-    groups: dict[bool, list[str]] = {True: [], False: []}  # whether of two persons
-    for paths in copies.values():
-        if len(paths) > 1:
-            groups[len({pids[path] for path in paths} - {0}) > 1].append(' = '.join(paths))
-    yield True, 'groups of byte-equal files of different persons', groups[True]
-    yield False, 'groups of byte-equal files of one person or of distractors', groups[False]
-
-
-def _cameras_of(items: Iterable[Item]) -> dict[int, set[int]]:
-    cameras: dict[int, set[int]] = {}
-    for _, pid, camid in items:
-        cameras.setdefault(pid, set()).add(camid)
-    return cameras
-
-
-def _open_all(paths: list[str], jobs: int) -> Iterable[tuple[bytes, str]]:
-    """What `_open` returns for each path, in order; shows a progress bar on a terminal."""
-    pool = ProcessPoolExecutor(min(jobs, len(paths)))
-    try:
-        yield from tqdm(pool.map(_open, paths, chunksize=64), total=len(paths), unit='image', leave=False, disable=None)
-    finally:
-        pool.shutdown(cancel_futures=True)  # otherwise an interruption would wait for every image
-
-
-def _open(path: str) -> tuple[bytes, str]:
-    """A digest of the file, and the reason why it cannot be read as an image ('' if it can)."""
-    try:
-        os.stat(path)  # read_image would try three times to open a missing file
-        read_image(path)
-        with open(path, 'rb') as file:
-            return hashlib.file_digest(file, 'sha1').digest(), ''
-    except OSError as error:
-        return b'', f'cannot read the image {path}: {error.strerror}'
-    except UserError as error:
-        return b'', str(error)
 
 
 def main() -> int:
-    parser = commands.Parser(description='Open every image of a data set and report its faults.')
-    parser.add_argument('-d', '--dataset', default='market1501', help=f'{", ".join(get_names())} (default: market1501)')
+    parser = commands.Parser(description='Check every image of a data set, or write its table or a contact sheet.')
+    names = f'{", ".join(get_names())}, {OWN_NAMES}'
+    parser.add_argument('-d', '--dataset', default='market1501', help=f'{names} (default: market1501)')
     parser.add_argument('--data-dir', type=values.path, default='data', help='where the data sets are (default: data)')
     parser.add_argument('-j', '--jobs', type=int, default=os.cpu_count() or 1, help='processes (default: all cores)')
+    parser.add_argument(
+        '--test-share', type=values.fraction, default=0.5,
+        help='of the persons of folder:DIR without a split, the share for the test (default: 0.5)',
+    )  # fmt: skip
+    parser.add_argument('--seed', type=values.seed, default=1, help='by which they are drawn (default: 1)')
+    parser.add_argument('--write-csv', type=values.path, metavar='FILE', help='write a table of the data set instead')
+    parser.add_argument(
+        '--sheet', type=values.path, metavar='FILE',
+        help='write a contact sheet of its persons and cameras instead, a page whose name ends in sheet.html',
+    )  # fmt: skip
     args = parser.parse_args()
     started = time.monotonic()
-    faults = 0
     if args.jobs < 1:
         raise UserError(f'-j {args.jobs}: at least one process is needed')
-    for is_fault, what, cases in check(init_dataset(args.dataset, args.data_dir, train=False), args.jobs):
+    dataset = init_dataset(args.dataset, args.data_dir, False, args.test_share, args.seed)
+    if args.write_csv:
+        print(f'Wrote {plain(args.write_csv, 500)}: {table.write(dataset, args.write_csv)} rows')
+    if args.sheet:
+        from page import sheet  # of the pages, this command rarely needs one
+
+        print(f'Wrote {plain(str(sheet.write(dataset, args.sheet)), 500)}, {sheet.PRIVATE}')
+    return 0 if args.write_csv or args.sheet else _check(dataset, args.dataset, args.jobs, started)
+
+
+def _check(dataset: Dataset, name: str, jobs: int, started: float) -> int:
+    """Print faults and notes; 1 if there are faults, 0 otherwise."""
+    faults = 0
+    for is_fault, what, cases in check(dataset, _why(dataset), jobs):
         if not cases:
             continue
         faults += is_fault
         listed = cases if is_fault or len(cases) <= MOST else [*cases[:MOST], f'and {len(cases) - MOST} more']
         lines = [f'{"fault" if is_fault else "note"}: {what}: {len(cases)}', *(plain(case, 1000) for case in listed)]
         print('\n    '.join(lines))
-    print(f'{args.dataset}: {faults} kind{"" if faults == 1 else "s"} of faults; {time.monotonic() - started:.0f} s')
+    kinds = f'{faults} kind{"" if faults == 1 else "s"} of faults'
+    print(f'{plain(name, 500)}: {kinds}; {time.monotonic() - started:.0f} s')
     return 1 if faults else 0
 
 

@@ -24,7 +24,7 @@ from runtime.device import Run
 from runtime.features import create_features, keep_features
 from runtime.meters import bar_over
 from runtime.provenance import provenance
-from runtime.testset import Averaged, averaged, check_files, check_items
+from runtime.testset import Averaged, averaged, check_files, check_items, fitting
 from transforms import TestTransform
 
 MAX_RANK = 50
@@ -43,6 +43,7 @@ class Test:
     """
 
     def __init__(self, dataset: Dataset, options: TestOptions, run: Run):
+        options = fitting(options, dataset)
         self.dataset, self.options, self.run = dataset, options, run
         self.ids = check_items(dataset, options.any_camera, run)
         self.averaged = averaged(dataset) if options.multi_query else None
@@ -171,6 +172,7 @@ class Test:
             'gallery': len(dataset.gallery),
             'date': datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
             'dataset': dataset.name,
+            **({'split': dataset.drawn} if dataset.drawn else {}),
             'rerank': options.rerank and {name: getattr(options, name) for name in ('k1', 'k2', 'lambda_value')},
             'distance': options.distance,
             'flip_test': options.flip_test,

@@ -32,7 +32,7 @@ parser.require(
 
 
 def main(args: arguments.Arguments, run: Run) -> None:
-    dataset = data_manager.init_dataset(args.dataset, args.data_dir, train=not args.evaluate)
+    dataset = data_manager.init_dataset(args.dataset, args.data_dir, not args.evaluate, args.test_share, args.seed)
     size = args.height, args.width
     model = models.init_model(args.arch, dataset.num_train_pids, loss={'xent', 'htri'}, size=size)
     weights.pretrain(model, args.pretrained)

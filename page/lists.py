@@ -57,11 +57,11 @@ def _lists(
 ) -> dict[str, Any]:
     """The template's variables for showing the chosen queries with their nearest gallery items in each run."""
     first, missing = runs[0], set()
-    thumbnail = functools.cache(_thumbnail)
+    small = functools.cache(thumbnail)
 
     def picture(run: TestedRun, subset: str, index: int) -> dict[str, Any]:
         paths = run.files[subset][index]
-        name, image = Path(paths[0]).name, thumbnail(tuple(paths), FRAMES[subset])
+        name, image = Path(paths[0]).name, small(tuple(paths), FRAMES[subset])
         if image is None:
             missing.add(name)
         return {'name': name, 'image': image}
@@ -84,7 +84,7 @@ def _lists(
     queries = [
         {
             'index': int(query),
-            'pid': int(first.arrays['q_pids'][query]),
+            'pid': first.name_of(int(first.arrays['q_pids'][query])),
             'camid': int(first.arrays['q_camids'][query]),
             'groups': [name for name, group in groups.items() if query in group],
             'rankings': [
@@ -103,14 +103,16 @@ def _lists(
     return {
         'queries': queries,
         'groups': {name: len(group) for name, group in groups.items()},
-        'pids': sorted({query['pid'] for query in queries}),
+        'pids': [
+            first.name_of(pid) for pid in sorted({int(first.arrays['q_pids'][query['index']]) for query in queries})
+        ],
         'shown': shown,
         'missing': len(missing),
         'tracklets': any(len(paths) > 1 for paths in first.files['query']),
     }
 
 
-def _thumbnail(paths: tuple[str, ...], frames: int) -> str | None:
+def thumbnail(paths: tuple[str, ...], frames: int) -> str | None:
     """A small JPEG as a data: URI, for a tracklet up to `frames` frames side by side; None if none can be read."""
     number = min(len(paths), frames)
     height = HEIGHT if len(paths) == 1 else STRIP_HEIGHT

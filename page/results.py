@@ -43,7 +43,10 @@ def write(
       nearest item of another identity if that is among the ten nearest, its score by each added metric, and the path
       of each of the ten nearest items and whether it is a match (1 or 0). Of a tracklet it is the path of the first
       frame.
-    - ranking.npz: the arrays KEPT of `result`, the paths, pids and camids of query and gallery, and `more`.
+    - ranking.npz: the arrays KEPT of `result`, the paths, pids and camids of query and gallery, and `more`; if persons
+      have names, the pids of the queries and their names.
+
+    In results.csv persons are named as in the data.
     """
     folder, query, gallery = Path(folder), dataset.query, dataset.gallery
     scores = {
@@ -62,6 +65,10 @@ def write(
         **{name: getattr(result, name) for name in KEPT},
         **more,
     }
+    if dataset.names:
+        pids = sorted({pid for _, pid, _ in query})
+        named = [(dataset.name_of(pid), pid, 0) for pid in pids]
+        arrays |= {'named_pids': np.array(pids), 'pid_names': _files(named)}
     writers: dict[str, Callable[[Path], object]] = {
         'results.json': lambda path: write_json(summary | added, path),
         'results.csv': lambda path: _write_table(path, dataset, result, arrays['g_pids'], scores),
@@ -106,13 +113,14 @@ def _write_table(
             begin, end = result.offsets[row : row + 2]
             first_rank = result.ranks[begin] if end > begin else ''
             near = [int(place) for place in result.nearest[row] if place >= 0]
-            wrong = next((g_pids[place] for place in near if g_pids[place] != pid), '')
+            wrong = next((dataset.name_of(g_pids[place]) for place in near if g_pids[place] != pid), '')
             named: list[tuple[str, object]] = [
                 (_frames(dataset.gallery[place][0])[0], int(g_pids[place] == pid)) for place in near
             ]
             named += [('', '')] * (len(listed) - len(near))
             ap, *added = (_shown(values[row]) for values in (precisions, *scores.values()))
-            table.writerow([_frames(paths)[0], pid, camid, ap, first_rank, end - begin, wrong, *added, *chain(*named)])
+            person, matches = dataset.name_of(pid), end - begin
+            table.writerow([_frames(paths)[0], person, camid, ap, first_rank, matches, wrong, *added, *chain(*named)])
 
 
 def _shown(score: float) -> str:

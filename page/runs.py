@@ -117,6 +117,18 @@ class TestedRun:
         return list(zip(labels, scores.mean(0), *interval(scores), strict=True))
 
     @functools.cached_property
+    def names(self) -> dict[int, str]:
+        """The name of each query's pid, if persons have names in the data."""
+        if 'named_pids' not in self.arrays:
+            return {}
+        return dict(
+            zip(self.arrays['named_pids'].tolist(), (row[0] for row in _split(self.arrays['pid_names'])), strict=True)
+        )
+
+    def name_of(self, pid: int) -> str:
+        return self.names.get(pid, str(pid))
+
+    @functools.cached_property
     def files(self) -> dict[str, list[list[str]]]:
         """'query' and 'gallery' -> for each item the path of its image, or those of up to 8 frames of a tracklet."""
         return {subset: _split(self.arrays[f'{subset}_files']) for subset in ('query', 'gallery')}

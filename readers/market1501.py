@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 
 from readers.tree import MAX_PID, Dataset, Image, Item, camids_of, find, listed, usable
 from runtime.decoding import SUFFIXES
@@ -18,53 +19,86 @@ PUBLISHED = {'train': (751, 12936), 'query': (750, 3368), 'gallery': (751, 15913
 NAME = re.compile(r'(-?\d+)_c(\d+)', re.ASCII)  # 0002_c1s1_000451_03.jpg: pid 2, camera 1
 
 
-class Market1501(Dataset):
-    """Market1501, images of 1501 persons in 6 cameras (Zheng et al., Scalable Person Re-identification, ICCV 2015).
+class Market(Dataset):
+    """Images in the folders and with the names of Market1501, of any persons and cameras: `-d market:DIR`.
 
-    Found in `data_dir` as market1501 or Market-1501-v15.09.15, in any spelling, also nested once, or as `data_dir`
-    itself. Person and camera are read from the file name only. Junk (pid -1) is dropped, distractors (pid 0) stay in
-    the gallery; hidden files, folders and files that are not images (SUFFIXES) are passed over. Pids of query and
-    gallery are as on disk. Camids are camera - 1, which is 0..5; in a data set with cameras other than 1..6, all
-    cameras are numbered from 0 in ascending order. Items are sorted by file name.
+    Person and camera are read from the file name only. Junk (pid -1) is dropped, distractors (pid 0) stay in the
+    gallery; hidden files, folders and files that are not images (SUFFIXES) are passed over. Pids of query and gallery
+    are as on disk. Camids are camera - 1, which is 0..5; in a data set with cameras other than 1..6, all cameras are
+    numbered from 0 in ascending order. Items are sorted by file name.
 
-    `name` is market1501 or toy_market1501. Raises UserError for a missing folder, a folder without images, an image
-    whose name cannot be parsed, and a pid below -1 or above MAX_PID. If only the training set has such a fault, it is
-    empty, and `untrainable` is the message.
+    Args:
+        root: the folder that holds bounding_box_train, query and bounding_box_test.
+        name: with which it was asked for.
+        untrainable: why nothing can be trained on it, if that is known already.
+        whole: whether it is a published data set. Otherwise any of the three folders may be missing, but not all.
+        distractors: more folders whose images are part of the gallery.
+
+    Raises UserError for a missing folder, a folder without images, an image whose name cannot be parsed, and a pid
+    below -1 or above MAX_PID. If only the training set has such a fault, it is empty, and `untrainable` is the
+    message.
     """
 
-    def __init__(self, data_dir: str = 'data', name: str = 'market1501') -> None:
-        root, untrainable = find(data_dir, name, FOLDERS if name == 'market1501' else (name,), PARTS, TRAINING)
-        self.root = root
+    def __init__(
+        self,
+        root: str,
+        name: str = 'market',
+        *,
+        title: str = '',
+        untrainable: str = '',
+        whole: bool = False,
+        distractors: Sequence[str] = (),
+    ) -> None:
+        self.root, self.whole = root, whole
         passed_over: list[str] = []
-        train, untrainable = usable(lambda: _scan(os.path.join(root, 'bounding_box_train'), passed_over), untrainable)
-        query, gallery = (_scan(os.path.join(root, part), passed_over) for part in ('query', 'bounding_box_test'))
+        if not whole and not any(os.path.isdir(os.path.join(root, part)) for part in PARTS):
+            raise UserError(
+                f'{plain(root, 500)} contains none of the folders {", ".join(PARTS)}; give the one that does'
+            )
+
+        def scan(part: str) -> list[Image]:
+            folder = os.path.join(root, part)
+            return _scan(folder, passed_over) if whole or os.path.isdir(folder) else []
+
+        train, untrainable = usable(lambda: scan('bounding_box_train'), untrainable)
+        query = scan('query')
+        gallery = [item for part in ('bounding_box_test', *distractors) for item in scan(part)]
         self.camids, cameras = camids_of(train, query, gallery)
         subsets = (
             [(path, pid, self.camids[camera]) for path, pid, camera in items] for items in (train, query, gallery)
         )
-        self.published = PUBLISHED if name == 'market1501' else {}
-        super().__init__(
-            name,
-            *subsets,
-            title='Market1501' if name == 'market1501' else name,
-            untrainable=untrainable,
-            cameras=cameras,
-            passed_over=passed_over,
-        )
+        super().__init__(name, *subsets, title=title, untrainable=untrainable, cameras=cameras, passed_over=passed_over)
 
     def multi_query(self) -> list[Item]:
         """The hand-drawn boxes in gt_bbox, of all persons and cameras.
 
-        Raises UserError if that folder is missing, and for the names in it as for those of the other folders.
+        Raises UserError if that folder is missing, and for the names in it as for those of the other folders. Data of
+        one's own need no such folder: the queries take its place.
         """
         folder = os.path.join(self.root, 'gt_bbox')
         if not os.path.isdir(folder) or not os.listdir(folder):
+            if not self.whole:
+                return self.query
             again = 'it is part of Market-1501-v15.09.15.zip: unzip that again'
             if self.name.startswith('toy_'):
                 again = 'remove the folder of the toy, and it is drawn again'
             raise UserError(f'--multi-query needs {folder}, which is missing or empty; {again}, or omit the option')
         boxes = _scan(folder, [])
         return [(path, pid, self.camids[camera]) for path, pid, camera in boxes if camera in self.camids]
+
+
+class Market1501(Market):
+    """Market1501, images of 1501 persons in 6 cameras (Zheng et al., Scalable Person Re-identification, ICCV 2015).
+
+    Found in `data_dir` as market1501 or Market-1501-v15.09.15, in any spelling, also nested once, or as `data_dir`
+    itself. `name` is market1501 or toy_market1501. Read as `Market` reads any such folder, with all three parts.
+    """
+
+    def __init__(self, data_dir: str = 'data', name: str = 'market1501') -> None:
+        root, untrainable = find(data_dir, name, FOLDERS if name == 'market1501' else (name,), PARTS, TRAINING)
+        self.published = PUBLISHED if name == 'market1501' else {}
+        title = 'Market1501' if name == 'market1501' else name
+        super().__init__(root, name, title=title, untrainable=untrainable, whole=True)
 
 
 def _scan(folder: str, passed_over: list[str]) -> list[Image]:

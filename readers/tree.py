@@ -1,8 +1,10 @@
-"""Shared by all readers: the data set object, the numbering of its cameras, and the search for its folder."""
+"""Shared by all readers: the data set object, the numbers of its persons and cameras, and the search for its folder."""
 
+import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +18,10 @@ AnyItem = TypeVar('AnyItem', Image, Tracklet)
 
 NUM_CAMERAS = 6  # of Market1501 and MARS, 1..6 on disk
 MAX_PID = 2**63 - 1  # pids are int64
+INTEGER = re.compile(r'0|-?[1-9][0-9]{0,17}')  # as Python writes it, and within int64
+DIGITS = re.compile(r'([0-9]+)')
+LONG = 4000  # digits, of which Python converts no more than 4300
+TOYS = ('market1501', 'mars')  # of which there is a toy
 DROPPINGS = ('thumbs.db', 'desktop.ini')  # left by Windows in any folder
 ARCHIVES = ('.zip', '.rar', '.7z', '.tar', '.tar.gz', '.tgz')
 
@@ -31,6 +37,10 @@ class Dataset:
         untrainable: why nothing can be trained on it, in the words of an error message.
         cameras: the cameras on disk, if they had to be renumbered.
         passed_over: files and folders that are not read.
+        names: the name of each pid, if the pids are places of names in their order.
+        camera_names: the same of each camid.
+        no_cameras: the cameras are unknown, and all camids are 0: a test counts matches from any camera.
+        drawn: how training and test persons were divided, if that was drawn.
 
     Attributes:
         kind: 'image' or 'video', what the items are.
@@ -42,7 +52,8 @@ class Dataset:
     and how the data set differs from the one that is published under its name.
     """
 
-    published: Mapping[str, tuple[int, int]] = {}  # known numbers of persons and items of each subset
+    published: Mapping[str, tuple[int, int]] = {}  # known numbers of persons and items of a subset
+    num_cameras = NUM_CAMERAS  # as published
 
     def __init__(
         self,
@@ -57,14 +68,20 @@ class Dataset:
         untrainable: str = '',
         cameras: Sequence[int] = (),
         passed_over: Sequence[str] = (),
+        names: Mapping[int, str] | None = None,
+        camera_names: Mapping[int, str] | None = None,
+        no_cameras: bool = False,
+        drawn: str = '',
     ):
         self.name, self.cameras, self.passed_over = name, cameras, passed_over
+        self.names, self.camera_names, self.no_cameras, self.drawn = names or {}, camera_names or {}, no_cameras, drawn
         self.train_pids = sorted({pid for _, pid, _ in train})
         self.untrainable = untrainable
         if not untrainable and len(self.train_pids) < 2:
             fault = f'has only one person ({plain(paths_of(train[0])[0], 500)} ...)' if train else 'is empty'
-            self.untrainable = f'{name}: the training set {fault}; at least two persons are needed'
-        self.kind = 'image' if all(isinstance(paths, str) for paths, _, _ in (*train[:1], *query[:1])) else 'video'
+            self.untrainable = f'{plain(name, 500)}: the training set {fault}; at least two persons are needed'
+        some = (*train[:1], *query[:1], *gallery[:1])
+        self.kind = 'image' if all(isinstance(paths, str) for paths, _, _ in some) else 'video'
         labels = {pid: label for label, pid in enumerate(self.train_pids)}
         self.train: list[Item] = [(paths, labels[pid], camid) for paths, pid, camid in train]
         self.query, self.gallery = list(query), list(gallery)
@@ -72,11 +89,18 @@ class Dataset:
             count_pids, (self.train, self.query, self.gallery)
         )
         total = len(train) + len(query) + len(gallery) if total is None else total
-        print('\n'.join([f'=> {title or name} loaded', 'Dataset statistics:', *self._statistics(total, lengths)]))
+        heading = f'=> {plain(title or name, 500)} loaded'
+        print('\n'.join([heading, 'Dataset statistics:', *self._statistics(total, lengths)]))
+        for line in self._of_ones_own():
+            print(line)
         if named := [path for path in passed_over if not _is_harmless(path)]:
             print(f'Passed over: {listed(named, os.path.dirname(os.path.dirname(named[0])))}')
         if differences := self.differences():
             print(f'It differs from the published {title or name}: {"; ".join(differences)}')
+
+    def name_of(self, pid: int) -> str:
+        """The person's name, or number, in the data."""
+        return self.names.get(pid, str(pid))
 
     def multi_query(self) -> list[Item]:
         """Images of the queries' persons in their cameras, over which --multi-query averages: here the queries."""
@@ -98,30 +122,52 @@ class Dataset:
             table.append(f'  number of images per tracklet: {min(lengths)} ~ {max(lengths)}, average {average:.1f}')
         return [*table, line]
 
+    def _of_ones_own(self) -> list[str]:
+        """What was decided about data that have no published form, in a line each."""
+        lines = [self.drawn] if self.drawn else []
+        if self.no_cameras:
+            lines.append('The cameras are unknown: a test counts matches from any camera, as with --any-camera')
+        if self.camera_names:
+            lines.append(
+                f'Cameras {_enumerated(self.camera_names.values())} are camids 0 to {len(self.camera_names) - 1}'
+            )
+        elif self.cameras and not self.published:
+            lines.append(f'Cameras {_enumerated(self.cameras)} are camids 0 to {len(self.cameras) - 1}')
+        return lines
+
+    def parts(self) -> Mapping[str, Sequence[Item]]:
+        """The items whose numbers are `published`. Queries that are also in the gallery are not counted there."""
+        queries = set(self.query)
+        gallery = [item for item in self.gallery if item not in queries]
+        return {'train': self.train, 'query': self.query, 'gallery': gallery}
+
     def differences(self) -> list[str]:
         """How the data set differs from the published one in persons and items of a subset, and in cameras.
 
-        Queries that are also in the gallery are not counted there. A training set that is missing is no difference.
+        A training set that is missing is no difference.
         """
         if not self.published:
             return []
-        queries = set(self.query)
-        gallery = [item for item in self.gallery if item not in queries]
         counts = {
             subset: (count_pids(items), len(items))
-            for subset, items in {'train': self.train, 'query': self.query, 'gallery': gallery}.items()
+            for subset, items in self.parts().items()
             if items or not self.untrainable
         }
         differences = [
-            '{}: {} ids, {} items instead of {} and {}'.format(subset, *found, *self.published[subset])
-            for subset, found in counts.items()
-            if found != self.published[subset]
+            '{}: {} ids, {} items instead of {} and {}'.format(subset, *counts[subset], *known)
+            for subset, known in self.published.items()
+            if subset in counts and counts[subset] != known
         ]
         if self.cameras:
-            numbers = ', '.join(map(str, self.cameras[:12])) + (' ...' if len(self.cameras) > 12 else '')
             camids = f'camids 0 to {len(self.cameras) - 1}'
-            differences.append(f'cameras {plain(numbers)} instead of 1 to {NUM_CAMERAS} ({camids}, in this order)')
+            numbers = _enumerated(self.cameras)
+            differences.append(f'cameras {numbers} instead of 1 to {self.num_cameras} ({camids}, in this order)')
         return differences
+
+
+def _enumerated(values: Iterable[object], most: int = 12) -> str:
+    shown = [plain(str(value), 30) for value in values]
+    return ', '.join(shown[:most]) + (' ...' if len(shown) > most else '')
 
 
 def count_pids(items: Iterable[Item]) -> int:
@@ -149,13 +195,36 @@ def usable(read: Callable[[], list[AnyItem]], untrainable: str) -> tuple[list[An
         return [], str(fault)
 
 
-def camids_of(*subsets: Iterable[Item]) -> tuple[dict[int, int], list[int]]:
-    """The camid of each camera of the items: camera - 1 if all are 1..6, otherwise from 0 in ascending order.
+def numbered(texts: Iterable[str], first: int) -> tuple[dict[str, int], dict[int, str]]:
+    """A number for each text, and the text of each number if that is not the number itself.
 
-    Also returns the cameras, in ascending order, if they are not all 1..6.
+    If all texts are integers as Python writes them, within 18 digits, these are their numbers. Otherwise the numbers
+    are the places of the texts in natural order, from `first`.
+    """
+    different = set(texts)
+    if all(map(INTEGER.fullmatch, different)):
+        return {text: int(text) for text in different}, {}
+    numbers = {text: number for number, text in enumerate(sorted(different, key=natural), start=first)}
+    return numbers, {number: text for text, number in numbers.items()}
+
+
+def natural(text: str) -> tuple[list[Any], str]:
+    """Sort key that compares runs of digits by their value: a2 before a10; texts of equal value as they are."""
+    parts = DIGITS.split(text)  # digits are at odd places
+    if len(text) < LONG:
+        parts[1::2] = map(int, parts[1::2])
+    else:
+        parts[1::2] = [int(digits) if len(digits) < LONG else math.inf for digits in parts[1::2]]
+    return parts, text
+
+
+def camids_of(*subsets: Iterable[Item], most: int = NUM_CAMERAS) -> tuple[dict[int, int], list[int]]:
+    """The camid of each camera of the items: camera - 1 if all are 1..`most`, otherwise from 0 in ascending order.
+
+    Also returns the cameras, in ascending order, if they are not all 1..`most`.
     """
     cameras = sorted({camera for items in subsets for _, _, camera in items})
-    if all(1 <= camera <= NUM_CAMERAS for camera in cameras):
+    if all(1 <= camera <= most for camera in cameras):
         return {camera: camera - 1 for camera in cameras}, []
     return {camera: camid for camid, camera in enumerate(cameras)}, cameras
 
@@ -210,7 +279,9 @@ def find(
         fault = f"no {' or '.join(folders)} in --data-dir '{data_dir}'"
     tree = [os.path.join(data_dir, folders[0]) + os.sep]
     tree += [f'    {part}{"" if "." in part else os.sep}'.ljust(34) + hint for part, hint in parts.items()]
-    advice = f'see data/README.md for where to download it; -d toy_{name} draws a toy in this format'
+    advice = 'see docs/data.md for what it consists of'
+    if name in TOYS:
+        advice = f'see data/README.md for where to download it; -d toy_{name} draws a toy in this format'
     if name.startswith('toy_'):
         advice = 'remove that folder, and the toy is drawn again'
     elif archives := _spelled(data_dir, folders, ARCHIVES):

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import weights
 from arguments import SaveOptions
-from data_manager import fingerprint
+from data_manager import digests, fingerprint
 from models.network import Network
 from page import results
 from readers.tree import Dataset
@@ -49,18 +49,19 @@ class Checkpoint:
     A file is a dict of tensors, numbers, strings and plain containers. `state_dict`, `rank1` (Rank-1 in 0..1) and
     `epoch` (index of the epoch just finished, from 0) mean what they mean in the original's files; `batch` is the
     number of batches of the next epoch that are done as well, `state` holds the other parts, `best_rank1` is the best
-    Rank-1 so far, `arguments` holds every option, `model` the
-    arguments of `init_model`, `recipe` those that a resumed run must repeat, and `provenance` the
-    origin of the file. If a script gains options, they have their defaults in the files that it wrote before.
+    Rank-1 so far, `arguments` holds every option, `model` the arguments of `init_model`, `recipe` those that a resumed
+    run must repeat, `labels` a digest of the person behind each training label, and `provenance` the origin of the
+    file. If a script gains options, they have their defaults in the files that it wrote before.
 
     Raises:
-        UserError: the file cannot be read, does not fit the model, or has a different recipe.
+        UserError: the file cannot be read, does not fit the model, or has a different recipe or other labels.
     """
 
     def __init__(self, dataset: Dataset, options: SaveOptions, run: Run, *, model: Network, **parts: Stateful):
         self.options, self.run, self.model, self.parts = options, run, model, parts
         self.folder = Path(options.save_dir)
         self.provenance = {**provenance(run), 'dataset_fingerprint': fingerprint(dataset)}
+        self.labels = digests(dataset)
         self.epoch, self.start_batch, self.done = options.start_epoch, 0, 0  # the epoch, and how many of its batches
         self.best_rank1 = -1.0
         self.saved = time.monotonic()
@@ -101,7 +102,7 @@ class Checkpoint:
     def _load(self, loaded: weights.Weights, resumes: bool) -> None:
         state = loaded.state if resumes else None
         if state is not None:
-            check(state, self.options, self.provenance, self.path)
+            check(state, self.options, self.provenance, self.labels, self.path)
         where, weights_only = str(self.path), self.options.evaluate or self.options.resume_weights_only
         if self.options.evaluate:
             weights.fit_classifier(self.model, loaded.state_dict, where)
@@ -315,6 +316,7 @@ class Checkpoint:
             'state': {name: part.state_dict() for name, part in self.parts.items()},
             'arguments': self.options.arguments,
             'recipe': self.options.recipe,
+            'labels': self.labels,
             'provenance': self.provenance,
         }
 

@@ -15,7 +15,7 @@ import torch
 
 import data_manager
 import models
-from runtime.errors import UserError
+from runtime.errors import UserError, plain
 from runtime.kinds import not_a_file
 from runtime.processes import of_environment
 
@@ -39,17 +39,21 @@ def check(parser: Reporter, args: argparse.Namespace) -> None:
 
 
 def check_names(parser: Reporter, args: argparse.Namespace) -> None:
-    names = data_manager.get_names(parser.kind)
-    if args.dataset in data_manager.get_names() and args.dataset not in names:
+    names = f'{", ".join(data_manager.get_names(parser.kind))}, {data_manager.OWN_NAMES}'
+    try:
+        kind = data_manager.kind_of(args.dataset)
+    except UserError as mistake:
+        parser.error(f'-d {plain(args.dataset, 500)}: {mistake}')
+    if kind and kind != parser.kind:
         here, there = ('images', 'tracklets') if parser.kind == 'image' else ('tracklets', 'images')
         script = Path(sys.argv[0]).name
         other = script.replace('img', 'vid') if parser.kind == 'image' else script.replace('vid', 'img')
         parser.error(
-            f'-d {args.dataset} contains {there}, but {script} trains on {here}: choose one of {", ".join(names)}, '
+            f'-d {plain(args.dataset, 500)} contains {there}, but {script} trains on {here}: choose one of {names}, '
             f'or run {other if other != script else "a script for " + there}'
         )
-    if args.dataset not in names:
-        parser.error(f'-d {args.dataset}: no such data set; choose one of {", ".join(names)}')
+    if not kind:
+        parser.error(f'-d {plain(args.dataset, 500)}: no such data set; choose one of {names}')
     try:
         smallest = models.network_of(args.arch, (args.height, args.width)).smallest
     except UserError as mistake:

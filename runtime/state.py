@@ -22,10 +22,13 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: Any, /) -> object: ...
 
 
-def check(state: dict[str, Any], options: SaveOptions, provenance: object, where: str | Path | None) -> None:
-    """Refuse a file in this project's format that was altered, or whose run had a different recipe.
+def check(
+    state: dict[str, Any], options: SaveOptions, provenance: object, labels: list[str], where: str | Path | None
+) -> None:
+    """Refuse a file in this project's format that was altered, or whose run had a different recipe or other labels.
 
     provenance: of this run
+    labels: of this run, the digest of the person behind each
 
     Options that the script of the file gained later have their defaults.
     """
@@ -38,6 +41,7 @@ def check(state: dict[str, Any], options: SaveOptions, provenance: object, where
     same_script = _script(state.get('provenance')) == _script(provenance)
     known = options.defaults | state['recipe'] if same_script else state['recipe']
     _check_recipe(known, options.recipe, where)
+    _check_labels(state.get('labels', labels), labels, where)
 
 
 def _script(provenance: object) -> str | None:
@@ -60,6 +64,21 @@ def _check_recipe(theirs: dict, ours: dict, where: str | Path | None) -> None:
             f'--resume {where}: the run has a different recipe: {"; ".join(differences)}. Use its values, or start a '
             f'new run from these weights with --resume-weights-only'
         )
+
+
+def _check_labels(theirs: object, ours: list[str], where: str | Path | None) -> None:
+    """Refuse to continue with labels that mean other persons: the classifier would take one for another."""
+    if theirs == ours:
+        return
+    known = theirs if isinstance(theirs, list) else []
+    moved = sum(one != other for one, other in zip(known, ours, strict=False))
+    what = f'it has {len(known)} persons, not {len(ours)}'
+    if len(known) == len(ours):
+        what = f'{moved} of {len(ours)} labels mean other persons'
+    raise UserError(
+        f'--resume {where}: the run was trained with another table of persons and labels: {what}. Restore the training '
+        f'set, or start a new run from these weights with --resume-weights-only'
+    )
 
 
 def restore(part: Stateful, name: str, states: dict[str, Any], where: str | Path | None) -> None:

@@ -3,11 +3,13 @@
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from arguments import TestOptions
 from eval_metrics import check_matches
 from readers.tree import Dataset, Item, ids_of, paths_of
 from runtime.device import Run
@@ -15,6 +17,19 @@ from runtime.errors import UserError, plain
 from runtime.paths import same_files
 
 LOOK_UP_SECONDS = 2  # time limit, at the start of a run, for checking that the test's files exist
+
+
+def fitting(options: TestOptions, dataset: Dataset) -> TestOptions:
+    """The options of the test: with --any-camera if the cameras of the data set are unknown.
+
+    Raises UserError for --multi-query, which needs them.
+    """
+    if dataset.no_cameras and options.multi_query:
+        raise UserError(
+            f'--multi-query: the cameras of {plain(dataset.name, 500)} are unknown, so that averaged images in the '
+            'gallery would count as matches; omit the option'
+        )
+    return replace(options, any_camera=True) if dataset.no_cameras else options
 
 
 def check_items(dataset: Dataset, any_camera: bool, run: Run) -> list[np.ndarray]:

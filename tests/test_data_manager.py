@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -14,7 +15,7 @@ from test_readers import MARKET
 
 import data_manager
 import toy
-from readers import market1501, mars
+from readers import market1501, mars, pictures
 from runtime import commands
 from runtime.errors import UserError
 
@@ -37,7 +38,7 @@ def test_toys_are_drawn_and_read(tmp_path, monkeypatch):
     assert 'bbox_train' in os.listdir(tmp_path / 'new' / 'toy_mars')
 
     shutil.rmtree(tmp_path / 'toy_market1501' / 'query')
-    with pytest.raises(UserError, match='remove that folder, and the toy is drawn again'):
+    with pytest.raises(UserError, match=r'remove that folder, and the toy is drawn again'):
         data_manager.init_dataset('toy_market1501', tmp_path)
 
 
@@ -48,12 +49,16 @@ def test_a_toy_that_cannot_be_drawn(tmp_path):
 
 
 def test_names():
-    images, tracklets = ['market1501', 'toy_market1501', 'toy_market1501_hard'], ['mars', 'mars_official', 'toy_mars']
-    assert data_manager.get_names() == images + tracklets
-    assert data_manager.get_names('image') == images
-    assert data_manager.get_names('video') == tracklets
+    images = ['market1501', 'market1501_500k', 'msmt17', 'cuhk03_detected', 'cuhk03_labeled']
+    images += ['toy_market1501', 'toy_market1501_hard']
+    videos = ['mars', 'mars_official', 'toy_mars']
+    assert data_manager.get_names() == [*images, *videos]
+    assert (data_manager.get_names('image'), data_manager.get_names('video')) == (images, videos)
+    assert [data_manager.kind_of(name) for name in ('msmt17', 'mars', 'market:x', 'duke', 'csv', '')] == [
+        'image', 'video', 'image', '', '', ''
+    ]  # fmt: skip
     with pytest.raises(
-        UserError, match="no data set 'duke': choose one of market1501, toy_market1501, toy_market1501_hard, mars"
+        UserError, match=r"no data set 'duke': choose one of market1501, .* toy_mars, or csv:FILE, folder:DIR"
     ):
         data_manager.init_dataset('duke')
 
@@ -82,18 +87,24 @@ def test_any_object_with_three_lists_is_a_data_set(table, monkeypatch, capsys):
 
 # ---- the command that opens every image ----
 
+WITHOUT_A_PACKAGE = (
+    'note: near-duplicates in the training set and the test sets were not looked for: 1',
+    '    pip install imagehash, and check again',
+)
+
 
 @pytest.fixture
 def checked(tmp_path, monkeypatch, capsys):
     """Run the command on the data sets under `tmp_path`; gives back its status, what it found and its errors."""
 
-    def run(name, *args):
+    def run(name, *args, every=False):
         monkeypatch.setattr(sys, 'argv', ['data_manager.py', '-d', name, '--data-dir', str(tmp_path), '-j', '1', *args])
         with pytest.raises(SystemExit) as end:
             commands.run(data_manager.main)
         said = capsys.readouterr()
         found = said.out.split('  ' + '-' * 30 + '\n')[-1].replace(f'{tmp_path}/', '').splitlines()
-        return end.value.code, [line for line in found if not line.startswith(('It differs', 'Passed over'))], said.err
+        passed = 'It differs', 'Passed over', 'Split by', 'The cameras', *(() if every else WITHOUT_A_PACKAGE)
+        return end.value.code, [line for line in found if not line.startswith(passed)], said.err
 
     return run
 
@@ -104,7 +115,8 @@ def market(tmp_path, monkeypatch):
     monkeypatch.setattr(market1501, 'PUBLISHED', {'train': (2, 3), 'query': (2, 2), 'gallery': (2, 2)})
     for number, (part, name) in enumerate((part, name) for part, names in MARKET.items() for name in names):
         (tmp_path / 'market1501' / part).mkdir(parents=True, exist_ok=True)
-        Image.new('RGB', (4, 8), (30 * number, 0, 0)).save(tmp_path / 'market1501' / part / name)
+        pixels = np.random.default_rng(number).integers(0, 255, (8, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / 'market1501' / part / name)
     return tmp_path / 'market1501'
 
 
@@ -125,7 +137,8 @@ def test_a_sound_data_set(market, checked):
     assert errors == ''  # no bar where there is no terminal
 
 
-def test_all_faults_of_a_data_set_are_found(market, checked, tmp_path):
+def test_all_faults_of_a_data_set_are_found(market, checked, monkeypatch):
+    monkeypatch.setattr(pictures, 'can_hash', lambda: False)  # near-duplicates are tested below
     (market / 'bounding_box_train' / '0001_c1s1_000001_00.jpg').write_bytes(b'no image')
     query = market / 'query' / '0001_c1s1_001051_00.jpg'
     train = market / 'bounding_box_train'
@@ -202,6 +215,82 @@ def test_a_distractor_is_no_person(market, checked):
     status, found, _ = checked('market1501')
     assert status == 0
     assert found[-3] == 'note: groups of byte-equal files of one person or of distractors: 1'
+
+
+def test_images_that_show_nothing_or_are_blurred(market, checked):
+    names = sorted((market / 'bounding_box_test').iterdir())
+    Image.new('RGB', (64, 128), (9, 9, 9)).save(names[-1])
+    rng = np.random.default_rng(0)
+    blurred = Image.fromarray(rng.integers(0, 255, (4, 2, 3), dtype=np.uint8)).resize(
+        (64, 128), Image.Resampling.BICUBIC
+    )
+    blurred.save(names[1], quality=95)
+    status, found, _ = checked('market1501')
+    assert status == 0
+    assert found[len(NOTES) : -1] == [
+        'note: images that show nothing (nearly one shade of grey): 1',
+        f'    market1501/bounding_box_test/{names[-1].name}',
+        'note: images that are very blurred, the worst first: 1',
+        f'    market1501/bounding_box_test/{names[1].name}',
+    ]
+
+
+def test_near_duplicates_across_train_and_test(market, checked, tmp_path):
+    pytest.importorskip('imagehash')
+    toy.draw_cuhk03(tmp_path / 'toy', num_train=1, num_test=1, num_images=1)
+    image = Image.open(next((tmp_path / 'toy' / 'labeled' / 'query').iterdir()))  # with structure, as hashes compare it
+    one = market / 'bounding_box_train' / MARKET['bounding_box_train'][0]
+    other = market / 'bounding_box_test' / MARKET['bounding_box_test'][1]
+    image.save(one, quality=90)
+    image.resize((50, 100), Image.Resampling.BICUBIC).save(other, quality=60)
+    _, found, _ = checked('market1501')
+    assert found[-3:-1] == [
+        'note: near-duplicates in the training set and the test sets: 1',
+        f'    market1501/bounding_box_train/{one.name} ~ market1501/bounding_box_test/{other.name}',
+    ]
+
+
+def test_without_the_package_near_duplicates_are_not_looked_for(market, checked, monkeypatch):
+    monkeypatch.setattr(pictures, 'can_hash', lambda: False)
+    assert '    pip install imagehash, and check again' in checked('market1501', every=True)[1]
+
+
+def test_pairs_of_hashes_are_those_of_a_plain_loop(monkeypatch):
+    monkeypatch.setattr(pictures, 'BLOCK', 20000)  # ten rows at once
+    rng = np.random.default_rng(0)
+    one, other = (rng.integers(0, 256, (number, 4), dtype=np.uint8) for number in (30, 2000))
+    other[7] = one[3]
+    expected = [
+        (i, j, differing)
+        for i, left in enumerate(one)
+        for j, right in enumerate(other)
+        if (differing := int(np.unpackbits(left ^ right).sum())) <= 6
+    ]
+    found = list(pictures.near_duplicates([bytes(row) for row in one], [bytes(row) for row in other], 6))
+    assert found == expected and (3, 7, 0) in found and len(found) > 1
+    assert list(pictures.near_duplicates([], [b'x'], 6)) == []
+
+
+def test_sharpness_is_the_variance_of_a_laplacian():
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 7)).astype(np.float32)
+    values = [pixels[y - 1, x] + pixels[y + 1, x] + pixels[y, x - 1] + pixels[y, x + 1] - 4 * pixels[y, x]
+              for y in range(1, 8) for x in range(1, 6)]  # fmt: skip
+    assert pictures.sharpness(pixels) == pytest.approx(np.var(values), rel=1e-5)
+    assert pictures.sharpness(np.zeros((2, 9), np.float32)) == np.inf
+
+
+def test_unknown_cameras_are_no_reason_for_notes(tmp_path, checked):
+    rng = np.random.default_rng(0)
+    for number, person in enumerate('aabbccdd'):
+        (tmp_path / 'people' / person).mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 255, (8, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / 'people' / person / f'{number}.png')
+    status, found, _ = checked(f'folder:{tmp_path}/people')
+    assert (status, len(found)) == (0, 1) and found[0].startswith('folder:people: 0 kinds of faults; ')
+    for person in 'abcd':
+        (tmp_path / 'people' / person / f'{2 * "abcd".index(person)}.png').unlink()
+    _, found, _ = checked(f'folder:{tmp_path}/people')
+    assert found[0] == 'note: queries without a match (the person has no other file in the gallery): 2'
 
 
 def test_names_that_would_steer_a_terminal(market, checked):

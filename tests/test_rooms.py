@@ -14,7 +14,8 @@ EXPERIMENT = (  # what a script may import
 MAY_IMPORT = {  # and each room, beside runtime.errors
     'arguments': 'data_manager models runtime.checks runtime.commands runtime.processes runtime.values',
     'data_manager': (
-        'readers.market1501 readers.mars readers.tree runtime.commands runtime.decoding runtime.values toy'
+        'page.sheet readers.cuhk03 readers.faults readers.folder readers.market1501 readers.market1501_500k '
+        'readers.mars readers.msmt17 readers.table readers.tree runtime.commands runtime.values toy'
     ),
     'dataset_loader': 'arguments runtime.caching runtime.decoding runtime.device runtime.feed runtime.workers samplers',
     'eval_metrics': '',
@@ -45,9 +46,17 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'page.lists': 'page.runs',
     'page.results': 'eval_metrics page ranking readers.tree runtime.files utils',
     'page.runs': 'eval_metrics',
+    'page.sheet': 'page page.lists readers.tree',
     'readers': '',
+    'readers.cuhk03': 'readers.market1501 readers.tree',
+    'readers.faults': 'readers readers.pictures readers.tree',
+    'readers.folder': 'readers.tree runtime.decoding',
     'readers.market1501': 'readers.tree runtime.decoding',
+    'readers.market1501_500k': 'readers.market1501 readers.tree',
     'readers.mars': 'readers.tree runtime.decoding runtime.kinds',
+    'readers.msmt17': 'readers.tree runtime.kinds',
+    'readers.pictures': 'runtime.decoding',
+    'readers.table': 'readers.tree runtime.files runtime.kinds',
     'readers.tree': '',
     'runtime': '',
     'runtime.caching': 'runtime.device runtime.workers',
@@ -83,7 +92,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.signals': 'runtime.processes runtime.system',
     'runtime.state': 'arguments',
     'runtime.system': 'runtime.commands',
-    'runtime.testset': 'eval_metrics readers.tree runtime.device runtime.paths',
+    'runtime.testset': 'arguments eval_metrics readers.tree runtime.device runtime.paths',
     'runtime.tiles': 'runtime.precision',
     'runtime.unpickling': 'runtime.kinds',
     'runtime.values': '',

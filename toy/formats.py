@@ -1,4 +1,4 @@
-"""Writes the toy data sets to disk in the layouts of Market1501 and MARS: folders, file names and .mat tables."""
+"""Writes the toy data sets to disk in the layouts of published ones: folders, file names, lists and .mat tables."""
 
 import os
 import shutil
@@ -142,6 +142,85 @@ def draw_mars(
             (info / f'{subset}_name.txt').write_text('\n'.join(names) + '\n', encoding='ascii')
             rows = np.array(table, dtype=np.int32)  # (num_tracklets, 4)
             _save_table(info / f'tracks_{subset}_info.mat', f'track_{subset}_info', rows)
+
+    _once(folder, draw)
+
+
+def draw_msmt17(
+    folder: str | os.PathLike[str],
+    *,
+    version: int = 1,
+    num_train: int = 6,
+    num_test: int = 4,
+    num_images: int = 6,
+    height: int = 96,
+    width: int = 48,
+    seed: int = 0,
+) -> None:
+    """Draw an image data set into `folder` in MSMT17's format, of version 1 or 2, with its lists, unless it exists.
+
+    Each person has `num_images` images, two from each of several cameras. Training persons and test persons are both
+    numbered from 0. One training image of each person is in list_val.txt, the others in list_train.txt; of a test
+    person the first image in each camera is a query.
+
+    Complete or absent, and equal for equal arguments, like `draw_market1501`. Raises OSError if it cannot write.
+    """
+    rng = np.random.default_rng([seed, 17])
+
+    def draw(root: Path) -> None:
+        cameras = [random_camera(kind, height, width, rng) for kind in range(NUM_CAMERAS)]
+        persons = iter(random_persons(num_train + num_test, rng))
+        lists: dict[str, list[str]] = {part: [] for part in ('train', 'val', 'query', 'gallery')}
+        for subset, number in ('train', num_train), ('test', num_test):
+            images = root / (subset if version == 1 else f'mask_{subset}_v2')
+            for label, person in zip(range(number), persons, strict=False):
+                (images / f'{label:04d}').mkdir(parents=True)
+                chosen = [camera for camera in _some_cameras(num_images // 2, rng) for _ in range(2)]
+                for index, camera in enumerate(chosen):
+                    path = f'{label:04d}/{label:04d}_{index:03d}_{camera + 1:02d}_0303morning_{index:04d}_0.jpg'
+                    photograph(images / path, person, cameras[camera], random_view(rng), height, width, rng)
+                    part = ('query', 'gallery')[index % 2] if subset == 'test' else 'train' if index else 'val'
+                    lists[part].append(f'{path} {label}\n')
+        for part, lines in lists.items():
+            (root / f'list_{part}.txt').write_text(''.join(lines), encoding='ascii')
+
+    _once(folder, draw)
+
+
+def draw_cuhk03(
+    folder: str | os.PathLike[str],
+    *,
+    num_train: int = 6,
+    num_test: int = 4,
+    num_images: int = 3,
+    height: int = 96,
+    width: int = 48,
+    seed: int = 0,
+) -> None:
+    """Draw an image data set into `folder` in the format of CUHK03-NP, unless it exists.
+
+    Each person has `num_images` images in each of two cameras, in `labeled` and, shifted, in `detected`. Of a test
+    person the first image in each camera is a query.
+
+    Complete or absent, and equal for equal arguments, like `draw_market1501`. Raises OSError if it cannot write.
+    """
+    rng = np.random.default_rng([seed, 3])
+
+    def draw(root: Path) -> None:
+        cameras = [random_camera(kind, height, width, rng) for kind in range(2)]
+        for boxes in 'detected', 'labeled':
+            for part in 'bounding_box_train', 'query', 'bounding_box_test':
+                (root / boxes / part).mkdir(parents=True)
+        for index, person in enumerate(random_persons(num_train + num_test, rng)):
+            for camera in range(2):
+                for number in range(num_images):
+                    part = 'query' if number == 0 else 'bounding_box_test'
+                    part = 'bounding_box_train' if index < num_train else part
+                    name, view = f'{index + 1:04d}_c{camera + 1}_{number + 1}.png', random_view(rng)
+                    for boxes, shift in ('labeled', 0.0), ('detected', 0.04):
+                        path = root / boxes / part / name
+                        moved = replace(view, y=view.y + shift)
+                        photograph(path, person, cameras[camera], moved, height, width, rng)
 
     _once(folder, draw)
 

@@ -1,4 +1,4 @@
-"""Random files for the readers of foreign files: weights, Market1501's names, MARS's lines and tables.
+"""Random files for the readers of foreign files: weights, names, lists and tables of data sets.
 
 Whatever a file holds, it is read or refused in one line, in bounded time and memory, and nothing of it is run. As
 tests, each reader is given a few hundred inputs, the same ones every time. As a command, new ones for as long as told:
@@ -12,6 +12,7 @@ tests/fuzz/findings/.
 
 import argparse
 import contextlib
+import csv
 import functools
 import importlib
 import io
@@ -61,11 +62,12 @@ from torch import nn
 import data_manager
 import weights
 from models.network import Network
-from readers import market1501, mars, tree
+from readers import market1501, mars, msmt17, table, tree
+from readers.tree import paths_of
 from runtime import kinds, unpickling
 from runtime.errors import UserError
 
-READERS = [pickletools, zipfile, kinds, weights, unpickling, market1501, mars, tree, data_manager]
+READERS = [pickletools, zipfile, kinds, weights, unpickling, market1501, mars, msmt17, table, tree, data_manager]
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 20  # of a core that one input may take; a million instructions are followed in 3
 HANG = 600  # seconds after which one that takes no time of a core hangs
@@ -608,13 +610,13 @@ def infos(draw) -> tuple:
 @functools.cache
 def good_infos() -> list[bytes]:
     files = [os.fsencode('\n'.join(LINES))] * 2
-    for key, table in (
+    for key, rows in (
         (KEYS[0], np.array(ROWS, 'i4')),
         (KEYS[1], np.array(ROWS, 'i4')),
         (KEYS[2], np.array([[2]], 'u2')),
     ):
         buffer = io.BytesIO()
-        savemat(buffer, {key: table})
+        savemat(buffer, {key: rows})
         files.append(buffer.getvalue())
     return files
 
@@ -656,12 +658,99 @@ def read_mars(info: tuple, folder: Path) -> bool:
     return True
 
 
+# ---- tables and lists ----
+
+CELLS_OF_A_TABLE = [
+    st.one_of(st.sampled_from(['a.jpg', 'b/c 1.jpg', '/x/y.png', '../z', '"q, r".jpg', '']), ODD),
+    st.one_of(st.sampled_from(['1', '2', '0', '-1', 'Zoë', 'a10', 'a2', '9' * 5000, '']), ODD),
+    st.sampled_from(['0', '3', 'north', '', '9' * 30]),
+    st.sampled_from(['train', 'train', 'train', 'query', 'gallery', 'Train', '']),
+    st.sampled_from(['1', '1', '2', '']),
+    st.sampled_from(['1', '2', '10', '']),
+]
+GOOD_CELLS = [st.sampled_from([*map(str, range(9))]) for _ in range(3)] + [st.sampled_from(table.SPLITS)] + [
+    st.sampled_from(['1', '2']), st.integers(0, 10**6).map(str)
+]  # fmt: skip
+HEADERS = [','.join(table.COLUMNS[:4]), ','.join(table.COLUMNS), 'path,pid,split', 'split;pid;path', 'pid,pid', '']
+
+
+@st.composite
+def csv_files(draw) -> bytes:
+    header = draw(st.sampled_from(HEADERS))
+    delimiter = ';' if ';' in header else ','
+    columns = header.split(delimiter)
+    places = [table.COLUMNS.index(column) if column in table.COLUMNS else 0 for column in columns]
+    cells = draw(st.sampled_from([GOOD_CELLS, GOOD_CELLS, CELLS_OF_A_TABLE]))
+    text = io.StringIO(newline='')
+    writer = csv.writer(text, delimiter=delimiter)
+    writer.writerow(columns)
+    writer.writerows(draw(st.lists(st.tuples(*(cells[place] for place in places)), max_size=6)))
+    data = text.getvalue().encode(draw(st.sampled_from(['utf-8', 'utf-8', 'utf-8-sig'])), 'surrogateescape')
+    return edited(data, draw(st.one_of(st.just([]), st.just([]), EDITS)))
+
+
+def read_table(data: bytes, folder: Path) -> bool:
+    """Refused, or no more items than there are lines, which are the same when they are written and read again."""
+    os.chdir(folder)
+    Path('x.csv').write_bytes(data)
+    try:
+        with watched():
+            dataset = data_manager.init_dataset('csv:x.csv', train=False)
+            data_manager.fingerprint(dataset), data_manager.digests(dataset)
+    except UserError as error:
+        assert_one_line(error)
+        return False
+    items = dataset.train + dataset.query + dataset.gallery
+    assert len(items) <= data.count(b'\n') + data.count(b'\r')
+    assert all(paths and type(pid) is type(camid) is int and pid > -(2**63) for paths, pid, camid in items)
+    with contextlib.redirect_stdout(io.StringIO()):
+        table.write(dataset, 'again.csv')
+        again = data_manager.init_dataset('csv:again.csv', train=False)
+    for one, other in (dataset.train, again.train), (dataset.query, again.query), (dataset.gallery, again.gallery):
+        named = [[(paths_of(item), item[2]) for item in some] for some in (one, other)]
+        assert [(list(map(os.path.normpath, paths)), camid) for paths, camid in named[0]] == [
+            (list(map(os.path.normpath, paths)), camid) for paths, camid in named[1]
+        ]
+    assert [dataset.name_of(pid) for pid in dataset.train_pids] == [again.name_of(pid) for pid in again.train_pids]
+    return True
+
+
+@st.composite
+def list_files(draw) -> bytes:
+    lines = [
+        f'{pid:04d}/{pid:04d}_000_{camera:02d}_0303morning_0015_0.jpg {pid}' for pid in (0, 1) for camera in (1, 15)
+    ]
+    for place, line in draw(st.lists(st.tuples(st.integers(0, 3), ODD), max_size=1)):
+        lines[place] = line
+    return edited(os.fsencode('\n'.join(lines)), draw(st.one_of(st.just([]), EDITS)))
+
+
+def read_list(data: bytes, folder: Path) -> bool:
+    """Refused, or images in the folder of the data set."""
+    for part in 'train', 'test':
+        (folder / 'msmt17' / part).mkdir(parents=True)
+    for part in 'train', 'query', 'gallery':
+        (folder / 'msmt17' / f'list_{part}.txt').write_bytes(data)
+    try:
+        with watched():
+            dataset = data_manager.init_dataset('msmt17', str(folder))
+    except UserError as error:
+        assert_one_line(error)
+        return False
+    root = os.path.realpath(folder / 'msmt17')
+    for path, pid, camid in dataset.train + dataset.query + dataset.gallery:
+        assert os.path.realpath(path).startswith(root) and pid >= 0 and camid >= 0
+    return True
+
+
 # ---- the tests, and the loop ----
 
 TARGETS = {  # name: (inputs, what reads one: True if it is read, False if it is refused; inputs of the test)
     'weights': (weight_files(), read_weights, 400),
     'market1501': (TREES, read_market, 150),
     'mars': (infos(), read_mars, 150),
+    'table': (csv_files(), read_table, 200),
+    'msmt17': (list_files(), read_list, 150),
 }
 
 

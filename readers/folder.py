@@ -1,0 +1,178 @@
+"""A folder for each person: images of one's own, or folders of frames. `-d folder:DIR`"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+from readers.tree import Dataset, Item, natural, numbered
+from runtime.decoding import SUFFIXES
+from runtime.errors import UserError, plain
+
+SPLITS = ('train', 'query', 'gallery')
+CAMERA = re.compile(r'(?:^|_)c([0-9]{1,9})(?![0-9])')  # 0002_c1s1_000451_03.jpg, c3_17.png
+EXPECTED = 'it must hold a folder for each person with images, or train, query and gallery with such folders'
+
+Found = tuple[str | tuple[str, ...], str, str]  # paths, person, camera or ''
+
+
+class Folder(Dataset):
+    """Images in a folder for each person, which is named as the person is; or tracklets, folders of frames in these.
+
+    If there is any of the folders train, query and gallery, they hold the folders of the persons. Otherwise persons
+    are drawn for the test: `test_share` of them, by `seed`. All images of these are the gallery. A query is one of
+    each person and camera, drawn too, and stays in the gallery, where it never is its own match. A person who is
+    added changes the place of few others.
+
+    Pids are names: any text, numbered as in a `readers.table.Table`. A camera is the number behind a c at the
+    beginning of the name of an image (or of the folder of a tracklet) or behind an underscore in it, as in
+    Market1501. If any name has none, the cameras are unknown. Items are sorted by person and name, frames by name, in
+    natural order: a2 before a10. Hidden files, and files that are not images (SUFFIXES), are passed over.
+
+    Raises UserError for a folder that is missing or holds no image of a person, and for images beside folders of
+    frames.
+    """
+
+    def __init__(self, root: str, name: str = 'folder', test_share: float = 0.5, seed: int = 1) -> None:
+        passed_over: list[str] = []
+        splits = _splits(root)
+        found = {split: _scan(os.path.join(root, split), passed_over) for split in splits or ('',)}
+        everything = [item for items in found.values() for item in items]
+        if not everything:
+            raise UserError(f'{plain(root, 500)} holds no image of a person; {EXPECTED}')
+        if len({isinstance(paths, str) for paths, _, _ in everything}) > 1:
+            raise UserError(
+                f'{plain(root, 500)} holds images of some persons, and folders of frames of others; {EXPECTED}'
+            )
+        unknown = next((paths for paths, _, camera in everything if not camera), None)
+        drawn = ''
+        if not splits:
+            found, drawn = _draw(everything, test_share, seed, by_camera=unknown is None)
+        pid_of, names = numbered((person for _, person, _ in everything), first=1)
+        camid_of = {'': 0}
+        if unknown is None:
+            camid_of, _ = numbered((camera for _, _, camera in everything), first=0)
+        lists: list[list[Item]] = [
+            [
+                (paths, pid_of[person], 0 if unknown else camid_of[camera])
+                for paths, person, camera in found.get(split, ())
+                if names or person != '-1'  # junk
+            ]
+            for split in SPLITS
+        ]
+        videos = not isinstance(everything[0][0], str)
+        super().__init__(
+            name,
+            *lists,
+            total=len(everything),
+            lengths=[len(paths) for paths, _, _ in everything] if videos else [],
+            passed_over=passed_over,
+            names=names,
+            no_cameras=unknown is not None,
+            drawn=drawn,
+        )
+        known = sum(1 for _, _, camera in everything if camera)
+        if unknown and known:
+            first = plain(unknown if isinstance(unknown, str) else os.path.dirname(unknown[0]), 500)
+            print(f'{known} of {len(everything)} names hold a camera, as in c1_; the first without one is {first}')
+
+
+def kind_of(root: str) -> str:
+    """'image' or 'video', by the first folder of a person that holds something."""
+    for split in _splits(root) or ('',):
+        for person in _folders(os.path.join(root, split), []):
+            for entry in _entries(person.path):
+                if entry.is_dir():
+                    return 'video'
+                if entry.name.lower().endswith(SUFFIXES):
+                    return 'image'
+    return 'image'
+
+
+def _splits(root: str) -> list[str]:
+    if not os.path.isdir(root):
+        raise UserError(f'{plain(root, 500)} is {"no folder" if os.path.exists(root) else "not there"}; {EXPECTED}')
+    return [split for split in SPLITS if os.path.isdir(os.path.join(root, split))]
+
+
+def _entries(folder: str) -> list[os.DirEntry]:
+    """What a folder holds but for hidden files, in natural order."""
+    try:
+        with os.scandir(folder) as entries:
+            seen = {entry.name: entry for entry in entries if entry.name[0] != '.'}
+    except OSError as error:
+        raise UserError(f'{plain(folder, 500)} cannot be read: {error.strerror}') from error
+    return [seen[name] for name in sorted(seen, key=natural)]
+
+
+def _folders(folder: str, passed_over: list[str]) -> Iterator[os.DirEntry]:
+    """The folders in it; adds the rest to `passed_over`."""
+    for entry in _entries(folder):
+        if entry.is_dir():
+            yield entry
+        else:
+            passed_over.append(entry.path)
+
+
+def _scan(folder: str, passed_over: list[str]) -> list[Found]:
+    """The items of all persons, by person and name."""
+    items: list[Found] = []
+    for person in _folders(folder, passed_over):
+        before = len(items)
+        for entry in _entries(person.path):
+            camera = CAMERA.search(entry.name)
+            number = camera[1].lstrip('0') or '0' if camera else ''
+            if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir():
+                items.append((entry.path, person.name, number))
+            elif entry.is_dir() and (frames := _frames(entry.path, passed_over)):
+                items.append((frames, person.name, number))
+            else:
+                passed_over.append(entry.path)
+        if len(items) == before:
+            passed_over.append(person.path)
+    return items
+
+
+def _frames(folder: str, passed_over: list[str]) -> tuple[str, ...]:
+    entries = _entries(folder)
+    frames = tuple(entry.path for entry in entries if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir())
+    if frames:
+        passed_over += {entry.path for entry in entries}.difference(frames)
+    return frames
+
+
+def _draw(items: Sequence[Found], share: float, seed: int, by_camera: bool) -> tuple[dict[str, list[Found]], str]:
+    """The split by identity, and how it was drawn, in a line.
+
+    Whoever has the smallest digests of (seed, name) is for the test: at least one person if the share is more than 0,
+    and two are left for training if it is less than 1.
+    """
+
+    def digest(text: str) -> bytes:
+        return hashlib.sha256(f'{seed} {text}'.encode(errors='surrogateescape')).digest()
+
+    persons = sorted({person for _, person, _ in items}, key=digest)
+    number = round(share * len(persons))
+    if 0 < share < 1:
+        number = max(1, min(number, len(persons) - 2))
+    chosen = set(persons[:number])
+    gallery = [item for item in items if item[1] in chosen]
+    queries: dict[tuple[str, str], Found] = {}
+    of_digest: dict[tuple[str, str], bytes] = {}
+    for item in gallery:
+        paths, person, camera = item
+        key = person, camera if by_camera else ''
+        name = os.path.basename(paths) if isinstance(paths, str) else os.path.basename(os.path.dirname(paths[0]))
+        mark = digest(f'{person}/{name}')
+        if key not in queries or mark < of_digest[key]:
+            queries[key], of_digest[key] = item, mark
+    split = {
+        'train': [item for item in items if item[1] not in chosen],
+        'query': list(queries.values()),
+        'gallery': gallery,
+    }
+    each = 'person and camera' if by_camera else 'person'
+    return split, (
+        f'Split by identity: {number} of {len(persons)} persons are for the test (--test-share {share:g}, --seed {seed}'
+        f'); one of each {each} is a query'
+    )

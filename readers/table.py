@@ -1,0 +1,258 @@
+"""A table of files, persons, cameras and splits: any data set as CSV, read and written. `-d csv:FILE`"""
+
+import codecs
+import csv
+import os
+from collections.abc import Iterator
+from itertools import count, pairwise
+from operator import itemgetter
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+from readers.tree import Dataset, Item, natural, numbered, paths_of
+from runtime.errors import UserError, plain
+from runtime.files import write_whole
+from runtime.kinds import HEAD, Kind, recognised
+
+SPLITS = ('train', 'query', 'gallery')
+NEEDED, VIDEO = ('path', 'pid', 'split'), ('tracklet', 'frame')
+COLUMNS = ('path', 'pid', 'camid', 'split', *VIDEO)
+DELIMITERS = ',;\t'  # as spreadsheets write them
+WIDE = {codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
+SHEETS: list[Kind] = [
+    (rb'PK\x03\x04|\xd0\xcf\x11\xe0', 'is a spreadsheet or an archive', 'save the table as CSV (UTF-8)')
+]
+
+
+Row = tuple[int, tuple[str, ...]]  # number of the line, and the cells of COLUMNS, '' if there is no such column
+Subsets = dict[str, list]  # split -> items, whose pids and cameras are the places of their texts
+Found = tuple[Subsets, list[str], list[str]]  # the subsets, the texts of pids, those of cameras
+
+
+class Table(Dataset):
+    """The images, or tracklets, that a CSV file lists.
+
+    Its first line names the columns, in any order: path, pid, camid, split; for videos also tracklet, and frame if
+    the rows are not in the order of time. Further columns are not read. Paths are relative to the file. Each split is
+    train, query or gallery, and may be missing.
+
+    pids and camids are any text. If all pids are integers, as Python writes them, they are used as they are: 0 means
+    distractors and -1 junk, which is left out, as in Market1501. Otherwise they are numbered from 1 in natural order,
+    and `names` has the texts. In the same way camids are integers, or numbered from 0. If all are empty, or there is
+    no such column, the cameras are unknown.
+
+    Rows are items, in their order. With a column tracklet, the rows of equal split, pid, camid and tracklet are one,
+    where its first row is; its frames are sorted by `frame` in natural order.
+
+    Raises UserError, with line and column, for a table that cannot be read, a missing column, a row of another
+    length, an empty cell, an unknown split, and a frame that a tracklet has twice.
+    """
+
+    def __init__(self, path: str, name: str = 'csv') -> None:
+        with _opened(path) as file:
+            header, others, rows = _rows(file, path)
+            subsets, pids, cameras = (_videos if 'tracklet' in header else _images)(rows, path)
+        pid_of, names = numbered(pids, first=1)
+        no_cameras = set(cameras) <= {''}
+        camid_of, camera_names = ({'': 0}, {}) if no_cameras else numbered(cameras, first=0)
+        pid_at, camid_at = [pid_of[text] for text in pids], [camid_of[text] for text in cameras]
+        lists: list[list[Item]] = []
+        for split in SPLITS:
+            items = subsets.pop(split)
+            items[:] = [(paths, pid_at[pid], camid_at[camera]) for paths, pid, camera in items]
+            lists.append(items if names else [item for item in items if item[1] != -1])
+        lengths = [len(item[0]) for items in lists for item in items] if 'tracklet' in header else []
+        super().__init__(name, *lists, lengths=lengths, names=names, camera_names=camera_names, no_cameras=no_cameras)
+        if others:
+            print(f'Columns that are not read: {", ".join(plain(other, 40) for other in others[:8])}')
+
+
+def kind_of(path: str) -> str:
+    """'image' or 'video', by the header."""
+    with _opened(path) as file:
+        return 'video' if 'tracklet' in _rows(file, path)[0] else 'image'
+
+
+def _opened(path: str) -> TextIO:
+    """The file as text: UTF-8, whose other bytes are kept as they are, as in names of files; or UTF-16 with a mark."""
+    where = plain(path, 500)
+    try:
+        if not os.path.isfile(path):
+            raise UserError(f'{where} is {"no regular file" if os.path.exists(path) else "not there"}; give a CSV file')
+        with open(path, 'rb') as file:
+            head = file.read(HEAD)
+        if what := recognised(head, *SHEETS):
+            raise UserError(f'{where} {what}')
+        encoding = next((encoding for mark, encoding in WIDE.items() if head.startswith(mark)), 'utf-8-sig')
+        return open(path, encoding=encoding, errors='surrogateescape', newline='')  # closed by the caller
+    except OSError as error:
+        raise UserError(f'{where} cannot be read: {error.strerror}') from error
+
+
+def _rows(file: TextIO, path: str) -> tuple[list[str], list[str], Iterator[Row]]:
+    """The names of the columns, those that are not read, and the rows."""
+    where = plain(path, 500)
+    first = _first_line(file, where)
+    delimiter = max(DELIMITERS, key=first.count)  # a comma if there is none
+    header = [cell.strip().lower() for cell in next(csv.reader([first], delimiter=delimiter), [])]
+    for column in NEEDED:
+        if column not in header:
+            raise UserError(f'{where}, line 1: there is no column {column}; the columns are {", ".join(COLUMNS)}')
+    for column in COLUMNS:
+        if header.count(column) > 1:
+            raise UserError(f'{where}, line 1: there are two columns {column}; remove one')
+    return header, [cell for cell in header if cell not in COLUMNS], _read(file, where, header, delimiter)
+
+
+def _first_line(file: TextIO, where: str) -> str:
+    try:
+        return file.readline(1 << 16)
+    except UnicodeError as error:
+        raise UserError(f'{where}, line 1: {plain(str(error))}; save the table as UTF-8') from error
+
+
+def _read(file: TextIO, where: str, header: list[str], delimiter: str) -> Iterator[Row]:
+    """The rows behind the header; no cell of a column that is needed is empty, nor is a tracklet if there are any."""
+    places = [header.index(column) if column in header else len(header) for column in COLUMNS]
+    cells, width, videos = itemgetter(*places), len(header), 'tracklet' in header
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    try:
+        for fields in reader:
+            if len(fields) != width:
+                if not fields:
+                    continue
+                _refuse(
+                    where,
+                    reader,
+                    f'{len(fields)} cells, but line 1 has {width}; put texts that contain one into quotes',
+                )
+            fields.append('')
+            row = cells(fields)
+            image, pid, _, split, tracklet, _ = row
+            if not image or not pid or '\0' in image or split not in SPLITS or (videos and not tracklet):
+                _refuse(where, reader, _fault(dict(zip(COLUMNS, row, strict=True)), videos))
+            yield reader.line_num + 1, row
+    except csv.Error as error:
+        _refuse(where, reader, f'{plain(str(error))}; save the table as CSV again')
+    except UnicodeError as error:
+        _refuse(where, reader, f'{plain(str(error))}; save the table as UTF-8')
+    except OSError as error:
+        raise UserError(f'{where} cannot be read: {error.strerror}') from error
+
+
+def _refuse(where: str, reader: Iterator, fault: str) -> NoReturn:
+    raise UserError(f'{where}, line {reader.line_num + 1}: {fault}')  # type: ignore[attr-defined]  # of csv.reader
+
+
+def _fault(row: dict[str, str], videos: bool) -> str:
+    for column in (*NEEDED, *(VIDEO[:1] if videos else ())):
+        if not row[column]:
+            return f'column {column} is empty'
+    if '\0' in row['path']:
+        return 'column path contains a NUL, which no name of a file does'
+    return f'column split is {plain(repr(row["split"]), 40)}, not train, query or gallery'
+
+
+def _images(rows: Iterator[Row], path: str) -> Found:
+    subsets: Subsets = {split: [] for split in SPLITS}
+    pids: dict[str, int] = {}
+    cameras: dict[str, int] = {}
+    blank, prefix = 0, os.path.join(os.path.dirname(path), '')
+    for line, (image, pid, camid, split, _, _) in rows:
+        blank = blank if camid else blank or line
+        subsets[split].append((
+            image if image.startswith(os.sep) else prefix + image,
+            pids.setdefault(pid, len(pids)),
+            cameras.setdefault(camid, len(cameras)),
+        ))  # fmt: skip
+    _check_cameras(blank, cameras, path)
+    return subsets, list(pids), list(cameras)
+
+
+def _videos(rows: Iterator[Row], path: str) -> Found:
+    tracklets: dict[tuple[str, int, int, str], list[tuple[str, str, int]]] = {}  # frames: `frame`, path, line
+    pids: dict[str, int] = {}
+    cameras: dict[str, int] = {}
+    blank, prefix = 0, os.path.join(os.path.dirname(path), '')
+    for line, (image, pid, camid, split, tracklet, frame) in rows:
+        blank = blank if camid else blank or line
+        key = split, pids.setdefault(pid, len(pids)), cameras.setdefault(camid, len(cameras)), tracklet
+        image = image if image.startswith(os.sep) else prefix + image
+        tracklets.setdefault(key, []).append((frame, image, line))
+    _check_cameras(blank, cameras, path)
+    subsets: Subsets = {split: [] for split in SPLITS}
+    for (split, number, camera, _), frames in tracklets.items():
+        if any(frame for frame, _, _ in frames):
+            frames.sort(key=lambda each: natural(each[0]))
+            for (frame, _, first), (after, _, second) in pairwise(frames):
+                if frame == after:
+                    raise UserError(
+                        f'{plain(path, 500)}, line {max(first, second)}: column frame is {plain(repr(frame), 40)}, as '
+                        f'in line {min(first, second)} of the same tracklet; correct it, or remove one of the two'
+                    )
+        subsets[split].append((tuple(image for _, image, _ in frames), number, camera))
+    return subsets, list(pids), list(cameras)
+
+
+def _check_cameras(blank: int, cameras: dict[str, int], path: str) -> None:
+    """Refuse a table of which some rows have a camera; `blank` is the first line without one."""
+    if blank and len(cameras) > 1:
+        raise UserError(
+            f'{plain(path, 500)}, line {blank}: column camid is empty, but other lines have one; fill in all, or none '
+            'if the cameras are unknown'
+        )
+
+
+def write(dataset: Dataset, path: str) -> int:
+    """Write a data set as such a table, complete or not at all; paths are relative to it. Returns the number of rows.
+
+    Read again it is the same: the same items in the same order, and as many persons and cameras. Cameras that are
+    unknown stay so. Of a data set whose pids are not integers the names are written, and of cameras too.
+
+    Raises:
+        UserError: the file exists already, or cannot be written.
+    """
+    where = plain(path, 500)
+    if os.path.lexists(path):
+        raise UserError(f'{where} exists already; remove it, or give another name')
+    video = dataset.kind == 'video'
+    number = 0
+
+    def save(temporary: Path) -> None:
+        nonlocal number
+        with open(temporary, 'w', encoding='utf-8', errors='surrogateescape', newline='') as file:
+            table = csv.writer(file)
+            table.writerow(COLUMNS if video else COLUMNS[:4])
+            for rows in _as_rows(dataset, os.path.dirname(os.path.abspath(path))):
+                table.writerows(rows)
+                number += len(rows)
+
+    try:
+        write_whole(path, save)
+    except OSError as error:
+        raise UserError(f'{where} cannot be written ({error.strerror}); choose another folder') from error
+    return number
+
+
+def _as_rows(dataset: Dataset, folder: str) -> Iterator[list[tuple]]:
+    """The rows of each item."""
+    folders: dict[str, str] = {}  # of files -> relative to the table
+
+    def relative(name: str) -> str:
+        head, tail = os.path.split(name)
+        if head not in folders:
+            place = os.path.relpath(head or os.curdir, folder)
+            folders[head] = '' if place == os.curdir else os.path.join(place, '')
+        return folders[head] + tail
+
+    tracklets = count(1)
+    for split in SPLITS:
+        for item in getattr(dataset, split):
+            pid = dataset.train_pids[item[1]] if split == 'train' else item[1]
+            camid = '' if dataset.no_cameras else dataset.camera_names.get(item[2], item[2])
+            common = dataset.name_of(pid), camid, split
+            if isinstance(item[0], str):
+                yield [(relative(item[0]), *common)]
+            else:
+                number = next(tracklets)
+                yield [(relative(path), *common, number, frame) for frame, path in enumerate(paths_of(item), start=1)]

@@ -1,0 +1,65 @@
+"""The contact sheet of a data set, and that it cannot be committed by accident."""
+
+import re
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+import data_manager
+from page import sheet
+from readers.folder import Folder
+from runtime.errors import UserError
+
+
+def test_persons_are_rows_and_cameras_columns(data_dir, tmp_path):
+    dataset = data_manager.init_dataset('market1501', str(data_dir))
+    html = sheet.write(dataset, tmp_path / 'sheet.html').read_text()
+    persons = {pid for _, pid, _ in dataset.query + dataset.gallery} | set(dataset.train_pids)
+    cameras = {camid for _, _, camid in dataset.train + dataset.query + dataset.gallery}
+    assert html.count('<tr><th scope="row">') == len(persons) == 12  # distractors among them
+    assert [int(number) for number in re.findall(r'<th scope="col">camera (\d+)', html)] == sorted(cameras)
+    pairs = {(pid, camid) for _, pid, camid in dataset.query + dataset.gallery}
+    pairs |= {(dataset.train_pids[label], camid) for _, label, camid in dataset.train}
+    assert html.count('<img src="data:image/jpeg;base64,') == len(pairs)
+    assert '<p class="notice">This is a page of pictures of people: do not publish it.</p>' in html
+    assert 'src="http' not in html and '--page: light-dark(' in html  # one file, in the look of the other pages
+
+
+def test_videos_and_pictures_that_are_missing(data_dir, tmp_path):
+    dataset = data_manager.init_dataset('mars', str(data_dir))
+    dataset.query = [(('none.jpg',), 77, 0)]
+    html = sheet.write(dataset, tmp_path / 'mars_sheet.html').read_text()
+    assert html.count('no picture') == 1 and '<th scope="row">77<br>' in html
+
+
+def test_names_are_escaped_and_unknown_cameras_are_one_column(tmp_path):
+    for person in ('<b>x', 'y'):
+        (tmp_path / 'p' / person).mkdir(parents=True)
+        (tmp_path / 'p' / person / '1.jpg').touch()
+    html = sheet.write(Folder(str(tmp_path / 'p')), tmp_path / 'sheet.html').read_text()
+    assert '&lt;b&gt;x' in html and '<b>x' not in html
+    assert re.findall(r'<th scope="col">(.*?)</th>', html) == ['camera unknown']
+
+
+def test_large_data_sets_show_some(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(sheet, 'PERSONS', 3)
+    html = sheet.write(data_manager.init_dataset('market1501', str(data_dir)), tmp_path / 'sheet.html').read_text()
+    assert '<p>3 of 12 persons; the first picture' in html and html.count('<tr><th scope="row">') == 3
+
+
+def test_git_ignores_the_name_that_is_asked_for(data_dir, tmp_path, monkeypatch, capsys):
+    dataset = data_manager.init_dataset('market1501', str(data_dir))
+    with pytest.raises(
+        UserError, match=r'--sheet people.html: the name must end in sheet.html, which git ignores: it is a'
+    ):
+        sheet.write(dataset, 'people.html')
+    ignored = ['sheet.html', 'docs/market sheet.html']
+    found = subprocess.run(['git', 'check-ignore', *ignored], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode == 128:
+        pytest.skip('no git here')
+    assert found.stdout.replace('"', '').splitlines() == ignored
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('sys.argv', ['data_manager.py', '--data-dir', str(data_dir), '--sheet', 'sheet.html'])
+    assert data_manager.main() == 0
+    assert 'Wrote sheet.html, a page of pictures of people: do not publish it\n' in capsys.readouterr().out
