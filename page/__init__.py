@@ -64,14 +64,23 @@ def compare(save_dirs: Sequence[str | Path], out: str | Path = 'compare.html') -
 
 
 def _write(path: Path, drawn: Iterable[charts.Chart | None], **content: object) -> Path:
+    drawn = [chart for chart in drawn if chart]
+    return render(path, 'report.html.j2', resamples=runs.RESAMPLES, charts=drawn, **content)
+
+
+def render(path: Path, name: str, **content: object) -> Path:
+    """Write the page that the template `name` makes of its variables, completely or not at all, and return its path.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     import jinja2  # slow to import, and rarely needed
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters['percent'] = lambda share, sign='': f'{100 * share:{sign}.1f}'.replace('-', '−')
-    template = environment.get_template('report.html.j2')
-    page = template.render(resamples=runs.RESAMPLES, charts=[chart for chart in drawn if chart], **content)
+    page = environment.get_template(name).render(**content)
     try:
         write_whole(path, lambda file: file.write_bytes(page.encode('utf-8', 'replace')))
     except OSError as problem:

@@ -57,7 +57,7 @@ def _lists(
 ) -> dict[str, Any]:
     """The template's variables for showing the chosen queries with their nearest gallery items in each run."""
     first, missing = runs[0], set()
-    thumbnail = functools.cache(_thumbnail)
+    thumbnail = functools.cache(picture_of)
 
     def picture(run: TestedRun, subset: str, index: int) -> dict[str, Any]:
         paths = run.files[subset][index]
@@ -110,7 +110,7 @@ def _lists(
     }
 
 
-def _thumbnail(paths: tuple[str, ...], frames: int) -> str | None:
+def picture_of(paths: tuple[str, ...], frames: int) -> str | None:
     """A small JPEG as a data: URI, for a tracklet up to `frames` frames side by side; None if none can be read."""
     number = min(len(paths), frames)
     height = HEIGHT if len(paths) == 1 else STRIP_HEIGHT
