@@ -26,7 +26,7 @@ from torch import Tensor
 from runtime.errors import UserError, plain
 from runtime.tiles import NONE, Points, distances_of, in_threads, nearer, nearest_host, points, squared_distances
 
-WIDTH = 4096  # rows that are compared at a time: 8 MB of 512 dimensions
+WIDTH = 16384  # rows that are compared at a time: 32 MB of 512 dimensions
 WASTE = 1000  # rows that no file refers to may be so many more than the others
 PATIENCE = 60  # seconds after which a transaction of another process is taken to hang
 

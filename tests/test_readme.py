@@ -149,6 +149,7 @@ def test_the_other_commands_run(script, data_dir, tmp_path, monkeypatch, capsys)
                 shutil.copy(next((data_dir / 'market1501' / 'query').iterdir()), word)
     Path('data').mkdir(exist_ok=True)
     shutil.copytree(data_dir / 'market1501', 'data/market1501', dirs_exist_ok=True)
+    shutil.copytree(data_dir / 'market1501' / 'query', 'tracks/1')
     for command in commands:
         monkeypatch.setattr(sys, 'argv', command[1:])
         try:
@@ -156,7 +157,10 @@ def test_the_other_commands_run(script, data_dir, tmp_path, monkeypatch, capsys)
         except SystemExit as end:  # data_manager.py: the counts are not those of the real Market1501
             assert end.code in (None, 0) or (command[1] == 'data_manager.py' and end.code == 1)
     assert Path('log/demo/report.html').exists() and Path('a_and_b.html').exists()
-    assert Path('features/query/features.npy').exists() and Path('found.html').exists()
+    assert (
+        all(Path(f'features/{name}/features.npy').exists() for name in ('query', 'tracks'))
+        and Path('found.html').exists()
+    )
 
 
 @pytest.mark.parametrize('block', re.findall(r'```python\n(.*?)```', TEXTS['docs/use.md'], re.S))
