@@ -56,13 +56,21 @@ class Gallery(NamedTuple):
         queries = points(features, self.points.features[:0], len(features), 0, distance)[0][:]
         order = np.argsort(self.rows, kind='stable')  # (G,) as they are in the file
         keys = np.full((len(features), k), NONE)  # (Q, k)
-        lock = Lock()
+        lock, spare = Lock(), list[Tensor]()
 
         def work(places: np.ndarray) -> None:
             rows = self.rows[places]  # (W,) ascending
             first, last = int(rows[0]), int(rows[-1]) + 1
             part: slice | Tensor = slice(first, last) if last - first == len(rows) else torch.from_numpy(rows)
-            found = nearest_host(squared_distances(queries, self.points[part]), places, keys.copy())
+            some, scales = self.points.features[part], self.points.scales
+            if scales is None:
+                block = squared_distances(queries, Points(some, self.points.norms[part]))  # (Q, W)
+            else:  # scaled into memory that is used again: fresh memory would take longer than the rest
+                memory = spare.pop() if spare else torch.empty(WIDTH, some.size(1))
+                torch.mul(some, scales[part, None], out=memory[: len(rows)])
+                block = squared_distances(queries, Points(memory[: len(rows)], self.points.norms[part]))
+                spare.append(memory)
+            found = nearest_host(block, places, keys.copy())
             with lock:
                 keys[:] = nearer(keys, found)
 
