@@ -166,13 +166,14 @@ def arch_of(state_dict: Mapping[str, Tensor]) -> str | None:
     return next((arch for arch, network in models.factory.items() if _is_for(network, state_dict)), None)
 
 
-def build(loaded: Weights, arch: str | None, where: str) -> Network:
+def build(loaded: Weights, arch: str | None, where: str, report: Callable[[str], object] = print) -> Network:
     """The network that weights were trained with, holding them, in eval mode; prints what of them was left out.
 
     Architecture and arguments of `init_model` are those that a file of this project records. Of other files the
     architecture is recognised by names and shapes, and so are neck and pooling; the last stride is assumed to be 2.
 
-    arch: None to recognise it
+    arch:   None to recognise it
+    report: receives the lines that are otherwise printed
 
     Raises:
         UserError: the architecture cannot be recognised, or the weights do not fit.
@@ -191,9 +192,10 @@ def build(loaded: Weights, arch: str | None, where: str) -> Network:
         neck='bottleneck.weight' in state_dict,
         pooling='gem' if 'pool.p' in state_dict else 'max' if made.get('pooling') == 'max' else 'avg',
         size=size if len(size) == 2 else None,
+        report=report,
     )
     for notice in load_into(model, state_dict, allow_other_classifier=True, where=where):
-        print(notice)
+        report(notice)
     return model.eval()
 
 

@@ -30,12 +30,13 @@ from pathlib import Path
 
 SECONDS = {
     'input': 90,
-    'training': 370,
+    'training': 340,
     'testing': 210,
+    'using': 45,
     'reporting': 60,
-    'distributed': 120,
-    'learning': 20,
-    'backbones': 20,
+    'distributed': 115,
+    'learning': 15,
+    'backbones': 15,
 }
 PARTS = list(SECONDS)  # and how long each may take on a machine with a CUDA device
 HERE = Path(__file__).resolve().parent

@@ -45,12 +45,10 @@ class Timm(Network):
 
     name: str
     size: tuple[int, int]
-    licence: str  # of the weights
     pools_itself = True
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__(num_classes, loss)
-        print(f'The weights that timm has for {self.name} have the licence {self.licence}')
         try:
             self.base = build(self.name, self.size)
             self.feat_dim = feat_dim(self.base, self.size)
@@ -86,7 +84,7 @@ def named(name: str, size: tuple[int, int] | None = None) -> type[Timm]:
     properties = {
         'name': name,
         'size': (height, width),
-        'licence': config.license or 'unknown',
+        'notice': f'The weights that timm has for {name} have the licence {config.license or "unknown"}',
         'normalisation': (tuple(config.mean), tuple(config.std)),
         'interpolation': interpolation,
         'imagenet': TimmWeights(address, name, (height, width)) if address else None,

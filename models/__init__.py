@@ -1,6 +1,6 @@
 """The models: image -> logits and features. `init_model` builds one by name."""
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 
 from models import Timm
 from models.DenseNet import DenseNet121
@@ -57,6 +57,7 @@ def init_model(
     neck: bool = False,
     pooling: str = 'avg',
     size: tuple[int, int] | None = None,
+    report: Callable[[str], object] = print,
 ) -> Network:
     """Builds a model with random weights. In eval mode it returns features (B, feat_dim); in training mode logits
     (B, num_classes), and, unless `loss` is {'xent'}, (logits, features).
@@ -68,12 +69,15 @@ def init_model(
     neck:        add BNNeck, see `Network.add_neck`
     pooling:     of the maps: 'avg', 'max', or 'gem' (`models.network.GeM`)
     size:        height and width of the images, for networks of timm
+    report:      receives the lines that are otherwise printed
 
     Prints the name and the number of parameters, in millions. Raises UserError for an unknown name, and for a pooling
     if the network pools by itself.
     """
     network = network_of(name, size)
-    print(f'Initializing model: {name}')
+    report(f'Initializing model: {name}')
+    if network.notice:
+        report(network.notice)
     model = network(max(num_classes, 1), loss)  # torch warns of a layer without outputs
     model.made = {'last_stride': last_stride, 'neck': neck, 'pooling': pooling}
     if last_stride == 1:
@@ -84,5 +88,5 @@ def init_model(
         model.pool = POOLINGS[pooling]()
     if neck:
         model.add_neck()
-    print(f'Model size: {sum(param.numel() for param in model.parameters()) / 1e6:.5f}M')
+    report(f'Model size: {sum(param.numel() for param in model.parameters()) / 1e6:.5f}M')
     return model

@@ -71,6 +71,7 @@ class Network(nn.Module):
         signature: name and shape of a tensor by which weights for this class are recognised.
         absent: names that only the weights of related networks have.
         published: other names of the tensors in published files.
+        notice: a line to be reported with the network, such as the licence of its weights.
         options: buffers that are None, and therefore not saved, unless foreign weights need a different computation.
         trained: what is known of the training of the weights that were loaded; None before any are.
     """
@@ -87,6 +88,7 @@ class Network(nn.Module):
     signature: tuple[str, tuple[int, ...]] = ('', ())
     absent: tuple[str, ...] = ()
     published: tuple[Renaming, ...] = ()
+    notice = ''
     options: tuple[str, ...] = ()
     trained: Training | None = None
 

@@ -64,12 +64,16 @@ def compare(save_dirs: Sequence[str | Path], out: str | Path = 'compare.html') -
 
 
 def _write(path: Path, drawn: Iterable[charts.Chart | None], **content: object) -> Path:
-    shown = [chart for chart in drawn if chart]
-    return render('report.html.j2', path, resamples=runs.RESAMPLES, charts=shown, **content)
+    drawn = [chart for chart in drawn if chart]
+    return render(path, 'report.html.j2', resamples=runs.RESAMPLES, charts=drawn, **content)
 
 
-def render(name: str, path: Path, **content: object) -> Path:
-    """Write the page that a template gives, completely or not at all, and return its path."""
+def render(path: Path, name: str, **content: object) -> Path:
+    """Write the page that the template `name` makes of its variables, completely or not at all, and return its path.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     import jinja2  # slow to import, and rarely needed
 
     environment = jinja2.Environment(

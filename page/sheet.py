@@ -51,8 +51,8 @@ def write(dataset: Dataset, out: str | Path) -> Path:
         for pid in pids
     ]
     return page.render(
-        'sheet.html.j2',
         path,
+        'sheet.html.j2',
         title=f'{plain(dataset.name, 200)}: contact sheet',
         rows=rows,
         cameras=['camera unknown'] if dataset.no_cameras else [_camera(dataset, camid) for camid in camids],

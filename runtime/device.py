@@ -232,7 +232,7 @@ def start(
     group = group or Group(Processes())
     group.meet()
     device = _device(options, group.processes)
-    chosen = _precision(options, device)
+    chosen = precision_of(options, device)
     for option, wanted in (('--sync-bn', options.sync_bn), ('--compile', options.compile)):
         if wanted and device.type != 'cuda' and not options.evaluate:  # a test uses neither
             raise UserError(f'{option} is for CUDA devices: remove it on the CPU')
@@ -266,7 +266,7 @@ def _device(options: RunOptions, processes: Processes) -> torch.device:
         print('Currently using CPU (GPU is highly recommended)')
         if not options.use_cpu and (other := cards.unsupported()):
             print(f'The {other} device of this machine is not used: the program supports CUDA and the CPU only')
-        _keep_memory()
+        keep_memory()
         return torch.device('cpu')
     indices = gpus(options, processes.local_world_size)
     if len(indices) != processes.local_world_size:
@@ -282,7 +282,7 @@ def _device(options: RunOptions, processes: Processes) -> torch.device:
     return device
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Let the process keep the memory that it frees, unless the user has tuned the allocator.
 
     Otherwise the activations of each layer are returned to the kernel and requested again, and it clears them page by
@@ -317,7 +317,7 @@ def gpus(options: RunOptions, processes: int = 1) -> list[int]:
     return indices
 
 
-def _precision(options: RunOptions, device: torch.device) -> str:
+def precision_of(options: RunOptions, device: torch.device) -> str:
     """fp32, tf32 or bf16: as --precision requests; for auto, what trains the network faster and correctly.
 
     Raises:

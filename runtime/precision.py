@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,13 +28,29 @@ def allow_tf32(allowed: bool) -> None:
 
 
 @contextlib.contextmanager
-def without_tf32() -> Iterator[None]:
-    """float32 products in full precision, whatever is allowed otherwise."""
-    matmul = torch.backends.cuda.matmul
-    name, off = ('fp32_precision', 'ieee') if hasattr(matmul, 'fp32_precision') else ('allow_tf32', False)
-    before = getattr(matmul, name)
-    setattr(matmul, name, off)
+def tf32(allowed: bool, convolutions: bool = True) -> Iterator[None]:
+    """Products, and `convolutions` too, of float32 in TF32 or in full precision, whatever is allowed otherwise.
+
+    It is a setting of the whole process, which is restored at the end.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    parts: list[Any] = [matmul, cudnn]
+    settings: tuple[str, object] = ('allow_tf32', allowed)
+    if hasattr(matmul, 'fp32_precision'):
+        parts = [matmul, getattr(cudnn, 'conv')]  # noqa: B009  # not in torch's stubs
+        settings = 'fp32_precision', 'tf32' if allowed else 'ieee'
+    name, value = settings
+    parts = parts[: 1 + convolutions]
+    before = [getattr(part, name) for part in parts]
+    for part in parts:
+        setattr(part, name, value)
     try:
         yield
     finally:
-        setattr(matmul, name, before)
+        for part, setting in zip(parts, before, strict=True):
+            setattr(part, name, setting)
+
+
+def without_tf32() -> contextlib.AbstractContextManager[None]:
+    """float32 products in full precision, whatever is allowed otherwise."""
+    return tf32(False, convolutions=False)

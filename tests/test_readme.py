@@ -156,6 +156,7 @@ def test_the_other_commands_run(script, data_dir, tmp_path, monkeypatch, capsys)
     there = {path.name for path in ROOT.glob('*.py') if path.stem not in SCRIPTS and main in path.read_text()}
     assert {command[1] for command in commands} == there
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))  # for search.py
     for command in commands:
         for word in command:
             if word.startswith('log/'):
@@ -168,6 +169,7 @@ def test_the_other_commands_run(script, data_dir, tmp_path, monkeypatch, capsys)
                 shutil.copy(next((data_dir / 'market1501' / 'query').iterdir()), word)
     Path('data').mkdir(exist_ok=True)
     shutil.copytree(data_dir / 'market1501', 'data/market1501', dirs_exist_ok=True)
+    shutil.copytree(data_dir / 'market1501' / 'query', 'tracks/1')
     for command in commands:
         monkeypatch.setattr(sys, 'argv', command[1:])
         try:
@@ -175,3 +177,19 @@ def test_the_other_commands_run(script, data_dir, tmp_path, monkeypatch, capsys)
         except SystemExit as end:  # data_manager.py: the counts are not those of the real Market1501
             assert end.code in (None, 0) or (command[1] == 'data_manager.py' and end.code == 1)
     assert Path('log/demo/report.html').exists() and Path('a_and_b.html').exists()
+    assert (
+        all(Path(f'features/{name}/features.npy').exists() for name in ('query', 'tracks'))
+        and Path('found.html').exists()
+    )
+
+
+@pytest.mark.parametrize('block', re.findall(r'```python\n(.*?)```', TEXTS['docs/use.md'], re.S))
+def test_the_examples_of_use_run(block, script, data_dir, tmp_path, monkeypatch):
+    if 'qdrant_client' in block:
+        pytest.importorskip('qdrant_client')
+    monkeypatch.chdir(tmp_path)
+    assert script('train_img_model_xent', '--max-epoch', 1, '--save-dir', 'log/demo') == 0
+    shutil.copytree(data_dir / 'market1501', 'data/market1501')
+    for name, path in zip(('one.jpg', 'two.jpg'), Path('data/market1501/query').iterdir(), strict=False):
+        shutil.copy(path, name)
+    exec(compile(block, 'docs/use.md', 'exec'), {})

@@ -5,7 +5,7 @@ import ast
 import pytest
 from conftest import ROOT
 
-LONGEST, MOST_AT_ROOT = 350, 19  # lines of a room; files at the root
+LONGEST, MOST_AT_ROOT = 350, 21  # lines of a room; files at the root
 DOORS = ('models', 'readers', 'runtime', 'page', 'toy')
 EXPERIMENT = (  # what a script may import
     'arguments data_manager dataset_loader evaluation losses models runtime.checkpoint runtime.device '
@@ -24,11 +24,20 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
         'readers.tree runtime.device runtime.features runtime.meters runtime.notices runtime.provenance '
         'runtime.testset transforms'
     ),
+    'extract': (
+        'arguments dataset_loader evaluation models.network runtime runtime.cards runtime.commands runtime.device '
+        'runtime.features runtime.images runtime.notices runtime.paths runtime.precision runtime.tiles runtime.values '
+        'runtime.workers transforms weights'
+    ),
     'losses': '',
     'ranking': 'eval_metrics reranking runtime.commands runtime.features runtime.tiles runtime.values',
     'report': 'page page.activations runtime.commands runtime.values',
     'reranking': 'eval_metrics runtime.tiles',
     'samplers': 'transforms',
+    'search': (
+        'arguments data_manager evaluation extract page.found ranking readers.tree runtime.commands runtime.images '
+        'runtime.index runtime.values'
+    ),
     'transforms': '',
     'utils': 'runtime.console runtime.files',
     'weights': 'models models.network runtime.download runtime.unpickling',
@@ -43,6 +52,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'page.activations': 'dataset_loader runtime.files runtime.notices transforms weights',
     'page.cameras': 'eval_metrics page.runs',
     'page.charts': 'eval_metrics page.runs',
+    'page.found': 'page page.lists',
     'page.lists': 'page.runs',
     'page.results': 'eval_metrics page ranking readers.tree runtime.files utils',
     'page.runs': 'eval_metrics',
@@ -74,9 +84,11 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     ),
     'runtime.download': 'models.network',
     'runtime.errors': '',
-    'runtime.features': 'readers.tree runtime.device runtime.files runtime.paths',
+    'runtime.features': 'readers.tree runtime.device runtime.files runtime.paths runtime.system',
     'runtime.feed': 'runtime.caching runtime.workers',
     'runtime.files': '',
+    'runtime.images': 'runtime.decoding',
+    'runtime.index': 'runtime.tiles',
     'runtime.kinds': '',
     'runtime.launch': (
         'arguments runtime.commands runtime.console runtime.device runtime.files runtime.memory runtime.processes '

@@ -1,0 +1,350 @@
+"""Features of persons' images, from any file of weights: in Python, and at the shell.
+
+    from extract import FeatureExtractor
+
+    extractor = FeatureExtractor('log/demo/best_model.pth.tar')
+    features = extractor(['one.jpg', 'two.jpg'])     # (2, D)
+    features = extractor(frame, boxes)               # (N, D), of the boxes that a tracker has in a frame
+
+    python extract.py --weights log/demo/best_model.pth.tar IMAGES ... -o features
+
+The command writes what --save-features writes. IMAGES are files, folders, patterns such as 'cam*/*.jpg', or - for a
+list on stdin. It can be interrupted: the same command continues.
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from arguments import RunOptions
+from dataset_loader import ImageDataset, VideoDataset, test_loader
+from evaluation import pool
+from models.network import Network, Training
+from runtime import cards, commands, notices, paths, values
+from runtime.device import Run, keep_memory, precision_of
+from runtime.errors import UserError, plain
+from runtime.features import Draft
+from runtime.images import cut, files_of, listed, pixels_of
+from runtime.precision import tf32
+from runtime.tiles import DISTANCES
+from runtime.workers import Group, collate
+from transforms import KERNELS, TestTransform
+from weights import arch_of, build
+from weights import read as read_weights
+
+BATCHES = {'cpu': 32, 'cuda': 256}  # images per batch: a GPU needs more of them to be busy
+FRAMES = 15  # of a tracklet, as --seq-len
+VERSION = 1  # of what a digest stands for
+
+
+class Usage(NamedTuple):
+    """How a network's features are made and compared."""
+
+    height: int
+    width: int
+    interpolation: str
+    distance: str
+    flip_test: bool  # the mean of the features of an image and its mirror image
+
+
+def usage_of(trained: Training, model: Network) -> Usage:
+    """As the run that wrote the weights tested them; for other files 256 x 128 pixels and the Euclidean distance."""
+
+    def option(name: str, default: Any, fits: Callable[[Any], bool] = lambda _: True) -> Any:
+        value = trained.options.get(name)
+        return value if type(value) is type(default) and fits(value) else default
+
+    return Usage(
+        option('height', 256, lambda pixels: pixels > 0),
+        option('width', 128, lambda pixels: pixels > 0),
+        option('interpolation', model.interpolation, lambda name: name in KERNELS),
+        option('distance', 'euclidean', lambda name: name in DISTANCES),
+        option('flip_test', False),
+    )
+
+
+class FeatureExtractor:
+    """Images -> float32 features (N, D) on the CPU, equal to those of the test of these weights.
+
+        extractor = FeatureExtractor('weights.pth')
+        features = extractor(images)
+        features = extractor(frame, boxes)
+
+    Batches of equal size, computed by as many threads, give the test's features bit for bit; others differ by rounding.
+    It may be used by several threads at once. Nothing is printed: `notes` has what is worth knowing of the weights.
+
+    Args:
+        weights: a file that `weights.read` supports; no code in it is run.
+        device: 'auto', which is the current GPU or else the CPU; 'cpu', 'cuda', 'cuda:1', ...
+        precision: 'auto', which is fp32 as in a test; 'fp32', 'tf32' (GPUs only) or 'bf16'.
+        arch: of the weights, if it cannot be recognised.
+        height, width: of the network's input in pixels; by default those that the weights were trained with, or 256 x
+            128 if their file does not contain them.
+        batch: images per batch; by default 32, on a GPU 256.
+        workers: processes that decode files, for lists of more than one batch; 0 decodes in the calling thread.
+
+    Attributes:
+        arch, feat_dim, device, precision, height, width, interpolation, distance, flip_test: what is used.
+        digest: 16 hexadecimal digits that identify the weights and how they are used.
+        notes: lines on what was loaded and what was not.
+
+    Raises:
+        UserError: the weights cannot be read or do not fit, or the device or its precision cannot be used.
+    """
+
+    def __init__(
+        self,
+        weights: str | os.PathLike,
+        device: str | torch.device = 'auto',
+        precision: str = 'auto',
+        *,
+        arch: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch: int | None = None,
+        workers: int = 0,
+    ):
+        where, self.notes = plain(os.fspath(weights), 500), list[str]()
+        loaded = read_weights(weights)
+        with torch.random.fork_rng(devices=[]):  # the initial weights, which are replaced, are random
+            self.model = build(loaded, arch, where, self.notes.append)
+        usage = usage_of(loaded.trained, self.model)
+        self.height, self.width = height or usage.height, width or usage.width
+        _, _, self.interpolation, self.distance, self.flip_test = usage
+        if min(self.height, self.width) < self.model.smallest:
+            raise UserError(
+                f'{where}: the network needs images of at least {self.model.smallest} pixels, not {self.height} x '
+                f'{self.width}'
+            )
+        self.notes += [f'Notice: {notice}' for notice in notices.of_size(loaded.trained, self.height, self.width)]
+        self.trained = loaded.trained
+        self.arch = str(arch or loaded.trained.options.get('arch') or arch_of(loaded.state_dict))
+        self.feat_dim = self.model.feat_dim
+        self.device = device_of(device)
+        options = RunOptions(arch=self.arch, width=self.width, precision=precision)
+        self.precision = 'fp32' if precision == 'auto' else precision_of(options, self.device)
+        self.run = Run(self.device, self.precision, self.precision)
+        self.run.place(self.model)
+        self.batch, self.workers = batch or BATCHES[self.device.type], workers
+        self.prepare = TestTransform(self.height, self.width, self.model.normalisation, self.interpolation)
+        self.lock = Lock()  # on a GPU: TF32 is a setting of the process
+
+    def __call__(self, images: Any, boxes: Any = None, *, bgr: bool = False) -> Tensor:
+        """Features (N, D) of images, or of the boxes in a frame.
+
+        An image is
+
+        - a path, or a PIL image of any mode with 8 bits;
+        - an array (H, W, 3), uint8, RGB, or BGR if `bgr`, as OpenCV reads it;
+        - a tensor (3, H, W), RGB (BGR if `bgr`), uint8, or floating-point numbers from 0 to 1, which are rounded to 8
+          bits. It is not normalised: that is done here.
+
+        Each has its own size. Several are a list of any of these, an array (N, H, W, 3) or a tensor (N, 3, H, W).
+
+        Args:
+            boxes: (N, 4), or more columns, which are ignored: left, top, right and bottom in pixels of the only image,
+                the frame. They are rounded to whole pixels and clipped to the frame.
+
+        Raises:
+            UserError: an image cannot be read or has another form; boxes are empty or outside the frame, and the
+                message names their rows; or features are not finite.
+        """
+        given = listed(images)
+        if boxes is not None:
+            if len(given) != 1:
+                raise UserError(f'boxes belong to one frame, not to {len(given)} images: give a frame at a time')
+            given, bgr = cut(pixels_of(given[0], bgr, 'the frame'), boxes), False
+        features = torch.empty(len(given), self.feat_dim)  # (N, D)
+        done = 0
+        for found in self.stream(given, bgr):
+            features[done : (done := done + len(found))] = found
+        return features
+
+    def stream(self, images: Sequence[Any], bgr: bool = False) -> Iterator[Tensor]:
+        """The features of each batch of images, (b, D) on the CPU; those of a call for images that are listed."""
+        if self.workers and len(images) > self.batch and all(isinstance(image, str | os.PathLike) for image in images):
+            files = ImageDataset([(image, 0, 0) for image in images])
+            batches: Iterator[list[Group]] = (
+                groups for groups, _, _ in test_loader(files, self.batch, self.workers, self.run)
+            )
+        else:
+            batches = self._collated(images, bgr)
+        done = 0
+        for groups in batches:
+            features = self._embed(groups)
+            check(features, done)
+            yield features
+            done += len(features)
+
+    def stream_tracklets(self, tracklets: Sequence[tuple[str, ...]], frames: int = FRAMES) -> Iterator[Tensor]:
+        """The features (b, D) of tracklets, given as the paths of their frames in order.
+
+        As in a test each is the mean, or for weights trained with --pool max the maximum, over `frames` of its frames.
+        """
+        how = 'max' if self.trained.options.get('pool') == 'max' else 'avg'
+        dataset = VideoDataset([(tracklet, 0, 0) for tracklet in tracklets], frames, 'evenly')
+        done = 0
+        for groups, _, counts in test_loader(dataset, max(1, self.batch // frames), self.workers, self.run):
+            features = pool(self._embed(groups), counts, how)
+            check(features, done)
+            yield features
+            done += len(features)
+
+    def _collated(self, images: Sequence[Any], bgr: bool) -> Iterator[list[Group]]:
+        """The batches of images, prepared by the calling thread, on the device."""
+        for start in range(0, len(images), self.batch):
+            part = enumerate(images[start : start + self.batch], start)
+            block = collate([(pixels_of(image, bgr, f'image {number}'), 0, 0) for number, image in part])
+            yield block.images(self.device)
+
+    @torch.inference_mode()
+    def _embed(self, groups: list[Group]) -> Tensor:
+        """(b, D) float32, on the CPU."""
+        batch = self.prepare(groups)  # (b, 3, h, w)
+        with self._arithmetic():
+            features: Tensor = self.model(batch).float()
+        if self.flip_test:
+            with self._arithmetic():
+                features = (features + self.model(batch.flip(3)).float()) / 2
+        return features.cpu()
+
+    @contextlib.contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self.device.type != 'cpu':
+                stack.enter_context(self.lock)
+                stack.enter_context(tf32(self.precision == 'tf32'))
+            stack.enter_context(self.run.autocast(testing=True))
+            yield
+
+    @property
+    def description(self) -> dict[str, object]:
+        """What the features are, for JSON."""
+        names = 'digest', 'arch', 'feat_dim', 'height', 'width', 'interpolation', 'distance', 'precision', 'flip_test'
+        return {name: getattr(self, name) for name in names}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        model = self.model
+        how = self.arch, self.height, self.width, self.interpolation, self.precision, self.flip_test
+        digest = hashlib.sha256(repr((VERSION, model.made, model.normalisation, *how)).encode())
+        for name, value in sorted(model.state_dict().items()):
+            if not name.startswith('classifier.'):
+                digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
+                digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+
+def check(features: Tensor, start: int) -> None:
+    """Raise UserError if features (b, D), of images from number `start` on, are not finite."""
+    wrong = (~features.isfinite().all(1)).nonzero().flatten().tolist()
+    if wrong:
+        raise UserError(f'the features of image {start + wrong[0]} are not finite: use precision fp32')
+
+
+def device_of(name: str | torch.device) -> torch.device:
+    """'auto': the current GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device, or it cannot be used.
+    """
+    try:
+        device = torch.device(('cuda' if cards.available() else 'cpu') if name == 'auto' else name)
+    except RuntimeError:
+        raise UserError(f'there is no device {plain(str(name))}: choose auto, cpu or cuda:N') from None
+    if device.type == 'cpu':
+        return torch.device('cpu')
+    number = torch.cuda.device_count() if device.type == 'cuda' else 0
+    if device.type == 'cuda' and device.index is None and number:
+        device = torch.device('cuda', torch.cuda.current_device())
+    if (device.index or 0) >= number:
+        raise UserError(f'there is no device {device}: this machine has {number} CUDA devices')
+    cards.check(device)
+    return device
+
+
+# The command
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of a FeatureExtractor."""
+    parser.add_argument('--weights', type=values.path, metavar='PATH', help='checkpoint, or published weights')
+    parser.add_argument('-a', '--arch', help='architecture of the weights (default: recognised)')
+    parser.add_argument('--height', type=values.positive_int, help='of images (default: as trained, or 256)')
+    parser.add_argument('--width', type=values.positive_int, help='of images (default: as trained, or 128)')
+    parser.add_argument('--precision', choices=('auto', 'fp32', 'tf32', 'bf16'), default='auto', help='(default: fp32)')
+    parser.add_argument('--batch', type=values.positive_int, help='images per batch (default: 32; on a GPU 256)')
+    parser.add_argument('-j', '--workers', type=values.nonnegative_int, default=4, help='decoders (default: 4)')
+    parser.add_argument('--use-cpu', action='store_true', help='use the CPU even if there is a GPU')
+    parser.add_argument('--gpu-devices', metavar='N', help='index of the GPU (default: 0)', type=values.nonnegative_int)
+
+
+def extractor_of(args: argparse.Namespace) -> FeatureExtractor:
+    """The extractor for these options; reports what was loaded on stderr."""
+    if not args.weights:
+        raise UserError('--weights is missing: give a checkpoint or published weights')
+    device = 'cpu' if args.use_cpu else 'auto' if args.gpu_devices is None else f'cuda:{args.gpu_devices}'
+    how = {name: getattr(args, name) for name in ('arch', 'height', 'width', 'batch', 'workers')}
+    extractor = FeatureExtractor(args.weights, device, args.precision, **how)
+    if extractor.device.type == 'cpu':
+        keep_memory()
+    for note in extractor.notes:
+        print(note, file=sys.stderr)
+    return extractor
+
+
+def items_of(names: Sequence[str], tracklets: bool) -> list[paths.Paths]:
+    """The images that arguments name, or the tracklets: the images of each folder, in the order of their names."""
+    files = files_of(names)
+    if not tracklets:
+        return [*files]
+    folders: dict[str, list[str]] = {}
+    for file in files:
+        folders.setdefault(os.path.dirname(file), []).append(file)
+    return [tuple(frames) for frames in folders.values()]
+
+
+def main() -> None:
+    parser = commands.Parser(description='Write the features of images to a folder, as --save-features does.')
+    parser.add_argument(
+        'images',
+        nargs='+',
+        type=values.path,
+        metavar='IMAGES',
+        help="files, folders, patterns such as 'cam*/*.jpg', or - for a list on stdin",
+    )
+    parser.add_argument('-o', '--out', type=values.path, required=True, help='folder to write; it must not exist yet')
+    parser.add_argument('--tracklets', action='store_true', help='the images of a folder are frames of one tracklet')
+    parser.add_argument(
+        '--seq-len', type=values.positive_int, default=FRAMES, help='frames taken of each (default: 15)'
+    )
+    add_options(parser)
+    args = parser.parse_args()
+    items = items_of(args.images, args.tracklets)
+    extractor = extractor_of(args)
+    batch = max(1, extractor.batch // args.seq_len) if args.tracklets else extractor.batch
+    what = {'weights': args.weights, **extractor.description, 'seq_len': args.seq_len if args.tracklets else None}
+    with Draft(args.out, items, extractor.feat_dim, what, batch) as draft:
+        if draft.done:
+            print(f'Continuing behind {draft.done} of {len(items)}')
+        rest: Any = items[draft.done :]
+        stream = extractor.stream_tracklets(rest, args.seq_len) if args.tracklets else extractor.stream(rest)
+        with tqdm(total=len(items), initial=draft.done, unit='item', leave=False, disable=None) as bar:
+            for features in stream:
+                draft.add(features)
+                bar.update(len(features))
+    print(f'Wrote {len(items)} features of {extractor.feat_dim} dimensions to {args.out}')
+
+
+if __name__ == '__main__':
+    commands.run(main)

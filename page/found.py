@@ -1,0 +1,59 @@
+"""The page of a search: each query with the images that are nearest to it."""
+
+import datetime
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import page
+from page.lists import thumbnail
+
+FRAMES = 8  # of the pictures of one query that are shown
+
+
+def write(path: Path, results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], limit: str) -> Path:
+    """Write the page, completely or not at all, and return its path.
+
+    Args:
+        results: for each query its files, whether it is unknown, and the images that were found.
+        facts: of the model and the gallery.
+        limit: what a match is, in words; '' if nothing decides that.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    picture = functools.cache(thumbnail)
+    root = os.path.dirname(
+        os.path.commonpath([each['path'] for result in results for each in result['results']] or [''])
+    )
+
+    def shown(each: Mapping[str, Any]) -> dict[str, Any]:
+        image = picture((each['path'],), 1)
+        return {**each, 'image': image, 'name': each['path'], 'short': os.path.relpath(each['path'], root or '.')}
+
+    queries = [
+        {
+            **result,
+            'image': picture(tuple(result['query']), FRAMES),
+            'name': ', '.join(result['query']),
+            'results': [shown(each) for each in result['results']],
+        }
+        for result in results
+    ]
+    decimals = 4 if facts['distance'] == 'cosine' else 2
+    return page.render(
+        path,
+        'found.html.j2',
+        title=f'Search in {facts["gallery"]} images',
+        date=datetime.datetime.now().astimezone().isoformat(' ', 'minutes'),
+        queries=queries,
+        facts=facts,
+        limit=limit,
+        decimals=decimals,
+        missing=sum(not each['image'] for query in queries for each in [query, *query['results']]),
+        tracklets=False,
+        runs=[None],
+        charts=[],
+    )

@@ -1,0 +1,122 @@
+"""Images as callers have them, and the files that arguments of a command name."""
+
+import glob
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from runtime.decoding import SUFFIXES, read_image
+from runtime.errors import UserError, plain
+
+
+def listed(images: Any) -> Sequence[Any]:
+    """One image, or several, as a list."""
+    if isinstance(images, np.ndarray | Tensor):
+        return list(images) if images.ndim == 4 else [images]
+    return [images] if isinstance(images, str | os.PathLike | Image.Image) else list(images)
+
+
+def pixels_of(image: Any, bgr: bool, where: str) -> Tensor:
+    """An image in any of the forms that FeatureExtractor takes -> uint8 (3, H, W), RGB.
+
+    Raises:
+        UserError: it has another form, or cannot be read. `where` is its name in the message.
+    """
+    if isinstance(image, str | os.PathLike):
+        image = read_image(image)
+    if isinstance(image, Image.Image):
+        if image.mode.startswith(('I', 'F')):
+            raise UserError(f'{where} has pixels of more than 8 bits ({image.mode}): convert it to RGB')
+        image, bgr = np.array(image if image.mode == 'RGB' else image.convert('RGB')), False
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise UserError(f'{where} is an array of {image.dtype} {image.shape}: give uint8 (H, W, 3)')
+        return torch.from_numpy(np.ascontiguousarray(image[..., ::-1] if bgr else image)).permute(2, 0, 1)
+    if not isinstance(image, Tensor):
+        raise UserError(f'{where} is a {type(image).__name__}: give a path, a PIL image, an array or a tensor')
+    pixels, kind = image.detach().cpu(), f'{str(image.dtype).removeprefix("torch.")} {tuple(image.shape)}'
+    if pixels.ndim != 3 or len(pixels) != 3 or not pixels.numel():
+        raise UserError(f'{where} is a tensor of {kind}: give (3, H, W)')
+    if pixels.is_floating_point():
+        if not bool(((pixels >= 0) & (pixels <= 1)).all()):
+            raise UserError(f'{where} has values that are not from 0 to 1: give RGB that is not normalised')
+        pixels = (pixels.float() * 255).round().to(torch.uint8)
+    if pixels.dtype != torch.uint8:
+        raise UserError(f'{where} is a tensor of {kind}: give uint8, or floating-point numbers from 0 to 1')
+    return pixels.flip(0) if bgr else pixels
+
+
+def cut(frame: Tensor, boxes: Any) -> list[Tensor]:
+    """The boxes (N, 4 or more) of a frame, uint8 (3, H, W): left, top, right, bottom -> uint8 (3, h, w) each.
+
+    Raises:
+        UserError: boxes have another form, or some are empty, also after they were clipped to the frame.
+    """
+    array = np.asarray(boxes.detach().cpu() if isinstance(boxes, Tensor) else boxes, np.float64)
+    if not array.size:
+        return []
+    if array.ndim != 2 or array.shape[1] < 4:
+        raise UserError(f'boxes have the shape {array.shape}: give (N, 4), left, top, right and bottom in pixels')
+    _, height, width = frame.shape
+    edges = array[:, :4].round().clip(0, [width, height, width, height])  # (N, 4)
+    left, top, right, bottom = edges.T  # (N,) each
+    empty = np.flatnonzero(~((left < right) & (top < bottom)))  # also those with NaN
+    if len(empty):
+        rows = ', '.join(map(str, empty[:10].tolist())) + (' ...' if len(empty) > 10 else '')
+        raise UserError(
+            f'{len(empty)} of {len(array)} boxes are empty or outside the frame of {width} x {height} pixels: rows '
+            f'{rows}; leave them out'
+        )
+    return [frame[:, y : y + h, x : x + w] for x, y, w, h in _places(edges)]
+
+
+def _places(edges: np.ndarray) -> list[tuple[int, int, int, int]]:
+    left, top, right, bottom = edges.astype(np.int64).T
+    return list(zip(left.tolist(), top.tolist(), (right - left).tolist(), (bottom - top).tolist(), strict=True))
+
+
+def files_of(names: Sequence[str], what: str = 'images') -> list[str]:
+    """The image files that arguments name: files, folders with all below them, patterns, or - for a list on stdin.
+
+    Sorted within each folder and pattern; each file once; hidden files and folders are left out.
+
+    Raises:
+        UserError: an argument names no image.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        some = _lines() if name == '-' else [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        files = [file for path in some for file in (_below(path) if os.path.isdir(path) else [path])]
+        if not files:
+            raise UserError(f'{plain(name, 500)}: no {what} there; give files, folders, a pattern, or - for stdin')
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def _lines() -> list[str]:
+    """The paths on stdin: one a line, or ended by NULs, as find -print0 writes them."""
+    data = sys.stdin.buffer.read()
+    return [os.fsdecode(line) for line in data.split(b'\0' if b'\0' in data else b'\n') if line]
+
+
+def _below(folder: str) -> list[str]:
+    files = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        images = (name for name in sorted(names) if name.lower().endswith(SUFFIXES) and not name.startswith('.'))
+        files += [os.path.join(place, name) for name in images]
+    return files
+
+
+def tracklets_of(files: Sequence[str]) -> list[tuple[str, ...]]:
+    """Files -> a tracklet of the files of each folder."""
+    folders: dict[str, list[str]] = {}
+    for file in files:
+        folders.setdefault(os.path.dirname(file), []).append(file)
+    return [tuple(frames) for frames in folders.values()]

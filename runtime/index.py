@@ -1,0 +1,271 @@
+"""An index of features on disk: what one model makes of each image of any number of galleries.
+
+A folder per model, of mode 0700, contains
+- rows-{generation}.f32: float32 features, one row after the other, which are appended and never changed;
+- index.sqlite: the row of each file, with the size and time of modification that it had, and facts such as thresholds.
+
+Rows are written in a transaction of the table and before it refers to them: a process that is killed leaves the table
+as it was, and what it had appended is overwritten. Several processes may use an index at once: a transaction takes
+milliseconds, and no two write at a time.
+"""
+
+import contextlib
+import json
+import os
+import re
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.errors import UserError, plain
+from runtime.tiles import NONE, Points, distances_of, in_threads, nearer, nearest_host, points, squared_distances
+
+WIDTH = 16384  # rows that are compared at a time: 32 MB of 512 dimensions
+WASTE = 1000  # rows that no file refers to may be so many more than the others
+PATIENCE = 60  # seconds after which a transaction of another process is taken to hang
+
+Stamp = tuple[int, int]  # size in bytes and time of modification in ns
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, size INTEGER, modified INTEGER, row INTEGER) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
+"""
+
+
+class Gallery(NamedTuple):
+    """Images that are searched: paths (G), the row (G,) of each, and all features of the index, memory-mapped."""
+
+    paths: list[str]
+    rows: np.ndarray
+    points: Points
+
+    def nearest(self, features: Tensor, k: int, distance: str) -> tuple[np.ndarray, np.ndarray]:
+        """Places in the gallery and distances of the k nearest images of each query, (Q, k) int64 and float32.
+
+        The search is exact: ranks and ties are those of `ranking.rank`, and `distance` is that of `gallery`. With fewer
+        than k images the last places are -1, and their distances NaN.
+
+        features: (Q, D) of the queries
+        """
+        queries = points(features, self.points.features[:0], len(features), 0, distance)[0][:]
+        order = np.argsort(self.rows, kind='stable')  # (G,) as they are in the file
+        keys = np.full((len(features), k), NONE)  # (Q, k)
+        lock, spare = Lock(), list[Tensor]()
+
+        def work(places: np.ndarray) -> None:
+            rows = self.rows[places]  # (W,) ascending
+            first, last = int(rows[0]), int(rows[-1]) + 1
+            part: slice | Tensor = slice(first, last) if last - first == len(rows) else torch.from_numpy(rows)
+            some, scales = self.points.features[part], self.points.scales
+            if scales is None:
+                block = squared_distances(queries, Points(some, self.points.norms[part]))  # (Q, W)
+            else:  # scaled into memory that is used again: fresh memory would take longer than the rest
+                memory = spare.pop() if spare else torch.empty(WIDTH, some.size(1))
+                torch.mul(some, scales[part, None], out=memory[: len(rows)])
+                block = squared_distances(queries, Points(memory[: len(rows)], self.points.norms[part]))
+                spare.append(memory)
+            found = nearest_host(block, places, keys.copy())
+            with lock:
+                keys[:] = nearer(keys, found)
+
+        tasks = [(order[left : left + WIDTH],) for left in range(0, len(order), WIDTH)]
+        in_threads(work, tasks, self.points.features.device)
+        return np.where(keys < NONE, keys & 0xFFFFFFFF, -1), distances_of(keys)
+
+
+class Index:
+    """The index of one model in the folder `root`.
+
+    digest:   identifies the model and how it is used; another model has another folder
+    feat_dim: D, length of a feature
+
+    Raises:
+        UserError: it cannot be created, read or written, or is damaged.
+    """
+
+    def __init__(self, root: str | os.PathLike, digest: str, feat_dim: int):
+        self.folder, self.feat_dim = Path(root) / digest, feat_dim
+        with self._explained():
+            for folder in (*reversed(self.folder.parents), self.folder):
+                if not folder.is_dir():
+                    folder.mkdir(0o700, exist_ok=True)
+            self.folder.chmod(0o700)
+            self.table = sqlite3.connect(self.folder / 'index.sqlite', PATIENCE, isolation_level=None)
+            self.table.executescript(TABLES)
+
+    def stale(self, paths: Iterable[str]) -> dict[str, Stamp]:
+        """The files among `paths` that are new or have changed since they were added, with their present stamps.
+
+        A file that does not exist has the stamp (-1, -1).
+        """
+        with self._reading():
+            known = {path: stamp for path, *stamp in self.table.execute('SELECT path, size, modified FROM files')}
+        stamps = {path: _stamp(path) for path in paths}
+        return {path: stamp for path, stamp in stamps.items() if known.get(os.fsencode(path)) != [*stamp]}
+
+    def add(self, files: Mapping[str, Stamp], features: Tensor) -> None:
+        """Keep the features (N, D), float32, of files, with the stamps that these had before they were read."""
+        with self._writing():
+            first, path = self._fact('next', 0), self._rows_file()
+            with open(path, 'r+b' if path.exists() else 'xb') as file:
+                file.seek(first * self.feat_dim * 4)
+                file.write(features.numpy().astype('<f4').tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            self.table.executemany(
+                'INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)',
+                [(os.fsencode(path), *stamp, first + row) for row, (path, stamp) in enumerate(files.items())],
+            )
+            self._put('next', first + len(files))
+
+    def drop(self, folders: Iterable[str], present: Iterable[str]) -> int:
+        """Forget the files below `folders` that are not among `present`; returns how many these were."""
+        kept, dropped = {*map(os.fsencode, present)}, 0
+        with self._writing():
+            for folder in {os.fsencode(folder).rstrip(b'/') for folder in folders}:
+                within = folder + b'/', folder + b'0'  # '0' follows '/'
+                known = self.table.execute('SELECT path FROM files WHERE path > ? AND path < ?', within)
+                gone = [(path,) for (path,) in known if path not in kept]
+                self.table.executemany('DELETE FROM files WHERE path = ?', gone)
+                dropped += len(gone)
+        return dropped
+
+    def tidy(self) -> None:
+        """Write the rows that files refer to into a new file if most rows are not: the old ones are then removed."""
+        with self._writing():
+            files = self.table.execute('SELECT row, path FROM files ORDER BY row').fetchall()
+            number, path, generation = self._fact('next', 0), self._rows_file(), self._fact('generation', 0)
+            if tidied := number > 2 * len(files) + WASTE:
+                features = np.memmap(path, '<f4', 'r', shape=(number, self.feat_dim))
+                path = self._rows_file(generation + 1)
+                with open(path, 'wb') as file:
+                    for left in range(0, len(files), WIDTH):
+                        file.write(features[[row for row, _ in files[left : left + WIDTH]]].tobytes())
+                    file.flush()
+                    os.fsync(file.fileno())
+                moved = [(row, path) for row, (_, path) in enumerate(files)]
+                self.table.executemany('UPDATE files SET row = ? WHERE path = ?', moved)
+                self._put('next', len(files))
+                self._put('generation', generation + 1)
+        if tidied:
+            for old in {*self.folder.glob('rows-*.f32')} - {path}:  # also one that a killed process left
+                old.unlink(missing_ok=True)
+
+    def gallery(self, paths: Sequence[str], distance: str) -> Gallery:
+        """The files among `paths` that the index has, in this order, with their features and the norms of these.
+
+        Raises:
+            UserError: features are not finite, or files of the index are damaged.
+        """
+        with self._reading():
+            known = dict(self.table.execute('SELECT path, row FROM files'))
+            number = self._fact('next', 0)
+            path = self._rows_file()
+            if not number:
+                features = np.zeros((0, self.feat_dim), np.float32)
+            elif path.stat().st_size < 4 * number * self.feat_dim or max(known.values(), default=0) >= number:
+                raise sqlite3.DatabaseError(f'{path.name} is too short')
+            else:
+                features = np.memmap(path, '<f4', 'c', shape=(number, self.feat_dim))
+        held = [path for path in paths if os.fsencode(path) in known]
+        rows = np.array([known[os.fsencode(path)] for path in held], np.int64)  # (G,)
+        whole = torch.from_numpy(features)
+        return Gallery(held, rows, points(whole[:0], whole, 0, len(whole), distance)[1])
+
+    def fact(self, name: str) -> Any:
+        """What was kept under a name, None if nothing was."""
+        with self._reading():
+            return self._fact(name, None)
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep anything that JSON can express, under a name."""
+        with self._writing():
+            self._put(name, value)
+
+    def _fact(self, name: str, default: Any) -> Any:
+        row = self.table.execute('SELECT value FROM facts WHERE name = ?', (name,)).fetchone()
+        return json.loads(row[0]) if row else default
+
+    def _put(self, name: str, value: Any) -> None:
+        self.table.execute('INSERT OR REPLACE INTO facts VALUES (?, ?)', (name, json.dumps(value)))
+
+    def _rows_file(self, generation: int | None = None) -> Path:
+        return self.folder / f'rows-{self._fact("generation", 0) if generation is None else generation}.f32'
+
+    def _reading(self) -> contextlib.AbstractContextManager[None]:
+        """A transaction: what is read in it is of one moment, and no file of rows is removed meanwhile."""
+        return self._transaction('BEGIN')
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        """A transaction, of one process at a time, that happens completely or not at all."""
+        return self._transaction('BEGIN IMMEDIATE')
+
+    @contextlib.contextmanager
+    def _transaction(self, begin: str) -> Iterator[None]:
+        with self._explained():
+            self.table.execute(begin)
+            try:
+                yield
+                self.table.execute('COMMIT')
+            except BaseException:
+                if self.table.in_transaction:
+                    self.table.execute('ROLLBACK')
+                raise
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        where = plain(str(self.folder), 500)
+        try:
+            yield
+        except sqlite3.OperationalError as problem:  # a full disk, a folder that cannot be written
+            raise UserError(f'the index {where} cannot be used ({problem}); choose another --index') from problem
+        except (sqlite3.DatabaseError, ValueError, TypeError) as problem:
+            raise UserError(
+                f'the index {where} is damaged ({plain(str(problem))}); remove it with --forget'
+            ) from problem
+        except OSError as problem:
+            raise UserError(
+                f'the index {where} cannot be used ({problem.strerror}); choose another --index'
+            ) from problem
+
+
+def _stamp(path: str) -> Stamp:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def forget(root: str | os.PathLike, digest: str = '') -> list[Path]:
+    """Remove the index of the model `digest` from the folder `root`, or all of them, and nothing else.
+
+    Returns the folders that were removed.
+
+    Raises:
+        UserError: one cannot be removed.
+    """
+    removed = []
+    for folder in [Path(root) / digest] if digest else sorted(Path(root).glob('*')):
+        if not re.fullmatch('[0-9a-f]{16}', folder.name) or not (folder / 'index.sqlite').is_file():
+            continue
+        try:
+            for path in folder.iterdir():
+                if path.name.startswith('index.sqlite') or path.match('rows-*.f32'):
+                    path.unlink()
+            folder.rmdir()
+        except OSError as problem:
+            raise UserError(f'the index {folder} cannot be removed ({problem.strerror})') from problem
+        removed.append(folder)
+    return removed
+
+
+def default_root() -> Path:
+    """Where indices are kept by default: a folder in the user's cache."""
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'deep-person-reid' / 'index'

@@ -1,0 +1,280 @@
+"""Search for persons in one's own pictures: the nearest images of a gallery to each query.
+
+    python search.py --weights log/demo/best_model.pth.tar --gallery pictures --query person.jpg
+
+The features of the gallery are kept in an index, by default in the user's cache folder, and brought up to date file by
+file. `--calibrate -d market1501` measures on labelled data which distance means another person; `--false-match-rate`
+then calls a query unknown whose nearest image is farther.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import data_manager
+import evaluation
+import ranking
+from arguments import TestOptions
+from extract import FeatureExtractor, add_options, extractor_of
+from page import found
+from readers.tree import ids_of
+from runtime import commands, index, values
+from runtime.errors import UserError, plain
+from runtime.images import files_of
+
+AT_ONCE = 8  # batches whose features are added to the index together
+RATES = (1e-2, 1e-3, 1e-4, 1e-5)  # that --calibrate prints
+FEW = 30  # false matches, below which a threshold is uncertain by more than a third (Doddington's rule of 30)
+
+
+def refresh(
+    place: index.Index, extractor: FeatureExtractor, files: Sequence[str], folders: Sequence[str]
+) -> dict[str, str]:
+    """Bring the index up to date with the files of a gallery; returns why some of them could not be read.
+
+    folders: those that were searched for the files; the index forgets what has gone from them
+    """
+    stale, unread = place.stale(files), dict[str, str]()
+    names = list(stale)
+    with tqdm(total=len(names), desc='Indexing', unit='image', leave=False, disable=None) as bar:
+        step = AT_ONCE * extractor.batch
+        for some in (names[start : start + step] for start in range(0, len(names), step)):
+            readable, features = _features(extractor, some, unread)
+            place.add({name: stale[name] for name in readable}, features)
+            bar.update(len(some))
+    place.drop(folders, [file for file in files if file not in unread])
+    place.tidy()
+    return unread
+
+
+def _features(
+    extractor: FeatureExtractor, files: Sequence[str], unread: dict[str, str]
+) -> tuple[Sequence[str], Tensor]:
+    """The files that can be read, and their features; why the others cannot is added to `unread`."""
+    try:
+        return files, extractor(files)
+    except UserError as problem:
+        if len(files) == 1:
+            unread[files[0]] = str(problem)
+            return [], torch.empty(0, extractor.feat_dim)
+    parts = [_features(extractor, [file], unread) for file in files]  # the others, one by one
+    return [file for some, _ in parts for file in some], torch.cat([features for _, features in parts])
+
+
+def calibrate(extractor: FeatureExtractor, name: str, data_dir: str) -> dict[str, Any]:
+    """How far the features of one person, and of two, are apart in a labelled data set, as histograms for JSON.
+
+    The pairs are those of the test: each query and each item of the gallery, without those of one person and camera.
+    """
+    dataset = data_manager.init_dataset(name, data_dir, train=False)
+    options = TestOptions(
+        height=extractor.height, width=extractor.width, interpolation=extractor.interpolation,
+        flip_test=extractor.flip_test, test_batch=extractor.batch, workers=extractor.workers,
+    )  # fmt: skip
+    subsets = dataset.query, dataset.gallery
+    query, gallery = (evaluation.extract(extractor.model, items, options, extractor.run)[0] for items in subsets)
+    q_pids, g_pids, q_camids, g_camids = ids_of(*subsets)
+    result = ranking.rank(query, gallery, q_pids, g_pids, q_camids, g_camids, distance=extractor.distance)
+    return {
+        'dataset': name,
+        'fingerprint': data_manager.fingerprint(dataset, ('query', 'gallery')),
+        'date': datetime.date.today().isoformat(),
+        'distance': extractor.distance,
+        'edges': result.edges.tolist(),
+        'same': result.match_histogram.tolist(),
+        'others': result.other_histogram.tolist(),
+    }
+
+
+def threshold_of(calibration: dict[str, Any], rate: float) -> dict[str, Any]:
+    """The largest distance below which at most `rate` of the pairs of two persons are, as far as bins resolve it.
+
+    Returns it with what it rests on: `pairs` of two persons, `false_matches` among them that are nearer, and `missed`,
+    the fraction of the pairs of one person that are not nearer, None without such pairs.
+
+    Raises:
+        UserError: fewer than one pair would be nearer.
+    """
+    edges, same, others = (np.array(calibration[name]) for name in ('edges', 'same', 'others'))
+    nearer, pairs = others.cumsum(), int(others.sum())
+    bins = int((nearer <= rate * pairs).sum())  # that are below the threshold
+    if rate * pairs < 1 or not bins or not nearer[bins - 1]:
+        raise UserError(
+            f'--false-match-rate {rate:g} cannot be measured with {pairs} pairs of two persons in '
+            f'{plain(str(calibration["dataset"]))}: choose a higher one, or calibrate on more data'
+        )
+    return {
+        'threshold': float(edges[bins]),
+        'false_match_rate': rate,
+        'dataset': calibration['dataset'],
+        'pairs': pairs,
+        'false_matches': int(nearer[bins - 1]),
+        'pairs_of_one_person': int(same.sum()),
+        'missed': float(same[bins:].sum() / same.sum()) if same.sum() else None,
+    }
+
+
+def words_of(limit: dict[str, Any]) -> str:
+    """A threshold and what it rests on, in a sentence."""
+    if 'pairs' not in limit:
+        return f'distance below {limit["threshold"]:g}'
+    few = ', which are few: other data would give another threshold' if limit['false_matches'] < FEW else ''
+    number = limit['pairs_of_one_person']
+    return (
+        f'distance below {limit["threshold"]:.6g}: false match rate {limit["false_match_rate"]:g} in '
+        f'{limit["pairs"]} pairs of two persons of {plain(str(limit["dataset"]))} ({limit["false_matches"]} false '
+        f'matches{few})' + (f', {limit["missed"]:.1%} of {number} pairs of one person missed' if number else '')
+    )
+
+
+def search(
+    queries: Sequence[Sequence[str]], features: Tensor, gallery: index.Gallery, k: int, distance: str,
+    threshold: float | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The k nearest images of each query, without the query's own files, for JSON and for the page.
+
+    queries: the files of each query; features: (Q, D)
+    """
+    files = [{_file(path) for path in query} for query in queries]
+    most = min(len(gallery.paths), k + 2 * max(map(len, queries)))  # more of them, as links, would shorten the list
+    places, distances = gallery.nearest(features, most, distance)
+    results = []
+    for query, own, row, far in zip(queries, files, places.tolist(), distances.tolist(), strict=True):
+        near = [(gallery.paths[place], each) for place, each in zip(row, far, strict=True) if place >= 0]
+        near = [(path, each) for path, each in near if _file(path) not in own][:k]
+        within = [None if threshold is None else each < threshold for _, each in near]
+        results.append(
+            {
+                'query': list(query),
+                'unknown': None if threshold is None else not any(within),
+                'results': [
+                    {'rank': rank, 'path': path, 'distance': each, 'match': match}
+                    for rank, ((path, each), match) in enumerate(zip(near, within, strict=True), 1)
+                ],
+            }
+        )
+    return results
+
+
+def _file(path: str) -> object:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return path
+    return status.st_dev, status.st_ino
+
+
+def show(results: Sequence[dict[str, Any]], limit: dict[str, Any] | None) -> None:
+    """Print a table for each query."""
+    for result in results:
+        first, *others = result['query']
+        more = f' and {len(others)} more' if others else ''
+        verdict = '' if limit is None else ': unknown' if result['unknown'] else ': known'
+        print(f'{plain(first, 1000)}{more}{verdict}')
+        for each in result['results']:
+            sign = {None: '', True: '  match', False: '  too far'}[each['match']]
+            print(f'{each["rank"]:4}  {each["distance"]:<10.5g}  {plain(each["path"], 1000)}{sign}')
+    if limit:
+        print(f'Matches: {words_of(limit)}')
+
+
+def parse() -> argparse.Namespace:
+    parser = commands.Parser(description='Search for persons in images.')
+    text = "files, folders, patterns such as 'cam*/*.jpg', or - for a list on stdin"
+    parser.add_argument('--gallery', nargs='+', default=[], type=values.path, metavar='IMAGES', help=text)
+    parser.add_argument('--query', nargs='+', default=[], type=values.path, metavar='IMAGES', help='the same')
+    parser.add_argument('-k', type=values.positive_int, default=10, help='images to find (default: 10)')
+    parser.add_argument('--fuse', action='store_true', help='all queries are pictures of one person: use their mean')
+    parser.add_argument(
+        '--threshold', type=values.positive_float, help='images at this distance or farther do not match'
+    )
+    parser.add_argument('--false-match-rate', type=values.fraction, metavar='R', help='the same, from a calibration')
+    parser.add_argument('--calibrate', action='store_true', help='measure the distances of -d, and keep them')
+    parser.add_argument('-d', '--dataset', help=f'to calibrate on: {", ".join(data_manager.get_names())}')
+    parser.add_argument('--data-dir', type=values.path, default='data', help='where the data sets are (default: data)')
+    parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
+    parser.add_argument('--page', type=values.path, metavar='FILE', help='write a page that shows the images')
+    parser.add_argument('--index', type=values.path, default=index.default_root(), help='(default: %(default)s)')
+    parser.add_argument('--forget', action='store_true', help='remove the index of --weights, or without it all')
+    add_options(parser)
+    args = parser.parse_args()
+    if bool(args.gallery) != bool(args.query) or not (args.gallery or args.calibrate or args.forget):
+        parser.error('give --gallery and --query, or --calibrate -d DATASET, or --forget')
+    if args.calibrate and args.json:
+        parser.error('--json: --calibrate prints no JSON; run it first, without a query')
+    if args.calibrate and not args.dataset:
+        parser.error('--calibrate: -d is missing, the labelled data set')
+    if args.threshold is not None and args.false_match_rate is not None:
+        parser.error('--threshold and --false-match-rate: give one of them')
+    if args.forget and (args.gallery or args.calibrate):
+        parser.error('--forget removes the index, and does nothing else')
+    return args
+
+
+def limit_of(args: argparse.Namespace, place: index.Index, distance: str) -> dict[str, Any] | None:
+    """The threshold that the options ask for; None if they ask for none."""
+    if args.threshold is not None:
+        return {'threshold': args.threshold}
+    if args.false_match_rate is None:
+        return None
+    calibration = place.fact('calibration')
+    if not calibration or calibration['distance'] != distance:
+        raise UserError('--false-match-rate: nothing is known of these weights; measure it with --calibrate -d DATASET')
+    return threshold_of(calibration, args.false_match_rate)
+
+
+def main() -> None:
+    args = parse()
+    if args.forget:
+        digest = extractor_of(args).digest if args.weights else ''
+        removed = index.forget(args.index, digest)
+        print('\n'.join(f'Removed {folder}' for folder in removed) or f'There is no index in {args.index}')
+        return
+    files = files_of(args.gallery)
+    queries = [[path] for path in files_of(args.query)]
+    extractor = extractor_of(args)
+    place = index.Index(args.index, extractor.digest, extractor.feat_dim)
+    if args.calibrate:
+        calibration = calibrate(extractor, args.dataset, args.data_dir)
+        place.keep('calibration', calibration)
+        for rate in RATES:
+            if rate * sum(calibration['others']) >= 1:
+                print(f'Match: {words_of(threshold_of(calibration, rate))}')
+    if not queries:
+        return
+    limit = limit_of(args, place, extractor.distance)
+    files = [os.path.abspath(file) for file in files]
+    folders = [os.path.abspath(name) for name in args.gallery if os.path.isdir(name)]
+    unread = refresh(place, extractor, files, folders)
+    for reason in unread.values():
+        print(f'Left out: {plain(reason, 1000)}', file=sys.stderr)
+    gallery = place.gallery([file for file in files if file not in unread], extractor.distance)
+    if not gallery.paths:
+        raise UserError('no image of the gallery can be read')
+    features = extractor([path for query in queries for path in query])  # (Q, D)
+    if args.fuse:
+        queries, features = [[path for query in queries for path in query]], features.mean(0, keepdim=True)
+    results = search(queries, features, gallery, args.k, extractor.distance, limit['threshold'] if limit else None)
+    facts = {'weights': args.weights, **extractor.description, 'gallery': len(gallery.paths), 'limit': limit}
+    if args.page:
+        found.write(Path(args.page), results, facts, words_of(limit) if limit else '')
+    if args.json:
+        print(json.dumps({**facts, 'queries': results}, indent=2))
+    else:
+        show(results, limit)
+        if args.page:
+            print(f'Wrote {args.page}')
+
+
+if __name__ == '__main__':
+    commands.run(main)

@@ -1,0 +1,269 @@
+"""The command search.py: results against brute force, the index behind it, thresholds, and the page."""
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from tiny import Tiny
+
+import data_manager
+import search
+import weights
+from extract import FeatureExtractor
+from runtime.errors import UserError
+from runtime.images import files_of
+
+OPTIONS = {'arch': 'tiny', 'height': 32, 'width': 16}
+
+
+@pytest.fixture
+def file(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / 'tiny.pth.tar'
+    torch.save({'format': weights.FORMAT, 'state_dict': Tiny(6).state_dict(), 'arguments': OPTIONS}, path)
+    return path
+
+
+@pytest.fixture
+def gallery(data_dir, tmp_path):
+    shutil.copytree(data_dir / 'market1501' / 'bounding_box_test', tmp_path / 'gallery')
+    return tmp_path / 'gallery'
+
+
+@pytest.fixture
+def queries(data_dir):
+    return files_of([str(data_dir / 'market1501' / 'query')])
+
+
+@pytest.fixture
+def command(file, tmp_path, monkeypatch, capsys):
+    """Run search.py in this process; gives the exit status, and what was printed."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+
+    def start(*args, path=file):
+        model = ['--weights', path] if path else []
+        monkeypatch.setattr(sys, 'argv', ['search.py', *map(str, [*model, '--use-cpu', '-j', '0', *args])])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / 'search.py'), run_name='__main__')
+        return end.value.code, *capsys.readouterr()
+
+    return start
+
+
+@pytest.fixture
+def found(command, gallery):
+    """What a search finds, from its JSON."""
+
+    def start(*args):
+        status, out, _ = command('--gallery', gallery, '--json', *args)
+        assert status == 0
+        return json.loads(out)
+
+    return start
+
+
+def nearest(file, gallery, query, k):
+    """By brute force: paths and distances."""
+    extractor = FeatureExtractor(file, 'cpu')
+    files = files_of([str(gallery)])
+    distances = (extractor(files) - extractor([query])).double().square().sum(1)
+    order = distances.argsort(stable=True)[:k]
+    return [files[place] for place in order], distances[order].tolist()
+
+
+def test_the_nearest_images_are_found(found, file, gallery, queries):
+    result = found('--query', *queries, '-k', 4)
+    assert [each['query'] for each in result['queries']] == [[query] for query in queries]
+    for query, each in zip(queries, result['queries'], strict=True):
+        paths, distances = nearest(file, gallery, query, 4)
+        assert [item['path'] for item in each['results']] == paths
+        assert [item['distance'] for item in each['results']] == pytest.approx(distances, rel=1e-4, abs=1e-4)
+        assert each['unknown'] is None and {item['match'] for item in each['results']} == {None}
+    assert (result['gallery'], result['arch'], result['limit']) == (len(os.listdir(gallery)), 'tiny', None)
+
+
+def test_the_table_has_the_same(command, found, gallery, queries):
+    result = found('--query', queries[0], '-k', 3)['queries'][0]
+    status, out, error = command('--gallery', gallery, '--query', queries[0], '-k', 3)
+    rows = [f'{n:4}  {each["distance"]:<10.5g}  {each["path"]}' for n, each in enumerate(result['results'], 1)]
+    assert (status, out.splitlines()) == (0, [queries[0], *rows])
+    assert 'Initializing model: tiny' in error
+
+
+def test_a_query_does_not_find_itself(found, gallery):
+    query = files_of([str(gallery)])[0]
+    os.link(query, gallery / 'link.jpg')
+    (result,) = found('--query', query, '-k', 100)['queries']
+    assert len(result['results']) == len(os.listdir(gallery)) - 2
+
+
+def embedded(monkeypatch):
+    """How many images are embedded from now on."""
+    count, whole = [], Tiny.forward
+
+    def forward(model, x):
+        count.append(len(x))
+        return whole(model, x)
+
+    monkeypatch.setattr(Tiny, 'forward', forward)
+    return count
+
+
+def test_only_files_that_are_new_or_have_changed_are_embedded(found, file, gallery, queries, monkeypatch):
+    found('--query', queries[0])
+    first, second, third, *_ = files_of([str(gallery)])
+    shutil.copy(second, first)
+    os.remove(second)
+    shutil.copy(third, gallery / 'new.jpg')
+    count = embedded(monkeypatch)
+    result = found('--query', queries[0], '-k', 100)['queries'][0]['results']
+    assert sum(count) == 2 + 1  # and the query
+    assert [each['path'] for each in result] == nearest(file, gallery, queries[0], 100)[0]
+    assert found('--query', queries[0], '-k', 100)['queries'][0]['results'] == result
+
+
+def test_another_model_never_meets_old_features(found, command, file, gallery, queries, monkeypatch):
+    found('--query', queries[0])
+    torch.manual_seed(1)
+    torch.save({'format': weights.FORMAT, 'state_dict': Tiny(6).state_dict(), 'arguments': OPTIONS}, file)
+    count = embedded(monkeypatch)
+    result = found('--query', queries[0], '-k', 5)['queries'][0]['results']
+    assert sum(count) == len(os.listdir(gallery)) + 1
+    assert [each['path'] for each in result] == nearest(file, gallery, queries[0], 5)[0]
+
+
+def test_several_pictures_of_one_person_are_one_query(found, file, gallery, queries):
+    (result,) = found('--query', *queries[:3], '--fuse', '-k', 3)['queries']
+    assert result['query'] == queries[:3]
+    extractor = FeatureExtractor(file, 'cpu')
+    files = files_of([str(gallery)])
+    distances = (extractor(files) - extractor(queries[:3]).mean(0)).square().sum(1)
+    assert [each['path'] for each in result['results']] == [files[place] for place in distances.argsort()[:3]]
+
+
+def test_images_that_cannot_be_read_are_left_out(command, gallery, queries):
+    (gallery / 'broken.jpg').write_text('no image')
+    status, out, error = command('--gallery', gallery, '--query', queries[0], '-k', 1000)
+    assert status == 0 and len(out.splitlines()) == len(os.listdir(gallery))  # a line for the query, none for the file
+    assert f'Left out: cannot read the image {gallery}/broken.jpg: it is not a JPEG' in error
+    for name in os.listdir(gallery):
+        (gallery / name).write_text('no image')
+    status, _, error = command('--gallery', gallery, '--query', queries[0])  # of the old contents nothing is used
+    assert (status, error.splitlines()[-1]) == (2, 'error: no image of the gallery can be read')
+
+
+def test_a_threshold_separates_known_from_unknown(command, found, gallery, queries):
+    distances = [each['results'][0]['distance'] for each in found('--query', *queries, '-k', 3)['queries']]
+    threshold = float(np.median(distances))
+    result = found('--query', *queries, '-k', 3, '--threshold', threshold)
+    assert [each['unknown'] for each in result['queries']] == [each >= threshold for each in distances]
+    for each in result['queries']:
+        assert [item['match'] for item in each['results']] == [item['distance'] < threshold for item in each['results']]
+    out = command('--gallery', gallery, '--query', *queries, '-k', 3, '--threshold', threshold)[1]
+    assert out.count(': unknown\n') == sum(each >= threshold for each in distances)
+    assert out.endswith(f'Matches: distance below {threshold:g}\n')
+
+
+def pairs_of(file, data_dir):
+    """Distances of the pairs of one person and of two, by brute force."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        dataset = data_manager.init_dataset('market1501', str(data_dir))
+    extractor = FeatureExtractor(file, 'cpu')
+    same, others = [], []
+    gallery = extractor([path for path, _, _ in dataset.gallery])
+    for path, pid, camid in dataset.query:
+        distances = (gallery - extractor([path])).square().sum(1).tolist()
+        for distance, (_, other, camera) in zip(distances, dataset.gallery, strict=True):
+            if pid != other:
+                others.append(distance)
+            elif camid != camera:
+                same.append(distance)
+    return np.array(same), np.array(others)
+
+
+def test_a_threshold_is_calibrated_on_labelled_data(command, found, file, data_dir, queries, gallery):
+    status, _, error = command('--gallery', gallery, '--query', queries[0], '--false-match-rate', 0.1)
+    assert status == 2 and 'nothing is known of these weights; measure it with --calibrate -d DATASET' in error
+    status, out, _ = command('--calibrate', '-d', 'market1501', '--data-dir', data_dir)
+    same, others = pairs_of(file, data_dir)
+    assert status == 0 and f'false match rate 0.01 in {len(others)} pairs of two persons of market1501' in out
+    limit = found('--query', queries[0], '--false-match-rate', 0.1)['limit']
+    assert (limit['pairs'], limit['pairs_of_one_person'], limit['dataset']) == (len(others), len(same), 'market1501')
+    assert limit['false_matches'] == (others < limit['threshold']).sum() <= 0.1 * len(others)
+    assert (others < 1.02 * limit['threshold']).sum() >= limit['false_matches']
+    assert (
+        limit['false_matches']
+        > 0.1 * len(others) - 1 - (others < 1.02 * limit['threshold']).sum() + limit['false_matches']
+    )
+    assert limit['missed'] == pytest.approx((same >= limit['threshold']).mean())
+
+
+def test_a_rate_that_the_pairs_cannot_measure_is_refused():
+    calibration = {'dataset': 'few', 'edges': [0, 1, 2, 3], 'same': [5, 4, 0], 'others': [1, 4, 5]}
+    assert search.threshold_of(calibration, 0.1) == {
+        'threshold': 1.0, 'false_match_rate': 0.1, 'dataset': 'few', 'pairs': 10, 'false_matches': 1,
+        'pairs_of_one_person': 9, 'missed': pytest.approx(4 / 9),
+    }  # fmt: skip
+    assert search.threshold_of(calibration, 0.5)['threshold'] == 2
+    for rate in (0.09, 0):
+        with pytest.raises(UserError, match='cannot be measured with 10 pairs of two persons in few'):
+            search.threshold_of(calibration, rate)
+
+
+def test_the_index_is_removed(command, found, queries, tmp_path):
+    found('--query', queries[0])
+    (folder,) = (tmp_path / 'cache' / 'deep-person-reid' / 'index').iterdir()
+    assert command('--forget')[:2] == (0, f'Removed {folder}\n')
+    assert command('--forget', path=None)[:2] == (0, f'There is no index in {folder.parent}\n')
+    assert not folder.exists()
+
+
+def test_a_page_shows_the_images(command, gallery, queries, tmp_path):
+    page = tmp_path / 'found.html'
+    args = '--gallery', gallery, '--query', *queries[:2], '-k', 3, '--page', page
+    assert command(*args)[1].endswith(f'Wrote {page}\n')
+    text = page.read_text()
+    assert text.count('<li class="result ') == 6 and text.count('src="data:image/jpeg;base64,') == 8
+    assert 'There is no threshold' in text and '✓' not in text
+    command(*args, '--threshold', 1e9)
+    assert page.read_text().count('<li class="result match"') == 6
+    command(*args, '--threshold', 1e-9)
+    text = page.read_text()
+    assert text.count('<li class="result other"') == 6 and text.count(': unknown</h3>') == 2
+
+
+def test_names_cannot_change_the_page(command, gallery, queries, tmp_path):
+    name = '<script>alert(1)<'
+    Image.open(queries[0]).save(gallery / f'{name}.png')
+    command('--gallery', gallery, '--query', queries[0], '--page', tmp_path / 'found.html')
+    text = (tmp_path / 'found.html').read_text()
+    assert name not in text and '&lt;script&gt;alert(1)&lt;' in text
+
+
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        ([], 'give --gallery and --query, or --calibrate -d DATASET, or --forget'),
+        (['--gallery', 'x'], 'give --gallery and --query, or --calibrate -d DATASET, or --forget'),
+        (['--calibrate'], '--calibrate: -d is missing, the labelled data set'),
+        (['--calibrate', '-d', 'x', '--json'], '--json: --calibrate prints no JSON; run it first, without a query'),
+        (['--calibrate', '-d', 'x', '--forget'], '--forget removes the index, and does nothing else'),
+        (['--calibrate', '--threshold', '1', '--false-match-rate', '1'], '--calibrate: -d is missing'),
+        (['--threshold', '1', '--false-match-rate', '1', '--gallery', 'x', '--query', 'x'], '--threshold and --false-'),
+        (['--gallery', 'none', '--query', 'none'], 'none: no images there; give files, folders, a pattern, or - for'),
+        (['--calibrate', '-d', 'x'], "there is no data set 'x'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(args, message, command):
+    status, _, error = command(*args)
+    lines = [line for line in error.splitlines() if line.startswith('error: ')]
+    assert status == 2 and len(lines) == 1 and lines[0].startswith(f'error: {message}')
