@@ -26,18 +26,27 @@ UNCHANGING = (
 def as_in_project(options: TestOptions, model: Network) -> TestOptions:
     """The options of a test of another project's weights: as that project tests them, but for those that are given.
 
-    Prints both kinds. Nothing changes for weights of this project, and if the project's test is unknown.
+    Prints both kinds. Nothing changes without --evaluate, for weights of this project, and if the project's test is
+    unknown.
     """
     trained = model.trained
     theirs = {name: value for name, value in (trained.test if trained else {}).items() if hasattr(options, name)}
-    if not trained or not theirs:
-        return replace(options, arch=trained.arch or options.arch) if trained else options
+    if not trained or not options.evaluate:
+        return options
+    if not theirs:
+        return replace(options, arch=trained.arch or options.arch)
     taken = {name: value for name, value in theirs.items() if name not in options.given}
     words = [_written(name, value) for name, value in taken.items()]
     given = [_written(name, getattr(options, name)) for name in theirs if name not in taken]
     also = f', but as given with {" ".join(given)}' if given else ''
     print(f'Tested as the project of {trained.where} does ({trained.project}): {" ".join(words) or "nothing"}{also}')
     return replace(options, arch=trained.arch or options.arch, **taken)
+
+
+def before_test(model: Network, dataset: Dataset, options: TestOptions, run: Run) -> tuple[TestOptions, list[str]]:
+    """The options of a test and, with --evaluate, its notices."""
+    options = as_in_project(options, model)
+    return options, of_test(model, dataset, options, run) if options.evaluate else []
 
 
 def of_test(model: Network, dataset: Dataset, options: TestOptions, run: Run) -> list[str]:
