@@ -94,6 +94,8 @@ class Shared(Recipe):
         metavar='PATH', type=path)  # fmt: skip
     quiet: bool = option(False, 'do not print progress; the log still contains it', under='run')
 
+    given: frozenset[str] = frozenset()  # the options that are on the command line
+
     @property
     def test_epochs(self) -> frozenset[int]:
         """The epochs, from 0, after which a test is run."""
@@ -155,6 +157,9 @@ class SaveOptions(Shared):
     overwrite: bool = option(
         False, 'remove an earlier run from --save-dir, except its logs and features, after the first step of this one'
     )
+    assume: str = option('',
+        'with --resume: what the file of another project does not tell, separated by commas; `python weights.py FILE` '
+        'lists it', under='test', metavar='NAME=VALUE')  # fmt: skip
 
     arguments: dict[str, Any] = field(default_factory=dict)  # every option
     recipe: dict[str, Any] = field(default_factory=dict)  # those that a resumed run must repeat
@@ -262,6 +267,7 @@ class Parser(commands.Parser):
         recipe = [action for action in self.recipe if action.dest not in FREE]
         more = {
             'arguments': plain,
+            'given': self._given(args, plain),
             'recipe': {name: plain[name] for name in sorted(action.dest for action in recipe)},
             # If two options share a name in `args`, the default of the first one counts.
             'defaults': {action.dest: self._default(action) for action in reversed(recipe)},
@@ -271,6 +277,13 @@ class Parser(commands.Parser):
                       if field.name in plain | more}  # fmt: skip
             setattr(parsed, room, group(**values))
         return parsed
+
+    def _given(self, args: Sequence[str] | None, names: Collection[str]) -> frozenset[str]:
+        """The names of the options on the command line, whatever their values."""
+        absent = object()
+        parsed = argparse.Namespace(**dict.fromkeys(names, absent))
+        super().parse_args(args, parsed)
+        return frozenset(name for name, value in vars(parsed).items() if value is not absent)
 
     def _default(self, action: argparse.Action) -> object:
         """The value of an option that is not given; argparse converts a default only if it is a string."""

@@ -64,7 +64,7 @@ class Test:
             UserError: an image cannot be read, features are not finite, or --save-features cannot write them.
         """
         self.run.signals.release()  # there is nothing to save until the next epoch
-        self.notices = notices.of_test(model, self.dataset, self.options, self.run) if self.options.evaluate else []
+        self.options, self.notices = notices.before_test(model, self.dataset, self.options, self.run)
         for notice in self.notices:
             print(f'Notice: {notice}')
         print('Evaluate only' if self.options.evaluate else '==> Test')

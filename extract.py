@@ -58,10 +58,10 @@ class Usage(NamedTuple):
 
 
 def usage_of(trained: Training, model: Network) -> Usage:
-    """As the run that wrote the weights tested them; for other files 256 x 128 pixels and the Euclidean distance."""
+    """As the run or the project of the weights tests them; otherwise 256 x 128 pixels and the Euclidean distance."""
 
     def option(name: str, default: Any, fits: Callable[[Any], bool] = lambda _: True) -> Any:
-        value = trained.options.get(name)
+        value = {**trained.options, **trained.test}.get(name)
         return value if type(value) is type(default) and fits(value) else default
 
     return Usage(

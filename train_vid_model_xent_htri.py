@@ -40,8 +40,7 @@ def main(args: arguments.Arguments, run: Run) -> None:
 
     test = Test(dataset, args.test, run)
     if args.evaluate:  # nothing below is needed, nor is the training set
-        Checkpoint(dataset, args.save, run, model=model)  # loads --resume
-        test(model)
+        test(Checkpoint(dataset, args.save, run, model=model).model)  # that of --resume
         return
 
     frames = [(path, pid, camid) for paths, pid, camid in dataset.train for path in paths]  # trained one by one

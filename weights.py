@@ -1,9 +1,14 @@
-"""Weight files: any published or foreign file -> weights under this project's names, and a description of it."""
+"""Weight files: any published or foreign file -> weights under this project's names, and a description of it.
 
+python weights.py FILE            # what it is, what it does not tell, and how it will be tested
+python weights.py FILE OUT        # the same weights in this project's layout, OUT.pth.tar or OUT.safetensors
+"""
+
+import hashlib
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +16,15 @@ import torch
 from torch import Tensor
 
 import models
+from models import layouts, loading
+from models.loading import arch_of, listed
 from models.network import Network, Training
-from runtime import download, unpickling
+from runtime import commands, download, safetensors, unpickling, values
 from runtime.errors import UserError, plain
+from runtime.files import write_whole
 
 FORMAT = 'deep-person-reid 1'  # the entry 'format' of the checkpoints written here
+LICENCE = 'unknown'  # unless the file names it
 
 
 @dataclass
@@ -24,11 +33,14 @@ class Weights:
 
     state_dict: this project's parameter names -> tensors on the CPU
     layout:     the kind of file and what was renamed, in one line
-    trained:    what is known of the training of the weights
+    trained:    what is known of the training of the weights, and how their project tests them
     rank1:      best Rank-1 as a fraction, None if the file does not contain it
     epoch:      of the last finished epoch, None if the file does not contain it; the original and this project count
                 from 0, torchreid from 1
     state:      the complete checkpoint if this project wrote it, for resuming; None for any other file
+    made:       the arguments of `models.assemble` that their network needs, as far as they are known
+    assumed:    what the file does not tell, as NAME=VALUE of `models.layouts.ASSUMPTIONS`
+    licence:    of the weights, as the file names it
     """
 
     state_dict: dict[str, Tensor]
@@ -37,27 +49,40 @@ class Weights:
     rank1: float | None = None
     epoch: int | None = None
     state: dict[str, Any] | None = None
+    made: dict[str, Any] = field(default_factory=dict)
+    assumed: list[str] = field(default_factory=list)
+    licence: str = LICENCE
 
 
-def read(path: str | os.PathLike) -> Weights:
+def read(path: str | os.PathLike, assume: str = '') -> Weights:
     """Reads a checkpoint or a bare state dict without running any code in it (`runtime.unpickling`).
 
     Supported are the checkpoints of this project; those of the original, by PyTorch 0.3 under Python 2 or later; state
-    dicts of any PyTorch since 0.1, bare or under 'state_dict'; the prefixes `module.` and `_orig_mod.`; and the
-    names that the models' classes list as `published`.
+    dicts of any PyTorch since 0.1, bare or under 'state_dict' or 'model'; safetensors; the prefixes `module.` and
+    `_orig_mod.`; and the layouts that the models' classes list as `published`.
+
+    assume: NAME=VALUE, separated by commas, instead of what the file's layout assumes
 
     Raises UserError, in one line, for a file that cannot be read safely, contains no weights, or mixes the names of two
-    projects.
+    projects, and for an assumption that it leaves no choice of.
     """
-    loaded, kind = unpickling.load(path)
-    return _understand(loaded, kind, plain(os.fspath(path), 500))
+    where = plain(os.fspath(path), 500)
+    if safetensors.recognised(path):
+        tensors, metadata = safetensors.load(path)
+        loaded, kind = {**safetensors.contents(metadata), 'state_dict': tensors}, safetensors.KIND
+    else:
+        loaded, kind = unpickling.load(path)
+    return _understand(loaded, kind, where, assume)
 
 
-def _understand(loaded: Any, kind: str, where: str) -> Weights:
-    """The object that PyTorch loaded -> Weights."""
+def _understand(loaded: Any, kind: str, where: str, assume: str) -> Weights:
+    """The object that was loaded -> Weights."""
     checkpoint, found = {}, loaded
-    if isinstance(loaded, dict) and 'state_dict' in loaded:
-        checkpoint, found = loaded, loaded['state_dict']
+    entry = 'state_dict'
+    if isinstance(loaded, dict) and 'state_dict' not in loaded and isinstance(loaded.get('model'), dict):
+        entry = 'model'  # of fast-reid
+    if isinstance(loaded, dict) and entry in loaded:
+        checkpoint, found = loaded, loaded[entry]
     if not isinstance(found, dict) or not found:
         raise UserError(f'{where} contains no weights but a {type(found).__name__}; give a checkpoint or a state dict')
     for key, value in found.items():
@@ -74,22 +99,33 @@ def _understand(loaded: Any, kind: str, where: str) -> Weights:
         raise UserError(
             f'{where} has the format {plain(checkpoint["format"])}, not {FORMAT}: use the version that wrote it'
         )
-    foreign = False
+    origin = checkpoint.get('converted') if ours else None  # the layout that `convert` read
+    converted = isinstance(origin, str)
     if ours:
-        layout = ['checkpoint of this project']
+        named = loading.Named(state_dict, [], None, layouts.test_of(checkpoint.get('test')))
+        layout = f'weights that this project converted, in {kind}' if converted else 'checkpoint of this project'
     else:
-        contents = f'checkpoint with {_listed(checkpoint)}' if checkpoint else 'bare state dict'
-        state_dict, notes = normalised(state_dict, where)
-        layout = [f'{contents} in {kind}', *notes]
-        foreign = any(note in notes for network in models.factory.values() for note, *_ in network.published)
-    rank1, epoch = checkpoint.get('rank1'), checkpoint.get('epoch')
+        bare = not checkpoint or kind == safetensors.KIND
+        contents = 'bare state dict' if bare else f'checkpoint with {listed(checkpoint)}'
+        named = loading.normalised(state_dict, where)
+        layout = ', '.join([f'{contents} in {kind}', *named.notes])
+    state_dict, made, assumed = loading.settled(named, layouts.chosen(assume), where)
+    foreign = named.layout is not None or (ours and checkpoint.get('imagenet') is True)
+    trained = _training(checkpoint if ours else {}, state_dict, foreign, where)
+    project = named.layout.note if named.layout else plain(origin, 500) if isinstance(origin, str) else ''
+    if not trained.of_imagenet:
+        trained = replace(trained, project=project, test=named.test)
+    rank1, epoch, licence = (checkpoint.get(name) for name in ('rank1', 'epoch', 'licence'))
     return Weights(
         state_dict=state_dict,
-        layout=', '.join(layout),
-        trained=_training(checkpoint if ours else {}, state_dict, foreign, where),
+        layout=layout,
+        trained=trained,
         rank1=float(rank1) if isinstance(rank1, int | float | np.number) and abs(rank1) < 2**31 else None,  # type: ignore[operator]  # abs() of numbers
         epoch=epoch if isinstance(epoch, int) else None,
-        state=checkpoint if ours else None,
+        state=checkpoint if ours and not converted else None,
+        made=made | (layouts.made_of(checkpoint.get('model')) if ours else {}),
+        assumed=assumed,
+        licence=plain(licence) if isinstance(licence, str) else LICENCE,
     )
 
 
@@ -105,72 +141,16 @@ def _training(checkpoint: dict, state_dict: Mapping[str, Tensor], foreign: bool,
         options=options if isinstance(options, dict) else {},
         fingerprint=plain(mark) if isinstance(mark, str) else None,
         num_pids=num_pids,
+        arch=arch_of(state_dict) or '',
     )
-
-
-PREFIX = re.compile(r'^(?:module\.|_orig_mod\.)+')  # of nn.DataParallel and of torch.compile
-OF_THE_ORIGINAL = re.compile(r'(?:base|layers\d[abc]?|fc_fuse)\.')
-OF_OTHERS = re.compile(r'(?:conv1|bn1|layer\d|fc|fc_fusion|features)\.')
-
-
-def normalised(state_dict: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Any names used by published models -> this project's names, and notes on what was renamed.
-
-    A model's class lists the names (`published`), and changes weights of a network that computes differently
-    (`adapt`). Prefixes are always removed; other names are unchanged if the result fits none of the classes.
-
-    Raises UserError if a tensor is named twice with different values, or if the names of the original are mixed with
-    those of torchvision or torchreid: it is then unknown which network these weights belong to.
-    """
-    notes = []
-    unprefixed = _renamed(state_dict, lambda key: PREFIX.sub('', key), where)
-    if unprefixed.keys() != state_dict.keys():
-        notes.append('prefix module. or _orig_mod. removed')
-    for network in models.factory.values():
-        used: set[str] = set()
-
-        def rename(key: str, network: type[Network] = network, used: set[str] = used) -> str:
-            for note, pattern, replacement in network.published:
-                key, count = re.subn(pattern, replacement, key)
-                if count:
-                    used.add(note)
-            return key
-
-        if not _is_for(network, {rename(key): value for key, value in unprefixed.items()}):
-            continue
-        ours = _renamed(unprefixed, rename, where)
-        original, other = (next(filter(names.match, unprefixed), None) for names in (OF_THE_ORIGINAL, OF_OTHERS))
-        if original and other:
-            raise UserError(
-                f'{where} mixes the names of two projects, {plain(original)} and {plain(other)}, which compute '
-                f'differently; get the file as it was published'
-            )
-        network.adapt(ours, used)
-        return ours, notes + sorted(used)
-    return unprefixed, notes
-
-
-def _renamed(state_dict: Mapping[str, Tensor], rename: Callable[[str], str], where: str) -> dict[str, Tensor]:
-    result: dict[str, Tensor] = {}
-    for key, value in state_dict.items():
-        name = rename(key)
-        other = result.setdefault(name, value)
-        form, other_form = (value.shape, value.stride(), value.dtype), (other.shape, other.stride(), other.dtype)
-        if form != other_form or not (other.data_ptr() == value.data_ptr() or torch.equal(other, value)):
-            raise UserError(f'{where} contains {plain(name)} twice with different values; get the file again')
-    return result
-
-
-def arch_of(state_dict: Mapping[str, Tensor]) -> str | None:
-    """The architecture that fits weights with these names and shapes, None if it is not one of this project's."""
-    return next((arch for arch, network in models.factory.items() if _is_for(network, state_dict)), None)
 
 
 def build(loaded: Weights, arch: str | None, where: str, report: Callable[[str], object] = print) -> Network:
     """The network that weights were trained with, holding them, in eval mode; prints what of them was left out.
 
     Architecture and arguments of `init_model` are those that a file of this project records. Of other files the
-    architecture is recognised by names and shapes, and so are neck and pooling; the last stride is assumed to be 2.
+    architecture is recognised by names and shapes, and so are neck, pooling and the other parts; what they do not tell
+    is assumed (`Weights.assumed`). The network's normalisation and interpolation are those of the weights' project.
 
     arch:   None to recognise it
     report: receives the lines that are otherwise printed
@@ -178,127 +158,52 @@ def build(loaded: Weights, arch: str | None, where: str, report: Callable[[str],
     Raises:
         UserError: the architecture cannot be recognised, or the weights do not fit.
     """
-    state_dict, state = loaded.state_dict, loaded.state or {}
-    arch = arch or loaded.trained.options.get('arch') or arch_of(state_dict)
+    state_dict, options = loaded.state_dict, loaded.trained.options
+    arch = arch or options.get('arch') or arch_of(state_dict)
     if not isinstance(arch, str):
         raise UserError(f'{where}: its architecture cannot be recognised by its weights; give it with --arch')
-    made, options = state.get('model'), loaded.trained.options
-    made = made if isinstance(made, dict) else {}
     size = tuple(side for name in ('height', 'width') if isinstance(side := options.get(name), int))
     model = models.init_model(
         arch,
         num_classes=len(state_dict.get('classifier.weight', [0])),
-        last_stride=1 if made.get('last_stride') == 1 else 2,
-        neck='bottleneck.weight' in state_dict,
-        pooling='gem' if 'pool.p' in state_dict else 'max' if made.get('pooling') == 'max' else 'avg',
         size=size if len(size) == 2 else None,
         report=report,
+        **{**loaded.made, **loading.parts(state_dict)},
     )
-    for notice in load_into(model, state_dict, allow_other_classifier=True, where=where):
+    for notice in loading.load_into(model, state_dict, allow_other_classifier=True, where=where):
         report(notice)
-    return model.eval()
+    return _prepared(model, loaded, report).eval()
 
 
-def _is_for(network: type[Network], state_dict: Mapping[str, Tensor]) -> bool:
-    name, shape = network.signature
-    known = name in state_dict and state_dict[name].shape == shape
-    return known and not any(other in state_dict for other in network.absent)
+def _prepared(model: Network, loaded: Weights, report: Callable[[str], object] = print) -> Network:
+    """Images are normalised and resized as the project of the weights does it."""
+    for name in ('normalisation', 'interpolation'):
+        setattr(model, name, loaded.trained.test.get(name, getattr(model, name)))
+    if 'normalisation' in loaded.trained.test:
+        report('Normalised as the file says: mean {}, standard deviation {}'.format(*model.normalisation))
+    return model
 
 
-def load_into(
-    model: Network, state_dict: Mapping[str, Tensor], *, allow_other_classifier: bool, where: str
-) -> list[str]:
-    """Copies weights into a model, all or none; returns notices, to be printed, of what was left out.
+def rebuilt(model: Network, loaded: Weights, keep_arch: bool) -> Network:
+    """The network in which weights are tested: `model`, or one of their architecture and with their parts.
 
-    Names, shapes and data types are compared before anything is copied. Missing `num_batches_tracked` are accepted:
-    PyTorch 0.3 had none, and a fixed momentum does not use them. A classifier of another size, or none, is accepted,
-    with a notice, if `allow_other_classifier`: the model keeps its own. Anything else that is missing, unexpected or of
-    another shape raises UserError, which lists it and guesses the architecture of the weights.
-
-    A model's `options` are the names of buffers that are None, and therefore not saved, unless the network that the
-    weights come from computes differently; the weights determine whether one is set.
-
-    where: the file, for the messages
+    keep_arch: the architecture is that of `model`, which the user chose
     """
-    own = model.state_dict()
-    for option in model.options:
-        own.pop(option, None)
-        if option in state_dict:
-            own[option] = torch.tensor(True, device=next(model.parameters()).device)
-    missing = [key for key in own if key not in state_dict and not key.endswith('.num_batches_tracked')]
-    unexpected = [key for key in state_dict if key not in own]
-    unlike = [key for key in own if key in state_dict and not _alike(key, state_dict[key], own[key])]
-    classifier = [key for key in unlike if key.startswith('classifier.')]
-    absent = [key for key in own if key.startswith('classifier.')]
-    if allow_other_classifier and absent and set(absent) <= set(missing):
-        missing = [key for key in missing if key not in absent]
-    else:
-        absent = []
-
-    if missing or unexpected or unlike != classifier:
-        faults = [
-            f'missing {_listed(missing)}' if missing else '',
-            f'unexpected {_listed(unexpected)}' if unexpected else '',
-            f'different shapes in {_listed(_shapes(key, state_dict, own) for key in unlike)}' if unlike else '',
-        ]
-        arch, own_arch = arch_of(state_dict), arch_of(own)
-        if arch is None:
-            guess = 'it does not look like an architecture of this project'
-        elif arch == own_arch:
-            guess = f"it looks like a {arch} that differs from this project's"
-        else:
-            guess = f'it looks like a {arch}: try --arch {arch}'
-        raise UserError(f'{where} does not fit the model: {"; ".join(filter(None, faults))}; {guess}')
-    others = _listed(_shapes(key, state_dict, own) for key in classifier)
-    if classifier and not allow_other_classifier:
-        raise UserError(
-            f'{where} has a classifier for a different number of identities: {others}; '
-            f'test it with --evaluate, or start from its other weights with --resume-weights-only'
-        )
-    if broken := [key for key, value in state_dict.items() if not bool(value.isfinite().all())]:
-        raise UserError(f'{where} has weights that are not finite, in {_listed(broken)}; get the file again')
-    for option in model.options:
-        setattr(model, option, own.get(option))
-    model.load_state_dict({**own, **{key: value for key, value in state_dict.items() if key not in classifier}})
-    left_out = others or (f'{_listed(absent)}, which it does not contain' if absent else '')
-    return [f'Not loaded from {where}: {left_out}'] if left_out else []
+    arch = '' if keep_arch else loaded.trained.arch
+    network = models.factory[arch] if arch else type(model)
+    before = {**models.PARTS, **model.made}
+    made = {**before, **loaded.made, **loading.parts(loaded.state_dict)}
+    if 'pool.p' not in loaded.state_dict and made['pooling'] == 'gem':
+        made['pooling'] = 'avg'
+    if network is not type(model) or made != before:
+        changes = ', '.join(f'{name}={value}' for name, value in made.items() if models.PARTS[name] != value)
+        kind = arch or 'the same architecture'
+        print(f'The network is that of {loaded.trained.where}: {kind}{f" with {changes}" if changes else ""}')
+        model = models.assemble(network, model.num_classes, model.loss, **made)
+    return _prepared(model, loaded)
 
 
-def fit_classifier(model: Network, state_dict: Mapping[str, Tensor], where: str) -> None:
-    """Gives a model that will only be tested a classifier of the size that its weights have, and prints that it did.
-
-    That is not printed if the model's has one identity, for want of a training set. The classifier is not used at a
-    test. Nothing changes if the weights have no classifier, or one on other features.
-    """
-    own, weight, bias = model.classifier, state_dict.get('classifier.weight'), state_dict.get('classifier.bias')
-    if not isinstance(own, torch.nn.Linear) or weight is None or (bias is None) != (own.bias is None):
-        return
-    number = len(weight) if weight.ndim else 0
-    if not number or weight.shape != (number, own.in_features) or (bias is not None and bias.shape != (number,)):
-        return
-    if weight.shape == own.weight.shape:
-        return
-    model.num_classes, before = number, own.out_features
-    model.classifier = torch.nn.Linear(own.in_features, number, bias=bias is not None).to(own.weight)
-    if before > 1:
-        print(f'The classifier has the {number} identities of {where} instead of {before}')
-
-
-def _alike(key: str, given: Tensor, own: Tensor) -> bool:
-    kinds = given.dtype.is_floating_point == own.dtype.is_floating_point or key.endswith('.num_batches_tracked')
-    return given.shape == own.shape and kinds
-
-
-def _shapes(key: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    return f'{key} {_described(given[key])} where the model has {_described(own[key])}'
-
-
-def _described(tensor: Tensor) -> str:
-    shape = '×'.join(map(str, tensor.shape)) or 'scalar'
-    return shape if tensor.dtype.is_floating_point else f'{shape} {str(tensor.dtype).removeprefix("torch.")}'
-
-
-HEAD = ('bottleneck.', 'pool.')  # neck and pooling, which weights of a backbone lack
+HEAD = ('bottleneck.', 'pool.', 'embedding')  # neck, pooling and embedding, which weights of a backbone lack
 
 
 def pretrain(model: Network, pretrained: str) -> None:
@@ -319,28 +224,118 @@ def pretrain(model: Network, pretrained: str) -> None:
         where = "torchvision's ImageNet weights"
         if model.imagenet is None:
             raise UserError(f'{type(model).__name__} has no ImageNet weights; give --pretrained none or a path')
-        state_dict, _ = normalised(download.fetch(model.imagenet), where)
-        layout, trained = str(model.imagenet), Training(where, of_imagenet=True)
+        state_dict = loading.normalised(download.fetch(model.imagenet), where).state_dict
+        layout, trained, assumed = str(model.imagenet), Training(where, of_imagenet=True), []
     else:
         where, weights = plain(pretrained, 500), read(pretrained)
         state_dict, layout, trained = weights.state_dict, weights.layout, weights.trained
+        assumed = weights.assumed
 
     own = model.state_dict()
     kept = model.options if trained.of_imagenet else ()
-    dropped = [key for key in state_dict if key.startswith('classifier.') or key in kept]
+    dropped = [
+        key for key in state_dict
+        if key.startswith('classifier.') or key in kept or (key.startswith(HEAD) and key not in own)
+    ]  # fmt: skip
     taken = {key: value for key, value in state_dict.items() if key not in dropped}
     fresh_parts = (*model.fresh, *HEAD)
     random = ('classifier.', *(part for part in fresh_parts if not any(key.startswith(part) for key in taken)))
     fresh = {key: value for key, value in own.items() if key.startswith(random)}
-    load_into(model, taken | fresh, allow_other_classifier=False, where=where)
-    model.trained = replace(trained, random=_listed(key for key in fresh if not key.startswith('classifier.')))
+    loading.load_into(model, taken | fresh, allow_other_classifier=False, where=where)
+    model.trained = replace(trained, random=listed(key for key in fresh if not key.startswith('classifier.')))
     print(f'Loaded pretrained weights from {where} ({layout})')
+    if assumed:
+        print(f'Assumed, because {where} does not tell: {", ".join(assumed)}')
     if dropped:
-        print(f'Not loaded: {_listed(dropped)}')
-    print(f'Initialised at random: {_listed(fresh, most=len(fresh))}')
+        print(f'Not loaded: {listed(dropped)}')
+    print(f'Initialised at random: {listed(fresh, most=len(fresh))}')
 
 
-def _listed(names: Iterable, most: int = 8) -> str:
-    names = [plain(str(name)) for name in names]
-    more = f' and {len(names) - most} more' if len(names) > most else ''
-    return ', '.join(names[:most]) + more
+def describe(path: str, assume: str) -> Iterator[str]:
+    """What a file is and how it will be tested, line by line.
+
+    Raises:
+        UserError: it cannot be read, or is of an architecture of this project but does not fit it.
+    """
+    loaded, where = read(path, assume), plain(path, 500)
+    arch, parts, test = loaded.trained.arch, loading.parts(loaded.state_dict), loaded.trained.test
+    made = {**models.PARTS, **loaded.made, **parts}
+    changes = ', '.join(f'{name}={value}' for name, value in made.items() if models.PARTS[name] != value)
+    with open(path, 'rb') as file:
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+    yield f'{where}: {loaded.layout}'
+    yield f'sha256: {digest}'
+    unknown = f'unknown: no network of this project has the names {listed(loaded.state_dict, most=3)}'
+    recorded = loaded.trained.options.get('arch')
+    yield f'architecture: {arch or plain(str(recorded or unknown))}{f" with {changes}" if changes else ""}'
+    yield f'identities: {loaded.trained.num_pids or "none, it has no classifier"}'
+    yield f'layout: {loaded.trained.project or "this project, the original, or unknown"}'
+    if loaded.assumed:
+        yield f'assumed, because the file does not tell: {", ".join(loaded.assumed)}; --assume NAME=VALUE changes it'
+    if loaded.trained.of_imagenet:
+        yield 'test: none, it was trained to classify ImageNet'
+    else:
+        yield f'test: {layouts.written(test) or "as the options of the script say"}'
+    yield f'licence of the weights: {loaded.licence}'
+    if arch:
+        network = models.assemble(models.factory[arch], loaded.trained.num_pids or 1, {'xent'}, **made)
+        loading.load_into(network, loaded.state_dict, allow_other_classifier=True, where=where)
+
+
+def convert(path: str, out: str, assume: str) -> None:
+    """Writes the weights of a file in this project's layout: what it tells, what is assumed, and how it is tested.
+
+    Raises:
+        UserError: `out` exists, has another suffix or cannot be written, or the weights fit no network.
+    """
+    loaded, where, target = read(path, assume), plain(path, 500), plain(out, 500)
+    if not out.endswith(('.pth.tar', '.pth', '.pt', '.safetensors')):
+        raise UserError(f'{target}: give a name that ends in .pth.tar or .safetensors')
+    model = build(loaded, None, where)
+    test = dict(loaded.trained.test)
+    contents: dict[str, Any] = {
+        'format': FORMAT, 'converted': loaded.trained.project or loaded.layout, 'model': model.made, 'test': test,
+        'licence': loaded.licence, 'imagenet': loaded.trained.of_imagenet, 'rank1': loaded.rank1, 'epoch': loaded.epoch,
+        'arguments': {**loaded.trained.options, **({'arch': loaded.trained.arch} if loaded.trained.arch else {})},
+    }  # fmt: skip
+    tensors = {name: tensor.contiguous().clone() for name, tensor in loaded.state_dict.items()}
+
+    def write(temporary: Path) -> None:
+        if out.endswith('.safetensors'):
+            safetensors.save(temporary, tensors, safetensors.metadata(contents))
+        else:
+            torch.save({**contents, 'state_dict': tensors}, temporary)
+
+    try:
+        with open(out, 'xb'):  # reserves the name
+            pass
+    except FileExistsError as problem:
+        raise UserError(f'{target} exists and is not overwritten; choose another name') from problem
+    except OSError as problem:
+        raise UserError(f'{target} cannot be written ({problem.strerror}); choose another place') from problem
+    try:
+        write_whole(out, write)
+    except BaseException as problem:
+        os.unlink(out)
+        if isinstance(problem, OSError):
+            raise UserError(f'{target} cannot be written ({problem.strerror}); choose another place') from problem
+        raise
+    print(f'Wrote {target}')
+
+
+def main() -> None:
+    parser = commands.Parser(description='Say what a weight file is, or write it in the layout of this project.')
+    parser.add_argument('file', type=values.path, metavar='FILE', help='weights of any project')
+    parser.add_argument(
+        'out', type=values.path, nargs='?', metavar='OUT', help='a new file, .pth.tar or .safetensors, for the weights'
+    )
+    parser.add_argument('--assume', default='', metavar='NAME=VALUE,...', help='what FILE does not tell')
+    args = parser.parse_args()
+    for line in describe(args.file, args.assume):
+        print(line)
+    if args.out:
+        convert(args.file, args.out, args.assume)
+
+
+if __name__ == '__main__':
+    commands.run(main)

@@ -1,16 +1,40 @@
 """DenseNet121."""
 
 from collections.abc import Set
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import DenseNet121_Weights, densenet121
 
+from models.layouts import EMBEDDING, FT_NET_DENSE, Layout, tested
 from models.network import Network
 
 __all__ = ['DenseNet121']
 
-LAST_RELU = 'names features.* translated, last_relu set as in torchvision and torchreid'
+
+def with_last_relu(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    state_dict['last_relu'] = torch.tensor(True)
+    return {}
+
+
+# torchvision, and torchreid v1.4.0 (the same since v0.5.0), which has the same names
+FEATURES = Layout(
+    'names features.* translated, last_relu set as in torchvision and torchreid',
+    ((r'^features\.', 'base.'),),
+    marks=(r'^features\.',),
+    lacks=(r'^fc\.',),
+    adapt=with_last_relu,
+    test=tested(),
+)
+FC512 = Layout(
+    "torchreid's names features.* translated, last_relu set, its fc is the embedding here",
+    ((r'^features\.', 'base.'), *EMBEDDING),
+    marks=(r'^features\.', r'^fc\.0\.weight$'),
+    adapt=with_last_relu,
+    made={'last_stride': 2},
+    test=tested(),
+)
 
 
 class DenseNet121(Network):
@@ -26,26 +50,23 @@ class DenseNet121(Network):
     imagenet = DenseNet121_Weights.IMAGENET1K_V1
     signature = ('base.norm5.weight', (1024,))
     absent = ('base.denseblock4.denselayer17.norm1.weight',)
-    published = (
-        (LAST_RELU, r'^features\.', 'base.'),
-        ('dotted names of DenseNet translated', r'(\.denselayer\d+\.(?:norm|conv))\.([12])\.', r'\1\2.'),
-    )
-    options = ('last_relu',)
+    published = (FEATURES, FC512, FT_NET_DENSE)
+    options = (*Network.options, 'last_relu', 'last_pool_overlaps')
 
     last_relu: Tensor | None  # any tensor: ReLU after the last normalisation
+    last_pool_overlaps: Tensor | None  # any tensor: the pool of the last transition has the stride 1
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__(num_classes, loss)
         self.base = densenet121(weights=None).features
-        self.register_buffer('last_relu', None)
+        for option in ('last_relu', 'last_pool_overlaps'):
+            self.register_buffer(option, None)
         self.classifier = nn.Linear(self.feat_dim, num_classes)
 
-    @classmethod
-    def adapt(cls, state_dict: dict[str, Tensor], notes: Set[str]) -> None:
-        if LAST_RELU in notes:
-            state_dict['last_relu'] = torch.tensor(True)
-
     def maps(self, x: Tensor) -> Tensor:
+        pool, stride = self.base.transition3.pool, 2 if self.last_pool_overlaps is None else 1
+        if getattr(pool, 'stride', stride) != stride:
+            pool.stride = stride
         maps: Tensor = self.base(x)  # (B, 1024, H/32, W/32)
         if self.last_relu is not None:
             maps = maps.relu()

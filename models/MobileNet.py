@@ -5,11 +5,28 @@ from collections.abc import Set
 from torch import Tensor, nn
 from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
 
+from models.layouts import Layout
 from models.network import Network
 
 __all__ = ['MobileNetV2']
 
-TORCHVISION = "torchvision's names translated"
+TORCHVISION = Layout(
+    "torchvision's names translated",
+    ((r'^features\.', 'base.'), (r'^classifier\.1\.', 'classifier.')),
+    marks=(r'^features\.1\.conv\.0\.0\.',),
+)
+# pytorch-mobilenet-v2 of October 2019: its blocks are not nested
+FLAT = {0: '0.0', 1: '0.1', 3: '1.0', 4: '1.1', 6: '2', 7: '3'}  # layer of a block -> its name in torchvision
+FIRST = {0: '0.0', 1: '0.1', 3: '1', 4: '2'}  # of the first one, which does not expand
+TONYLINS = Layout(
+    'names of pytorch-mobilenet-v2 (tonylins) translated',
+    (
+        *((rf'^features\.1\.conv\.{layer}\.', f'base.1.conv.{name}.') for layer, name in FIRST.items()),
+        *((rf'^features\.(\d+)\.conv\.{layer}\.', rf'base.\1.conv.{name}.') for layer, name in FLAT.items()),
+        (r'^features\.', 'base.'),
+    ),
+    marks=(r'^features\.2\.conv\.7\.',),
+)
 
 
 class MobileNetV2(Network):
@@ -22,10 +39,7 @@ class MobileNetV2(Network):
     faster_in_bf16 = False  # depthwise convolutions
     imagenet = MobileNet_V2_Weights.IMAGENET1K_V1
     signature = ('base.18.0.weight', (1280, 320, 1, 1))
-    published = (
-        (TORCHVISION, r'^features\.', 'base.'),
-        (TORCHVISION, r'^classifier\.1\.', 'classifier.'),
-    )
+    published = (TORCHVISION, TONYLINS)
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__(num_classes, loss)

@@ -1,15 +1,22 @@
 """OSNet, with instance normalisation (IBN, AIN) or without."""
 
 from collections.abc import Sequence, Set
+from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.layouts import Layout, tested
 from models.network import Network
 
-__all__ = ['OSNet', 'OSNet025', 'OSNet050', 'OSNet075', 'OSNetAIN', 'OSNetIBN']
+__all__ = [
+    'OSNet', 'OSNet025', 'OSNet050', 'OSNet075', 'OSNetAIN', 'OSNetAIN025', 'OSNetAIN050', 'OSNetAIN075', 'OSNetIBN',
+]  # fmt: skip
 
 OF_IBN, OF_AIN = 'conv2.0.IN.weight', 'conv2.0.conv2.0.layers.0.conv1.weight'
+# torchreid, deep-person-reid v1.4.0, whose names are those here
+TORCHREID = Layout("torchreid's names", marks=(r'^conv5\.conv\.weight$',), made={'last_stride': 2}, test=tested())
+TORCHREID_AIN = replace(TORCHREID, test=tested('cosine'))
 SCALES = 4  # of a block: streams of 1, 2, 3 and 4 convolutions, whose receptive fields are 3, 5, 7 and 9
 
 
@@ -126,6 +133,7 @@ class OSNet(Network):
     faster_in_bf16 = False  # depthwise convolutions
     signature: tuple[str, tuple[int, ...]] = ('conv5.conv.weight', (512, 512, 1, 1))
     absent: tuple[str, ...] = (OF_IBN, OF_AIN)
+    published = (TORCHREID,)
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__(num_classes, loss)
@@ -204,3 +212,25 @@ class OSNetAIN(OSNet):
     norms = (('inside', 'inside'), ('', 'inside'), ('inside', ''))
     signature = (OF_AIN, (64, 64, 1, 1))
     absent = ()
+    published = (TORCHREID_AIN,)
+
+
+class OSNetAIN075(OSNetAIN):
+    """OSNet-AIN x0.75: three quarters of the channels."""
+
+    channels = (48, 192, 288, 384)
+    signature = (OF_AIN, (48, 48, 1, 1))
+
+
+class OSNetAIN050(OSNetAIN):
+    """OSNet-AIN x0.5: half of the channels."""
+
+    channels = (32, 128, 192, 256)
+    signature = (OF_AIN, (32, 32, 1, 1))
+
+
+class OSNetAIN025(OSNetAIN):
+    """OSNet-AIN x0.25: a quarter of the channels."""
+
+    channels = (16, 64, 96, 128)
+    signature = (OF_AIN, (16, 16, 1, 1))

@@ -1,9 +1,11 @@
-"""ResNets, ResNet50 with mid-level features, and ResNet50 with instance normalisation."""
+"""ResNets, ResNet50 with mid-level features, ResNet50 with instance normalisation, and non-local blocks."""
 
 from collections.abc import Callable, Set
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models import (
     ResNet,
     ResNet18_Weights,
@@ -17,26 +19,40 @@ from torchvision.models import (
 )
 from torchvision.models.resnet import BasicBlock
 
+from models.layouts import RESNET, RESNETS, RESNETS_IBN, Layout, tested
 from models.network import Network, WeightsFile
 
 __all__ = ['ResNet18', 'ResNet34', 'ResNet50', 'ResNet50IBN', 'ResNet50M', 'ResNet101']
 
-TORCHVISION = "torchvision's names translated"
-NAMES = (
-    (TORCHVISION, r'^conv1\.', 'base.0.'),
-    (TORCHVISION, r'^bn1\.', 'base.1.'),
-    *((TORCHVISION, rf'^layer{stage}\.', f'base.{stage + 3}.') for stage in (1, 2, 3, 4)),
-    (TORCHVISION, r'^fc\.(weight|bias)$', r'classifier.\1'),
+# Networks of this project in the original's other files, and of torchreid v1.4.0 (the same since v0.5.0)
+SECOND_NAMES = Layout(
+    "second names of ResNet50M's layers merged",
+    (
+        (r'^layers1\.', 'base.'),
+        (r'^layers2\.1\.', 'base.4.'),
+        (r'^layers3\.', 'base.5.'),
+        (r'^layers4\.', 'base.6.'),
+        *((rf'^layers5{block}\.', f'base.7.{number}.') for number, block in enumerate('abc')),
+    ),
+    marks=(r'^layers1\.',),
 )
-SECOND = "second names of ResNet50M's layers merged"
-SECOND_NAMES = (
-    (SECOND, r'^layers1\.', 'base.'),
-    (SECOND, r'^layers2\.1\.', 'base.4.'),
-    (SECOND, r'^layers3\.', 'base.5.'),
-    (SECOND, r'^layers4\.', 'base.6.'),
-    *((SECOND, rf'^layers5{block}\.', f'base.7.{number}.') for number, block in enumerate('abc')),
+
+
+def fused_last(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    columns = state_dict.get('classifier.weight')  # (num_classes, 3072)
+    if columns is not None and columns.shape[1:] == (3072,):
+        state_dict['classifier.weight'] = torch.cat((columns[:, 1024:], columns[:, :1024]), dim=1)
+    return {}
+
+
+FUSED_FIRST = Layout(
+    "torchreid's resnet50mid translated, the columns of its classifier put in the order of ResNet50M",
+    (*RESNET, (r'^fc_fusion\.', 'fc_fuse.')),
+    marks=(r'^conv1\.weight$', r'^fc_fusion\.'),
+    adapt=fused_last,
+    made={'last_stride': 2},
+    test=tested(),
 )
-FUSED_FIRST = "torchreid's resnet50mid translated, the columns of its classifier put in the order of ResNet50M"
 
 
 LAST_OF_34 = 'base.7.2.conv1.weight'  # ResNet18 has two blocks in its last stage
@@ -49,10 +65,37 @@ def backbone(build: Callable[..., ResNet]) -> nn.Sequential:
     return nn.Sequential(*list(build(weights=None).children())[:-2])
 
 
+class NonLocal(nn.Module):
+    """Non-local block whose pairwise function is the product of two embeddings, divided by the number of pixels.
+
+    Wang et al., Non-local Neural Networks, CVPR 2018, arXiv:1711.07971. The embeddings have one channel, as those of
+    fast-reid, whose names the layers have. It changes nothing until it is trained.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.g, self.theta, self.phi = (nn.Conv2d(channels, 1, 1) for _ in range(3))
+        self.W = nn.Sequential(nn.Conv2d(1, channels, 1), nn.BatchNorm2d(channels))
+        nn.init.zeros_(self.W[1].weight)  # type: ignore[arg-type]  # of a BatchNorm2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        g, theta, phi = (layer(x).flatten(2) for layer in (self.g, self.theta, self.phi))  # (B, 1, h * w)
+        context = phi @ g.transpose(1, 2) / g.size(2)  # (B, 1, 1)
+        attended: Tensor = self.W((context @ theta).view(len(x), 1, *x.shape[2:])) + x  # (B, C, h, w)
+        return attended
+
+
+# How many of the last blocks of each stage are followed by a non-local one
+ATTENDED = {'resnet50': (0, 2, 3, 0), 'resnet101': (0, 2, 9, 0)}
+
+
 class ResNet50(Network):
     """ResNet50 without its classifier; the feature is the global average of the last stage.
 
     He et al., Deep Residual Learning for Image Recognition, CVPR 2016, arXiv:1512.03385.
+
+    Weights of networks that compute the stem differently set the options `stem_linear`: no ReLU behind the first
+    normalisation; and `stem_ceil`: the pool has no padding, and counts parts of windows (ceil_mode).
     """
 
     build: Callable[..., ResNet] = staticmethod(resnet50)
@@ -66,16 +109,50 @@ class ResNet50(Network):
         'fc_fuse.0.weight',
         'fc_fusion.0.weight',
     )  # the last two of ResNet50M, resnet50mid
-    published = NAMES
+    published: tuple[Layout, ...] = RESNETS
+    options = (*Network.options, 'stem_linear', 'stem_ceil')
+
+    stem_linear: Tensor | None
+    stem_ceil: Tensor | None
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__(num_classes, loss)
         self.base = backbone(self.build)
+        self.non_local: nn.ModuleDict | None = None  # number of a stage -> its non-local blocks
         self.classifier = nn.Linear(self.feat_dim, num_classes)
+        for option in ('stem_linear', 'stem_ceil'):
+            self.register_buffer(option, None)
 
     def maps(self, x: Tensor) -> Tensor:
-        maps: Tensor = self.base(x)  # (B, feat_dim, H/32, W/32)
-        return maps
+        conv, norm, relu, pool, *stages = self.base
+        x = norm(conv(x))
+        if self.stem_linear is None:
+            x = relu(x)
+        x = pool(x) if self.stem_ceil is None else F.max_pool2d(x, 3, 2, ceil_mode=True)
+        for number, stage in enumerate(stages, 1):
+            if self.non_local is None or str(number) not in self.non_local:
+                x = stage(x)
+                continue
+            attention, blocks = list(self.non_local[str(number)].children()), list(stage.children())
+            for index, block in enumerate(blocks, len(attention) - len(blocks)):
+                x = block(x)
+                if index >= 0:
+                    x = attention[index](x)
+        return x  # (B, feat_dim, H/32, W/32)
+
+    def add_attention(self) -> None:
+        """Non-local blocks behind the last blocks of the second and third stage, as in fast-reid's AGW.
+
+        Ye et al., Deep Learning for Person Re-identification: A Survey and Outlook, TPAMI 2021, arXiv:2001.04193.
+        """
+        counts = ATTENDED.get(self.build.__name__)
+        if counts is None:
+            return super().add_attention()
+        channels = [256 * 2**number for number in range(4)]
+        self.non_local = nn.ModuleDict({
+            str(number): nn.ModuleList(NonLocal(width) for _ in range(count))
+            for number, (width, count) in enumerate(zip(channels, counts, strict=True), 1) if count
+        })  # fmt: skip
 
     def keep_resolution(self) -> None:
         first = next(self.base[-1].children())  # block of the last stage
@@ -136,6 +213,7 @@ class ResNet50IBN(ResNet50):
     imagenet = WeightsFile('https://github.com/XingangPan/IBN-Net/releases/download/v1.0/resnet50_ibn_a-d9d0bb7b.pth')
     signature = (OF_IBN, (32,))
     absent = (LAST_OF_101, 'base.4.2.IN.weight')  # ResNet101-IBN-a, IBN-b
+    published = RESNETS_IBN
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__(num_classes, loss)
@@ -162,19 +240,13 @@ class ResNet50M(Network):
     fresh = ('fc_fuse.',)
     signature = ('fc_fuse.0.weight', (1024, 4096))
     absent = (LAST_OF_101, OF_IBN)
-    published = (*SECOND_NAMES, *NAMES, (FUSED_FIRST, r'^fc_fusion\.', 'fc_fuse.'))
+    published = (SECOND_NAMES, FUSED_FIRST)
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__(num_classes, loss)
         self.base = backbone(resnet50)
         self.fc_fuse = nn.Sequential(nn.Linear(4096, 1024), nn.BatchNorm1d(1024), nn.ReLU())
         self.classifier = nn.Linear(self.feat_dim, num_classes)
-
-    @classmethod
-    def adapt(cls, state_dict: dict[str, Tensor], notes: Set[str]) -> None:
-        columns = state_dict.get('classifier.weight')  # (num_classes, 3072)
-        if FUSED_FIRST in notes and columns is not None and columns.shape[1:] == (cls.feat_dim,):
-            state_dict['classifier.weight'] = torch.cat((columns[:, 1024:], columns[:, :1024]), dim=1)
 
     def features(self, x: Tensor) -> Tensor:
         *stem, last = self.base

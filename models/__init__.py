@@ -1,12 +1,23 @@
 """The models: image -> logits and features. `init_model` builds one by name."""
 
 from collections.abc import Callable, Set
+from typing import Any
 
 from models import Timm
 from models.DenseNet import DenseNet121
 from models.MobileNet import MobileNetV2
 from models.network import POOLINGS, Network
-from models.OSNet import OSNet, OSNet025, OSNet050, OSNet075, OSNetAIN, OSNetIBN
+from models.OSNet import (
+    OSNet,
+    OSNet025,
+    OSNet050,
+    OSNet075,
+    OSNetAIN,
+    OSNetAIN025,
+    OSNetAIN050,
+    OSNetAIN075,
+    OSNetIBN,
+)
 from models.ResNet import ResNet18, ResNet34, ResNet50, ResNet50IBN, ResNet50M, ResNet101
 from runtime.errors import UserError
 
@@ -25,6 +36,9 @@ factory: dict[str, type[Network]] = {
     'osnet_x0_25': OSNet025,
     'osnet_ibn_x1_0': OSNetIBN,
     'osnet_ain_x1_0': OSNetAIN,
+    'osnet_ain_x0_75': OSNetAIN075,
+    'osnet_ain_x0_5': OSNetAIN050,
+    'osnet_ain_x0_25': OSNetAIN025,
 }
 
 
@@ -58,6 +72,7 @@ def init_model(
     pooling: str = 'avg',
     size: tuple[int, int] | None = None,
     report: Callable[[str], object] = print,
+    **more: Any,
 ) -> Network:
     """Builds a model with random weights. In eval mode it returns features (B, feat_dim); in training mode logits
     (B, num_classes), and, unless `loss` is {'xent'}, (logits, features).
@@ -70,6 +85,7 @@ def init_model(
     pooling:     of the maps: 'avg', 'max', or 'gem' (`models.network.GeM`)
     size:        height and width of the images, for networks of timm
     report:      receives the lines that are otherwise printed
+    more:        of networks of other projects, see `assemble`
 
     Prints the name and the number of parameters, in millions. Raises UserError for an unknown name, and for a pooling
     if the network pools by itself.
@@ -78,15 +94,38 @@ def init_model(
     report(f'Initializing model: {name}')
     if network.notice:
         report(network.notice)
-    model = network(max(num_classes, 1), loss)  # torch warns of a layer without outputs
-    model.made = {'last_stride': last_stride, 'neck': neck, 'pooling': pooling}
-    if last_stride == 1:
-        model.keep_resolution()
     if pooling != 'avg' and network.pools_itself:
         raise UserError(f'{name} pools its maps itself: leave out pooling={pooling!r}')
-    if pooling != 'avg':
-        model.pool = POOLINGS[pooling]()
-    if neck:
-        model.add_neck()
+    model = assemble(network, num_classes, loss, last_stride=last_stride, neck=neck, pooling=pooling, **more)
     report(f'Model size: {sum(param.numel() for param in model.parameters()) / 1e6:.5f}M')
+    return model
+
+
+RECORDED = ('last_stride', 'neck', 'pooling')  # in every checkpoint; of the other parts only those that are there
+PARTS = {
+    'last_stride': 2, 'neck': False, 'pooling': 'avg', 'embedding': 0, 'non_local': False, 'neck_feature': 'after'
+}  # fmt: skip
+
+
+def assemble(network: type[Network], num_classes: int, loss: Set[str], **parts: Any) -> Network:
+    """A network of a class with the parts that `init_model` describes, and those of other projects:
+
+    embedding:    length of the feature behind a linear layer, see `Network.add_embedding`
+    non_local:    add non-local blocks, see `ResNet50.add_attention`
+    neck_feature: 'before', if what enters the neck is the feature at test
+    """
+    parts = {**PARTS, **parts}
+    model = network(max(num_classes, 1), loss)  # torch warns of a layer without outputs
+    model.made = {name: value for name, value in parts.items() if name in RECORDED or value != PARTS[name]}
+    if parts['last_stride'] == 1:
+        model.keep_resolution()
+    if parts['non_local']:
+        model.add_attention()
+    if parts['pooling'] != 'avg':
+        model.pool = POOLINGS[parts['pooling']]()
+    if parts['embedding']:
+        model.add_embedding(parts['embedding'])
+    if parts['neck']:
+        model.add_neck()
+    model.neck_feature = parts['neck_feature']
     return model

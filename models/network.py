@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from models.layouts import Layout
+from runtime.errors import UserError
 from transforms import IMAGENET, Normalisation
 
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
-
-Renaming = tuple[str, str, str]  # a note on it, a pattern, and its replacement
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class Training:
     fingerprint: of its data set (`data_manager.fingerprint`), None if unknown
     num_pids:    of its data set, None if the file has no classifier
     random:      the parameters of features that are missing, '' if none is
+    arch:        that of the weights, '' if it is none of this project
+    project:     note on the layout of a file of another project, '' for files of this one
+    test:        options of the test of that project
     """
 
     where: str
@@ -48,6 +51,9 @@ class Training:
     fingerprint: str | None = None
     num_pids: int | None = None
     random: str = ''
+    arch: str = ''
+    project: str = ''
+    test: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Network(nn.Module):
@@ -70,7 +76,7 @@ class Network(nn.Module):
         fresh: prefixes of parameters that the ImageNet weights lack, besides the classifier, pooling and neck.
         signature: name and shape of a tensor by which weights for this class are recognised.
         absent: names that only the weights of related networks have.
-        published: other names of the tensors in published files.
+        published: the layouts of other projects' files, see `models.layouts`.
         notice: a line to be reported with the network, such as the licence of its weights.
         options: buffers that are None, and therefore not saved, unless foreign weights need a different computation.
         trained: what is known of the training of the weights that were loaded; None before any are.
@@ -87,26 +93,23 @@ class Network(nn.Module):
     fresh: tuple[str, ...] = ()
     signature: tuple[str, tuple[int, ...]] = ('', ())
     absent: tuple[str, ...] = ()
-    published: tuple[Renaming, ...] = ()
+    published: tuple[Layout, ...] = ()
     notice = ''
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...] = ('embedding_linear',)
     trained: Training | None = None
 
     classifier: nn.Module
+    embedding_linear: Tensor | None  # any tensor: no ReLU behind the embedding
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__()
         self.num_classes, self.loss = num_classes, set(loss)
         self.pool: Callable[[Tensor], Tensor] = average
+        self.embedding: nn.Module | None = None
         self.bottleneck: nn.Module | None = None
+        self.neck_feature = 'after'  # the neck is the feature at test; 'before': what enters it
+        self.register_buffer('embedding_linear', None)
         self.made: dict[str, Any] = {}  # the arguments of init_model that decide what the network computes
-
-    @classmethod
-    def adapt(cls, state_dict: dict[str, Tensor], notes: Set[str]) -> None:
-        """Change renamed weights in place if the network they come from computes differently.
-
-        notes: those of the renamings that were used
-        """
 
     def maps(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, feat_dim, h, w)."""
@@ -117,10 +120,14 @@ class Network(nn.Module):
         return self.pool(self.maps(x))
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        f = self.features(x)  # (B, feat_dim)
+        f = self.features(x)  # (B, feat_dim), or with an embedding what enters it
+        if self.embedding is not None:
+            f = self.embedding(f)  # (B, feat_dim)
+            if self.embedding_linear is None:
+                f = f.relu()
         behind: Tensor = f if self.bottleneck is None else self.bottleneck(f)  # (B, feat_dim)
         if not self.training:
-            return behind
+            return behind if self.neck_feature == 'after' else f
         y: Tensor = self.classifier(behind)  # (B, num_classes)
         return y if self.loss == {'xent'} else (y, f)
 
@@ -130,6 +137,19 @@ class Network(nn.Module):
 
         Does nothing if the last stage does not reduce the resolution anyway.
         """
+
+    def add_embedding(self, length: int) -> None:
+        """A linear layer, batch normalisation and ReLU between the pooled maps and the classifier; `feat_dim` changes.
+
+        Weights of networks without that ReLU set the option `embedding_linear`.
+        """
+        self.embedding = nn.Sequential(nn.Linear(self.feat_dim, length), nn.BatchNorm1d(length))
+        self.feat_dim = length
+        self.classifier = nn.Linear(length, self.num_classes)
+
+    def add_attention(self) -> None:
+        """Non-local blocks, in the networks that have them."""
+        raise UserError(f'{type(self).__name__} has no non-local blocks')
 
     def add_neck(self) -> None:
         """BNNeck: batch normalisation without a shift between the feature and a classifier without a bias.

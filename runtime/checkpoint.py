@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 import weights
 from arguments import SaveOptions
 from data_manager import digests, fingerprint
+from models import loading
 from models.network import Network
 from page import results
 from readers.tree import Dataset
@@ -44,7 +45,8 @@ class Checkpoint:
             checkpoint.tested(epoch, test(model), meter)
 
     Everything that has a `state_dict` and changes during training is passed here: the `model`, optimizers, schedulers
-    and criteria with parameters. With `--resume` or `--auto-resume` their state is restored on construction.
+    and criteria with parameters. With `--resume` or `--auto-resume` their state is restored on construction. With
+    `--evaluate`, `model` is then the network of the file, which may be of another project.
 
     A file is a dict of tensors, numbers, strings and plain containers. `state_dict`, `rank1` (Rank-1 in 0..1) and
     `epoch` (index of the epoch just finished, from 0) mean what they mean in the original's files; `batch` is the
@@ -71,7 +73,7 @@ class Checkpoint:
         self.path, loaded = self._newest() if options.auto_resume and not options.evaluate else (None, None)
         resumes = loaded is not None
         if options.resume and loaded is None:
-            self.path, loaded = options.resume, weights.read(options.resume)
+            self.path, loaded = options.resume, weights.read(options.resume, options.assume)
             resumes = loaded.state is not None and not (options.evaluate or options.resume_weights_only)
         if loaded:
             print(f"Loading checkpoint from '{self.path}'")
@@ -105,13 +107,17 @@ class Checkpoint:
             check(state, self.options, self.provenance, self.labels, self.path)
         where, weights_only = str(self.path), self.options.evaluate or self.options.resume_weights_only
         if self.options.evaluate:
-            weights.fit_classifier(self.model, loaded.state_dict, where)
-        for notice in weights.load_into(
+            network = weights.rebuilt(self.model, loaded, 'arch' in self.options.given)
+            self.model = self.model if network is self.model else self.run.place(network)
+            loading.fit_classifier(self.model, loaded.state_dict, where)
+        for notice in loading.load_into(
             self.model, loaded.state_dict, allow_other_classifier=weights_only, where=where
         ):
             print(notice)
         self.model.trained = loaded.trained
         print(f'Loaded {loaded.layout}')
+        if loaded.assumed:
+            print(f'Assumed, because it does not tell: {", ".join(loaded.assumed)}; --assume changes that')
         if state is None:
             for part in self.parts.values():
                 if isinstance(part, LRScheduler):

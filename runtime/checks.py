@@ -162,6 +162,8 @@ def check_resume(parser: Reporter, args: argparse.Namespace) -> None:
         parser.error('--evaluate tests the file given by --resume: remove --auto-resume')
     if args.resume_weights_only and not (args.resume or args.evaluate):
         parser.error('--resume-weights-only needs --resume PATH, the file to load the weights from')
+    if args.assume and not args.resume:
+        parser.error('--assume needs --resume PATH, the file that does not tell it')
     if args.start_epoch >= args.max_epoch and not args.evaluate:
         parser.error(f'--start-epoch {args.start_epoch} leaves no epoch to train: --max-epoch is {args.max_epoch}')
 

@@ -37,11 +37,6 @@ MODELS: list[Kind] = [  # in place of weights
         'is pickled with a protocol other than 2, the only one that PyTorch writes',
         'save it again, with torch.save(model.state_dict(), path)',
     ),
-    (
-        rb'.{5}\x00\x00\x00\{\s*"',
-        'is a safetensors file',
-        'convert it with torch.save(safetensors.torch.load_file(path), "weights.pth")',
-    ),
     (rb'\x89HDF\r\n\x1a\n', 'is an HDF5 file, such as Keras writes', 'give weights that PyTorch wrote'),
     (rb'.{4}TFL3', 'is a TensorFlow Lite model', 'give weights that PyTorch wrote'),
     (rb'\x08[\x03-\x14](?:\x12[\x01-\x40][\w. -]+|\x3a)', 'is an ONNX model', TORCH),
@@ -54,7 +49,7 @@ PICTURES: list[Kind] = [  # in place of images in formats that are read
     (rb'\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51', 'is a JPEG 2000 image', 'convert it to JPEG or PNG'),
     (rb'\s*(?:<\?xml.{,200}>\s*)?<svg', 'is an SVG drawing', 'convert it to JPEG or PNG'),
 ]
-WEIGHTS = ('.pth', '.pt', '.pkl', '.tar', '.ckpt', '.bin', '.model', '.weights')
+WEIGHTS = ('.pth', '.pt', '.pkl', '.tar', '.ckpt', '.bin', '.model', '.weights', '.safetensors')
 
 
 def recognised(head: bytes, *kinds: Kind) -> str:

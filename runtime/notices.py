@@ -4,7 +4,7 @@ None of it is a mistake: a network may well be tested at another size, or on a d
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from arguments import TestOptions
@@ -19,7 +19,34 @@ POOLING, RERANKING = ('seq_len', 'pool'), ('k1', 'k2', 'lambda_value')
 CHANGING = (*POOLING, 'distance', 'flip_test', 'any_camera', 'multi_query', 'rerank', *RERANKING)
 UNCHANGING = (
     'test_batch', 'save_features', 'evaluate', 'eval_step', 'no_report', 'save_dir', 'resume', 'quiet', 'workers',
+    'given',
 )  # fmt: skip
+
+
+def as_in_project(options: TestOptions, model: Network) -> TestOptions:
+    """The options of a test of another project's weights: as that project tests them, but for those that are given.
+
+    Prints both kinds. Nothing changes without --evaluate, for weights of this project, and if the project's test is
+    unknown.
+    """
+    trained = model.trained
+    theirs = {name: value for name, value in (trained.test if trained else {}).items() if hasattr(options, name)}
+    if not trained or not options.evaluate:
+        return options
+    if not theirs:
+        return replace(options, arch=trained.arch or options.arch)
+    taken = {name: value for name, value in theirs.items() if name not in options.given}
+    words = [_written(name, value) for name, value in taken.items()]
+    given = [_written(name, getattr(options, name)) for name in theirs if name not in taken]
+    also = f', but as given with {" ".join(given)}' if given else ''
+    print(f'Tested as the project of {trained.where} does ({trained.project}): {" ".join(words) or "nothing"}{also}')
+    return replace(options, arch=trained.arch or options.arch, **taken)
+
+
+def before_test(model: Network, dataset: Dataset, options: TestOptions, run: Run) -> tuple[TestOptions, list[str]]:
+    """The options of a test and, with --evaluate, its notices."""
+    options = as_in_project(options, model)
+    return options, of_test(model, dataset, options, run) if options.evaluate else []
 
 
 def of_test(model: Network, dataset: Dataset, options: TestOptions, run: Run) -> list[str]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-import weights
+from models import loading
 from models.network import GeM, average, maximum
 from models.OSNet import Block
 from models.ResNet import IBN
@@ -61,7 +61,7 @@ def test_the_number_of_parameters_is_that_of_the_paper(model):
 @pytest.mark.parametrize('arch', ALL)
 def test_weights_are_recognised_by_their_names(arch):
     with torch.device('meta'):
-        assert weights.arch_of(models.init_model(arch, 5).state_dict()) == arch
+        assert loading.arch_of(models.init_model(arch, 5).state_dict()) == arch
 
 
 @pytest.mark.parametrize('arch', ['resnet18', 'resnet34', 'resnet101', 'mobilenet_v2'])
@@ -70,10 +70,10 @@ def test_weights_of_torchvision_give_its_logits(arch):
     for parameter in theirs.parameters():
         if parameter.ndim == 1:
             nn.init.normal_(parameter, 1, 0.1)
-    state_dict, notes = weights.normalised(theirs.state_dict(), 'a file')
+    state_dict, notes, *_ = loading.normalised(theirs.state_dict(), 'a file')
     assert notes == ["torchvision's names translated"]
     ours = models.init_model(arch, 1000)
-    weights.load_into(ours, state_dict, allow_other_classifier=False, where='a file')
+    loading.load_into(ours, state_dict, allow_other_classifier=False, where='a file')
     x = images(2, 128, 64)
     ours.train(), theirs.train()
     for module in theirs.modules():
@@ -205,7 +205,7 @@ def test_the_neck_normalises_what_is_classified_and_tested(arch):
     model = models.init_model(arch, 5, loss={'xent', 'htri'}, neck=True, pooling='gem')
     state = model.state_dict()
     assert 'classifier.bias' not in state and {'bottleneck.weight', 'pool.p'} < state.keys()
-    assert weights.arch_of(state) == arch
+    assert loading.arch_of(state) == arch
     logits, features = model.train()(images(4))
     normal = (features - features.mean(0)) / (features.var(0, correction=0) + 1e-5).sqrt()
     torch.testing.assert_close(logits, normal @ model.classifier.weight.T, rtol=1e-3, atol=1e-4)

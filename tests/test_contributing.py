@@ -20,7 +20,8 @@ BLOCKS = re.findall(r'```python\n(.*?)```', (ROOT / 'CONTRIBUTING.md').read_text
 IMPORTS = {  # which the examples leave to the reader
     'readers/shop.py': 'import os\n\nfrom readers.tree import Dataset, Image\n',
     'models/SqueezeNet.py': 'from collections.abc import Set\n\nfrom torch import Tensor, nn\n'
-    'from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1\n\nfrom models.network import Network\n',
+    'from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1\n\n'
+    'from models.layouts import Layout\nfrom models.network import Network\n',
     'script': 'import numpy as np\nfrom torch import Tensor, nn\n',
 }
 PLAIN = '''

@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import io
-import json
 import lzma
 import os
 import pickle
@@ -60,11 +59,6 @@ def archive(*names, how=zipfile.ZIP_STORED):
     return written(write)
 
 
-def safetensors(_):
-    header = json.dumps({'x': {'dtype': 'F32', 'shape': [1], 'data_offsets': [0, 4]}}).encode()
-    return len(header).to_bytes(8, 'little') + header + bytes(4)
-
-
 def package(path):
     with torch.package.PackageExporter(str(path)) as file:
         file.save_pickle('model', 'weights.pkl', CHECKPOINT)
@@ -97,8 +91,6 @@ WEIGHTS = {  # bytes, or a function of a folder that makes them; the end of the 
             'unzip, and give that file'),
     'deflated zip': (archive('__MACOSX/._a.pth', 'a.pth', how=zipfile.ZIP_DEFLATED), 'that contains a.pth; unpack'),
     'odd name in a zip': (archive('a\x1b[2J.pth'), r'that contains a\x1b[2J.pth; unpack'),
-    'safetensors': (safetensors, 'is a safetensors file; convert it with torch.save(safetensors.torch.load_file(path), '
-                    '"weights.pth")'),
     'TorchScript': (written(lambda path: torch.jit.script(nn.Linear(2, 2)).save(str(path))),
                     f'is a TorchScript program, not weights; {SAVE}'),
     'traced': (written(lambda path: torch.jit.trace(nn.ReLU(), torch.ones(1)).save(str(path))), 'is a TorchScript pro'),

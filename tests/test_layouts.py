@@ -17,6 +17,7 @@ from torchvision.models import DenseNet121_Weights, densenet121, resnet50
 import models
 import weights
 from arguments import SaveOptions, ShowOptions
+from models import loading
 from readers.tree import Dataset
 from runtime.checkpoint import Checkpoint
 from runtime.device import Run
@@ -179,7 +180,7 @@ LAYOUTS = {  # network, the architecture here, prefix of its names, whether its 
     'torchvision resnet50': (TorchvisionResNet50, 'resnet50', '', True, "torchvision's names"),
     'torchvision resnet50, fine-tuned': (torchvision_resnet50_of_few_classes, 'resnet50', '', False, 'names'),
     'torchvision densenet121': (imagenet_densenet121, 'densenet121', '', True, 'last_relu'),
-    'torchreid resnet50': (TorchreidResNet50, 'resnet50', 'module.', False, "torchvision's names"),
+    'torchreid resnet50': (TorchreidResNet50, 'resnet50', 'module.', False, "torchreid's names"),
     'torchreid resnet50mid': (
         TorchreidResNet50Mid,
         'resnet50m',
@@ -232,7 +233,7 @@ def named(theirs, prefix='', old=False):
 
 def loaded(state_dict, arch, where='x'):
     model = model_of(arch, len(state_dict['classifier.bias']))
-    assert weights.load_into(model, state_dict, allow_other_classifier=False, where=where) == []
+    assert loading.load_into(model, state_dict, allow_other_classifier=False, where=where) == []
     return model
 
 
@@ -265,7 +266,7 @@ def assert_same_network(model, theirs):
         expected = theirs.features_of(x)
         assert_near(features, in_our_order(expected, theirs))
         assert_near(logits, last_layer(theirs)(expected))
-    again, _ = weights.normalised(theirs.state_dict(), 'x')
+    again = loading.normalised(theirs.state_dict(), 'x').state_dict
     own = model.state_dict()
     assert own.keys() == again.keys()
     for key in own:
@@ -284,7 +285,7 @@ def test_logits_and_features_are_those_of_the_project(layout, path):
     read = weights.read(path)
     assert note in read.layout
     assert '\n' not in read.layout
-    assert weights.arch_of(read.state_dict) == arch
+    assert loading.arch_of(read.state_dict) == arch
     assert_same_network(loaded(read.state_dict, arch), theirs)
 
 
@@ -307,10 +308,10 @@ def test_a_classifier_of_another_width_is_not_reordered():
         model = models.init_model('resnet50m', NUM_CLASSES)
     for shape in ((NUM_CLASSES, 3071), (3072,), ()):
         state_dict['classifier.weight'] = torch.empty(shape, device='meta')
-        found, _ = weights.normalised(state_dict, 'x')
+        found = loading.normalised(state_dict, 'x').state_dict
         assert found['classifier.weight'].shape == shape
         with pytest.raises(UserError, match='x has a classifier for a different number of identities'):
-            weights.load_into(model, found, allow_other_classifier=False, where='x')
+            loading.load_into(model, found, allow_other_classifier=False, where='x')
 
 
 # ------------------------------------------------------------------------------------------- networks that are refused
@@ -331,11 +332,11 @@ def fc512(network, num_features):
 )
 @pytest.mark.parametrize('allow', [True, False])
 def test_another_layer_before_the_classifier(arch, network, num_features, allow):
-    found, _ = weights.normalised(fc512(network, num_features), 'x')
+    found = loading.normalised(fc512(network, num_features), 'x').state_dict
     with torch.device('meta'):
         model = models.init_model(arch, NUM_CLASSES)
-    with pytest.raises(UserError, match=r'x does not fit the model: unexpected fc\.0\.weight') as refused:
-        weights.load_into(model, found, allow_other_classifier=allow, where='x')
+    with pytest.raises(UserError, match=r'x does not fit the model: unexpected embedding\.0\.weight') as refused:
+        loading.load_into(model, found, allow_other_classifier=allow, where='x')
     assert '\n' not in str(refused.value)
     assert getattr(model, 'last_relu', None) is None  # nothing was changed
 
@@ -354,7 +355,7 @@ def test_half_translated_names(network, pattern, replacement, named):
     with torch.device('meta'):
         state_dict = renamed(network().state_dict(), [(pattern, replacement)])
     with pytest.raises(UserError, match=f'x mixes the names of two projects, {named}, which compute differently; get'):
-        weights.normalised(state_dict, 'x')
+        loading.normalised(state_dict, 'x')
 
 
 def test_a_model_without_the_option():
@@ -362,7 +363,7 @@ def test_a_model_without_the_option():
         model = models.init_model('resnet50', NUM_CLASSES)
         state_dict = {**model.state_dict(), 'last_relu': torch.tensor(True)}
     with pytest.raises(UserError, match='unexpected last_relu'):
-        weights.load_into(model, state_dict, allow_other_classifier=False, where='x')
+        loading.load_into(model, state_dict, allow_other_classifier=False, where='x')
 
 
 @pytest.mark.parametrize('value', [torch.ones(2, dtype=torch.bool), torch.tensor(1.0)])
@@ -370,7 +371,7 @@ def test_an_option_of_another_form(value):
     model = model_of('densenet121')
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(UserError, match='different shapes in last_relu'):
-        weights.load_into(model, {**before, 'last_relu': value}, allow_other_classifier=True, where='x')
+        loading.load_into(model, {**before, 'last_relu': value}, allow_other_classifier=True, where='x')
     assert model.state_dict().keys() == before.keys()
 
 
@@ -425,9 +426,9 @@ def test_a_run_from_a_foreign_file_keeps_its_classifier(network, arch, how, path
 def test_a_checkpoint_of_a_densenet121_holds_its_last_relu(path):
     """However a run is begun with it."""
     theirs = drawn(FeaturesDenseNet121)
-    model = loaded(weights.normalised(named(theirs), 'x')[0], 'densenet121')
+    model = loaded(loading.normalised(named(theirs), 'x')[0], 'densenet121')
     bare = renamed(model.state_dict(), [], 'module._orig_mod.')  # of a replica, by a user's own code
-    assert weights.normalised(bare, 'x')[0].keys() == model.state_dict().keys()
+    assert loading.normalised(bare, 'x')[0].keys() == model.state_dict().keys()
     write_checkpoint(model, path.parent)
     written = path.with_name('checkpoint_ep1.pth.tar')
     for how in ({}, {'resume_weights_only': True}, {'evaluate': True}):
@@ -438,10 +439,10 @@ def test_a_checkpoint_of_a_densenet121_holds_its_last_relu(path):
 
 def test_plain_weights_take_the_last_relu_away():
     theirs = drawn(FeaturesDenseNet121)
-    model = loaded(weights.normalised(named(theirs), 'x')[0], 'densenet121')
+    model = loaded(loading.normalised(named(theirs), 'x')[0], 'densenet121')
     assert 'last_relu' in model.state_dict()
     original = drawn(OriginalDenseNet121, seed=1)
-    weights.load_into(model, original.state_dict(), allow_other_classifier=False, where='x')
+    loading.load_into(model, original.state_dict(), allow_other_classifier=False, where='x')
     assert_same_network(model, original)
 
 
@@ -500,6 +501,6 @@ def test_imagenet_weights_begin_a_densenet121_without_the_last_relu(path, monkey
 
 def test_a_fine_tuned_model_of_1000_classes_keeps_its_last_relu(path):
     theirs = drawn(imagenet_densenet121)
-    model = loaded(weights.normalised(named(theirs), 'x')[0], 'densenet121')
+    model = loaded(loading.normalised(named(theirs), 'x')[0], 'densenet121')
     torch.save(model.state_dict(), path)
     assert 'last_relu' in pretrained('densenet121', path).state_dict()

@@ -110,6 +110,7 @@ OPTIONS = [
     option('--pretrained nowhere', '--pretrained nowhere: no such file'),
     option('--pretrained data', '--pretrained data is a folder without checkpoints'),
     option('--resume-weights-only', '--resume-weights-only needs --resume'),
+    option('--assume last_stride=1', '--assume needs --resume PATH'),
     option('--start-epoch 2', '--start-epoch 2 leaves no epoch to train'),
     option('--save-dir file/log', '--save-dir file/log: cannot be written to'),
     option('--save-dir file', '--save-dir file: cannot be written to'),

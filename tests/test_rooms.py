@@ -40,14 +40,19 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     ),
     'transforms': '',
     'utils': 'runtime.console runtime.files',
-    'weights': 'models models.network runtime.download runtime.unpickling',
+    'weights': (
+        'models models.layouts models.loading models.network runtime.commands runtime.download runtime.files '
+        'runtime.safetensors runtime.unpickling runtime.values'
+    ),
     'models': 'models.DenseNet models.MobileNet models.OSNet models.ResNet models.Timm models.network',
-    'models.DenseNet': 'models.network',
-    'models.MobileNet': 'models.network',
-    'models.OSNet': 'models.network',
-    'models.ResNet': 'models.network',
+    'models.DenseNet': 'models.layouts models.network',
+    'models.MobileNet': 'models.layouts models.network',
+    'models.OSNet': 'models.layouts models.network',
+    'models.ResNet': 'models.layouts models.network',
     'models.Timm': 'models.network',
-    'models.network': 'transforms',
+    'models.layouts': 'transforms',
+    'models.loading': 'models models.layouts models.network transforms',
+    'models.network': 'models.layouts transforms',
     'page': 'page.cameras page.charts page.lists page.runs runtime.files',
     'page.activations': 'dataset_loader runtime.files runtime.notices transforms weights',
     'page.cameras': 'eval_metrics page.runs',
@@ -71,7 +76,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime': '',
     'runtime.caching': 'runtime.device runtime.workers',
     'runtime.checkpoint': (
-        'arguments data_manager models.network page.results readers.tree runtime.device runtime.files '
+        'arguments data_manager models.loading models.network page.results readers.tree runtime.device runtime.files '
         'runtime.meters runtime.notices runtime.provenance runtime.state utils weights'
     ),
     'runtime.checks': 'data_manager models runtime.kinds runtime.processes',
@@ -102,6 +107,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.processes': '',
     'runtime.provenance': 'runtime.device',
     'runtime.signals': 'runtime.processes runtime.system',
+    'runtime.safetensors': '',
     'runtime.state': 'arguments',
     'runtime.system': 'runtime.commands',
     'runtime.testset': 'arguments eval_metrics readers.tree runtime.device runtime.paths',

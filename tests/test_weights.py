@@ -33,6 +33,7 @@ from torchvision.models import DenseNet121_Weights, ResNet50_Weights
 
 import models
 import weights
+from models import loading
 from models.network import Network, Training
 from runtime import download
 from runtime.errors import UserError
@@ -115,7 +116,7 @@ def test_files_of_the_original(model, prefix, folder):
     assert '\n' not in read.layout
 
     twin = filled_with_sevens(copy.deepcopy(model))
-    assert weights.load_into(twin, read.state_dict, allow_other_classifier=False, where=str(path)) == []
+    assert loading.load_into(twin, read.state_dict, allow_other_classifier=False, where=str(path)) == []
     assert_equal(without_counters(twin.state_dict()), without_counters(model.state_dict()))
 
 
@@ -147,7 +148,7 @@ def test_resnet50m_with_its_second_names_only(prefix):
     state_dict = models.init_model('resnet50m', 5).state_dict()
     later = {key: value for key, value in old_names(state_dict, prefix).items() if not key.startswith(f'{prefix}base.')}
     assert len(later) == 273
-    found, notes = weights.normalised(later, 'x')
+    found, notes, *_ = loading.normalised(later, 'x')
     assert_equal(found, without_counters(state_dict))
     assert notes[-1] == "second names of ResNet50M's layers merged"
 
@@ -155,17 +156,17 @@ def test_resnet50m_with_its_second_names_only(prefix):
 def test_second_names_must_agree():
     state_dict = old_names(models.init_model('resnet50m', 5).state_dict())
     state_dict['layers3.0.conv1.weight'] = state_dict['layers3.0.conv1.weight'].clone()
-    weights.normalised(state_dict, 'x')  # equal copies are one
+    loading.normalised(state_dict, 'x')  # equal copies are one
     state_dict['layers3.0.conv1.weight'][0] += 1
     with pytest.raises(UserError, match=r'x contains base\.5\.0\.conv1\.weight twice with different values'):
-        weights.normalised(state_dict, 'x')
+        loading.normalised(state_dict, 'x')
 
 
 def test_names_of_torchvision_and_torchreid(model):
     """What else is needed to have the same logits is tested with those projects' networks."""
     state_dict = renamed(model.state_dict(), TORCHVISION_NAMES)
     assert not any(key.startswith('base.') for key in state_dict)
-    found, notes = weights.normalised(state_dict, 'x')
+    found, notes, *_ = loading.normalised(state_dict, 'x')
     base = {key: value for key, value in model.state_dict().items() if key.startswith('base.')}
     assert found.keys() - {'last_relu'} == model.state_dict().keys()
     assert_equal({key: found[key] for key in base}, base)
@@ -174,7 +175,7 @@ def test_names_of_torchvision_and_torchreid(model):
 
 def test_foreign_names_of_other_models_are_left_alone():
     state_dict = {'module.conv1.weight': torch.zeros(2), 'module.fc.weight': torch.zeros(2)}
-    found, notes = weights.normalised(state_dict, 'x')
+    found, notes, *_ = loading.normalised(state_dict, 'x')
     assert list(found) == ['conv1.weight', 'fc.weight']
     assert notes == ['prefix module. or _orig_mod. removed']
 
@@ -257,7 +258,7 @@ def test_a_rank1_that_is_no_fraction(tmp_path, rank1):
 
 
 def load(model, state_dict, allow=False):
-    return weights.load_into(model, state_dict, allow_other_classifier=allow, where='best.pth')
+    return loading.load_into(model, state_dict, allow_other_classifier=allow, where='best.pth')
 
 
 def test_other_classifier():
@@ -296,7 +297,7 @@ def test_a_classifier_of_the_files_size(capsys):
     """For a test. Weights without a classifier, or with one on other features, change nothing."""
     state_dict = Tiny(7).state_dict()
     model = filled_with_sevens(Tiny(5)).double()
-    weights.fit_classifier(model, state_dict, 'best.pth')
+    loading.fit_classifier(model, state_dict, 'best.pth')
     assert capsys.readouterr().out == 'The classifier has the 7 identities of best.pth instead of 5\n'
     assert load(model, state_dict) == [] and model.num_classes == 7
     assert torch.equal(model.classifier.weight, state_dict['classifier.weight'].double())
@@ -308,10 +309,10 @@ def test_a_classifier_of_the_files_size(capsys):
         {key: value for key, value in state_dict.items() if not key.startswith('classifier')},
         state_dict,
     ):
-        weights.fit_classifier(model, unfit, 'best.pth')
+        loading.fit_classifier(model, unfit, 'best.pth')
         assert model.classifier.out_features == model.num_classes == 7
     model = Tiny(1)  # of a data set without a training set
-    weights.fit_classifier(model, state_dict, 'best.pth')
+    loading.fit_classifier(model, state_dict, 'best.pth')
     assert model.num_classes == 7 and capsys.readouterr().out == ''
 
 
@@ -349,14 +350,14 @@ def test_everything_else_is_refused_whole(change, message, allow):
 
 
 def test_architecture_is_guessed(model):
-    found, _ = weights.normalised(old_names(model.state_dict()), 'x')
-    assert weights.arch_of(found) == model.arch
+    found = loading.normalised(old_names(model.state_dict()), 'x').state_dict
+    assert loading.arch_of(found) == model.arch
     for arch in KEYS.keys() - {model.arch}:
         with torch.device('meta'):
             other = models.init_model(arch, 5)
         with pytest.raises(UserError, match=f'it looks like a {model.arch}: try --arch {model.arch}$'):
             load(other, found)
-    assert weights.arch_of({**found, **dict.fromkeys(LONGER, torch.zeros(1))}) is None
+    assert loading.arch_of({**found, **dict.fromkeys(LONGER, torch.zeros(1))}) is None
     del found['classifier.bias']
     with pytest.raises(
         UserError, match=f'missing classifier.bias; it looks like a {model.arch} that differs from this'
@@ -476,7 +477,7 @@ def test_pretrained_path(resnet, folder, capsys):
     assert 'Loaded' not in capsys.readouterr().out
     assert taken.trained is None
     weights.pretrain(taken, str(path))
-    assert taken.trained == Training(str(path), num_pids=resnet.num_classes)
+    assert taken.trained == Training(str(path), num_pids=resnet.num_classes, arch='resnet50')
     assert_equal(taken.base.state_dict(), resnet.base.state_dict())
     assert torch.equal(taken.classifier.weight, random['classifier.weight'])
     said = capsys.readouterr().out
@@ -504,7 +505,7 @@ def test_weights_that_are_not_finite_are_refused_and_named(value):
     with pytest.raises(
         UserError, match=r'^a\.pth has weights that are not finite, in base\.3\.weight; get the file again$'
     ):
-        weights.load_into(model, broken, allow_other_classifier=False, where='a.pth')
+        loading.load_into(model, broken, allow_other_classifier=False, where='a.pth')
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
 
 
@@ -512,5 +513,5 @@ def test_counters_of_any_type_are_accepted():
     torch.manual_seed(0)
     model, halved = tiny.Tiny(3), tiny.Tiny(3)
     state_dict = {key: tensor.half() for key, tensor in halved.state_dict().items()}
-    assert weights.load_into(model, state_dict, allow_other_classifier=False, where='a.pth') == []
+    assert loading.load_into(model, state_dict, allow_other_classifier=False, where='a.pth') == []
     torch.testing.assert_close(model.classifier.weight, halved.classifier.weight, rtol=1e-3, atol=1e-4)

@@ -17,6 +17,7 @@ import functools
 import importlib
 import io
 import itertools
+import json
 import multiprocessing
 import os
 import pickletools
@@ -61,13 +62,29 @@ from torch import nn
 
 import data_manager
 import weights
+from models import layouts, loading
 from models.network import Network
 from readers import market1501, mars, msmt17, table, tree
 from readers.tree import paths_of
-from runtime import kinds, unpickling
+from runtime import kinds, safetensors, unpickling
 from runtime.errors import UserError
 
-READERS = [pickletools, zipfile, kinds, weights, unpickling, market1501, mars, msmt17, table, tree, data_manager]
+READERS = [
+    pickletools,
+    zipfile,
+    kinds,
+    weights,
+    layouts,
+    loading,
+    safetensors,
+    unpickling,
+    market1501,
+    mars,
+    msmt17,
+    table,
+    tree,
+    data_manager,
+]
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 20  # of a core that one input may take; a million instructions are followed in 3
 HANG = 600  # seconds after which one that takes no time of a core hangs
@@ -282,8 +299,59 @@ CHECKPOINTS = st.one_of(
 )
 
 
+def of_projects() -> list[dict]:
+    """Names by which the layouts of other projects are recognised."""
+    one, norm = torch.ones(1), {'layer1.0.bn1.IN.weight': torch.ones(32)}  # the signature of ResNet50-IBN-a
+
+    def prefixed(prefix: str, **more: torch.Tensor) -> dict:
+        return {f'{prefix}{name}': value for name, value in {**norm, 'conv1.weight': one}.items()} | more
+
+    fast = prefixed('backbone.', pixel_mean=torch.ones(1, 3, 1, 1), pixel_std=torch.ones(3))
+    fast |= {'heads.bottleneck.0.weight': one, 'heads.pool_layer.p': one}
+    flat = prefixed('model.') | {'classifier.add_block.0.weight': torch.ones(2, 2), 'model.fc.weight': one}
+    dense = {'model.features.norm5.weight': torch.ones(1024), 'classifier.add_block.0.weight': one}
+    return [{'model': fast, 'iteration': 3}, prefixed('base.'), flat, dense, {**prefixed('encoder_q.'), 'queue': one}]
+
+
+TENSOR = st.fixed_dictionaries(
+    {
+        'dtype': st.sampled_from([*safetensors.DTYPES, 'F8_E4M3', '', 4, None]),
+        'shape': st.one_of(
+            st.lists(st.one_of(st.integers(-1, 4), st.sampled_from(INTERESTING)), max_size=4), st.text()
+        ),
+        'data_offsets': st.lists(st.one_of(st.integers(0, 32), st.sampled_from(INTERESTING)), max_size=3),
+    },
+    optional={'x': st.none()},
+)
+METADATA = st.dictionaries(
+    st.sampled_from([safetensors.ENTRY, 'format', 'license', 'licence']),
+    st.one_of(
+        st.text(max_size=9), st.integers(),
+        st.dictionaries(
+            st.sampled_from(['format', 'model', 'test', 'arguments', 'converted', 'rank1', 'epoch', 'licence']),
+            st.one_of(st.text(max_size=9), st.floats(), st.lists(st.integers()), st.just(weights.FORMAT),
+                      st.dictionaries(st.sampled_from(['pooling', 'height', 'width', 'normalisation']), st.integers())),
+        ).map(json.dumps),
+    ), max_size=3,
+)  # fmt: skip
+
+
+@st.composite
+def tensor_files(draw) -> bytes:
+    """safetensors: a header of any entries, or a good file with edits."""
+    table = {'weight': {'dtype': 'F32', 'shape': [2, 2], 'data_offsets': [0, 16]}}
+    table['bias'] = {'dtype': 'BOOL', 'shape': [2], 'data_offsets': [16, 18]}
+    if draw(st.booleans()):
+        table |= draw(st.dictionaries(st.sampled_from(WORDS), st.one_of(TENSOR, st.integers()), max_size=3))
+    if draw(st.booleans()):
+        table['__metadata__'] = draw(st.one_of(METADATA, st.integers()))
+    header = json.dumps(table).encode()
+    data = struct.pack('<Q', len(header)) + header + bytes(18)
+    return edited(data, draw(EDITS)) if draw(st.booleans()) else data
+
+
 @functools.cache
-def layouts() -> list[bytes]:
+def layouts_of_files() -> list[bytes]:
     """A small valid file of each layout."""
     torch.manual_seed(0)
     root = torch.arange(12.0)
@@ -301,6 +369,7 @@ def layouts() -> list[bytes]:
         {'state_dict': tensors, 'rank1': np.float32(0.5), 'epoch': 7},
         ours,
         dense,
+        *of_projects(),
         {'module.weight': root, '_orig_mod.weight': root, 'kinds': root.bfloat16(), 'bool': root > 3, 'none': root[:0]},
         nn.Linear(1, 1).state_dict() | {'parameter': nn.Parameter(torch.ones(2))},
     ]
@@ -394,13 +463,15 @@ DATA = struct.pack('<q4f', 4, 1, 2, 3, 4)
 
 @st.composite
 def weight_files(draw) -> bytes:
-    way = draw(st.sampled_from(['made', 'steps', 'bytes']))
+    way = draw(st.sampled_from(['made', 'steps', 'bytes', 'tensors']))
+    if way == 'tensors':
+        return draw(tensor_files())
     if way == 'made':
         made = draw(CHECKPOINTS)
         if draw(st.booleans()):
             return zip_of(made, {'archive/data/0': DATA[8:]})
         return legacy_of(made, ('0',), DATA)
-    data = draw(st.sampled_from(layouts()))
+    data = draw(st.sampled_from(layouts_of_files()))
     if way == 'bytes':
         return edited(data, draw(EDITS))
     steps = draw(STEPS)
@@ -441,7 +512,7 @@ def read_weights(data: bytes, folder: Path) -> bool:
     assert found.rank1 is None or type(found.rank1) is float
     assert found.epoch is None or isinstance(found.epoch, int)
     with contextlib.suppress(UserError):
-        weights.load_into(model, found.state_dict, allow_other_classifier=True, where='x.pth')
+        loading.load_into(model, found.state_dict, allow_other_classifier=True, where='x.pth')
     return True
 
 
@@ -764,7 +835,7 @@ def give(target: str, value, folder: Path) -> bool:
 @pytest.mark.parametrize('target', TARGETS)
 def test_any_input_is_read_or_refused(target, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    layouts()
+    layouts_of_files()
     outcomes = Counter()
 
     @settings(max_examples=TARGETS[target][2], derandomize=True, **QUIET)
@@ -777,7 +848,7 @@ def test_any_input_is_read_or_refused(target, tmp_path, monkeypatch):
 
 
 def test_the_edits_of_nothing_leave_a_file_as_it_is():
-    for data in layouts():
+    for data in layouts_of_files():
         parts = pickles(data, 5) if data[:1] == b'\x80' else []
         assert parts == [] or b''.join([*map(stepped, parts[:5], [[]] * 5), parts[5]]) == data
         assert edited(data, []) == data
@@ -816,7 +887,7 @@ def loop(target: str, engine: str, seconds: float, folder: Path, seed: int, resu
 
     try:
         torch.set_num_threads(1)
-        layouts()
+        layouts_of_files()
         if engine == 'atheris':
             drawn = batch()
             guide(one, seed)

@@ -1,0 +1,255 @@
+"""The layouts of weight files: how each project names its tensors, what its files do not tell, and how it tests.
+
+A network's class lists the layouts in which it is published (`Network.published`). Equal names and shapes hide other
+strides, pools and activations, so each row follows the source of its project at the release that it names.
+"""
+
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transforms import IMAGENET
+
+Names = tuple[tuple[str, str], ...]  # regular expressions and their replacements, applied to a name one after another
+
+# What files of a layout do not tell, and the values that it may have. `last_stride`, `pooling` and `neck_feature` are
+# arguments of `models.init_model`; the others are properties of weights, kept with them as a buffer (FLAGS).
+ASSUMPTIONS: dict[str, tuple[str, ...]] = {
+    'last_stride': ('1', '2'),
+    'pooling': ('avg', 'max', 'gem'),
+    'neck_feature': ('after', 'before'),
+    'stem_pool': ('padded', 'ceil'),
+    'transition_stride': ('2', '1'),
+}
+FLAGS = {
+    ('stem_pool', 'ceil'): 'stem_ceil',
+    ('transition_stride', '1'): 'last_pool_overlaps',
+}  # (assumption, value) -> the buffer that is set
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of a project.
+
+    note:    the project and what was changed, for messages
+    names:   how its names become those of this project
+    marks:   patterns of names; a file of this layout has a match of each
+    lacks:   patterns of names; it has a match of none
+    unused:  pattern of the names of tensors that its project's test does not use, which are left out; '' for none
+    adapt:   changes renamed weights in place where the project computes differently; returns options of the test that
+             the file contains
+    made:    arguments of `models.init_model` that the project's networks always have, besides those seen in the names
+    assumed: what its files do not tell: a name of ASSUMPTIONS -> the value in the project's published configuration
+    test:    options of the project's test; none if its weights are not trained for re-ID
+    """
+
+    note: str
+    names: Names = ()
+    marks: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
+    unused: str = ''
+    adapt: Callable[[dict[str, Tensor]], Mapping[str, Any]] = lambda _: {}
+    made: Mapping[str, Any] = field(default_factory=dict)
+    assumed: Mapping[str, str] = field(default_factory=dict)
+    test: Mapping[str, Any] = field(default_factory=dict)
+
+
+def tested(
+    distance: str = 'euclidean', interpolation: str = 'bilinear', height: int = 256, flip_test: bool = False
+) -> dict[str, Any]:
+    """Options of a test; images are 128 pixels wide."""
+    return {
+        'height': height, 'width': 128, 'interpolation': interpolation, 'distance': distance, 'flip_test': flip_test
+    }  # fmt: skip
+
+
+# ResNets. All but the original have torchvision's names, many with a prefix.
+
+RESNET: Names = (
+    (r'^conv1\.', 'base.0.'),
+    (r'^bn1\.', 'base.1.'),
+    *((rf'^layer{stage}\.', f'base.{stage + 3}.') for stage in (1, 2, 3, 4)),
+)
+EMBEDDING: Names = ((r'^fc\.([01])\.', r'embedding.\1.'),)  # torchreid's *_fc512
+
+TORCHVISION = Layout(
+    "torchvision's names translated",
+    (*RESNET, (r'^fc\.(weight|bias)$', r'classifier.\1')),
+    marks=(r'^conv1\.weight$',),
+    lacks=(r'^classifier\.', r'^fc\.\d'),
+)
+# torchreid, deep-person-reid v1.4.0 (also v0.5.0 to v1.0.6): last stride 2, no neck, Euclidean distance
+TORCHREID = Layout(
+    "torchreid's names translated",
+    RESNET,
+    marks=(r'^conv1\.weight$', r'^classifier\.'),
+    lacks=(r'^fc\.',),
+    made={'last_stride': 2},
+    test=tested(),
+)
+TORCHREID_FC512 = Layout(
+    "torchreid's names translated, its fc is the embedding here",
+    (*RESNET, *EMBEDDING),
+    marks=(r'^conv1\.weight$', r'^fc\.0\.weight$'),
+    made={'last_stride': 2},
+    test=tested(),
+)
+
+
+def without_stem_relu(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    state_dict['stem_linear'] = torch.tensor(True)
+    return {}
+
+
+# reid-strong-baseline, April 2020 (the same since March 2019): its own ResNets have no ReLU behind the stem's bn1, its
+# ResNet50-IBN-a has one; that also has a `fc` that is not used. The published configurations test 256x128.
+STRONG: dict[str, Any] = {
+    'names': ((r'^base\.', ''), *RESNET),
+    'marks': (r'^base\.conv1\.weight$',),
+    'assumed': {'last_stride': '1', 'neck_feature': 'after'},
+    'test': tested('cosine'),
+}
+STRONG_BASELINE = Layout(
+    "reid-strong-baseline's names translated, stem_linear set: no ReLU behind the first normalisation",
+    adapt=without_stem_relu,
+    **STRONG,
+)
+STRONG_BASELINE_IBN = Layout("reid-strong-baseline's names translated", unused=r'^base\.fc\.', **STRONG)
+
+
+def own_normalisation(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    """Mean and standard deviation of pixels in 0..255, which releases before 1.3 save, unless they are ImageNet's."""
+    pair = [state_dict.pop(name, torch.tensor([])) for name in ('pixel_mean', 'pixel_std')]
+    if not all(each.numel() == 3 and each.is_floating_point() for each in pair):
+        return {}
+    mean, std = (tuple(round(value / 255, 6) for value in each.flatten().tolist()) for each in pair)
+    return {} if (mean, std) == IMAGENET else {'normalisation': (mean, std)}
+
+
+FASTREID_NAMES: Names = (
+    (r'^backbone\.NL_(\d)\.', r'non_local.\1.'),
+    (r'^backbone\.', ''),
+    *RESNET,
+    (r'^heads\.pool_layer\.p$', 'pool.p'),
+    (r'^heads\.(?:bnneck|bottleneck\.0)\.', 'bottleneck.'),
+    (r'^heads\.(?:classifier\.)?weight$', 'classifier.weight'),
+)
+EXPONENT, ATTENTION = r'^heads\.pool_layer\.p$', r'^backbone\.NL_'
+
+
+def fastreid(kind: str, *marks: str, lacks: tuple[str, ...] = (), height: int = 256, **assumed: str) -> Layout:
+    return Layout(
+        f"fast-reid's names translated ({kind})",
+        FASTREID_NAMES,
+        marks=(r'^backbone\.conv1\.weight$', *marks),
+        lacks=lacks,
+        adapt=own_normalisation,
+        assumed={'last_stride': '1', 'neck_feature': 'after', **assumed},
+        test=tested('cosine', 'bicubic', height),
+    )
+
+
+# fast-reid: v0.1 and v0.1.1 (May and July 2020) have heads.bnneck, a stem's pool with padding, and one GeM, whose
+# exponent is learnt, in both AGW and SBS. v1.0.0 and v1.3.0 have heads.bottleneck.0, a pool without padding in
+# ceil_mode, and in AGW a GeM with the fixed exponent 3. All test behind the neck, by cosine, bicubic.
+EARLY = r'^heads\.bnneck\.weight$'
+LATE = r'^heads\.bottleneck\.0\.weight$'
+FASTREID = (
+    fastreid('v0.1, average pooling', EARLY, lacks=(EXPONENT,), stem_pool='padded', pooling='avg'),
+    fastreid('v0.1, GeM', EARLY, EXPONENT, stem_pool='padded'),
+    fastreid('v1, bagtricks', LATE, lacks=(EXPONENT, ATTENTION), stem_pool='ceil', pooling='avg'),
+    fastreid('v1, AGW', LATE, ATTENTION, lacks=(EXPONENT,), stem_pool='ceil', pooling='gem'),
+    fastreid('v1, SBS', LATE, EXPONENT, stem_pool='ceil', height=384),
+)
+
+
+def without_embedding_relu(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    state_dict['embedding_linear'] = torch.tensor(True)
+    return {}
+
+
+# Person_reID_baseline_pytorch, v1.1.0 of May 2025 (the same since v1.0.1 of December 2021): a linear layer and a batch
+# normalisation, without a ReLU, are the feature; features of mirror images are added. Releases before that, whose
+# files look the same, may have had a LeakyReLU there.
+FT_NET: dict[str, Any] = {
+    'marks': (r'^model\.', r'^classifier\.add_block\.0\.weight$'),
+    'adapt': without_embedding_relu,
+    'test': tested('cosine', 'bicubic', flip_test=True),
+}
+FT_NET_HEAD: Names = (
+    (r'^classifier\.add_block\.([01])\.', r'embedding.\1.'),
+    (r'^classifier\.classifier\.0\.', 'classifier.'),
+)
+FT_NET_RESNET = Layout(
+    "Person_reID_baseline_pytorch's ft_net translated, embedding_linear set: no ReLU behind the embedding",
+    ((r'^model\.', ''), *RESNET, *FT_NET_HEAD),
+    unused=r'^model\.fc\.',
+    assumed={'last_stride': '2'},
+    **FT_NET,
+)
+FT_NET_DENSE = Layout(
+    "Person_reID_baseline_pytorch's ft_net_dense translated, embedding_linear set: no ReLU behind the embedding",
+    ((r'^model\.features\.', 'base.'), *FT_NET_HEAD),
+    unused=r'^model\.classifier\.',
+    made={'last_stride': 2},
+    assumed={'transition_stride': '2'},
+    **FT_NET,
+)
+
+# MoCo's pre-training, and LUPerson's with the same program: the query encoder, without its projection
+MOCO = Layout(
+    "MoCo's query encoder, not trained with identities, its names translated",
+    ((r'^encoder_q\.', ''), *RESNET),
+    marks=(r'^encoder_q\.conv1\.weight$',),
+    unused=r'^(?:encoder_q\.fc\.|encoder_k\.|queue$|queue_ptr$)',
+)
+
+RESNETS = (TORCHVISION, TORCHREID, TORCHREID_FC512, STRONG_BASELINE, *FASTREID, FT_NET_RESNET, MOCO)
+RESNETS_IBN = (TORCHVISION, TORCHREID, STRONG_BASELINE_IBN, *FASTREID, FT_NET_RESNET)
+
+
+def written(test: Mapping[str, Any]) -> str:
+    """Options of a test as on a command line."""
+    words = []
+    for name, value in test.items():
+        flag = f'--{name.replace("_", "-")}'
+        words.append((flag if value else f'no {flag}') if isinstance(value, bool) else f'{flag} {value}')
+    return ' '.join(words)
+
+
+def chosen(assume: str) -> dict[str, str]:
+    """NAME=VALUE, separated by commas."""
+    pairs = [pair.partition('=') for pair in assume.split(',') if pair.strip()]
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def made_of(recorded: Any) -> dict[str, Any]:
+    """The arguments of `models.assemble` that a file of this project records and its weights' names do not tell."""
+    choices = {'last_stride': (1, 2), 'pooling': ASSUMPTIONS['pooling'], 'neck_feature': ASSUMPTIONS['neck_feature']}
+    recorded = recorded if isinstance(recorded, dict) else {}
+    return {
+        name: value for name, value in recorded.items() if type(value) in (int, str) and value in choices.get(name, ())
+    }
+
+
+def test_of(recorded: Any) -> dict[str, Any]:
+    """The options of a test that a converted file records, without those that are none."""
+    recorded = recorded if isinstance(recorded, dict) else {}
+    choices: dict[str, Container] = {
+        'height': range(1, 10_000), 'width': range(1, 10_000), 'interpolation': ('bilinear', 'bicubic'),
+        'distance': ('euclidean', 'cosine'), 'flip_test': (False, True),
+    }  # fmt: skip
+    test = {
+        name: value
+        for name, value in ((name, recorded.get(name)) for name in choices)
+        if type(value) is type(tested()[name]) and value in choices[name]
+    }
+    pair = recorded.get('normalisation')
+    triples = [each for each in pair if isinstance(each, list | tuple)] if isinstance(pair, list | tuple) else []
+    numbers = [number for triple in triples for number in triple]
+    if [len(each) for each in triples] == [3, 3] and all(type(number) is float for number in numbers):
+        test['normalisation'] = tuple(map(tuple, triples))
+    return test

@@ -1,0 +1,262 @@
+"""Weights of any project -> weights under this project's names, and into a model."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import models
+from models.layouts import ASSUMPTIONS, FLAGS, Layout
+from models.network import Network
+from runtime.errors import UserError, plain
+from transforms import IMAGENET
+
+
+class Named(NamedTuple):
+    """Weights under this project's names.
+
+    notes:  what was renamed, left out or changed
+    layout: that of the file; None if its names are those of this project, or of an unknown one
+    test:   options of the project's test, also those that only this file tells
+    """
+
+    state_dict: dict[str, Tensor]
+    notes: list[str]
+    layout: Layout | None = None
+    test: Mapping[str, Any] = {}
+
+
+PREFIX = re.compile(r'^(?:module\.|_orig_mod\.)+')  # of nn.DataParallel and of torch.compile
+OF_THE_ORIGINAL = re.compile(r'(?:base|layers\d[abc]?|fc_fuse)\.')
+DOTTED = re.compile(r'(\.denselayer\d+\.(?:norm|conv))\.([12])\.')  # of DenseNet, up to PyTorch 0.3
+OF_OTHERS = re.compile(r'(?:conv1|bn1|layer\d|fc|fc_fusion|features)\.')
+
+
+def normalised(state_dict: Mapping[str, Tensor], where: str) -> Named:
+    """Any names used by published models -> this project's names, and notes on what was renamed.
+
+    A model's class lists the layouts in which it is published. Prefixes are always removed; other names are unchanged
+    if no layout makes them fit one of the classes.
+
+    Raises UserError if a tensor is named twice with different values, or if the names of the original are mixed with
+    those of torchvision or torchreid: it is then unknown which network these weights belong to.
+    """
+    notes = []
+    unprefixed = _renamed(state_dict, lambda key: PREFIX.sub('', key), where)
+    if unprefixed.keys() != state_dict.keys():
+        notes.append('prefix module. or _orig_mod. removed')
+    original, other = (next(filter(names.match, unprefixed), None) for names in (OF_THE_ORIGINAL, OF_OTHERS))
+    if original and other:
+        raise UserError(
+            f'{where} mixes the names of two projects, {plain(original)} and {plain(other)}, which compute '
+            f'differently; get the file as it was published'
+        )
+    undotted = _renamed(unprefixed, lambda key: DOTTED.sub(r'\1\2.', key), where)
+    if undotted.keys() != unprefixed.keys():
+        notes.append('dotted names of DenseNet translated')
+    names = '\n'.join(undotted)
+    for network in models.factory.values():
+        for layout in network.published:
+            if not _fits(layout, names):
+                continue
+            unused = [key for key in undotted if layout.unused and re.search(layout.unused, key)]
+            used = {key: value for key, value in undotted.items() if key not in unused}
+            if not _is_for(network, {_translated(key, layout): value for key, value in used.items()}):
+                continue
+            ours = _renamed(used, lambda key, layout=layout: _translated(key, layout), where)  # type: ignore[misc]
+            test = {**layout.test, **layout.adapt(ours)}
+            if not _is_normalisation(*test.get('normalisation', IMAGENET)):
+                raise UserError(f'{where} has a pixel_mean or pixel_std that cannot be used; get the file again')
+            left_out = [f'not used by its test and left out: {listed(unused, most=3)}'] if unused else []
+            return Named(ours, [*notes, layout.note, *left_out], layout, test)
+    return Named(undotted, notes)
+
+
+def _is_normalisation(mean: Iterable[float], std: Iterable[float]) -> bool:
+    return all(map(math.isfinite, (*mean, *std))) and min(std) > 0
+
+
+def _fits(layout: Layout, names: str) -> bool:
+    """names: one in each line"""
+    marked, lacking = (
+        [re.search(pattern, names, re.MULTILINE) is not None for pattern in patterns]
+        for patterns in (layout.marks, layout.lacks)
+    )
+    return all(marked) and not any(lacking)
+
+
+def _translated(key: str, layout: Layout) -> str:
+    for pattern, replacement in layout.names:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _renamed(state_dict: Mapping[str, Tensor], rename: Callable[[str], str], where: str) -> dict[str, Tensor]:
+    result: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        name = rename(key)
+        other = result.setdefault(name, value)
+        form, other_form = (value.shape, value.stride(), value.dtype), (other.shape, other.stride(), other.dtype)
+        if form != other_form or not (other.data_ptr() == value.data_ptr() or torch.equal(other, value)):
+            raise UserError(f'{where} contains {plain(name)} twice with different values; get the file again')
+    return result
+
+
+def settled(named: Named, chosen: Mapping[str, str], where: str) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """What a file does not tell, as `chosen` or as its layout assumes it.
+
+    Returns the weights, arguments of `models.init_model`, and the assumptions as NAME=VALUE.
+
+    Raises:
+        UserError: an assumption is unknown, or the file leaves no choice.
+    """
+    layout, state_dict = named.layout or Layout(''), dict(named.state_dict)
+    assumed = {name: value for name, value in layout.assumed.items() if _is_open(name, state_dict)}
+    for name, value in chosen.items():
+        if name not in ASSUMPTIONS or value not in ASSUMPTIONS[name]:
+            choices = ', '.join(f'{name}={"|".join(values)}' for name, values in ASSUMPTIONS.items())
+            raise UserError(f'--assume {plain(name)}={plain(value)}: must be one of {choices}')
+        if name not in assumed:
+            known = ', '.join(assumed) or 'nothing else'
+            raise UserError(f'--assume {name}: {where} leaves no choice of it; {known} may be assumed of it')
+    values = {**assumed, **chosen}
+    made: dict[str, Any] = dict(layout.made)
+    for name, value in values.items():
+        if flag := FLAGS.get((name, value)):
+            state_dict[flag] = torch.tensor(True)
+        elif name not in {name for name, _ in FLAGS}:
+            made[name] = int(value) if value.isdigit() else value
+    if made.get('pooling') == 'gem':
+        state_dict.setdefault('pool.p', torch.tensor([3.0]))
+    return state_dict, made, [f'{name}={value}' for name, value in values.items()]
+
+
+def _is_open(name: str, state_dict: Mapping[str, Tensor]) -> bool:
+    """Weights without a neck have no feature behind it."""
+    return name != 'neck_feature' or 'bottleneck.weight' in state_dict
+
+
+def parts(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of `models.assemble` that are seen in names and shapes of weights."""
+    embedding = state_dict.get('embedding.0.weight')
+    seen: dict[str, Any] = {'neck': 'bottleneck.weight' in state_dict}
+    if 'pool.p' in state_dict:
+        seen['pooling'] = 'gem'
+    if embedding is not None and embedding.ndim == 2 and len(embedding):
+        seen['embedding'] = len(embedding)
+    if any(key.startswith('non_local.') for key in state_dict):
+        seen['non_local'] = True
+    return seen
+
+
+def arch_of(state_dict: Mapping[str, Tensor]) -> str | None:
+    """The architecture that fits weights with these names and shapes, None if it is not one of this project's."""
+    return next((arch for arch, network in models.factory.items() if _is_for(network, state_dict)), None)
+
+
+def _is_for(network: type[Network], state_dict: Mapping[str, Tensor]) -> bool:
+    name, shape = network.signature
+    known = name in state_dict and state_dict[name].shape == shape
+    return known and not any(other in state_dict for other in network.absent)
+
+
+def load_into(
+    model: Network, state_dict: Mapping[str, Tensor], *, allow_other_classifier: bool, where: str
+) -> list[str]:
+    """Copies weights into a model, all or none; returns notices, to be printed, of what was left out.
+
+    Names, shapes and data types are compared before anything is copied. Missing `num_batches_tracked` are accepted:
+    PyTorch 0.3 had none, and a fixed momentum does not use them. A classifier of another size, or none, is accepted,
+    with a notice, if `allow_other_classifier`: the model keeps its own. Anything else that is missing, unexpected or of
+    another shape raises UserError, which lists it and guesses the architecture of the weights.
+
+    A model's `options` are the names of buffers that are None, and therefore not saved, unless the network that the
+    weights come from computes differently; the weights determine whether one is set.
+
+    where: the file, for the messages
+    """
+    own = model.state_dict()
+    for option in model.options:
+        own.pop(option, None)
+        if option in state_dict:
+            own[option] = torch.tensor(True, device=next(model.parameters()).device)
+    missing = [key for key in own if key not in state_dict and not key.endswith('.num_batches_tracked')]
+    unexpected = [key for key in state_dict if key not in own]
+    unlike = [key for key in own if key in state_dict and not _alike(key, state_dict[key], own[key])]
+    classifier = [key for key in unlike if key.startswith('classifier.')]
+    absent = [key for key in own if key.startswith('classifier.')]
+    if allow_other_classifier and absent and set(absent) <= set(missing):
+        missing = [key for key in missing if key not in absent]
+    else:
+        absent = []
+
+    if missing or unexpected or unlike != classifier:
+        faults = [
+            f'missing {listed(missing)}' if missing else '',
+            f'unexpected {listed(unexpected)}' if unexpected else '',
+            f'different shapes in {listed(_shapes(key, state_dict, own) for key in unlike)}' if unlike else '',
+        ]
+        arch, own_arch = arch_of(state_dict), arch_of(own)
+        if arch is None:
+            guess = 'it does not look like an architecture of this project'
+        elif arch == own_arch:
+            guess = f"it looks like a {arch} that differs from this project's"
+        else:
+            guess = f'it looks like a {arch}: try --arch {arch}'
+        raise UserError(f'{where} does not fit the model: {"; ".join(filter(None, faults))}; {guess}')
+    others = listed(_shapes(key, state_dict, own) for key in classifier)
+    if classifier and not allow_other_classifier:
+        raise UserError(
+            f'{where} has a classifier for a different number of identities: {others}; '
+            f'test it with --evaluate, or start from its other weights with --resume-weights-only'
+        )
+    if broken := [key for key, value in state_dict.items() if not bool(value.isfinite().all())]:
+        raise UserError(f'{where} has weights that are not finite, in {listed(broken)}; get the file again')
+    for option in model.options:
+        setattr(model, option, own.get(option))
+    model.load_state_dict({**own, **{key: value for key, value in state_dict.items() if key not in classifier}})
+    left_out = others or (f'{listed(absent)}, which it does not contain' if absent else '')
+    return [f'Not loaded from {where}: {left_out}'] if left_out else []
+
+
+def fit_classifier(model: Network, state_dict: Mapping[str, Tensor], where: str) -> None:
+    """Gives a model that will only be tested a classifier of the size that its weights have, and prints that it did.
+
+    That is not printed if the model's has one identity, for want of a training set. The classifier is not used at a
+    test. Nothing changes if the weights have no classifier, or one on other features.
+    """
+    own, weight, bias = model.classifier, state_dict.get('classifier.weight'), state_dict.get('classifier.bias')
+    if not isinstance(own, torch.nn.Linear) or weight is None or (bias is None) != (own.bias is None):
+        return
+    number = len(weight) if weight.ndim else 0
+    if not number or weight.shape != (number, own.in_features) or (bias is not None and bias.shape != (number,)):
+        return
+    if weight.shape == own.weight.shape:
+        return
+    model.num_classes, before = number, own.out_features
+    model.classifier = torch.nn.Linear(own.in_features, number, bias=bias is not None).to(own.weight)
+    if before > 1:
+        print(f'The classifier has the {number} identities of {where} instead of {before}')
+
+
+def _alike(key: str, given: Tensor, own: Tensor) -> bool:
+    kinds = given.dtype.is_floating_point == own.dtype.is_floating_point or key.endswith('.num_batches_tracked')
+    return given.shape == own.shape and kinds
+
+
+def _shapes(key: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    return f'{key} {_described(given[key])} where the model has {_described(own[key])}'
+
+
+def _described(tensor: Tensor) -> str:
+    shape = '×'.join(map(str, tensor.shape)) or 'scalar'
+    return shape if tensor.dtype.is_floating_point else f'{shape} {str(tensor.dtype).removeprefix("torch.")}'
+
+
+def listed(names: Iterable, most: int = 8) -> str:
+    names = [plain(str(name)) for name in names]
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(names[:most]) + more

@@ -1,0 +1,306 @@
+"""Files of other projects against the projects' own arithmetic (tests/projects.py): features at test, logits and
+features of training, and what the files do not tell.
+"""
+
+import functools
+
+import projects
+import pytest
+import torch
+from torch import nn
+
+import models
+import weights
+from models import loading
+from models.layouts import ASSUMPTIONS
+from runtime.errors import UserError
+
+STRONG = {'distance': 'cosine', 'interpolation': 'bilinear', 'height': 256, 'width': 128, 'flip_test': False}
+FAST = STRONG | {'interpolation': 'bicubic'}
+FT = FAST | {'flip_test': True}
+TORCHREID = STRONG | {'distance': 'euclidean'}
+FINE = 'last_stride=1'
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d)
+CASES = {  # network, the architecture and its parts here, what is assumed, options of the test
+    'reid-strong-baseline': (projects.StrongBaseline, 'resnet50', {'last_stride': 1, 'neck': True},
+        f'{FINE}, neck_feature=after', STRONG),
+    'reid-strong-baseline, IBN': (functools.partial(projects.StrongBaseline, ibn=True), 'resnet50_ibn_a',
+        {'last_stride': 1, 'neck': True}, f'{FINE}, neck_feature=after', STRONG),
+    'reid-strong-baseline without neck': (projects.WithoutNeck, 'resnet50', {'last_stride': 1}, FINE, STRONG),
+    'fast-reid v0.1 bagtricks': (functools.partial(projects.FastReid, 'v0.1'), 'resnet50',
+        {'last_stride': 1, 'neck': True}, f'{FINE}, neck_feature=after, stem_pool=padded, pooling=avg', FAST),
+    'fast-reid v0.1 AGW': (functools.partial(projects.FastReid, 'v0.1', 'gemP', True), 'resnet50',
+        {'last_stride': 1, 'neck': True, 'pooling': 'gem', 'non_local': True},
+        f'{FINE}, neck_feature=after, stem_pool=padded', FAST),
+    'fast-reid v1.0 bagtricks IBN': (functools.partial(projects.FastReid, 'v1.0.0', ibn=True), 'resnet50_ibn_a',
+        {'last_stride': 1, 'neck': True}, f'{FINE}, neck_feature=after, stem_pool=ceil, pooling=avg', FAST),
+    'fast-reid v1.3 bagtricks': (projects.FastReid, 'resnet50',
+        {'last_stride': 1, 'neck': True}, f'{FINE}, neck_feature=after, stem_pool=ceil, pooling=avg', FAST),
+    'fast-reid v1.3 AGW': (functools.partial(projects.FastReid, 'v1.3.0', 'gem', True), 'resnet50',
+        {'last_stride': 1, 'neck': True, 'pooling': 'gem', 'non_local': True},
+        f'{FINE}, neck_feature=after, stem_pool=ceil, pooling=gem', FAST),
+    'fast-reid v1.0 SBS IBN': (functools.partial(projects.FastReid, 'v1.0.0', 'gemP', True, True), 'resnet50_ibn_a',
+        {'last_stride': 1, 'neck': True, 'pooling': 'gem', 'non_local': True},
+        f'{FINE}, neck_feature=after, stem_pool=ceil', FAST | {'height': 384}),
+    'ft_net': (projects.FtNet, 'resnet50', {'embedding': 512}, 'last_stride=2', FT),
+    'ft_net, IBN': (functools.partial(projects.FtNet, ibn=True), 'resnet50_ibn_a', {'embedding': 512},
+        'last_stride=2', FT),
+    'ft_net_dense': (projects.FtNetDense, 'densenet121', {'embedding': 512}, 'transition_stride=2', FT),
+    'resnet50_fc512': (projects.Fc512, 'resnet50', {'embedding': 512}, '', TORCHREID),
+    'densenet121_fc512': (projects.DenseFc512, 'densenet121', {'embedding': 512}, '', TORCHREID),
+    'moco': (projects.Moco, 'resnet50', {}, '', {}),
+    'tonylins': (functools.partial(projects.Tonylins, 7), 'mobilenet_v2', {}, '', {}),
+    'osnet_x1_0': (projects.OmniScale, 'osnet_x1_0', {}, '', TORCHREID),
+    'osnet_x0_75': (functools.partial(projects.OmniScale, 0.75), 'osnet_x0_75', {}, '', TORCHREID),
+    'osnet_x0_5': (functools.partial(projects.OmniScale, 0.5), 'osnet_x0_5', {}, '', TORCHREID),
+    'osnet_x0_25': (functools.partial(projects.OmniScale, 0.25), 'osnet_x0_25', {}, '', TORCHREID),
+    'osnet_ibn_x1_0': (functools.partial(projects.OmniScale, 1, ('sum', 'sum', '', '', '', '')), 'osnet_ibn_x1_0', {},
+        '', TORCHREID),
+    **{
+        f'osnet_ain_x{name}': (
+            functools.partial(
+                projects.OmniScale, width, ('residual', 'residual', '', 'residual', 'residual', ''), True
+            ),
+            f'osnet_ain_x{name}', {}, '', STRONG,
+        )
+        for name, width in (('1_0', 1), ('0_75', 0.75), ('0_5', 0.5), ('0_25', 0.25))
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Of a file that is removed after the test: it is large."""
+    yield tmp_path / 'weights.pth'
+    for file in tmp_path.glob('*'):
+        file.unlink()
+
+
+def images(seed=1):
+    return torch.randn(3, 3, 70, 38, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)  # (B, 3, H, W)
+
+
+def drawn(network, seed=0):
+    """A network with other values in every channel, in float64: an exchange of any two shows."""
+    torch.manual_seed(seed)
+    theirs = network().train()
+    norms = [layer for layer in theirs.modules() if isinstance(layer, NORMS)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(0, 0.3)
+            norm.momentum = 1.0
+        for layer in theirs.modules():
+            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+                layer.bias.normal_(0, 0.1)
+            if isinstance(layer, projects.Attention):
+                layer.W[1].weight.mul_(0.1)  # its products grow with the third power of the maps
+        theirs.tested(images(2).float())  # or random statistics would let the activations grow without bound
+        for norm in norms:
+            if norm.running_mean is not None:
+                norm.running_mean.add_(0.2 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean))
+                norm.running_var.mul_(torch.empty_like(norm.running_var).uniform_(0.5, 2))
+            norm.momentum = 0.1
+    return theirs
+
+
+def saved(theirs, path, prefix=''):
+    """As its project saves it."""
+    state_dict = {f'{prefix}{name}': value for name, value in theirs.state_dict().items()}
+    if isinstance(theirs, projects.FastReid):
+        optimizer = torch.optim.Adam([nn.Parameter(torch.ones(2))]).state_dict()
+        torch.save({'model': state_dict, 'optimizer': optimizer, 'iteration': 17}, path)
+    elif isinstance(theirs, projects.Moco):
+        torch.save({'epoch': 200, 'arch': 'resnet50', 'state_dict': state_dict}, path)
+    else:
+        torch.save(state_dict, path)
+    return path
+
+
+def assert_near(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def assert_same(model, theirs):
+    """The features of the test; logits and features of training, and the statistics that it leaves."""
+    x = images()
+    model, theirs = model.double().eval(), theirs.double().eval()
+    with torch.no_grad():
+        features = theirs.tested(x)
+        assert 0.05 < features.std() < 100
+        assert_near(model(x), features)
+        if not hasattr(theirs, 'trained'):
+            return
+        model.loss = {'xent', 'htri'}
+        model.train(), theirs.train()
+        for found, expected in zip(model(x), theirs.trained(x), strict=True):
+            assert_near(found, expected)
+        model.eval(), theirs.eval()
+        assert_near(model(x), theirs.tested(x))
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_features_and_logits_are_those_of_the_project(case, path, capsys):
+    network, arch, parts, assumed, test = CASES[case]
+    theirs = drawn(network)
+    loaded = weights.read(saved(theirs, path, 'module.'))
+    assert loaded.trained.arch == arch
+    assert (', '.join(loaded.assumed), dict(loaded.trained.test)) == (assumed, test)
+    assert loaded.layout.isprintable() and loaded.state is None
+    model = weights.build(loaded, None, str(path))
+    assert {**models.PARTS, **model.made} == {**models.PARTS, **parts}
+    assert model.interpolation == test.get('interpolation', 'bilinear')
+    if case != 'moco':
+        assert 'Not loaded' not in capsys.readouterr().out
+    assert_same(model, theirs)
+
+
+@pytest.mark.parametrize(
+    ('network', 'assume', 'same'),
+    [
+        (functools.partial(projects.FastReid, 'v0.1'), '', 'stem_pool=padded, last_stride=1'),
+        (functools.partial(projects.FastReid, 'v0.1'), 'stem_pool=ceil', ''),
+        (projects.FastReid, 'stem_pool=padded', ''),
+        (functools.partial(projects.FastReid, pool='gem'), 'pooling=gem', 'all'),
+        (functools.partial(projects.FtNet, 1), ' last_stride=1,', 'all'),
+        (functools.partial(projects.FtNet, 1), '', ''),
+        (functools.partial(projects.FtNetDense, 1), 'transition_stride=1', 'all'),
+        (functools.partial(projects.FtNetDense, 1), '', ''),
+    ],
+)
+def test_what_a_file_does_not_tell_changes_what_is_computed(network, assume, same, path):
+    theirs = drawn(network)
+    model = weights.build(weights.read(saved(theirs, path), assume), None, 'x').eval().double()
+    with torch.no_grad():
+        difference = (model(images()) - theirs.double().eval().tested(images())).abs().max()
+    assert (difference < 1e-5) == bool(same)
+
+
+def test_the_feature_before_the_neck(path):
+    theirs = drawn(projects.StrongBaseline)
+    model = weights.build(weights.read(saved(theirs, path), 'neck_feature=before'), None, 'x').eval().double()
+    with torch.no_grad():
+        assert_near(model(images()), theirs.double().eval().trained(images())[1])
+
+
+@pytest.mark.parametrize(
+    ('network', 'assume', 'message'),
+    [
+        (projects.StrongBaseline, 'x=1', '--assume x=1: must be one of last_stride=1|2, '),
+        (projects.StrongBaseline, 'last_stride=3', '--assume last_stride=3: must be one of '),
+        (projects.StrongBaseline, 'pooling=gem',
+            '--assume pooling: x.pth leaves no choice of it; last_stride, neck_feature may be assumed of it'),
+        (functools.partial(projects.OmniScale, 0.25), 'last_stride=1',
+            '--assume last_stride: x.pth leaves no choice of it; nothing else may be assumed of it'),
+    ],
+)  # fmt: skip
+def test_an_assumption_that_the_file_refutes(network, assume, message, path, monkeypatch):
+    monkeypatch.chdir(path.parent)
+    torch.save(network().state_dict(), 'x.pth')
+    with pytest.raises(UserError) as refused:
+        weights.read('x.pth', assume)
+    assert str(refused.value).startswith(message) and '\n' not in str(refused.value)
+
+
+def change(name, make):
+    def changed(state_dict):
+        state_dict[name] = make(state_dict.get(name))
+
+    return changed
+
+
+def take(pattern):
+    def taken(state_dict):
+        for name in [name for name in state_dict if name.startswith(pattern)]:
+            del state_dict[name]
+
+    return taken
+
+
+@pytest.mark.parametrize(
+    ('case', 'spoil', 'message'),
+    [
+        ('fast-reid v1.3 bagtricks', take('backbone.layer3.5.'), r'missing base\.6\.5\.conv1\.weight'),
+        ('fast-reid v1.3 AGW', take('backbone.NL_3.2.'), r'missing non_local\.3\.2\.g\.weight'),
+        ('fast-reid v1.3 AGW', change('backbone.NL_3.3.g.weight', lambda _: torch.ones(1, 1024, 1, 1)), 'unexpected'),
+        ('fast-reid v1.3 bagtricks', change('heads.bottleneck.1.weight', lambda _: torch.ones(512)), 'unexpected'),
+        ('fast-reid v1.3 bagtricks', change('backbone.layer1.0.se.fc.0.weight', lambda _: torch.ones(4)), 'unexpected'),
+        ('fast-reid v1.3 bagtricks', change('b1_head.weight', lambda _: torch.ones(7, 2048)), r'unexpected b1_head'),
+        ('reid-strong-baseline', change('bottleneck.weight', lambda _: torch.ones(512)), 'different shapes in bottle'),
+        ('reid-strong-baseline', change('base.layer4.2.se_module.fc1.weight', lambda _: torch.ones(4)), 'unexpected'),
+        ('ft_net', change('usam_1.weight', lambda _: torch.ones(1, 1, 3, 3)), 'unexpected usam_1'),
+        ('ft_net', change('classifier.add_block.1.weight', lambda _: torch.ones(2)), 'different shapes in embedding'),
+        ('osnet_x0_25', change('conv2.0.conv1.conv.weight', lambda _: torch.ones(20, 16, 1, 1)), 'different shapes'),
+        ('tonylins', take('features.17.'), 'missing base.17'),
+        ('moco', change('encoder_q.layer1.0.conv1.bias', lambda _: torch.ones(64)), 'unexpected'),
+    ],
+)  # fmt: skip
+def test_what_almost_fits_is_refused(case, spoil, message, path):
+    network, *_ = CASES[case]
+    with torch.device('meta'):
+        state_dict = dict(network().state_dict())
+    state_dict = {name: torch.ones(value.shape, dtype=value.dtype) for name, value in state_dict.items()}
+    spoil(state_dict)
+    torch.save(state_dict, path)
+    with pytest.raises(UserError, match=message) as refused:
+        weights.build(weights.read(path), None, 'x')
+    assert '\n' not in str(refused.value)
+
+
+def test_tensors_of_an_unknown_layout(path):
+    torch.save({'encoder.block.0.weight': torch.ones(3)}, path)
+    with pytest.raises(UserError, match='its architecture cannot be recognised by its weights'):
+        weights.build(weights.read(path), None, 'x')
+
+
+def test_pixels_are_normalised_as_the_file_says(path):
+    theirs = projects.FastReid('v1.0.0')
+    theirs.pixel_mean.copy_(torch.tensor([127.5, 102, 51]).view(1, 3, 1, 1))
+    theirs.pixel_std.fill_(255)
+    loaded = weights.read(saved(theirs, path))
+    expected = ((0.5, 0.4, 0.2), (1.0, 1.0, 1.0))
+    assert loaded.trained.test['normalisation'] == expected
+    assert weights.build(loaded, None, 'x').normalisation == expected
+
+
+@pytest.mark.parametrize(('name', 'value'), [('pixel_std', 0.0), ('pixel_mean', torch.nan), ('pixel_std', torch.inf)])
+def test_pixels_that_cannot_be_normalised(name, value, path):
+    with torch.device('meta'):
+        state_dict = projects.FastReid('v1.0.0').state_dict()
+    state_dict = {key: torch.ones(tensor.shape) for key, tensor in state_dict.items()}
+    torch.save({'model': {**state_dict, name: torch.full((1, 3, 1, 1), value)}}, path)
+    with pytest.raises(UserError, match=r'has a pixel_mean or pixel_std that cannot be used; get the file again$'):
+        weights.read(path)
+
+
+def test_every_assumption_is_known():
+    for network in models.factory.values():
+        for layout in network.published:
+            assert all(value in ASSUMPTIONS[name] for name, value in layout.assumed.items())
+
+
+def test_first_weights(path, capsys):
+    """The backbone of a file, in a network that this project trains."""
+    theirs = drawn(projects.Moco)
+    model = models.init_model('resnet50', 5)
+    weights.pretrain(model, str(saved(theirs, path, 'module.')))
+    assert_same(model, theirs)
+    out = capsys.readouterr().out
+    assert "MoCo's query encoder" in out and 'queue' in out
+
+    theirs = drawn(projects.FtNet)
+    weights.pretrain(model, str(saved(theirs, path)))
+    assert 'Not loaded: embedding.0.weight' in capsys.readouterr().out
+    assert not any('embedding' in name for name in model.state_dict())
+    with torch.no_grad():
+        assert_near(model.double().eval()(images()), projects.average(theirs.double().eval().model(images())))
+
+    theirs = drawn(projects.StrongBaseline)
+    model = models.init_model('resnet50', 5, last_stride=1, neck=True)
+    weights.pretrain(model, str(saved(theirs, path)))
+    assert 'Assumed, because' in capsys.readouterr().out
+    theirs = theirs.double()
+    with torch.no_grad():
+        assert_near(model.double().eval()(images()), theirs.eval().tested(images()))
+    assert 'stem_linear' in model.state_dict()
+    assert loading.parts(model.state_dict())['neck']
