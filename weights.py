@@ -109,7 +109,8 @@ def _understand(loaded: Any, kind: str, where: str, assume: str) -> Weights:
         contents = 'bare state dict' if bare else f'checkpoint with {listed(checkpoint)}'
         named = loading.normalised(state_dict, where)
         layout = ', '.join([f'{contents} in {kind}', *named.notes])
-    state_dict, made, assumed = loading.settled(named, layouts.chosen(assume), where)
+    recorded = layouts.made_of(checkpoint.get('model')) if ours else {}
+    state_dict, made, assumed = loading.settled(named, layouts.chosen(assume), where, bool(recorded))
     foreign = named.layout is not None or (ours and checkpoint.get('imagenet') is True)
     trained = _training(checkpoint if ours else {}, state_dict, foreign, where)
     project = named.layout.note if named.layout else plain(origin, 500) if isinstance(origin, str) else ''
@@ -123,7 +124,7 @@ def _understand(loaded: Any, kind: str, where: str, assume: str) -> Weights:
         rank1=float(rank1) if isinstance(rank1, int | float | np.number) and abs(rank1) < 2**31 else None,  # type: ignore[operator]  # abs() of numbers
         epoch=epoch if isinstance(epoch, int) else None,
         state=checkpoint if ours and not converted else None,
-        made=made | (layouts.made_of(checkpoint.get('model')) if ours else {}),
+        made=made | recorded,
         assumed=assumed,
         licence=plain(licence) if isinstance(licence, str) else LICENCE,
     )
@@ -162,17 +163,22 @@ def build(loaded: Weights, arch: str | None, where: str, report: Callable[[str],
     arch = arch or options.get('arch') or arch_of(state_dict)
     if not isinstance(arch, str):
         raise UserError(f'{where}: its architecture cannot be recognised by its weights; give it with --arch')
-    size = tuple(side for name in ('height', 'width') if isinstance(side := options.get(name), int))
     model = models.init_model(
         arch,
         num_classes=len(state_dict.get('classifier.weight', [0])),
-        size=size if len(size) == 2 else None,
+        size=_size(loaded),
         report=report,
         **{**loaded.made, **loading.parts(state_dict)},
     )
     for notice in loading.load_into(model, state_dict, allow_other_classifier=True, where=where):
         report(notice)
     return _prepared(model, loaded, report).eval()
+
+
+def _size(loaded: Weights) -> tuple[int, int] | None:
+    """Height and width of the images of a run of this project, None if they are unknown."""
+    height, width = (loaded.trained.options.get(name) for name in ('height', 'width'))
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
 
 def _prepared(model: Network, loaded: Weights, report: Callable[[str], object] = print) -> Network:
@@ -189,8 +195,9 @@ def rebuilt(model: Network, loaded: Weights, keep_arch: bool) -> Network:
 
     keep_arch: the architecture is that of `model`, which the user chose
     """
-    arch = '' if keep_arch else loaded.trained.arch
-    network = models.factory[arch] if arch else type(model)
+    recorded = loaded.trained.options.get('arch')
+    arch = '' if keep_arch else loaded.trained.arch or (recorded if isinstance(recorded, str) else '')
+    network = models.network_of(arch, _size(loaded)) if arch else type(model)
     before = {**models.PARTS, **model.made}
     made = {**before, **loaded.made, **loading.parts(loaded.state_dict)}
     if 'pool.p' not in loaded.state_dict and made['pooling'] == 'gem':
@@ -203,7 +210,7 @@ def rebuilt(model: Network, loaded: Weights, keep_arch: bool) -> Network:
     return _prepared(model, loaded)
 
 
-HEAD = ('bottleneck.', 'pool.', 'embedding')  # neck, pooling and embedding, which weights of a backbone lack
+HEAD = ('bottleneck.', 'pool.', 'embedding', 'non_local.')  # the parts that weights of a backbone lack
 
 
 def pretrain(model: Network, pretrained: str) -> None:
@@ -229,7 +236,7 @@ def pretrain(model: Network, pretrained: str) -> None:
     else:
         where, weights = plain(pretrained, 500), read(pretrained)
         state_dict, layout, trained = weights.state_dict, weights.layout, weights.trained
-        assumed = weights.assumed
+        assumed = [each for each in weights.assumed if each.split('=')[0] in {name for name, _ in layouts.FLAGS}]
 
     own = model.state_dict()
     kept = model.options if trained.of_imagenet else ()
@@ -242,6 +249,7 @@ def pretrain(model: Network, pretrained: str) -> None:
     random = ('classifier.', *(part for part in fresh_parts if not any(key.startswith(part) for key in taken)))
     fresh = {key: value for key, value in own.items() if key.startswith(random)}
     loading.load_into(model, taken | fresh, allow_other_classifier=False, where=where)
+    trained = replace(trained, project='', test={})  # the network is the script's, and so is its test
     model.trained = replace(trained, random=listed(key for key in fresh if not key.startswith('classifier.')))
     print(f'Loaded pretrained weights from {where} ({layout})')
     if assumed:

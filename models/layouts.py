@@ -66,6 +66,9 @@ def tested(
     }  # fmt: skip
 
 
+# This project's own weights without the entry `model` of its checkpoints: a neck is trained with the last stride 1
+OWN_WITH_NECK = Layout("this project's", assumed={'last_stride': '1'})
+
 # ResNets. All but the original have torchvision's names, many with a prefix.
 
 RESNET: Names = (

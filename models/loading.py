@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import models
-from models.layouts import ASSUMPTIONS, FLAGS, Layout
+from models.layouts import ASSUMPTIONS, FLAGS, OWN_WITH_NECK, Layout
 from models.network import Network
 from runtime.errors import UserError, plain
 from transforms import IMAGENET
@@ -105,15 +105,21 @@ def _renamed(state_dict: Mapping[str, Tensor], rename: Callable[[str], str], whe
     return result
 
 
-def settled(named: Named, chosen: Mapping[str, str], where: str) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+def settled(
+    named: Named, chosen: Mapping[str, str], where: str, recorded: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
     """What a file does not tell, as `chosen` or as its layout assumes it.
+
+    recorded: it is a file of this project that contains the arguments of `models.init_model`
 
     Returns the weights, arguments of `models.init_model`, and the assumptions as NAME=VALUE.
 
     Raises:
         UserError: an assumption is unknown, or the file leaves no choice.
     """
-    layout, state_dict = named.layout or Layout(''), dict(named.state_dict)
+    state_dict = dict(named.state_dict)
+    own = OWN_WITH_NECK if 'bottleneck.weight' in state_dict and not recorded else Layout('')
+    layout = named.layout or own
     assumed = {name: value for name, value in layout.assumed.items() if _is_open(name, state_dict)}
     for name, value in chosen.items():
         if name not in ASSUMPTIONS or value not in ASSUMPTIONS[name]:

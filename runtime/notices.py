@@ -33,8 +33,10 @@ def as_in_project(options: TestOptions, model: Network) -> TestOptions:
     theirs = {name: value for name, value in (trained.test if trained else {}).items() if hasattr(options, name)}
     if not trained or not options.evaluate:
         return options
+    recorded = trained.options.get('arch')  # of timm:NAME, which is not seen in the names
     if not theirs:
-        return replace(options, arch=trained.arch or options.arch)
+        known = trained.arch or (recorded if isinstance(recorded, str) and 'arch' not in options.given else '')
+        return replace(options, arch=known or options.arch)
     taken = {name: value for name, value in theirs.items() if name not in options.given}
     words = [_written(name, value) for name, value in taken.items()]
     given = [_written(name, getattr(options, name)) for name in theirs if name not in taken]

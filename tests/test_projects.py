@@ -298,9 +298,46 @@ def test_first_weights(path, capsys):
     theirs = drawn(projects.StrongBaseline)
     model = models.init_model('resnet50', 5, last_stride=1, neck=True)
     weights.pretrain(model, str(saved(theirs, path)))
-    assert 'Assumed, because' in capsys.readouterr().out
+    assert 'Assumed, because' not in capsys.readouterr().out  # stride and neck are the network's
     theirs = theirs.double()
     with torch.no_grad():
         assert_near(model.double().eval()(images()), theirs.eval().tested(images()))
     assert 'stem_linear' in model.state_dict()
     assert loading.parts(model.state_dict())['neck']
+
+
+def test_first_weights_with_attention(path, capsys):
+    """A network without non-local blocks starts from the rest, and the test is that of the script."""
+    theirs = drawn(CASES['fast-reid v1.3 AGW'][0])
+    model = models.init_model('resnet50', 5)
+    weights.pretrain(model, str(saved(theirs, path)))
+    out = capsys.readouterr().out
+    assert 'non_local.' in out.split('Not loaded: ')[1].splitlines()[0]
+    assert f'Assumed, because {path} does not tell: stem_pool=ceil\n' in out and 'last_stride' not in out
+    assert (model.trained.project, model.trained.test) == ('', {})
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+def test_own_weights_with_a_neck_do_not_tell_the_last_stride(stride, path):
+    model = models.init_model('resnet18', 5, neck=True, last_stride=stride).eval()
+    torch.save(model.state_dict(), path)
+    assert weights.read(path).assumed == ['last_stride=1']
+    assume = '' if stride == 1 else 'last_stride=2'
+    twin = weights.build(weights.read(path, assume), None, 'a file')
+    assert torch.equal(twin(torch.ones(1, 3, 64, 32)), model(torch.ones(1, 3, 64, 32)))
+    state = {'format': weights.FORMAT, 'state_dict': model.state_dict(), 'model': model.made}
+    torch.save(state, path)  # a checkpoint does
+    assert weights.read(path).assumed == [] and weights.read(path).made['last_stride'] == stride
+
+
+def test_a_network_that_a_checkpoint_names_but_names_of_weights_do_not(path):
+    """Of timm: it is tested without -a, too."""
+    pytest.importorskip('timm')
+    model = models.init_model('timm:test_vit', 5, size=(96, 48))
+    options = {'arch': 'timm:test_vit', 'height': 96, 'width': 48}
+    torch.save({'format': weights.FORMAT, 'state_dict': model.state_dict(), 'arguments': options}, path)
+    loaded = weights.read(path)
+    network = weights.rebuilt(models.init_model('resnet18', 5), loaded, keep_arch=False)
+    loading.load_into(network, loaded.state_dict, allow_other_classifier=False, where='a file')
+    given = torch.ones(1, 3, 96, 48)
+    assert torch.equal(network.eval()(given), model.eval()(given))

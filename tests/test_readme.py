@@ -168,7 +168,8 @@ def test_the_other_commands_run(script, data_dir, tmp_path, monkeypatch, capsys)
                 Path(word).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(next((data_dir / 'market1501' / 'query').iterdir()), word)
     Path('data').mkdir(exist_ok=True)
-    shutil.copytree(data_dir / 'market1501', 'data/market1501', dirs_exist_ok=True)
+    for name in ('market1501', 'toy_market1501'):
+        shutil.copytree(data_dir / 'market1501', f'data/{name}', dirs_exist_ok=True)
     shutil.copytree(data_dir / 'market1501' / 'query', 'tracks/1')
     for command in commands:
         monkeypatch.setattr(sys, 'argv', command[1:])
