@@ -29,10 +29,10 @@ def as_in_project(options: TestOptions, model: Network) -> TestOptions:
     Prints both kinds. Nothing changes without --evaluate, for weights of this project, and if the project's test is
     unknown.
     """
-    trained = model.trained
-    theirs = {name: value for name, value in (trained.test if trained else {}).items() if hasattr(options, name)}
-    if not trained or not options.evaluate:
+    if not options.evaluate or not model.trained:
         return options
+    trained = model.trained
+    theirs = {name: value for name, value in trained.test.items() if hasattr(options, name)}
     recorded = trained.options.get('arch')  # of timm:NAME, which is not seen in the names
     if not theirs:
         known = trained.arch or (recorded if isinstance(recorded, str) and 'arch' not in options.given else '')
