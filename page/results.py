@@ -46,7 +46,7 @@ def write(
     - ranking.npz: the arrays KEPT of `result`, the paths, pids and camids of query and gallery, and `more`; if persons
       have names, the pids of the queries and their names.
 
-    In results.csv persons are named as in the data.
+    In results.csv persons are named as in the data, and cameras that are unknown are left empty.
     """
     folder, query, gallery = Path(folder), dataset.query, dataset.gallery
     scores = {
@@ -119,8 +119,8 @@ def _write_table(
             ]
             named += [('', '')] * (len(listed) - len(near))
             ap, *added = (_shown(values[row]) for values in (precisions, *scores.values()))
-            person, matches = dataset.name_of(pid), end - begin
-            table.writerow([_frames(paths)[0], person, camid, ap, first_rank, matches, wrong, *added, *chain(*named)])
+            person, camera, matches = dataset.name_of(pid), '' if dataset.no_cameras else camid, end - begin
+            table.writerow([_frames(paths)[0], person, camera, ap, first_rank, matches, wrong, *added, *chain(*named)])
 
 
 def _shown(score: float) -> str:

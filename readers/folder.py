@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
-from readers.tree import Dataset, Item, natural, numbered
+from readers.tree import JUNK, Dataset, Item, natural, numbered
 from runtime.decoding import SUFFIXES
 from runtime.errors import UserError, plain
 
@@ -29,8 +29,8 @@ class Folder(Dataset):
     Market1501. If any name has none, the cameras are unknown. Items are sorted by person and name, frames by name, in
     natural order: a2 before a10. Hidden files, and files that are not images (SUFFIXES), are passed over.
 
-    Raises UserError for a folder that is missing or holds no image of a person, and for images beside folders of
-    frames.
+    Raises UserError for a folder that is missing or holds no image of a person, for images beside folders of
+    frames, and for two spellings of one number.
     """
 
     def __init__(self, root: str, name: str = 'folder', test_share: float = 0.5, seed: int = 1) -> None:
@@ -48,15 +48,15 @@ class Folder(Dataset):
         drawn = ''
         if not splits:
             found, drawn = _draw(everything, test_share, seed, by_camera=unknown is None)
-        pid_of, names = numbered((person for _, person, _ in everything), first=1)
+        pid_of, names = numbered((person for _, person, _ in everything), 1, f'{plain(root, 500)}: persons')
         camid_of = {'': 0}
         if unknown is None:
-            camid_of, _ = numbered((camera for _, _, camera in everything), first=0)
+            camid_of, _ = numbered((camera for _, _, camera in everything), 0, f'{plain(root, 500)}: cameras')
         lists: list[list[Item]] = [
             [
                 (paths, pid_of[person], 0 if unknown else camid_of[camera])
                 for paths, person, camera in found.get(split, ())
-                if names or person != '-1'  # junk
+                if pid_of[person] != JUNK
             ]
             for split in SPLITS
         ]
@@ -83,8 +83,9 @@ def kind_of(root: str) -> str:
         for person in _folders(os.path.join(root, split), []):
             for entry in _entries(person.path):
                 if entry.is_dir():
-                    return 'video'
-                if entry.name.lower().endswith(SUFFIXES):
+                    if _frames(entry.path, []):
+                        return 'video'
+                elif entry.name.lower().endswith(SUFFIXES):
                     return 'image'
     return 'image'
 

@@ -9,7 +9,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from readers.tree import Dataset, Item, natural, numbered, paths_of
+from readers.tree import JUNK, Dataset, Item, natural, numbered, paths_of
 from runtime.errors import UserError, plain
 from runtime.files import write_whole
 from runtime.kinds import HEAD, Kind, recognised
@@ -36,31 +36,34 @@ class Table(Dataset):
     the rows are not in the order of time. Further columns are not read. Paths are relative to the file. Each split is
     train, query or gallery, and may be missing.
 
-    pids and camids are any text. If all pids are integers, as Python writes them, they are used as they are: 0 means
-    distractors and -1 junk, which is left out, as in Market1501. Otherwise they are numbered from 1 in natural order,
-    and `names` has the texts. In the same way camids are integers, or numbered from 0. If all are empty, or there is
+    pids and camids are any text. If all pids are integers, also padded with zeros, they are used as they are: 0 means
+    distractors and -1 junk, which is left out, as in Market1501. Otherwise they are numbered from 1 in natural order.
+    `names` has the texts. In the same way camids are integers, or numbered from 0. If all are empty, or there is
     no such column, the cameras are unknown.
 
     Rows are items, in their order. With a column tracklet, the rows of equal split, pid, camid and tracklet are one,
     where its first row is; its frames are sorted by `frame` in natural order.
 
     Raises UserError, with line and column, for a table that cannot be read, a missing column, a row of another
-    length, an empty cell, an unknown split, and a frame that a tracklet has twice.
+    length, an empty cell, an unknown split, and a frame that a tracklet has twice; and for two
+    spellings of one number.
     """
 
     def __init__(self, path: str, name: str = 'csv') -> None:
         with _opened(path) as file:
             header, others, rows = _rows(file, path)
             subsets, pids, cameras = (_videos if 'tracklet' in header else _images)(rows, path)
-        pid_of, names = numbered(pids, first=1)
+        pid_of, names = numbered(pids, 1, f'{plain(path, 500)}: persons')
         no_cameras = set(cameras) <= {''}
-        camid_of, camera_names = ({'': 0}, {}) if no_cameras else numbered(cameras, first=0)
+        camid_of, camera_names = {'': 0}, dict[int, str]()
+        if not no_cameras:
+            camid_of, camera_names = numbered(cameras, 0, f'{plain(path, 500)}: cameras')
         pid_at, camid_at = [pid_of[text] for text in pids], [camid_of[text] for text in cameras]
         lists: list[list[Item]] = []
         for split in SPLITS:
             items = subsets.pop(split)
             items[:] = [(paths, pid_at[pid], camid_at[camera]) for paths, pid, camera in items]
-            lists.append(items if names else [item for item in items if item[1] != -1])
+            lists.append([item for item in items if item[1] != JUNK])
         lengths = [len(item[0]) for items in lists for item in items] if 'tracklet' in header else []
         super().__init__(name, *lists, lengths=lengths, names=names, camera_names=camera_names, no_cameras=no_cameras)
         if others:

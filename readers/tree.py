@@ -17,8 +17,9 @@ Item = tuple[str | tuple[str, ...], int, int]  # either
 AnyItem = TypeVar('AnyItem', Image, Tracklet)
 
 NUM_CAMERAS = 6  # of Market1501 and MARS, 1..6 on disk
+JUNK = -1  # the pid of what is left out; texts that are no integers are never numbered so
 MAX_PID = 2**63 - 1  # pids are int64
-INTEGER = re.compile(r'0|-?[1-9][0-9]{0,17}')  # as Python writes it, and within int64
+INTEGER = re.compile(r'-?[0-9]{1,18}')  # within int64
 DIGITS = re.compile(r'([0-9]+)')
 LONG = 4000  # digits, of which Python converts no more than 4300
 TOYS = ('market1501', 'mars')  # of which there is a toy
@@ -37,7 +38,7 @@ class Dataset:
         untrainable: why nothing can be trained on it, in the words of an error message.
         cameras: the cameras on disk, if they had to be renumbered.
         passed_over: files and folders that are not read.
-        names: the name of each pid, if the pids are places of names in their order.
+        names: the name of each pid that is not the number itself.
         camera_names: the same of each camid.
         no_cameras: the cameras are unknown, and all camids are 0: a test counts matches from any camera.
         drawn: how training and test persons were divided, if that was drawn.
@@ -127,7 +128,7 @@ class Dataset:
         lines = [self.drawn] if self.drawn else []
         if self.no_cameras:
             lines.append('The cameras are unknown: a test counts matches from any camera, as with --any-camera')
-        if self.camera_names:
+        if self.camera_names and [*self.camera_names] == [*range(len(self.camera_names))]:
             lines.append(
                 f'Cameras {_enumerated(self.camera_names.values())} are camids 0 to {len(self.camera_names) - 1}'
             )
@@ -195,17 +196,24 @@ def usable(read: Callable[[], list[AnyItem]], untrainable: str) -> tuple[list[An
         return [], str(fault)
 
 
-def numbered(texts: Iterable[str], first: int) -> tuple[dict[str, int], dict[int, str]]:
+def numbered(texts: Iterable[str], first: int, what: str) -> tuple[dict[str, int], dict[int, str]]:
     """A number for each text, and the text of each number if that is not the number itself.
 
-    If all texts are integers as Python writes them, within 18 digits, these are their numbers. Otherwise the numbers
+    If all texts are integers of up to 18 digits, also padded with zeros, these are their numbers. Otherwise the numbers
     are the places of the texts in natural order, from `first`.
+
+    Raises UserError, which begins with `what`, for two texts of one number, as 1 and 001.
     """
-    different = set(texts)
-    if all(map(INTEGER.fullmatch, different)):
-        return {text: int(text) for text in different}, {}
-    numbers = {text: number for number, text in enumerate(sorted(different, key=natural), start=first)}
-    return numbers, {number: text for text, number in numbers.items()}
+    different = sorted(set(texts), key=natural)
+    if not all(map(INTEGER.fullmatch, different)):
+        numbers = {text: number for number, text in enumerate(different, start=first)}
+        return numbers, {number: text for text, number in numbers.items()}
+    text_of: dict[int, str] = {}
+    for text in different:
+        if (other := text_of.setdefault(int(text), text)) != text:
+            raise UserError(f'{what} {other!r} and {text!r} have the same number; write them alike, or rename one')
+    names = {number: text for number, text in text_of.items() if text != str(number)}
+    return {text: number for number, text in text_of.items()}, names
 
 
 def natural(text: str) -> tuple[list[Any], str]:

@@ -148,6 +148,25 @@ def test_names_that_are_integers_mean_what_they_mean_in_market1501(tmp_path):
     }
 
 
+def test_names_that_are_padded_integers_are_numbers_too(tmp_path):
+    persons = 'train/0002', 'train/0010', 'query/0001', 'gallery/-1', 'gallery/0000', 'gallery/0001'
+    root = put(tmp_path / 'n', *(f'{person}/c1.jpg' for person in persons))
+    dataset = Folder(root)
+    assert (dataset.train_pids, [pid for _, pid, _ in dataset.gallery]) == ([2, 10], [0, 1])
+    assert shown(dataset, dataset.query) == [('0001', 1, 'c1.jpg')]
+    put(tmp_path / 'n', 'train/1/c1.jpg')
+    with pytest.raises(UserError) as error:
+        Folder(root)
+    assert str(error.value) == f"{root}: persons '0001' and '1' have the same number; write them alike, or rename one"
+
+
+@pytest.mark.parametrize('stray', ['@eaDir/c1.jpg/THUMB.jpg', 'backup/x.txt', 'album.jpg/x.txt'])
+def test_folders_without_frames_do_not_make_images_videos(stray, tmp_path):
+    images, clips = put(tmp_path / 'i', f'a/{stray}', 'a/c1.jpg'), put(tmp_path / 'v', f'a/{stray}', 'a/c1/1.jpg')
+    for root, kind in (images, 'image'), (clips, 'video'):
+        assert folder.kind_of(root) == Folder(root, test_share=0.0).kind == kind
+
+
 def test_links_are_followed(tmp_path):
     root = people(tmp_path / 'people', persons=3)
     (tmp_path / 'people' / 'linked').symlink_to(tmp_path / 'people' / 'p0')

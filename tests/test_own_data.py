@@ -121,6 +121,8 @@ def test_unknown_cameras_are_tested_with_any_camera(people, tmp_path, script, ca
         printed.count("Any camera: matches from the query's own camera count too") == 2
     )  # each test reports what it counts
     assert results(log)['any_camera'] is True
+    with open(log / 'results.csv', newline='', encoding='utf-8') as file:
+        assert {row['camid'] for row in csv.DictReader(file)} == {''}
     assert script(XENT, '-d', f'folder:{people}', '--evaluate', '--multi-query', '--save-dir', log) == 2
     assert '--multi-query: the cameras of folder:' in capsys.readouterr().err
 

@@ -67,9 +67,35 @@ def test_integers_are_used_as_they_are(tmp_path):
     assert {words.name_of(pid) for _, pid, _ in words.gallery} == {'-1', '0', 'x'}
 
 
-@pytest.mark.parametrize('text', ['007', '-0', '+1', '1.0', '１', str(10**18), ''])
+def test_integers_may_be_padded(tmp_path, capsys):
+    """They are numbers all the same, also of junk and distractors, and are shown as they are written."""
+    rows = 'a.jpg,0002,01,train\nb.jpg,0010,2,train\nq.jpg,0001,01,query\ng.jpg,0000,2,gallery\nj.jpg,-1,2,gallery\n'
+    dataset = Table(put(tmp_path, HEADER + rows + 'k.jpg,0001,2,gallery\n'))
+    assert 'camids' not in capsys.readouterr().out
+    assert (dataset.train_pids, dataset.names) == ([2, 10], {0: '0000', 1: '0001', 2: '0002', 10: '0010'})
+    assert [item[1:] for items in lists(dataset) for item in items] == [(0, 1), (1, 2), (1, 1), (0, 2), (1, 2)]
+    assert dataset.camera_names == {1: '01'}
+    table.write(dataset, str(tmp_path / 'again.csv'))
+    assert by_name(Table(str(tmp_path / 'again.csv'))) == by_name(dataset)
+    assert 'q.jpg,0001,01,query\n' in (tmp_path / 'again.csv').read_text()
+
+
+@pytest.mark.parametrize(
+    ('rows', 'fault'),
+    [
+        ('a,1,0,train\nb,2,0,train\nc,001,0,query\n', "persons '001' and '1'"),
+        ('a,0,0,train\nb,-0,0,train\n', "persons '0' and '-0'"),
+        ('a,1,07,train\nb,2,7,train\n', "cameras '07' and '7'"),
+    ],
+)  # fmt: skip
+def test_two_spellings_of_one_number(rows, fault, tmp_path):
+    assert refused(put(tmp_path, HEADER + rows)) == f': {fault} have the same number; write them alike, or rename one'
+    assert len(Table(put(tmp_path, HEADER + rows + 'x,x,x,train\n')).names) > 1  # among other texts they are two
+
+
+@pytest.mark.parametrize('text', ['+1', '1.0', '１', '00-1', '1\n', str(10**18), ''])
 def test_other_spellings_are_text(text):
-    numbers, names = numbered(['5', text], first=1)
+    numbers, names = numbered(['5', text], 1, 'persons')
     assert sorted(numbers.values()) == [1, 2] and set(names.values()) == {'5', text}
 
 
