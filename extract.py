@@ -30,11 +30,12 @@ from arguments import RunOptions
 from dataset_loader import ImageDataset, VideoDataset, test_loader
 from evaluation import pool
 from models.network import Network, Training
-from runtime import cards, commands, notices, paths, values
+from runtime import cards, commands, notices, values
 from runtime.device import Run, keep_memory, precision_of
 from runtime.errors import UserError, plain
 from runtime.features import Draft
-from runtime.images import cut, files_of, listed, pixels_of
+from runtime.images import cut, files_of, listed, pixels_of, tracklets_of
+from runtime.paths import Paths
 from runtime.precision import tf32
 from runtime.tiles import DISTANCES
 from runtime.workers import Group, collate
@@ -211,15 +212,16 @@ class FeatureExtractor:
     def _embed(self, groups: list[Group]) -> Tensor:
         """(b, D) float32, on the CPU."""
         batch = self.prepare(groups)  # (b, 3, h, w)
-        with self._arithmetic():
+        with self.arithmetic():
             features: Tensor = self.model(batch).float()
         if self.flip_test:
-            with self._arithmetic():
+            with self.arithmetic():
                 features = (features + self.model(batch.flip(3)).float()) / 2
         return features.cpu()
 
     @contextlib.contextmanager
-    def _arithmetic(self) -> Iterator[None]:
+    def arithmetic(self) -> Iterator[None]:
+        """The precision of the extractor; on a GPU one thread at a time has it."""
         with contextlib.ExitStack() as stack:
             if self.device.type != 'cpu':
                 stack.enter_context(self.lock)
@@ -303,17 +305,6 @@ def extractor_of(args: argparse.Namespace) -> FeatureExtractor:
     return extractor
 
 
-def items_of(names: Sequence[str], tracklets: bool) -> list[paths.Paths]:
-    """The images that arguments name, or the tracklets: the images of each folder, in the order of their names."""
-    files = files_of(names)
-    if not tracklets:
-        return [*files]
-    folders: dict[str, list[str]] = {}
-    for file in files:
-        folders.setdefault(os.path.dirname(file), []).append(file)
-    return [tuple(frames) for frames in folders.values()]
-
-
 def main() -> None:
     parser = commands.Parser(description='Write the features of images to a folder, as --save-features does.')
     parser.add_argument(
@@ -330,7 +321,8 @@ def main() -> None:
     )
     add_options(parser)
     args = parser.parse_args()
-    items = items_of(args.images, args.tracklets)
+    files = files_of(args.images)
+    items: list[Paths] = [*(tracklets_of(files) if args.tracklets else files)]
     extractor = extractor_of(args)
     batch = max(1, extractor.batch // args.seq_len) if args.tracklets else extractor.batch
     what = {'weights': args.weights, **extractor.description, 'seq_len': args.seq_len if args.tracklets else None}

@@ -302,6 +302,14 @@ def test_tracklets_are_folders(command, files, tmp_path):
     assert [len(frames) for frames in paths_in(tmp_path / 'out')] == [3, 2]
 
 
+def test_frames_are_in_natural_order(command, files, tmp_path):
+    (tmp_path / 'track').mkdir()
+    for number in (10, 2, 1):
+        Image.open(files[0]).save(tmp_path / 'track' / f'f{number}.png')
+    assert command(tmp_path / 'track', '--tracklets', '-o', tmp_path / 'out')[0] == 0
+    assert paths_in(tmp_path / 'out') == [[f'{tmp_path}/track/f{number}.png' for number in (1, 2, 10)]]
+
+
 def test_an_interrupted_command_continues(command, files, tmp_path):
     broken = tmp_path / 'broken.jpg'
     broken.write_text('no image')
