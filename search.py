@@ -88,7 +88,7 @@ def calibrate(extractor: FeatureExtractor, name: str, data_dir: str) -> dict[str
     dataset = data_manager.init_dataset(name, data_dir, train=False, **drawn_in(trained.options, name))
     for notice in [] if trained.of_imagenet else notices.of_data(trained, dataset, name):
         print(f'Notice: {notice}', file=sys.stderr)
-    ids = check_items(dataset, dataset.no_cameras, extractor.run)
+    q_pids, g_pids, q_camids, g_camids = check_items(dataset, dataset.no_cameras, extractor.run)
     options = TestOptions(
         height=extractor.height, width=extractor.width, interpolation=extractor.interpolation,
         flip_test=extractor.flip_test, test_batch=extractor.batch, workers=extractor.workers,
@@ -98,7 +98,7 @@ def calibrate(extractor: FeatureExtractor, name: str, data_dir: str) -> dict[str
             evaluation.extract(extractor.model, items, options, extractor.run)[0]
             for items in (dataset.query, dataset.gallery)
         )
-    result = ranking.rank(query, gallery, *ids, distance=extractor.distance)
+    result = ranking.rank(query, gallery, q_pids, g_pids, q_camids, g_camids, distance=extractor.distance)
     return {
         'dataset': name,
         'fingerprint': data_manager.fingerprint(dataset, ('query', 'gallery')),
