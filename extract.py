@@ -19,6 +19,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -29,12 +30,13 @@ from tqdm import tqdm
 from arguments import RunOptions
 from dataset_loader import ImageDataset, VideoDataset, test_loader
 from evaluation import pool
-from models.network import Network, Training
-from runtime import cards, commands, notices, paths, values
+from models.network import Training
+from runtime import cards, commands, notices, values
 from runtime.device import Run, keep_memory, precision_of
 from runtime.errors import UserError, plain
 from runtime.features import Draft
-from runtime.images import cut, files_of, listed, pixels_of
+from runtime.images import cut, files_of, listed, pixels_of, tracklets_of
+from runtime.paths import Paths
 from runtime.precision import tf32
 from runtime.tiles import DISTANCES
 from runtime.workers import Group, collate
@@ -44,6 +46,7 @@ from weights import read as read_weights
 
 BATCHES = {'cpu': 32, 'cuda': 256}  # images per batch: a GPU needs more of them to be busy
 FRAMES = 15  # of a tracklet, as --seq-len
+ASSUMED = 'Assumed, because the file does not tell: {}; --assume NAME=VALUE changes it'
 VERSION = 1  # of what a digest stands for
 
 
@@ -52,12 +55,12 @@ class Usage(NamedTuple):
 
     height: int
     width: int
-    interpolation: str
+    interpolation: str  # '': that of the network
     distance: str
     flip_test: bool  # the mean of the features of an image and its mirror image
 
 
-def usage_of(trained: Training, model: Network) -> Usage:
+def usage_of(trained: Training) -> Usage:
     """As the run or the project of the weights tests them; otherwise 256 x 128 pixels and the Euclidean distance."""
 
     def option(name: str, default: Any, fits: Callable[[Any], bool] = lambda _: True) -> Any:
@@ -67,7 +70,7 @@ def usage_of(trained: Training, model: Network) -> Usage:
     return Usage(
         option('height', 256, lambda pixels: pixels > 0),
         option('width', 128, lambda pixels: pixels > 0),
-        option('interpolation', model.interpolation, lambda name: name in KERNELS),
+        option('interpolation', '', lambda name: name in KERNELS),
         option('distance', 'euclidean', lambda name: name in DISTANCES),
         option('flip_test', False),
     )
@@ -88,6 +91,7 @@ class FeatureExtractor:
         device: 'auto', which is the current GPU or else the CPU; 'cpu', 'cuda', 'cuda:1', ...
         precision: 'auto', which is fp32 as in a test; 'fp32', 'tf32' (GPUs only) or 'bf16'.
         arch: of the weights, if it cannot be recognised.
+        assume: NAME=VALUE, separated by commas: what their file does not tell, instead of what is assumed.
         height, width: of the network's input in pixels; by default those that the weights were trained with, or 256 x
             128 if their file does not contain them.
         batch: images per batch; by default 32, on a GPU 256.
@@ -109,18 +113,24 @@ class FeatureExtractor:
         precision: str = 'auto',
         *,
         arch: str | None = None,
+        assume: str = '',
         height: int | None = None,
         width: int | None = None,
         batch: int | None = None,
         workers: int = 0,
     ):
         where, self.notes = plain(os.fspath(weights), 500), list[str]()
-        loaded = read_weights(weights)
-        with torch.random.fork_rng(devices=[]):  # the initial weights, which are replaced, are random
-            self.model = build(loaded, arch, where, self.notes.append)
-        usage = usage_of(loaded.trained, self.model)
+        loaded = read_weights(weights, assume)
+        if loaded.assumed:
+            self.notes.append(ASSUMED.format(', '.join(loaded.assumed)))
+        usage = usage_of(loaded.trained)
         self.height, self.width = height or usage.height, width or usage.width
-        _, _, self.interpolation, self.distance, self.flip_test = usage
+        size = {'height': self.height, 'width': self.width}  # of the only images that some networks take
+        sized = replace(loaded, trained=replace(loaded.trained, options={**loaded.trained.options, **size}))
+        with torch.random.fork_rng(devices=[]):  # the initial weights, which are replaced, are random
+            self.model = build(sized, arch, where, self.notes.append)
+        self.interpolation = usage.interpolation or self.model.interpolation
+        self.distance, self.flip_test = usage.distance, usage.flip_test
         if min(self.height, self.width) < self.model.smallest:
             raise UserError(
                 f'{where}: the network needs images of at least {self.model.smallest} pixels, not {self.height} x '
@@ -131,8 +141,8 @@ class FeatureExtractor:
         self.arch = str(arch or loaded.trained.options.get('arch') or arch_of(loaded.state_dict))
         self.feat_dim = self.model.feat_dim
         self.device = device_of(device)
-        options = RunOptions(arch=self.arch, width=self.width, precision=precision)
-        self.precision = 'fp32' if precision == 'auto' else precision_of(options, self.device)
+        how = RunOptions(arch=self.arch, width=self.width, precision=precision)
+        self.precision = 'fp32' if precision == 'auto' else precision_of(how, self.device)
         self.run = Run(self.device, self.precision, self.precision)
         self.run.place(self.model)
         self.batch, self.workers = batch or BATCHES[self.device.type], workers
@@ -211,15 +221,16 @@ class FeatureExtractor:
     def _embed(self, groups: list[Group]) -> Tensor:
         """(b, D) float32, on the CPU."""
         batch = self.prepare(groups)  # (b, 3, h, w)
-        with self._arithmetic():
+        with self.arithmetic():
             features: Tensor = self.model(batch).float()
         if self.flip_test:
-            with self._arithmetic():
+            with self.arithmetic():
                 features = (features + self.model(batch.flip(3)).float()) / 2
         return features.cpu()
 
     @contextlib.contextmanager
-    def _arithmetic(self) -> Iterator[None]:
+    def arithmetic(self) -> Iterator[None]:
+        """The precision of the extractor; on a GPU one thread at a time has it."""
         with contextlib.ExitStack() as stack:
             if self.device.type != 'cpu':
                 stack.enter_context(self.lock)
@@ -280,6 +291,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Those of a FeatureExtractor."""
     parser.add_argument('--weights', type=values.path, metavar='PATH', help='checkpoint, or published weights')
     parser.add_argument('-a', '--arch', help='architecture of the weights (default: recognised)')
+    parser.add_argument('--assume', default='', metavar='NAME=VALUE,...', help='what their file does not tell')
     parser.add_argument('--height', type=values.positive_int, help='of images (default: as trained, or 256)')
     parser.add_argument('--width', type=values.positive_int, help='of images (default: as trained, or 128)')
     parser.add_argument('--precision', choices=('auto', 'fp32', 'tf32', 'bf16'), default='auto', help='(default: fp32)')
@@ -294,7 +306,7 @@ def extractor_of(args: argparse.Namespace) -> FeatureExtractor:
     if not args.weights:
         raise UserError('--weights is missing: give a checkpoint or published weights')
     device = 'cpu' if args.use_cpu else 'auto' if args.gpu_devices is None else f'cuda:{args.gpu_devices}'
-    how = {name: getattr(args, name) for name in ('arch', 'height', 'width', 'batch', 'workers')}
+    how = {name: getattr(args, name) for name in ('arch', 'assume', 'height', 'width', 'batch', 'workers')}
     extractor = FeatureExtractor(args.weights, device, args.precision, **how)
     if extractor.device.type == 'cpu':
         keep_memory()
@@ -303,26 +315,10 @@ def extractor_of(args: argparse.Namespace) -> FeatureExtractor:
     return extractor
 
 
-def items_of(names: Sequence[str], tracklets: bool) -> list[paths.Paths]:
-    """The images that arguments name, or the tracklets: the images of each folder, in the order of their names."""
-    files = files_of(names)
-    if not tracklets:
-        return [*files]
-    folders: dict[str, list[str]] = {}
-    for file in files:
-        folders.setdefault(os.path.dirname(file), []).append(file)
-    return [tuple(frames) for frames in folders.values()]
-
-
 def main() -> None:
     parser = commands.Parser(description='Write the features of images to a folder, as --save-features does.')
-    parser.add_argument(
-        'images',
-        nargs='+',
-        type=values.path,
-        metavar='IMAGES',
-        help="files, folders, patterns such as 'cam*/*.jpg', or - for a list on stdin",
-    )
+    text = "files, folders, patterns such as 'cam*/*.jpg', or - for a list on stdin"
+    parser.add_argument('images', nargs='+', type=values.path, metavar='IMAGES', help=text)
     parser.add_argument('-o', '--out', type=values.path, required=True, help='folder to write; it must not exist yet')
     parser.add_argument('--tracklets', action='store_true', help='the images of a folder are frames of one tracklet')
     parser.add_argument(
@@ -330,7 +326,8 @@ def main() -> None:
     )
     add_options(parser)
     args = parser.parse_args()
-    items = items_of(args.images, args.tracklets)
+    files = files_of(args.images)
+    items: list[Paths] = [*(tracklets_of(files) if args.tracklets else files)]
     extractor = extractor_of(args)
     batch = max(1, extractor.batch // args.seq_len) if args.tracklets else extractor.batch
     what = {'weights': args.weights, **extractor.description, 'seq_len': args.seq_len if args.tracklets else None}

@@ -12,7 +12,7 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ import ranking
 from arguments import TestOptions
 from extract import FeatureExtractor, add_options, extractor_of
 from page import found
-from readers.tree import ids_of
-from runtime import commands, index, values
+from runtime import commands, index, notices, values
 from runtime.errors import UserError, plain
-from runtime.images import files_of
+from runtime.images import files_of, folders_of
+from runtime.paths import file_id
+from runtime.testset import check_items
 
 AT_ONCE = 8  # batches whose features are added to the index together
 RATES = (1e-2, 1e-3, 1e-4, 1e-5)  # that --calibrate prints
@@ -74,16 +75,29 @@ def _features(
 def calibrate(extractor: FeatureExtractor, name: str, data_dir: str) -> dict[str, Any]:
     """How far the features of one person, and of two, are apart in a labelled data set, as histograms for JSON.
 
-    The pairs are those of the test: each query and each item of the gallery, without those of one person and camera.
+    The pairs are those of the test: each query and each item of the gallery, without those of one person and camera,
+    or if the cameras are unknown of one file. Persons of a folder are drawn for the test as when the weights were
+    trained on it. Prints on stderr how the data differ from those of the training.
+
+    Raises:
+        UserError: the data set has tracklets, cannot be read, or no query has a match.
     """
-    dataset = data_manager.init_dataset(name, data_dir, train=False)
+    if data_manager.kind_of(name) == 'video':
+        raise UserError(f'-d {plain(name, 500)}: it has tracklets, and thresholds are of images; choose one of images')
+    trained = extractor.trained
+    dataset = data_manager.init_dataset(name, data_dir, train=False, **drawn_in(trained.options, name))
+    for notice in [] if trained.of_imagenet else notices.of_data(trained, dataset, name):
+        print(f'Notice: {notice}', file=sys.stderr)
+    q_pids, g_pids, q_camids, g_camids = check_items(dataset, dataset.no_cameras, extractor.run)
     options = TestOptions(
         height=extractor.height, width=extractor.width, interpolation=extractor.interpolation,
         flip_test=extractor.flip_test, test_batch=extractor.batch, workers=extractor.workers,
     )  # fmt: skip
-    subsets = dataset.query, dataset.gallery
-    query, gallery = (evaluation.extract(extractor.model, items, options, extractor.run)[0] for items in subsets)
-    q_pids, g_pids, q_camids, g_camids = ids_of(*subsets)
+    with extractor.arithmetic():
+        query, gallery = (
+            evaluation.extract(extractor.model, items, options, extractor.run)[0]
+            for items in (dataset.query, dataset.gallery)
+        )
     result = ranking.rank(query, gallery, q_pids, g_pids, q_camids, g_camids, distance=extractor.distance)
     return {
         'dataset': name,
@@ -94,6 +108,14 @@ def calibrate(extractor: FeatureExtractor, name: str, data_dir: str) -> dict[str
         'same': result.match_histogram.tolist(),
         'others': result.other_histogram.tolist(),
     }
+
+
+def drawn_in(options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """How training on the data set `name` drew its test persons, as arguments of `init_dataset`; {} if unknown."""
+    share, seed = options.get('test_share'), options.get('seed')
+    if options.get('dataset') != name or type(share) is not float or not 0 < share < 1 or type(seed) is not int:
+        return {}
+    return {'test_share': share, 'seed': seed}
 
 
 def threshold_of(calibration: dict[str, Any], rate: float) -> dict[str, Any]:
@@ -145,13 +167,13 @@ def search(
 
     queries: the files of each query; features: (Q, D)
     """
-    files = [{_file(path) for path in query} for query in queries]
+    files = [{file_id(path) for path in query} for query in queries]
     most = min(len(gallery.paths), k + 2 * max(map(len, queries)))  # more of them, as links, would shorten the list
     places, distances = gallery.nearest(features, most, distance)
     results = []
     for query, own, row, far in zip(queries, files, places.tolist(), distances.tolist(), strict=True):
         near = [(gallery.paths[place], each) for place, each in zip(row, far, strict=True) if place >= 0]
-        near = [(path, each) for path, each in near if _file(path) not in own][:k]
+        near = [(path, each) for path, each in near if file_id(path) not in own][:k]
         within = [None if threshold is None else each < threshold for _, each in near]
         results.append(
             {
@@ -164,14 +186,6 @@ def search(
             }
         )
     return results
-
-
-def _file(path: str) -> object:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return path
-    return status.st_dev, status.st_ino
 
 
 def show(results: Sequence[dict[str, Any]], limit: dict[str, Any] | None) -> None:
@@ -254,7 +268,7 @@ def main() -> None:
         return
     limit = limit_of(args, place, extractor.distance)
     files = [os.path.abspath(file) for file in files]
-    folders = [os.path.abspath(name) for name in args.gallery if os.path.isdir(name)]
+    folders = [os.path.abspath(folder) for folder in folders_of(args.gallery)]
     unread = refresh(place, extractor, files, folders)
     for reason in unread.values():
         print(f'Left out: {plain(reason, 1000)}', file=sys.stderr)

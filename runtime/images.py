@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from readers.tree import natural
 from runtime.decoding import SUFFIXES, read_image
 from runtime.errors import UserError, plain
 
@@ -91,12 +92,22 @@ def files_of(names: Sequence[str], what: str = 'images') -> list[str]:
     """
     found: dict[str, None] = {}
     for name in names:
-        some = _lines() if name == '-' else [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        some = _lines() if name == '-' else _matching(name)
         files = [file for path in some for file in (_below(path) if os.path.isdir(path) else [path])]
         if not files:
             raise UserError(f'{plain(name, 500)}: no {what} there; give files, folders, a pattern, or - for stdin')
         found.update(dict.fromkeys(files))
     return list(found)
+
+
+def folders_of(names: Sequence[str]) -> list[str]:
+    """The folders that arguments name, by themselves or by patterns; not those of a list on stdin."""
+    return [path for name in names if name != '-' for path in _matching(name) if os.path.isdir(path)]
+
+
+def _matching(name: str) -> list[str]:
+    """The path of this name, or else those that it matches as a pattern."""
+    return [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
 
 
 def _lines() -> list[str]:
@@ -115,8 +126,8 @@ def _below(folder: str) -> list[str]:
 
 
 def tracklets_of(files: Sequence[str]) -> list[tuple[str, ...]]:
-    """Files -> a tracklet of the files of each folder."""
+    """Files -> a tracklet of the files of each folder, in the natural order of their names: f2 before f10."""
     folders: dict[str, list[str]] = {}
     for file in files:
         folders.setdefault(os.path.dirname(file), []).append(file)
-    return [tuple(frames) for frames in folders.values()]
+    return [tuple(sorted(frames, key=natural)) for frames in folders.values()]

@@ -66,7 +66,7 @@ def of_test(model: Network, dataset: Dataset, options: TestOptions, run: Run) ->
             ours['dataset'] = options.dataset  # perhaps another protocol
         if pair := _differences(trained.options, ours):
             notices.append('{} was tested with {} while it was trained, and now with {}'.format(trained.where, *pair))
-        notices += _of_data(trained, dataset, options.dataset)
+        notices += of_data(trained, dataset, options.dataset)
     return notices
 
 
@@ -79,7 +79,7 @@ def of_size(trained: Training, height: int, width: int) -> list[str]:
     return []
 
 
-def _of_data(trained: Training, dataset: Dataset, name: str) -> list[str]:
+def of_data(trained: Training, dataset: Dataset, name: str) -> list[str]:
     """At most one notice; of a file of another project only the number of persons is known.
 
     Of a data set without a training set only the name is compared.

@@ -61,16 +61,16 @@ def same_files(
     for row, (paths, pid, look) in enumerate(zip(chain(query, gallery), pids.tolist(), shared.tolist(), strict=True)):
         if look:
             frames = (paths,) if isinstance(paths, str) else tuple(paths)
-            alike.setdefault((pid, len(frames), _file(frames[0])), []).append((row, frames))
+            alike.setdefault((pid, len(frames), file_id(frames[0])), []).append((row, frames))
     for items in alike.values():
         if len(items) > 1:
             known: dict[Hashable, int] = {}
             for row, frames in items:
-                numbers[row] = known.setdefault(tuple(map(_file, frames[1:])), row)
+                numbers[row] = known.setdefault(tuple(map(file_id, frames[1:])), row)
     return numbers[: len(q_pids)], numbers[len(q_pids) :]
 
 
-def _file(path: str) -> Hashable:
+def file_id(path: str) -> Hashable:
     """Equal for two paths of one file."""
     try:
         status = os.stat(path)

@@ -6,6 +6,7 @@ import os
 import runpy
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tiny import Tiny
 
 import evaluation
 import extract
+import models
 import ranking
 import weights
 from arguments import TestOptions
@@ -188,11 +190,10 @@ def test_usage_is_that_of_the_file(extractor):
 
 
 def test_a_foreign_or_altered_file_has_the_defaults():
-    model = Tiny(2)
-    usual = (256, 128, 'bilinear', 'euclidean', False)
-    assert extract.usage_of(Training('w'), model) == usual
+    usual = (256, 128, '', 'euclidean', False)
+    assert extract.usage_of(Training('w')) == usual
     odd = {'height': '9', 'width': -3, 'interpolation': 'nearest', 'distance': ['cosine'], 'flip_test': 1}
-    assert extract.usage_of(Training('w', options=odd), model) == usual
+    assert extract.usage_of(Training('w', options=odd)) == usual
 
 
 def test_the_digest_is_of_the_weights_and_of_their_use(file, tmp_path):
@@ -220,6 +221,34 @@ def test_the_digest_is_of_the_weights_and_of_their_use(file, tmp_path):
 def test_a_device_or_precision_that_is_not_there(how, message, file):
     with pytest.raises(UserError, match=message):
         FeatureExtractor(file, **how)
+
+
+def test_assumptions_are_noted_and_can_be_changed(file, monkeypatch):
+    given = []
+
+    def read(path, assume=''):
+        given.append(assume)
+        return replace(weights.read(path), assumed=['last_stride=1', 'pooling=avg'])
+
+    assert not any('ssumed' in note for note in FeatureExtractor(file, 'cpu').notes)
+    monkeypatch.setattr(extract, 'read_weights', read)
+    note = 'Assumed, because the file does not tell: last_stride=1, pooling=avg; --assume NAME=VALUE changes it'
+    assert note in FeatureExtractor(file, 'cpu', assume='pooling=avg').notes
+    assert given == ['pooling=avg']
+
+
+def test_a_network_of_one_size_is_built_for_the_images(tmp_path):
+    pytest.importorskip('timm')
+    state, path = models.init_model('timm:test_vit', 2, size=(64, 32)).state_dict(), tmp_path / 'vit.pth'
+    torch.save(state, path)
+    images = np.zeros((2, 80, 40, 3), np.uint8)
+    extractor = FeatureExtractor(path, 'cpu', arch='timm:test_vit', height=64, width=32)
+    assert extractor(images).shape == (2, extractor.feat_dim)
+    known = {'arch': 'timm:test_vit', 'height': 64, 'width': 32}
+    torch.save({'format': weights.FORMAT, 'state_dict': state, 'arguments': known}, path)
+    assert torch.equal(FeatureExtractor(path, 'cpu')(images), extractor(images))
+    with pytest.raises(UserError, match='pos_embed'):
+        FeatureExtractor(path, 'cpu', height=96)
 
 
 def test_features_that_are_not_finite_are_named(extractor, files, monkeypatch):
@@ -302,6 +331,14 @@ def test_tracklets_are_folders(command, files, tmp_path):
     assert [len(frames) for frames in paths_in(tmp_path / 'out')] == [3, 2]
 
 
+def test_frames_are_in_natural_order(command, files, tmp_path):
+    (tmp_path / 'track').mkdir()
+    for number in (10, 2, 1):
+        Image.open(files[0]).save(tmp_path / 'track' / f'f{number}.png')
+    assert command(tmp_path / 'track', '--tracklets', '-o', tmp_path / 'out')[0] == 0
+    assert paths_in(tmp_path / 'out') == [[f'{tmp_path}/track/f{number}.png' for number in (1, 2, 10)]]
+
+
 def test_an_interrupted_command_continues(command, files, tmp_path):
     broken = tmp_path / 'broken.jpg'
     broken.write_text('no image')
@@ -346,6 +383,11 @@ def test_nothing_is_overwritten(command, files, tmp_path):
 def test_an_argument_without_images_is_named(args, message, command, tmp_path):
     status, _, error = command(*args, '-o', tmp_path / 'out')
     assert status == 2 and message in error
+
+
+def test_an_assumption_is_an_option(command, files, tmp_path):
+    status, _, error = command(*files, '-o', tmp_path / 'out', '--assume', 'last_stride=3')
+    assert status == 2 and 'error: --assume last_stride=3: must be one of' in error
 
 
 def test_files_are_found_below_folders_in_order(tmp_path):

@@ -81,7 +81,7 @@ def test_same_files_are_those_of_a_plain_loop(tmp_path, monkeypatch):
 
 def test_only_persons_of_both_sets_are_looked_up(monkeypatch):
     seen = []
-    monkeypatch.setattr(paths, '_file', lambda path: seen.append(path) or path)
+    monkeypatch.setattr(paths, 'file_id', lambda path: seen.append(path) or path)
     query, gallery = [('a', 'b'), ('c', 'd')], [('c', 'e'), ('f', 'g'), ('h',)]
     q_files, g_files = paths.same_files(np.array([1, 2]), np.array([2, 3, 4]), query, gallery)
     assert sorted(seen) == ['c', 'c', 'd', 'e']

@@ -35,8 +35,8 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'reranking': 'eval_metrics runtime.tiles',
     'samplers': 'transforms',
     'search': (
-        'arguments data_manager evaluation extract page.found ranking readers.tree runtime.commands runtime.images '
-        'runtime.index runtime.values'
+        'arguments data_manager evaluation extract page.found ranking runtime runtime.commands runtime.images '
+        'runtime.index runtime.notices runtime.paths runtime.testset runtime.values'
     ),
     'transforms': '',
     'utils': 'runtime.console runtime.files',
@@ -92,7 +92,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.features': 'readers.tree runtime.device runtime.files runtime.paths runtime.system',
     'runtime.feed': 'runtime.caching runtime.workers',
     'runtime.files': '',
-    'runtime.images': 'runtime.decoding',
+    'runtime.images': 'readers.tree runtime.decoding',
     'runtime.index': 'runtime.tiles',
     'runtime.kinds': '',
     'runtime.launch': (

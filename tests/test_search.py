@@ -6,7 +6,9 @@ import json
 import os
 import runpy
 import shutil
+import sqlite3
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from PIL import Image
 from tiny import Tiny
 
 import data_manager
+import evaluation
 import search
 import weights
 from extract import FeatureExtractor
@@ -207,6 +210,103 @@ def test_a_threshold_is_calibrated_on_labelled_data(command, found, file, data_d
     assert limit['missed'] == pytest.approx((same >= limit['threshold']).mean())
 
 
+def test_pairs_of_unknown_cameras_are_counted(file, data_dir, tmp_path):
+    """All but a query and its own file; without that, no pair of one person would be left."""
+    lines = ['path,pid,split']
+    for subset, folder in (('train', 'bounding_box_train'), ('query', 'query'), ('gallery', 'bounding_box_test')):
+        for path in sorted((data_dir / 'market1501' / folder).glob('0*.jpg')):
+            lines.append(f'{path},{path.name[:4]},{subset}')
+    (tmp_path / 'all.csv').write_text('\n'.join(lines))
+    calibration = search.calibrate(FeatureExtractor(file, 'cpu'), f'csv:{tmp_path}/all.csv', '')
+    rows = [line.split(',')[1:] for line in lines]
+    ids = [[person for person, subset in rows[1:] if subset == part] for part in ('query', 'gallery')]
+    pairs = [one == other for one in ids[0] for other in ids[1]]
+    assert (sum(calibration['same']), sum(calibration['others'])) == (sum(pairs), len(pairs) - sum(pairs))
+    assert sum(pairs) > 0
+
+
+def test_a_calibration_has_the_arithmetic_of_the_extractor(file, data_dir, monkeypatch):
+    inside, whole = [], evaluation.extract
+
+    @contextlib.contextmanager
+    def arithmetic(extractor):
+        inside.append(1)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(FeatureExtractor, 'arithmetic', arithmetic)
+    monkeypatch.setattr(evaluation, 'extract', lambda *args: whole(*args) if inside else pytest.fail('outside'))
+    search.calibrate(FeatureExtractor(file, 'cpu'), 'market1501', str(data_dir))
+
+
+@pytest.mark.parametrize(
+    ('drawn', 'expected'),
+    [
+        ({'test_share': 0.25, 'seed': 7}, {'test_share': 0.25, 'seed': 7}),
+        ({'test_share': 2.0, 'seed': 7}, {}),
+        ({'test_share': 0.25, 'seed': 'x'}, {}),
+        ({}, {}),
+    ],
+)
+def test_test_persons_are_drawn_as_in_the_training(drawn, expected):
+    assert search.drawn_in({'dataset': 'folder:x', **drawn}, 'folder:x') == expected
+    assert search.drawn_in({'dataset': 'folder:y', **drawn}, 'folder:x') == {}
+
+
+def test_a_calibration_avoids_the_persons_of_the_training(command, file, data_dir, tmp_path):
+    for path in (data_dir / 'market1501' / 'bounding_box_test').glob('0*.jpg'):
+        (tmp_path / 'people' / path.name[:4]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / 'people' / path.name[:4])
+    name = f'folder:{tmp_path}/people'
+    with contextlib.redirect_stdout(io.StringIO()):
+        trained_on = data_manager.init_dataset(name, test_share=0.3, seed=5)
+    known = torch.load(file, weights_only=True)
+    how = {**OPTIONS, 'dataset': name, 'test_share': 0.3, 'seed': 5}
+    mark = {'dataset_fingerprint': data_manager.fingerprint(trained_on)}
+    weights_of = Tiny(trained_on.num_train_pids).state_dict()
+    torch.save({**known, 'state_dict': weights_of, 'arguments': how, 'provenance': mark}, file)
+    status, _, error = command('--calibrate', '-d', name)
+    assert status == 0 and 'Notice: ' not in error
+    torch.save({**known, 'state_dict': weights_of, 'arguments': {**how, 'seed': 6}, 'provenance': mark}, file)
+    status, _, error = command('--calibrate', '-d', name)
+    assert status == 0 and f'Notice: {file} was trained on other files of ' in error
+
+
+def test_a_picture_that_is_gone_leaves_the_index_also_with_a_pattern(command, gallery, queries, tmp_path):
+    for number, path in enumerate(files_of([str(gallery)])):
+        (tmp_path / 'cams' / str(number % 2)).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / 'cams' / str(number % 2))
+    args = '--gallery', tmp_path / 'cams' / '*', '--query', queries[0]
+    assert command(*args)[0] == 0
+    (table,) = (tmp_path / 'cache').rglob('index.sqlite')
+
+    def rows():
+        with contextlib.closing(sqlite3.connect(table)) as opened:
+            return {os.fsdecode(path) for (path,) in opened.execute('SELECT path FROM files')}
+
+    gone, *others = files_of([str(tmp_path / 'cams')])
+    assert rows() == {gone, *others}
+    os.remove(gone)
+    assert command(*args)[0] == 0
+    assert rows() == {*others}
+
+
+def test_files_without_numbers_are_told_apart_by_their_names(monkeypatch, gallery, queries):
+    """On some file systems all have the number 0."""
+    plain = os.stat
+
+    def stat(path, **how):
+        status = plain(path, **how)
+        return os.stat_result((status[0], 0, *status[2:]))
+
+    files = files_of([str(gallery)])[:3]
+    places = np.array([[0, 1, 2]]), np.array([[1.0, 2.0, 3.0]], np.float32)
+    nearest = SimpleNamespace(paths=files, nearest=lambda *_: places)
+    monkeypatch.setattr(os, 'stat', stat)
+    (result,) = search.search([[files[1]]], torch.zeros(1, 2), nearest, 3, 'euclidean', None)
+    assert [each['path'] for each in result['results']] == [files[0], files[2]]
+
+
 def test_a_rate_that_the_pairs_cannot_measure_is_refused():
     calibration = {'dataset': 'few', 'edges': [0, 1, 2, 3], 'same': [5, 4, 0], 'others': [1, 4, 5]}
     assert search.threshold_of(calibration, 0.1) == {
@@ -261,9 +361,13 @@ def test_names_cannot_change_the_page(command, gallery, queries, tmp_path):
         (['--threshold', '1', '--false-match-rate', '1', '--gallery', 'x', '--query', 'x'], '--threshold and --false-'),
         (['--gallery', 'none', '--query', 'none'], 'none: no images there; give files, folders, a pattern, or - for'),
         (['--calibrate', '-d', 'x'], "there is no data set 'x'"),
+        (['--calibrate', '-d', 'toy_mars'], '-d toy_mars: it has tracklets, and thresholds are of images'),
+        (['--calibrate', '-d', 'market:no_query'], 'market:no_query: the query set is empty'),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_line(args, message, command):
+def test_a_mistake_is_one_line(args, message, command, data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data_dir / 'market1501', 'no_query', ignore=lambda *_: ['query'])
     status, _, error = command(*args)
     lines = [line for line in error.splitlines() if line.startswith('error: ')]
     assert status == 2 and len(lines) == 1 and lines[0].startswith(f'error: {message}')
