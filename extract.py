@@ -33,8 +33,8 @@ from evaluation import pool
 from models.network import Training
 from runtime import cards, commands, notices, values
 from runtime.device import Run, keep_memory, precision_of
+from runtime.draft import Draft
 from runtime.errors import UserError, plain
-from runtime.features import Draft
 from runtime.images import cut, files_of, listed, pixels_of, tracklets_of
 from runtime.paths import Paths
 from runtime.precision import tf32

@@ -7,25 +7,20 @@ There is a folder for the queries and one for the gallery, each with
 - paths.jsonl, N lines: the path of an image as a JSON string, or those of a tracklet's frames as a list of strings.
 """
 
-import contextlib
 import errno
-import io
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from readers.tree import Item
 from runtime import paths
-from runtime.errors import UserError, plain
-from runtime.files import allocate, write_whole
-from runtime.system import fcntl
+from runtime.errors import UserError
+from runtime.files import allocate
 
 if TYPE_CHECKING:  # `python ranking.py` needs no device
     from runtime.device import Run
@@ -76,104 +71,6 @@ def keep_features(save_dir: str, run: 'Run') -> None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             path.replace(kept)
         shutil.rmtree(folder)
-
-
-class Draft:
-    """Features that are written as they arrive, and again without what an interrupted call had written: a context.
-
-    Until all have arrived they are in `.NAME.unfinished` beside the folder `out`, which then appears as a whole. The
-    draft of an earlier call is continued behind the items with which both lists begin, if it has the same `what`.
-    pids and camids, which nobody knows, are -1.
-
-    Args:
-        items: paths of N images or tracklets.
-        feat_dim: D, length of a feature.
-        what: describes the features; written to model.json.
-        batch: items at a time. What is kept of an earlier call are whole batches.
-
-    Attributes:
-        done: number of items whose features are written.
-
-    Raises:
-        UserError: `out` exists, is being written by another process, or cannot be written; in the context also with
-            the hint that the call can be repeated.
-    """
-
-    def __init__(
-        self, out: str | Path, items: Sequence[paths.Paths], feat_dim: int, what: Mapping[str, object], batch: int
-    ):
-        self.out, self.items, self.feat_dim = Path(out).absolute(), items, feat_dim
-        self.folder = self.out.with_name(f'.{self.out.name}.unfinished')
-        with self._explained():
-            self._check()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = os.fdopen(os.open(self.folder / 'features.npy', os.O_RDWR | os.O_CREAT, 0o666), 'r+b')
-            try:
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise UserError(f'-o {plain(str(out), 500)} is being written by another process') from None
-            self._check()  # another process may just have finished it
-            self.done = self._kept(what, batch)
-            self.file.truncate(len(self._header()) + self.done * feat_dim * 4)
-            self.file.write(self._header())
-            write_whole(self.folder / 'paths.jsonl', lambda path: paths.write(path, items))
-            write_whole(self.folder / 'model.json', lambda path: path.write_text(json.dumps(what, indent=2) + '\n'))
-            self.file.seek(0, os.SEEK_END)
-
-    def _check(self) -> None:
-        if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
-            raise UserError(f'-o {plain(str(self.out), 500)} exists; remove it, or choose another folder')
-
-    def _kept(self, what: Mapping[str, object], batch: int) -> int:
-        try:
-            if json.loads((self.folder / 'model.json').read_text()) != json.loads(json.dumps(what)):
-                return 0
-            before = (self.folder / 'paths.jsonl').read_text(encoding='ascii').splitlines()
-        except (OSError, ValueError):
-            return 0
-        rows = (os.fstat(self.file.fileno()).st_size - len(self._header())) // (4 * self.feat_dim)
-        pairs = enumerate(zip(before, self.items, strict=False))
-        alike = next((n for n, (line, item) in pairs if line != json.dumps(item)), min(len(before), len(self.items)))
-        kept = max(0, min(rows, alike))
-        return kept if kept == len(self.items) else kept // batch * batch
-
-    def _header(self) -> bytes:
-        """That of features.npy; NumPy leaves room for any number of rows, so its length does not depend on them."""
-        header = io.BytesIO()
-        shape = len(self.items), self.feat_dim
-        np.lib.format.write_array_header_1_0(header, {'descr': '<f4', 'fortran_order': False, 'shape': shape})
-        return header.getvalue()
-
-    def add(self, features: Tensor) -> None:
-        """Write the features (b, D), float32, of the next items."""
-        with self._explained():
-            self.file.write(features.numpy().astype('<f4').tobytes())
-            self.file.flush()
-        self.done += len(features)
-
-    def __enter__(self) -> 'Draft':
-        return self
-
-    def __exit__(self, kind: type | None, problem: BaseException | None, _: object) -> None:
-        with contextlib.closing(self.file), self._explained():
-            if isinstance(problem, UserError):
-                raise UserError(f'{problem}; {self.done} of {len(self.items)} are done, and the same command continues')
-            if problem is None:
-                os.fsync(self.file.fileno())
-                number = len(self.items)
-                for name, value in ('pids', -1), ('camids', -1), ('counts', 1):
-                    np.save(self.folder / f'{name}.npy', np.full(number, value))
-                self.folder.replace(self.out)
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as problem:
-            where, reason = plain(str(self.out), 500), problem.strerror or problem
-            raise UserError(
-                f'-o {where} cannot be written ({reason}); choose another folder, or free space'
-            ) from problem
 
 
 def read(folder: str | Path) -> list[np.ndarray]:

@@ -26,7 +26,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     ),
     'extract': (
         'arguments dataset_loader evaluation models.network runtime runtime.cards runtime.commands runtime.device '
-        'runtime.features runtime.images runtime.notices runtime.paths runtime.precision runtime.tiles runtime.values '
+        'runtime.draft runtime.images runtime.notices runtime.paths runtime.precision runtime.tiles runtime.values '
         'runtime.workers transforms weights'
     ),
     'losses': '',
@@ -89,7 +89,8 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     ),
     'runtime.download': 'models.network',
     'runtime.errors': '',
-    'runtime.features': 'readers.tree runtime.device runtime.files runtime.paths runtime.system',
+    'runtime.draft': 'runtime.files runtime.paths runtime.system',
+    'runtime.features': 'readers.tree runtime.device runtime.files runtime.paths',
     'runtime.feed': 'runtime.caching runtime.workers',
     'runtime.files': '',
     'runtime.images': 'readers.tree runtime.decoding',
