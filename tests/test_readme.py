@@ -179,7 +179,7 @@ def test_the_other_commands_run(script, data_dir, tmp_path, monkeypatch, capsys)
             assert end.code in (None, 0) or (command[1] == 'data_manager.py' and end.code == 1)
     assert Path('log/demo/report.html').exists() and Path('a_and_b.html').exists()
     assert (
-        all(Path(f'features/{name}/features.npy').exists() for name in ('query', 'tracks'))
+        all(Path(f'features/{name}/features.npy').exists() for name in ('toy', 'tracks'))
         and Path('found.html').exists()
     )
 
@@ -190,7 +190,7 @@ def test_the_examples_of_use_run(block, script, data_dir, tmp_path, monkeypatch)
         pytest.importorskip('qdrant_client')
     monkeypatch.chdir(tmp_path)
     assert script('train_img_model_xent', '--max-epoch', 1, '--save-dir', 'log/demo') == 0
-    shutil.copytree(data_dir / 'market1501', 'data/market1501')
-    for name, path in zip(('one.jpg', 'two.jpg'), Path('data/market1501/query').iterdir(), strict=False):
+    shutil.copytree(data_dir / 'market1501', 'data/toy_market1501')
+    for name, path in zip(('one.jpg', 'two.jpg'), Path('data/toy_market1501/query').iterdir(), strict=False):
         shutil.copy(path, name)
     exec(compile(block, 'docs/use.md', 'exec'), {})
