@@ -42,7 +42,8 @@ from typing import Any, NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = 'tests/tiny.py'
-OPTIONS = '-a tiny --height 32 --width 16 --pretrained none --train-batch 8 --max-epoch 2 --eval-step 1 --stepsize 1'
+OPTIONS = '-a tiny --height 32 --width 16 --pretrained none --train-batch 8 --max-epoch 2 --eval-step 1'
+SCHEDULES = {'train_img_model_strong': '--warmup 1 --decays 1'}  # of scripts without --stepsize
 OPTIONS += ' --use-cpu --precision fp32 --no-report --print-freq 1 --save-minutes 1e-9 --keep 99 --data-dir ../data'
 WHOLE = '../old/{script}/whole'  # seen from the folder in which either side runs
 STAGES = [  # runs by name and what they add to OPTIONS; the second stage reads what the first one wrote
@@ -234,6 +235,7 @@ def execute(side: Side, run: Run) -> None:
     tiny = side.root / TINY
     sys.path[0] = str(tiny.parent)  # was that of this file
     sys.argv = [str(tiny), str(side.root / f'{run.script}.py'), *OPTIONS.split(), '--save-dir', run.folder]
+    sys.argv += SCHEDULES.get(run.script, '--stepsize 1').split()
     sys.argv += run.options.format(script=run.script).split()
     if run.name == 'processes':
         sys.argv = ['torchrun', '--standalone', '--nproc-per-node', '2', *sys.argv]
