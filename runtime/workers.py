@@ -108,8 +108,8 @@ def _channels_last(image: Any) -> np.ndarray:
     """An image as uint8 or float32 (H, W, 3), from a PIL image or a tensor (3, H, W)."""
     if isinstance(image, Image.Image):
         return np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
-    if isinstance(image, Tensor) and image.is_floating_point():
-        image = image.detach().float()  # numpy has no bfloat16
+    if isinstance(image, Tensor):
+        image = (image.detach().float() if image.is_floating_point() else image).numpy()  # numpy has no bfloat16
     array = np.asarray(image)
     if array.ndim != 3 or len(array) != 3 or not (array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)):
         raise UserError(f'{RETURNS} {array.dtype} {array.shape}')
