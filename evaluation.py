@@ -24,14 +24,12 @@ from runtime.device import Run
 from runtime.features import create_features, keep_features
 from runtime.meters import bar_over
 from runtime.provenance import provenance
+from runtime.ranks import Extracted, rank, rerank, sample
 from runtime.testset import Averaged, averaged, check_files, check_items, fitting
 from transforms import TestTransform
 
 MAX_RANK = 50
-EMBEDDED, EMBEDDED_ROWS = 12, 400  # identities and images whose features are kept for a plot
 FRAMES = 15  # with --seq-len 0, frames for each of --test-batch: as many as there are by default
-
-Extracted = tuple[Tensor, Tensor]  # features (n, D) of this process's items, and the indices of these items (n,)
 
 
 class Test:
@@ -276,72 +274,6 @@ def _batches(
                 found = (found + model(batch.flip(3)).float()) / 2
         yield found, indices, counts
     model.train(was_training)
-
-
-def rank(
-    query: Extracted, gallery: Extracted, ids: Sequence[np.ndarray], run: Run, distance: str = 'euclidean'
-) -> ranking.Ranking:
-    """The ranking of the whole gallery, in every process, from what `extract` returned in each.
-
-    ids: the pids of query and gallery, then their camids
-
-    All processes receive the features of all queries. The counts in their parts of the gallery add up to exact ranks.
-    """
-    features, places = gallery[0], gallery[1].numpy()  # (m, D), (m,)
-    number = len(ids[0])
-    queries, items = ranking.points(_collect(*query, number, run), features, number, len(places), distance)
-    pairs = ranking.same_identity(*ids)
-    distances = _sum(ranking.measure(queries, items, places, pairs), run)  # (P,), each from the process with the item
-    tally = ranking.count(queries, items, places, pairs, distances)
-    listed = run.stack(torch.from_numpy(tally.nearest)).transpose(0, 1).flatten(1)  # (Q, W * NEAREST)
-    nearest = listed.sort(1).values[:, : ranking.NEAREST].numpy()  # (Q, NEAREST)
-    return ranking.assemble(
-        pairs, distances, ranking.Tally(_sum(tally.counts, run), nearest, _sum(tally.histogram, run))
-    )
-
-
-def sample(query: Extracted, gallery: Extracted, dataset: Dataset, run: Run) -> dict[str, np.ndarray]:
-    """The features of the EMBEDDED identities with the most images, for a plot; the same in every process."""
-    q_pids, g_pids, q_camids, g_camids = ids_of(dataset.query, dataset.gallery)
-    pids, camids = np.concatenate([q_pids, g_pids]), np.concatenate([q_camids, g_camids])
-    known, sizes = np.unique(pids[np.isin(pids, q_pids)], return_counts=True)
-    chosen = known[np.argsort(-sizes, kind='stable')[:EMBEDDED]]
-    rows = np.flatnonzero(np.isin(pids, chosen))[:EMBEDDED_ROWS]  # (n,) of the queries, then the gallery
-    features = torch.zeros(len(rows), query[0].size(1))
-    for (own, indices), first in ((query, 0), (gallery, len(q_pids))):
-        held = indices.numpy() + first  # (m,) rows held by this process, ascending
-        here = np.isin(held, rows)
-        features[np.searchsorted(rows, held[here])] = own[torch.from_numpy(here).to(own.device)].cpu()
-    return {
-        'embedding_features': run.sum(features).half().numpy(),
-        'embedding_pids': pids[rows],
-        'embedding_camids': camids[rows],
-        'embedding_is_query': rows < len(q_pids),
-    }
-
-
-def rerank(
-    query: Extracted, gallery: Extracted, ids: Sequence[np.ndarray], options: TestOptions, run: Run
-) -> ranking.Ranking | None:
-    """The re-ranked gallery, in the first process, which receives all features from the others; None in the others."""
-    queries, items = (_collect(*each, len(pids), run) for each, pids in zip((query, gallery), ids[:2], strict=True))
-    if run.rank:
-        return None
-    q_pids, g_pids, q_camids, g_camids = ids
-    how = options.k1, options.k2, options.lambda_value, options.distance
-    return ranking.rerank(queries, items, q_pids, g_pids, q_camids, g_camids, *how)
-
-
-def _collect(own: Tensor, indices: Tensor, number: int, run: Run) -> Tensor:
-    """All features (number, D), in every process, from the rows (n, D) at `indices` (n,) that each process has."""
-    everyone = own.new_zeros(number, own.size(1))
-    everyone[indices.to(own.device)] = own
-    return run.sum(everyone)
-
-
-def _sum(values: np.ndarray, run: Run) -> np.ndarray:
-    total: np.ndarray = run.sum(torch.from_numpy(values)).numpy()
-    return total
 
 
 def pool(features: Tensor, counts: Tensor, how: str) -> Tensor:

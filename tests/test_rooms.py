@@ -22,7 +22,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'evaluation': (
         'arguments data_manager dataset_loader eval_metrics models.network page.cameras page.results ranking '
         'readers.tree runtime.device runtime.features runtime.meters runtime.notices runtime.provenance '
-        'runtime.testset transforms'
+        'runtime.ranks runtime.testset transforms'
     ),
     'extract': (
         'arguments dataset_loader evaluation models.network runtime runtime.cards runtime.commands runtime.device '
@@ -107,6 +107,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.precision': '',
     'runtime.processes': '',
     'runtime.provenance': 'runtime.device',
+    'runtime.ranks': 'arguments ranking readers.tree runtime.device',
     'runtime.signals': 'runtime.processes runtime.system',
     'runtime.safetensors': '',
     'runtime.state': 'arguments',
