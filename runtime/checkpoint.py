@@ -1,6 +1,5 @@
 """The state of a run: what is saved and when, what is restored on resuming, and the remaining epochs."""
 
-import contextlib
 import re
 import time
 import warnings
@@ -23,15 +22,11 @@ from runtime import notices
 from runtime.device import Run
 from runtime.errors import UserError
 from runtime.files import free_space
+from runtime.keeping import BEST, OTHERS, PARTIAL, POSITIONS, TESTS, RunFolder, age
 from runtime.meters import LossMeter
 from runtime.provenance import provenance
 from runtime.state import Stateful, advance, check, restore
 from utils import save_checkpoint
-
-# The names of the files that a run writes, and may therefore delete
-POSITIONS, TESTS, BEST = r'resume_\d+_\d+\.pth\.tar', r'checkpoint_ep\d+\.pth\.tar', r'best_model\.pth\.tar'
-PARTIAL = rf'\.(?:{POSITIONS}|{TESTS}|{BEST})\.\d+'  # of `write_whole`
-OTHERS = r'metrics\.csv|events\.out\.tfevents\..*'
 
 
 class Checkpoint:
@@ -62,6 +57,7 @@ class Checkpoint:
     def __init__(self, dataset: Dataset, options: SaveOptions, run: Run, *, model: Network, **parts: Stateful):
         self.options, self.run, self.model, self.parts = options, run, model, parts
         self.folder = Path(options.save_dir)
+        self.files = RunFolder(self.folder, [options.resume, options.arguments.get('pretrained')])
         self.provenance = {**provenance(run), 'dataset_fingerprint': fingerprint(dataset)}
         self.labels = digests(dataset)
         self.epoch, self.start_batch, self.done = options.start_epoch, 0, 0  # the epoch, and how many of its batches
@@ -88,7 +84,7 @@ class Checkpoint:
 
     def _newest(self) -> tuple[Path | None, weights.Weights | None]:
         """The newest intact checkpoint in --save-dir."""
-        for path in sorted(self.folder.glob('*_*.pth.tar'), key=_age):
+        for path in sorted(self.folder.glob('*_*.pth.tar'), key=age):
             if path.name == 'best_model.pth.tar':
                 continue
             try:
@@ -155,7 +151,7 @@ class Checkpoint:
                 f'nothing left to train; raise --max-epoch'
             )
         if self.run.rank == 0:
-            self._clear(PARTIAL)  # incomplete files left by a killed process
+            self.files.clear(PARTIAL)  # incomplete files left by a killed process
         if not self.options.overwrite:  # it frees space
             self._check_room()
         self.saved = time.monotonic()
@@ -211,42 +207,9 @@ class Checkpoint:
         if self.run.rank or not self._is_finite():
             return
         if self.options.overwrite and (not self.options.resume or self.options.resume_weights_only):
-            self._clear(POSITIONS, TESTS, BEST, OTHERS, *map(re.escape, results.FILES))
+            self.files.clear(POSITIONS, TESTS, BEST, OTHERS, *map(re.escape, results.FILES))
         elif afresh:
-            self._clear(r'metrics\.csv')
-
-    def _clear(self, *patterns: str) -> None:
-        """Delete the files whose whole names match a regular expression, except those that the command names."""
-        for path in self._written('|'.join(patterns)):
-            if path.resolve() not in self._begun_with():
-                path.unlink()
-
-    def _written(self, pattern: str) -> list[Path]:
-        return [path for path in self.folder.glob('*') if re.fullmatch(pattern, path.name)]
-
-    def _prune(self, written: str, number: int) -> None:
-        """Delete all but the newest files that were `written` (a regular expression).
-
-        What cannot be listed or deleted is reported.
-
-        The file just written is spared, whatever the clock says, and those that the command names: a restart of the
-        same command checks that they exist.
-        """
-        try:
-            paths = sorted(self._written(written), key=_age)
-        except OSError as problem:
-            print(f'{self.folder} cannot be listed ({problem.strerror}), and no old file is deleted; the run continues')
-            return
-        for path in paths[number:]:
-            if path != self.position and path.resolve() not in self._begun_with():
-                try:
-                    path.unlink(missing_ok=True)
-                except OSError as problem:
-                    print(f'{path} cannot be deleted ({problem.strerror}); the run continues')
-
-    def _begun_with(self) -> list[Path]:
-        """The files of --resume and --pretrained."""
-        return [Path(path or '').resolve() for path in (self.options.resume, self.options.arguments.get('pretrained'))]
+            self.files.clear(r'metrics\.csv')
 
     def rescue(self) -> Path | None:
         """Save the state of a failing run unless it is saved already. Returns the file, or None if there is none.
@@ -265,7 +228,7 @@ class Checkpoint:
         if self.run.rank or not self._is_finite():
             return
         if self._write(path, self._state(self.epoch - 1, self.done, max(self.best_rank1, 0.0))):
-            self._prune(POSITIONS, self.options.keep)
+            self.files.prune(POSITIONS, self.options.keep, path)
         self.saved = time.monotonic()
 
     def _write(self, path: Path, state: dict[str, Any], is_best: bool = False) -> bool:
@@ -305,7 +268,7 @@ class Checkpoint:
         if not self._write(path, self._state(epoch, 0, rank1), is_best):
             self.best_rank1 = earlier  # that of best_model.pth.tar, which was not replaced
         elif self.options.keep_tests:
-            self._prune(TESTS, self.options.keep_tests)
+            self.files.prune(TESTS, self.options.keep_tests, path)
         self.saved = time.monotonic()
         if not self.options.no_report:
             results.write_page(self.folder, self.run.unwritten)
@@ -325,11 +288,3 @@ class Checkpoint:
             'labels': self.labels,
             'provenance': self.provenance,
         }
-
-
-def _age(path: Path) -> tuple[int, list[int], str]:
-    """Sort key that puts the newest first; of files written within milliseconds, that of the later epoch and batch."""
-    modified = 0  # of a link to nowhere, and of a file that was deleted since it was listed
-    with contextlib.suppress(OSError):
-        modified = path.stat().st_mtime_ns
-    return -modified, [-int(number) for number in re.findall(r'\d+', path.name)], path.name

@@ -77,7 +77,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.caching': 'runtime.device runtime.workers',
     'runtime.checkpoint': (
         'arguments data_manager models.loading models.network page.results readers.tree runtime.device runtime.files '
-        'runtime.meters runtime.notices runtime.provenance runtime.state utils weights'
+        'runtime.keeping runtime.meters runtime.notices runtime.provenance runtime.state utils weights'
     ),
     'runtime.checks': 'data_manager models runtime.kinds runtime.processes',
     'runtime.cards': '',
@@ -95,6 +95,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.files': '',
     'runtime.images': 'readers.tree runtime.decoding',
     'runtime.index': 'runtime.tiles',
+    'runtime.keeping': '',
     'runtime.kinds': '',
     'runtime.launch': (
         'arguments runtime.commands runtime.console runtime.device runtime.files runtime.memory runtime.processes '
