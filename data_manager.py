@@ -1,21 +1,26 @@
-"""The data sets by name: `init_dataset(name)` -> train, query, gallery.
+"""The data sets by name: `init_dataset(name)` -> train, query, gallery; `init_datasets` for those of an experiment.
 
 A scan reads file names and tables, nothing else: no image is opened or looked up on disk. Commands:
 
     python data_manager.py -d market1501                          # opens every image, and reports faults
     python data_manager.py -d market1501 --write-csv table.csv    # writes it as a table, for -d csv:table.csv
     python data_manager.py -d market1501 --sheet sheet.html       # writes a contact sheet of its persons
+
+Several data sets, -d A,B, are checked one after the other, and written as one.
 """
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 import toy
 from readers import cuhk03, folder, table
 from readers.faults import check
+from readers.joined import Joined
 from readers.market1501 import Market, Market1501
 from readers.market1501_500k import Market1501With500k
 from readers.mars import Mars
@@ -24,7 +29,7 @@ from readers.tree import Dataset
 from runtime import commands, values
 from runtime.errors import UserError, plain
 
-__all__ = ['Market1501', 'Mars', 'get_names', 'init_dataset']
+__all__ = ['Market1501', 'Mars', 'get_names', 'init_dataset', 'init_datasets']
 
 
 def toy_market1501(data_dir: str, hard: bool = False) -> Market1501:
@@ -73,6 +78,12 @@ OWN_NAMES = 'csv:FILE, folder:DIR or market:DIR'
 def get_names(kind: str | None = None) -> list[str]:
     """The names that `init_dataset` accepts: all of them, or those of one kind, 'image' or 'video'; without OWN."""
     return [*(IMAGES if kind != 'video' else ()), *(TRACKLETS if kind != 'image' else ())]
+
+
+def names_of(text: str) -> list[str]:
+    """The names in a list such as A,B. A comma in a path separates nothing unless a known name stands behind it."""
+    known = '|'.join(map(re.escape, get_names()))
+    return re.split(rf',(?=(?:{known})(?:,|$)|(?:{"|".join(OWN)}):)', text)
 
 
 def kind_of(name: str) -> str:
@@ -135,6 +146,60 @@ def _why(dataset: Dataset) -> str:
     return plain(dataset.untrainable, 500).removesuffix('; expected:')
 
 
+class Choice(Protocol):
+    """The options of an experiment that name its data sets, see `arguments`."""
+
+    @property
+    def dataset(self) -> str: ...
+    @property
+    def targets(self) -> str: ...
+    @property
+    def select(self) -> str: ...
+    @property
+    def data_dir(self) -> str: ...
+    @property
+    def test_share(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def evaluate(self) -> bool: ...
+
+
+def init_datasets(options: Choice) -> Dataset:
+    """The data set that an experiment trains on, joined from those of -d; its `targets` are those that it tests.
+
+    Tested are those of -t, or else those of -d that have query and gallery. The first target is that of --select. With
+    --evaluate and -t nothing of -d is read, and the first target is returned.
+
+    Raises UserError as `init_dataset` and `Joined` do, and if there is no target, or not that of --select.
+    """
+    names, tested = names_of(options.dataset), names_of(options.targets) if options.targets else []
+
+    def read(name: str, train: bool) -> Dataset:
+        return init_dataset(name, options.data_dir, train, options.test_share, options.seed)
+
+    if len(names) == 1 and not tested:
+        return read(options.dataset, not options.evaluate)
+    sets = {name: read(name, not options.evaluate) for name in names if not (options.evaluate and tested)}
+    targets = {name: sets[name] if name in sets else read(name, False) for name in tested or names}
+    for name, dataset in list(targets.items()):
+        if not tested and not (dataset.query and dataset.gallery):
+            print(f'{plain(name, 500)} has no {"gallery" if dataset.query else "query"}, and is not tested')
+            del targets[name]
+    if not targets:
+        raise UserError(f'-d {plain(options.dataset, 500)}: none of them has query and gallery to test; give -t NAME')
+    if options.select and options.select not in targets:
+        raise UserError(
+            f'--select {plain(options.select, 500)}: it is not tested; choose one of '
+            f'{", ".join(plain(name, 500) for name in targets)}'
+        )
+    trained = [*sets.values()]
+    ordered = [targets[name] for name in sorted(targets, key=lambda name: name != options.select)]
+    dataset = ordered[0] if options.evaluate else trained[0] if len(trained) == 1 else Joined(trained)
+    dataset.targets = ordered
+    return dataset
+
+
 def fingerprint(dataset: Dataset, subsets: Sequence[str] = ('train', 'query', 'gallery')) -> str:
     """16 hexadecimal digits that identify the file names, pids and camids of `subsets`, wherever the files are."""
     digest = hashlib.sha256()
@@ -179,14 +244,19 @@ def main() -> int:
     started = time.monotonic()
     if args.jobs < 1:
         raise UserError(f'-j {args.jobs}: at least one process is needed')
-    dataset = init_dataset(args.dataset, args.data_dir, False, args.test_share, args.seed)
+    datasets = {
+        name: init_dataset(name, args.data_dir, False, args.test_share, args.seed) for name in names_of(args.dataset)
+    }
+    if not (args.write_csv or args.sheet):
+        return max(_check(dataset, name, args.jobs, started) for name, dataset in datasets.items())
+    dataset = Joined([*datasets.values()]) if len(datasets) > 1 else next(iter(datasets.values()))
     if args.write_csv:
         print(f'Wrote {plain(args.write_csv, 500)}: {table.write(dataset, args.write_csv)} rows')
     if args.sheet:
         from page import sheet  # of the pages, this command rarely needs one
 
         print(f'Wrote {plain(str(sheet.write(dataset, args.sheet)), 500)}, {sheet.PRIVATE}')
-    return 0 if args.write_csv or args.sheet else _check(dataset, args.dataset, args.jobs, started)
+    return 0
 
 
 def _check(dataset: Dataset, name: str, jobs: int, started: float) -> int:

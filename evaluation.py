@@ -5,7 +5,9 @@ extracted once; no feature of the gallery leaves its process.
 """
 
 import datetime
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,8 +21,9 @@ from eval_metrics import METRICS
 from models.network import Network
 from page import cameras, results
 from readers.tree import Dataset, Item, ids_of
-from runtime import notices
+from runtime import notices, targets
 from runtime.device import Run
+from runtime.errors import plain
 from runtime.features import create_features, keep_features
 from runtime.meters import bar_over
 from runtime.provenance import provenance
@@ -33,7 +36,10 @@ FRAMES = 15  # with --seq-len 0, frames for each of --test-batch: as many as the
 
 
 class Test:
-    """The test of an experiment: `figures = test(model)`, a dict with the mean of each of METRICS (0..1).
+    """The tests of an experiment: `figures = test(model)`, a dict with the mean of each of METRICS (0..1).
+
+    Tested is each of the `targets` of the data set. The figures of the first one have the names of METRICS, those of
+    another one begin with its name, as in `market1501/rank1`.
 
     Raises:
         UserError: the test is known to fail before training starts: query or gallery is empty, no query has a match, a
@@ -41,13 +47,15 @@ class Test:
     """
 
     def __init__(self, dataset: Dataset, options: TestOptions, run: Run):
-        options = fitting(options, dataset)
-        self.dataset, self.options, self.run = dataset, options, run
-        self.ids = check_items(dataset, options.any_camera, run)
-        self.averaged = averaged(dataset) if options.multi_query else None
-        more = [self.averaged.items] if self.averaged else []
-        subsets = (tested_items(items, options) for items in (dataset.query, dataset.gallery, *more))
-        check_files(list(dict.fromkeys(path for items in subsets for path in items.files())), run)
+        self.options, self.run = options, run
+        names = [target.name for target in dataset.targets]
+        known = names if options.targets or len(names) > 1 else [options.dataset]
+        self.targets = [
+            TargetTest(target, replace(options, dataset=name, save_dir=folder), run, folder != options.save_dir)
+            for target, name, folder in zip(
+                dataset.targets, known, targets.folders(options.save_dir, names), strict=True
+            )
+        ]
         if not options.no_report:
             results.check_packages()
 
@@ -61,32 +69,79 @@ class Test:
         Raises:
             UserError: an image cannot be read, features are not finite, or --save-features cannot write them.
         """
+        return self._test(model, self.targets)
+
+    def _test(self, model: Network, tests: Sequence['TargetTest']) -> dict[str, float]:
         self.run.signals.release()  # there is nothing to save until the next epoch
-        self.options, self.notices = notices.before_test(model, self.dataset, self.options, self.run)
-        for notice in self.notices:
+        self.options = notices.as_in_project(self.options, model)
+        for test in tests:
+            test.prepare(model, self.options)
+        for notice in dict.fromkeys(notice for test in tests for notice in test.notices):
             print(f'Notice: {notice}')
         print('Evaluate only' if self.options.evaluate else '==> Test')
         self.run.unify(model)
+        figures: dict[str, dict[str, float]] = {}
+        for test in tests:
+            if len(tests) > 1:
+                print(f'Target {plain(test.dataset.name, 500)}')
+            figures[test.dataset.name] = test(model)
+        table: dict[str, object] = {}
+        if len(tests) > 1:
+            targets.show(figures)
+            places = [os.path.relpath(test.options.save_dir, self.options.save_dir) for test in tests]
+            rows = zip(figures.items(), places, strict=True)
+            table['targets'] = {name: {**some, 'folder': place} for (name, some), place in rows}
+        for test in tests:
+            test.write(table if test is tests[0] else {})
+        return targets.named(figures)
+
+
+class TargetTest:
+    """The test of one data set, whose results are written by `write`; `apart`: not into --save-dir, but below it."""
+
+    def __init__(self, dataset: Dataset, options: TestOptions, run: Run, apart: bool = False):
+        options = fitting(options, dataset)
+        self.dataset, self.options, self.run, self.apart = dataset, options, run, apart
+        self.ids = check_items(dataset, options.any_camera, run)
+        self.averaged = averaged(dataset) if options.multi_query else None
+        more = [self.averaged.items] if self.averaged else []
+        subsets = (tested_items(items, options) for items in (dataset.query, dataset.gallery, *more))
+        check_files(list(dict.fromkeys(path for items in subsets for path in items.files())), run)
+        self.notices: list[str] = []
+        self.result: ranking.Ranking | None = None  # of the last test, in the first process
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def prepare(self, model: Network, options: TestOptions) -> None:
+        """Adopt the `options` of a test; with --evaluate, compare it with the training of the weights."""
+        own = {name: getattr(self.options, name) for name in ('dataset', 'save_dir', 'any_camera')}
+        self.options = replace(options, **own)
+        if options.evaluate:
+            self.notices = notices.of_test(model, self.dataset, self.options, self.run)
+
+    def __call__(self, model: Network) -> dict[str, float]:
         query, gallery = (self._extract(model, subset) for subset in ('query', 'gallery'))
         if self.options.save_features:
             keep_features(self.options.save_dir, self.run)
         print('Computing distance matrix')  # the original's line; no matrix is kept
         print('Computing CMC and mAP')
-        result = self._rank(query, gallery)
-        by_camera = self._by_camera(query, gallery)
-        shown = sample(query, gallery, self.dataset, self.run)
+        self.result = self._rank(query, gallery)
+        self.arrays = self._by_camera(query, gallery) | sample(query, gallery, self.dataset, self.run)
         values = torch.zeros(len(METRICS), dtype=torch.float64)
-        if result:  # in the first process
-            ranking.show(result, self.options.any_camera)
-            figures = result.figures()
+        if self.result:
+            ranking.show(self.result, self.options.any_camera)
+            figures = self.result.figures()
             values = torch.tensor([figures[metric.name] for metric in METRICS], dtype=torch.float64)
-            folder = self.options.save_dir
-            results.write(
-                folder, self._summary(result), self.dataset, result, {**by_camera, **shown}, self.run.unwritten
-            )
-            if self.options.evaluate and not self.options.no_report:  # training: after metrics.csv
-                results.write_page(folder, self.run.unwritten)
         return dict(zip((metric.name for metric in METRICS), self.run.sum(values).tolist(), strict=True))
+
+    def write(self, more: dict[str, object]) -> None:
+        """Write the files of the last test; `more` is added to results.json."""
+        result, self.result = self.result, None
+        if result is None:
+            return
+        folder = self.options.save_dir
+        results.write(folder, self._summary(result) | more, self.dataset, result, self.arrays, self.run.unwritten)
+        if (self.options.evaluate or self.apart) and not self.options.no_report:  # otherwise after metrics.csv
+            results.write_page(folder, self.run.unwritten)
 
     def _extract(self, model: Network, subset: str) -> Extracted:
         items = getattr(self.dataset, subset)

@@ -38,7 +38,7 @@ parser.require(
 
 
 def main(args: arguments.Arguments, run: Run) -> None:
-    dataset = data_manager.init_dataset(args.dataset, args.data_dir, not args.evaluate, args.test_share, args.seed)
+    dataset = data_manager.init_datasets(args.data)  # to train on; its targets are those that are tested
     num_classes, size, loss = dataset.num_train_pids, (args.height, args.width), {'xent', 'htri', 'cent'}
     model = models.init_model(args.arch, num_classes, loss, last_stride=1, neck=True, size=size)
     weights.pretrain(model, args.pretrained)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -116,6 +117,15 @@ class TestedRun:
         labels = [metric.label for metric in eval_metrics.METRICS]
         return list(zip(labels, scores.mean(0), *interval(scores), strict=True))
 
+    @property
+    def targets(self) -> list[tuple[str, str, list[float]]]:
+        """Of each data set that the same test tested, if there are several: name, page, and the figures of METRICS."""
+        table = self.summary.get('targets')
+        return [
+            (name, f'{quote(row["folder"])}/report.html', [row[metric.name] for metric in eval_metrics.METRICS])
+            for name, row in (table.items() if isinstance(table, dict) else ())
+        ]
+
     @functools.cached_property
     def names(self) -> dict[int, str]:
         """The name of each query's pid, if persons have names in the data."""
@@ -154,6 +164,7 @@ def read(save_dir: str | Path) -> TestedRun:
         if lacking := NEEDED - summary.keys() - arrays.keys():
             raise ValueError(f'{min(lacking)} is missing in results.json or ranking.npz')
         run = TestedRun(str(save_dir), summary, arrays, *_read_metrics(folder / 'metrics.csv'))
+        _ = run.targets  # of the same form
         same = run.valid.any() and abs(run.ap[run.valid].mean() - summary['mAP']) < 1e-4
         complete = len(run.queries) == len(run.valid) and len(run.files['gallery']) == len(arrays['g_pids'])
     except OSError as problem:

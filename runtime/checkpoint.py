@@ -1,6 +1,5 @@
 """The state of a run: what is saved and when, what is restored on resuming, and the remaining epochs."""
 
-import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -207,7 +206,8 @@ class Checkpoint:
         if self.run.rank or not self._is_finite():
             return
         if self.options.overwrite and (not self.options.resume or self.options.resume_weights_only):
-            self.files.clear(POSITIONS, TESTS, BEST, OTHERS, *map(re.escape, results.FILES))
+            self.files.clear(POSITIONS, TESTS, BEST, OTHERS)
+            self.files.clear_results()
         elif afresh:
             self.files.clear(r'metrics\.csv')
 

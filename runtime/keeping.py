@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from page import results
+
 # The names of the files that a run writes, and may therefore delete
 POSITIONS, TESTS, BEST = r'resume_\d+_\d+\.pth\.tar', r'checkpoint_ep\d+\.pth\.tar', r'best_model\.pth\.tar'
 PARTIAL = rf'\.(?:{POSITIONS}|{TESTS}|{BEST})\.\d+'  # of `write_whole`
@@ -25,6 +27,15 @@ class RunFolder:
         for path in self._written('|'.join(patterns)):
             if path.resolve() not in self._spared():
                 path.unlink()
+
+    def clear_results(self) -> None:
+        """Delete the results of tests in the folder and in those below it; folders that are empty then are deleted."""
+        below = [*self.folder.glob(f'{results.TARGETS}/*/')]
+        for folder in (self.folder, *below):
+            RunFolder(folder, self.named).clear(*map(re.escape, results.FILES))
+        for folder in (*below, self.folder / results.TARGETS):
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
 
     def prune(self, written: str, number: int, newest: Path) -> None:
         """Delete all but the newest files that were `written` (a regular expression).
