@@ -20,6 +20,7 @@ from dataset_loader import ImageDataset, TestLoader, VideoDataset, test_loader
 from eval_metrics import METRICS
 from models.network import Network
 from page import cameras, results
+from page.runs import VALIDATION
 from readers.tree import Dataset, Item, ids_of
 from runtime import notices, targets
 from runtime.device import Run
@@ -27,11 +28,15 @@ from runtime.errors import plain
 from runtime.features import create_features, keep_features
 from runtime.meters import bar_over
 from runtime.provenance import provenance
-from runtime.ranks import Extracted, rank, rerank, sample
-from runtime.testset import Averaged, averaged, check_files, check_items, fitting
+from runtime.ranks import Extracted, mean_features, rank, rerank, sample
+from runtime.testset import averaged, check_files, check_items, fitting
 from transforms import TestTransform
 
 MAX_RANK = 50
+HELD_OUT = (
+    'these figures are of persons held out of the training set, by which best_model.pth.tar is chosen; they are not '
+    'those of a test set'
+)
 FRAMES = 15  # with --seq-len 0, frames for each of --test-batch: as many as there are by default
 
 
@@ -39,7 +44,9 @@ class Test:
     """The tests of an experiment: `figures = test(model)`, a dict with the mean of each of METRICS (0..1).
 
     Tested is each of the `targets` of the data set. The figures of the first one have the names of METRICS, those of
-    another one begin with its name, as in `market1501/rank1`.
+    another one begin with its name, as in `market1501/rank1`. If persons are held out for validation, they are tested
+    in place of the targets, their figures begin with `validation/`, and `last` tests the targets. Without a target the
+    figures are {}.
 
     Raises:
         UserError: the test is known to fail before training starts: query or gallery is empty, no query has a match, a
@@ -49,13 +56,17 @@ class Test:
     def __init__(self, dataset: Dataset, options: TestOptions, run: Run):
         self.options, self.run = options, run
         names = [target.name for target in dataset.targets]
-        known = names if options.targets or len(names) > 1 else [options.dataset]
+        known = names if options.targets or len(names) != 1 else [options.dataset]
         self.targets = [
             TargetTest(target, replace(options, dataset=name, save_dir=folder), run, folder != options.save_dir)
             for target, name, folder in zip(
                 dataset.targets, known, targets.folders(options.save_dir, names), strict=True
             )
         ]
+        self.validation: TargetTest | None = None
+        if dataset.validation and not options.evaluate:
+            folder = os.path.join(options.save_dir, VALIDATION)
+            self.validation = TargetTest(dataset.validation, replace(options, save_dir=folder), run)
         if not options.no_report:
             results.check_packages()
 
@@ -69,16 +80,29 @@ class Test:
         Raises:
             UserError: an image cannot be read, features are not finite, or --save-features cannot write them.
         """
-        return self._test(model, self.targets)
+        if self.validation:
+            more = {'validation': True, 'notices': [HELD_OUT]}
+            figures = self._test(model, [self.validation], '==> Validation, on persons held out of training', more)
+            return {f'{VALIDATION}/{name}': value for name, value in figures.items()}
+        return self._test(model, self.targets, 'Evaluate only' if self.options.evaluate else '==> Test', {})
 
-    def _test(self, model: Network, tests: Sequence['TargetTest']) -> dict[str, float]:
+    def last(self, model: Network, more: dict[str, object]) -> dict[str, float]:
+        """Test the targets of a run that was validated; `more` is added to results.json."""
+        return self._test(model, self.targets, '==> Test', more)
+
+    def _test(
+        self, model: Network, tests: Sequence['TargetTest'], heading: str, more: dict[str, object]
+    ) -> dict[str, float]:
+        if not tests:
+            print('No test: no data set is left to test')
+            return {}
         self.run.signals.release()  # there is nothing to save until the next epoch
         self.options = notices.as_in_project(self.options, model)
         for test in tests:
             test.prepare(model, self.options)
         for notice in dict.fromkeys(notice for test in tests for notice in test.notices):
             print(f'Notice: {notice}')
-        print('Evaluate only' if self.options.evaluate else '==> Test')
+        print(heading)
         self.run.unify(model)
         figures: dict[str, dict[str, float]] = {}
         for test in tests:
@@ -88,11 +112,9 @@ class Test:
         table: dict[str, object] = {}
         if len(tests) > 1:
             targets.show(figures)
-            places = [os.path.relpath(test.options.save_dir, self.options.save_dir) for test in tests]
-            rows = zip(figures.items(), places, strict=True)
-            table['targets'] = {name: {**some, 'folder': place} for (name, some), place in rows}
+            table = {'targets': targets.table(figures, [test.options.save_dir for test in tests])}
         for test in tests:
-            test.write(table if test is tests[0] else {})
+            test.write({**more, **(table if test is tests[0] else {})})
         return targets.named(figures)
 
 
@@ -153,27 +175,7 @@ class TargetTest:
             subset, items = 'multi-query', several.items
         extracted = extract(model, items, self.options, self.run, None if several else file)
         print(f'Extracted features for {subset} set, obtained {len(items)}-by-{extracted[0].size(1)} matrix')
-        return self._means(*extracted, several, file) if several else extracted
-
-    def _means(self, features: Tensor, indices: Tensor, several: Averaged, file: np.ndarray | None) -> Extracted:
-        """The features of the queries, each the mean of those (N, D) of the items of its person in its camera.
-
-        As the field's evaluations do it, the features are averaged as the single-query test compares them: here without
-        being normalised before or after.
-        """
-        groups, numbers = (torch.from_numpy(each) for each in (several.groups, several.of_queries))  # (N,), (Q,)
-        sizes = groups.bincount()  # (P,)
-        own = groups[indices]  # (n,)
-        order = own.argsort(stable=True).to(features.device)
-        parts = features[order].split(own.bincount(minlength=len(sizes)).tolist())
-        sums = self.run.sum(torch.stack([part.sum(0) for part in parts]))  # (P, D), in every process
-        rows = torch.arange(self.run.rank, len(numbers), self.run.world_size)  # (q,) of this process
-        numbers = numbers[rows].to(features.device)
-        means = sums[numbers] / sizes.to(features.device)[numbers, None]  # (q, D)
-        if file is not None:
-            file[rows.numpy()] = means.cpu().numpy()
-        print('Multi-query: the feature of a query is the mean over the images of its person in its camera')
-        return means, rows
+        return mean_features(*extracted, several, self.run, file) if several else extracted
 
     def _rank(self, query: Extracted, gallery: Extracted) -> ranking.Ranking | None:
         """The ranking, in the first process; None in the others."""

@@ -76,6 +76,7 @@ def main(args: arguments.Arguments, run: Run) -> None:
         scheduler.step()
         if test.is_due(epoch):
             checkpoint.tested(epoch, test(model), meter)
+    checkpoint.last_test(test, meter)  # of a run with --validate: best_model.pth.tar on the test set, for the only time
 
 
 if __name__ == '__main__':

@@ -21,7 +21,6 @@ from runtime.files import Unwritten, write_whole
 from utils import write_json
 
 FILES = ('results.json', 'results.csv', 'ranking.npz', 'report.html')
-TARGETS = 'targets'  # the folder with a folder for each tested data set but the first one
 FRAMES = 8  # per tracklet whose paths are written
 KEPT = ('ranks', 'offsets', 'nearest', 'nearest_distances', 'edges', 'match_histogram', 'other_histogram')
 PAGE_PACKAGES = ('jinja2', 'matplotlib')

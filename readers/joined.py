@@ -1,4 +1,4 @@
-"""Several data sets as one: persons and cameras are kept apart. `-d A,B`"""
+"""Data sets made of others: several as one, `-d A,B`, and training sets with query and gallery in them, `--combine`."""
 
 import os
 from collections.abc import Sequence
@@ -57,6 +57,30 @@ class Joined(Dataset):
     @property
     def set_of(self) -> Sequence[int]:
         return self._set_of
+
+
+def combined(dataset: Dataset) -> Dataset:
+    """The data set with its query, gallery and `extra` in the training set, and an empty query and gallery.
+
+    Equal pids are one person. Distractors are left out, and what is listed twice, such as a query that is also in the
+    gallery, counts once.
+    """
+    ignored = distractors(dataset)
+    persons = [item for item in dataset.gallery if item[1] not in ignored]
+    items: dict[tuple[str, ...], Item] = {}
+    for item in (*train_items(dataset), *dataset.extra, *dataset.query, *persons):
+        items.setdefault(tuple(paths_of(item)), item)
+    train = [*items.values()]
+    return Dataset(
+        dataset.name,
+        train,
+        [],
+        [],
+        title=f'{dataset.name} with query and gallery in the training set',
+        lengths=[len(paths) for paths in items] if dataset.kind == 'video' else [],
+        names=dataset.names,
+        no_cameras=dataset.no_cameras,
+    )
 
 
 def _check(datasets: Sequence[Dataset]) -> None:

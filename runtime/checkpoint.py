@@ -16,8 +16,9 @@ from data_manager import digests, fingerprint
 from models import loading
 from models.network import Network
 from page import results
+from page.runs import VALIDATION
 from readers.tree import Dataset
-from runtime import notices
+from runtime import chosen, notices
 from runtime.device import Run
 from runtime.errors import UserError
 from runtime.files import free_space
@@ -26,6 +27,8 @@ from runtime.meters import LossMeter
 from runtime.provenance import provenance
 from runtime.state import Stateful, advance, check, restore
 from utils import save_checkpoint
+
+HELD_OUT = f'{VALIDATION}/'  # how the names of the figures of a validation begin
 
 
 class Checkpoint:
@@ -49,6 +52,9 @@ class Checkpoint:
     run must repeat, `labels` a digest of the person behind each training label, and `provenance` the origin of the
     file. If a script gains options, they have their defaults in the files that it wrote before.
 
+    With --validate the best model is chosen by the mAP on the persons held out: `best_rank1` is the best mAP then,
+    `rank1` is None, and `validation` holds the figures of these persons. If nothing is tested, `rank1` is None, too.
+
     Raises:
         UserError: the file cannot be read, does not fit the model, or has a different recipe or other labels.
     """
@@ -61,6 +67,9 @@ class Checkpoint:
         self.labels = digests(dataset)
         self.epoch, self.start_batch, self.done = options.start_epoch, 0, 0  # the epoch, and how many of its batches
         self.best_rank1 = -1.0
+        self.validated = dataset.validation is not None
+        self.judged_by = 'validation mAP' if self.validated else 'Rank-1' if dataset.targets else ''
+        self.has_targets = bool(dataset.targets)
         self.saved = time.monotonic()
         self.meter: LossMeter | None = None  # None before the first step
         self.position: Path | None = None  # the file that contains the current state, if there is one
@@ -130,7 +139,8 @@ class Checkpoint:
         where = f'after epoch {self.epoch}'
         if self.start_batch:
             where = f'in epoch {self.epoch + 1} after batch {self.start_batch}'
-        print(f'Continuing {where}; best Rank-1 so far {max(self.best_rank1, 0):.1%}')
+        best = f'; best {self.judged_by} so far {max(self.best_rank1, 0):.1%}' if self.judged_by else ''
+        print(f'Continuing {where}{best}')
 
     def epochs(self, max_epoch: int) -> Iterator[int]:
         """The epochs that are left, counted from 0; the first one may continue at batch `start_batch`.
@@ -227,7 +237,8 @@ class Checkpoint:
         self.position = path = self.folder / f'resume_{self.epoch + 1}_{self.done}.pth.tar'
         if self.run.rank or not self._is_finite():
             return
-        if self._write(path, self._state(self.epoch - 1, self.done, max(self.best_rank1, 0.0))):
+        rank1 = max(self.best_rank1, 0.0) if self.judged_by == 'Rank-1' else None
+        if self._write(path, self._state(self.epoch - 1, self.done, rank1)):
             self.files.prune(POSITIONS, self.options.keep, path)
         self.saved = time.monotonic()
 
@@ -247,33 +258,61 @@ class Checkpoint:
     def tested(self, epoch: int, figures: dict[str, float], meter: LossMeter) -> None:
         """Write `checkpoint_ep{N}.pth.tar`, N counted from 1, and `best_model.pth.tar` if Rank-1 is the best so far.
 
-        The latter is a link to the former, if the file system has links; with --keep-tests, old ones are then deleted.
-        The first process writes. All processes hold the same state, and any number of processes can continue from it.
+        With --validate the mAP on the persons held out takes the place of Rank-1; without figures, because nothing is
+        tested, every epoch is the best one. The best model is a link to the former file, if the file system has links;
+        with --keep-tests, old ones are then deleted. The first process writes. All processes hold the same state, and
+        any number of processes can continue from it.
         """
         self.run.signals.hold()
-        rank1 = figures['rank1']
+        rank1 = figures.get('rank1')
+        held_out = {name.removeprefix(HELD_OUT): figures[name] for name in figures if name.startswith(HELD_OUT)}
+        score = held_out.get('mAP', rank1)
         best, earlier = self.folder / 'best_model.pth.tar', self.best_rank1
-        is_best = rank1 > earlier
+        is_best = score is None or score > earlier
         began_here = self.path is None or Path(self.path).resolve().parent == self.folder.resolve()
         if not is_best and began_here and not best.exists():
             is_best = True
             print(f'{best} is missing: the weights of this epoch replace it')
-        self.best_rank1 = max(rank1, earlier)
+        self.best_rank1 = earlier if score is None else max(score, earlier)
         self.position = path = self.folder / f'checkpoint_ep{epoch + 1}.pth.tar'
         if self.run.rank:
             return
         meter.tested(epoch, figures)
         if not self._is_finite():
             raise UserError(f'weights are not finite after epoch {epoch + 1}; nothing was saved. Try a lower --lr')
-        if not self._write(path, self._state(epoch, 0, rank1), is_best):
+        state = self._state(epoch, 0, rank1) | ({'validation': held_out} if held_out else {})
+        if not self._write(path, state, is_best):
             self.best_rank1 = earlier  # that of best_model.pth.tar, which was not replaced
         elif self.options.keep_tests:
             self.files.prune(TESTS, self.options.keep_tests, path)
         self.saved = time.monotonic()
-        if not self.options.no_report:
-            results.write_page(self.folder, self.run.unwritten)
+        if not figures:
+            print(f'{best} has the weights of this epoch, as nothing was tested')
+        elif not self.options.no_report:
+            results.write_page(self.folder / VALIDATION if held_out else self.folder, self.run.unwritten)
 
-    def _state(self, epoch: int, batch: int, rank1: float) -> dict[str, Any]:
+    def last_test(self, test: chosen.LastTest, meter: LossMeter) -> None:
+        """With --validate: test best_model.pth.tar on the data sets that are tested, once, after training.
+
+        Nothing is done without --validate, without such a data set, or if results.json is of these weights already: a
+        run that is resumed after its last epoch makes up for a test that was interrupted.
+
+        Raises:
+            UserError: there is no best_model.pth.tar, or the test fails.
+        """
+        if not self.validated or not self.has_targets:
+            return
+        folders = [self.folder, *([Path(self.path).parent] if self.path else [])]  # of a run resumed in another folder
+        best = chosen.load(self.model, folders, self.run)
+        if best is None:
+            return
+        figures = test.last(self.model, {'chosen': best, 'checkpoint': best['file']})
+        if self.run.rank == 0:
+            meter.tested(best['epoch'] - 1, figures)
+            if not self.options.no_report:
+                results.write_page(self.folder, self.run.unwritten)
+
+    def _state(self, epoch: int, batch: int, rank1: float | None) -> dict[str, Any]:
         return {
             'format': weights.FORMAT,
             'model': self.model.made,

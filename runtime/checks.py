@@ -47,6 +47,13 @@ def check_names(parser: Reporter, args: argparse.Namespace) -> None:
             check_name(parser, flag, name)
             if names.count(name) > 1:
                 parser.error(f'{flag}: {plain(name, 500)} is given twice; give each data set once')
+    if args.validate == 1:
+        parser.error('--validate 1: nobody would be left to train on; give a share below 1')
+    if args.select and args.validate and not args.evaluate:
+        parser.error(
+            '--select does not work with --validate, whose held-out persons choose best_model.pth.tar: remove one of '
+            'the two'
+        )
     if args.select and args.select not in tested:
         parser.error(
             f'--select {plain(args.select, 500)}: it is not tested; choose one of '

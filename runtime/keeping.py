@@ -5,7 +5,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from page import results
+from page.results import FILES
+from page.runs import TARGETS, VALIDATION
 
 # The names of the files that a run writes, and may therefore delete
 POSITIONS, TESTS, BEST = r'resume_\d+_\d+\.pth\.tar', r'checkpoint_ep\d+\.pth\.tar', r'best_model\.pth\.tar'
@@ -30,10 +31,10 @@ class RunFolder:
 
     def clear_results(self) -> None:
         """Delete the results of tests in the folder and in those below it; folders that are empty then are deleted."""
-        below = [*self.folder.glob(f'{results.TARGETS}/*/')]
+        below = [*self.folder.glob(f'{TARGETS}/*/'), self.folder / VALIDATION]
         for folder in (self.folder, *below):
-            RunFolder(folder, self.named).clear(*map(re.escape, results.FILES))
-        for folder in (*below, self.folder / results.TARGETS):
+            RunFolder(folder, self.named).clear(*map(re.escape, FILES))
+        for folder in (*below, self.folder / TARGETS):
             with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
 

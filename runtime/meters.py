@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from arguments import ShowOptions
 from eval_metrics import METRICS
+from page.runs import VALIDATION
 from runtime.device import Run
 from runtime.errors import UserError
 from runtime.files import write_whole
@@ -56,7 +57,8 @@ class LossMeter:
 
     On a terminal a progress bar replaces the lines, which then go to the log only; `quiet` keeps both off the screen.
     metrics.csv has a row for each line, for the rest of an epoch, and for each test. The figures of a tested data set
-    other than the first one have columns of their own, as market1501/rank1.
+    other than the first one have columns of their own, as market1501/rank1, and so have those of the persons held out
+    for validation, as validation/rank1.
 
     Attributes:
         count, total: batches of the current epoch: the number started, and the total.
@@ -164,7 +166,8 @@ class LossMeter:
 
     def tested(self, epoch: int, figures: dict[str, float]) -> None:
         """Record the figures of the test after `epoch` (from 0); called in the first process."""
-        self._record({'epoch': epoch + 1, **figures}, (epoch + 1) * self.total, 'test')
+        if figures:
+            self._record({'epoch': epoch + 1, **figures}, (epoch + 1) * self.total, 'test')
 
     def _print(self, bar: tqdm) -> None:
         self.read()
@@ -187,7 +190,8 @@ class LossMeter:
         with self.run.unwritten.excuse(self.options.save_dir):
             for name, value in row.items():
                 if name not in ('epoch', 'batch'):
-                    self.board.add_scalar(f'{board}/{name}', value, step)
+                    held_out = name.startswith(f'{VALIDATION}/')  # which is no test
+                    self.board.add_scalar(name if held_out else f'{board}/{name}', value, step)
             self.board.flush()
 
     def _add(self, row: dict[str, float]) -> None:

@@ -13,10 +13,32 @@ import ranking
 from arguments import TestOptions
 from readers.tree import Dataset, ids_of
 from runtime.device import Run
+from runtime.testset import Averaged
 
 EMBEDDED, EMBEDDED_ROWS = 12, 400  # identities and images whose features are kept for a plot
 
 Extracted = tuple[Tensor, Tensor]  # features (n, D) of this process's items, and the indices of these items (n,)
+
+
+def mean_features(features: Tensor, indices: Tensor, several: Averaged, run: Run, file: np.ndarray | None) -> Extracted:
+    """The features of the queries, each the mean of those (N, D) of the items of its person in its camera.
+
+    As the field's evaluations do it, the features are averaged as the single-query test compares them: here without
+    being normalised before or after.
+    """
+    groups, numbers = (torch.from_numpy(each) for each in (several.groups, several.of_queries))  # (N,), (Q,)
+    sizes = groups.bincount()  # (P,)
+    own = groups[indices]  # (n,)
+    order = own.argsort(stable=True).to(features.device)
+    parts = features[order].split(own.bincount(minlength=len(sizes)).tolist())
+    sums = run.sum(torch.stack([part.sum(0) for part in parts]))  # (P, D), in every process
+    rows = torch.arange(run.rank, len(numbers), run.world_size)  # (q,) of this process
+    numbers = numbers[rows].to(features.device)
+    means = sums[numbers] / sizes.to(features.device)[numbers, None]  # (q, D)
+    if file is not None:
+        file[rows.numpy()] = means.cpu().numpy()
+    print('Multi-query: the feature of a query is the mean over the images of its person in its camera')
+    return means, rows
 
 
 def rank(

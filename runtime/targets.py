@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from eval_metrics import METRICS
-from page.results import TARGETS
+from page.runs import TARGETS
 from runtime.errors import plain
 
 Figures = Mapping[str, float]  # the mean of each of METRICS
@@ -38,6 +38,12 @@ def named(figures: Mapping[str, Figures]) -> dict[str, float]:
         for number, (target, some) in enumerate(figures.items())
         for name, value in some.items()
     }
+
+
+def table(figures: Mapping[str, Figures], places: Sequence[str]) -> dict[str, dict[str, object]]:
+    """What results.json has of each target: its figures, and the folder of its results, seen from that of the first."""
+    rows = zip(figures.items(), places, strict=True)
+    return {name: {**some, 'folder': os.path.relpath(place, places[0])} for (name, some), place in rows}
 
 
 def show(figures: Mapping[str, Figures]) -> None:

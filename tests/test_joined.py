@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,6 @@ from test_own_data import equal, results, weights_of
 
 import data_manager
 import page
-import toy
 from arguments import DataOptions
 from readers import table
 from readers.joined import Joined
@@ -25,18 +23,6 @@ from runtime.errors import UserError
 
 XENT, HTRI, VIDEO = 'train_img_model_xent', 'train_img_model_xent_htri', 'train_vid_model_xent'
 BOTH = 'market1501,toy_market1501'
-SMALL = {'height': 48, 'width': 24, 'num_distractors': 2, 'seed': 1}
-
-
-@pytest.fixture(scope='module')
-def places(data_dir, tmp_path_factory):
-    """Two data sets of images and two of videos, whose persons have the same numbers."""
-    folder = tmp_path_factory.mktemp('places')
-    for name in ('market1501', 'mars'):
-        shutil.copytree(data_dir / name, folder / name)
-    toy.draw_market1501(folder / 'toy_market1501', num_train=5, num_test=4, num_images=4, **SMALL)
-    toy.draw_mars(folder / 'toy_mars', num_train=3, num_test=4, num_frames=(3, 4), **SMALL)
-    return folder
 
 
 def read(folder, *names) -> list[Dataset]:
