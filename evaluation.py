@@ -66,7 +66,8 @@ class Test:
         self.validation: TargetTest | None = None
         if dataset.validation and not options.evaluate:
             folder = os.path.join(options.save_dir, VALIDATION)
-            self.validation = TargetTest(dataset.validation, replace(options, save_dir=folder), run)
+            single = replace(options, save_dir=folder, multi_query=False)
+            self.validation = TargetTest(dataset.validation, single, run)
         if not options.no_report:
             results.check_packages()
 

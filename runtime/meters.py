@@ -167,7 +167,7 @@ class LossMeter:
     def tested(self, epoch: int, figures: dict[str, float]) -> None:
         """Record the figures of the test after `epoch` (from 0); called in the first process."""
         if figures:
-            self._record({'epoch': epoch + 1, **figures}, (epoch + 1) * self.total, 'test')
+            self._record({'epoch': epoch + 1, **figures}, (epoch + 1) * (self.total or 1), 'test')
 
     def _print(self, bar: tqdm) -> None:
         self.read()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from eval_metrics import METRICS
 from page.runs import TARGETS
-from runtime.errors import plain
+from runtime.errors import UserError, plain
 
 Figures = Mapping[str, float]  # the mean of each of METRICS
 
@@ -17,7 +17,11 @@ def folders(save_dir: str, names: Sequence[str]) -> list[str]:
     """The folder of the results of each target: `save_dir` of the first one, for each other one a folder below it.
 
     It is named as the target is: csv_people.csv for csv:my tables/people.csv.
+
+    Raises UserError for two targets of one name, which only classes of one's own can have.
     """
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f'two data sets that are tested have the name {plain(twice[0], 500)}; give one another name')
     taken: list[str] = []
     for name in names[1:]:
         form, colon, place = name.partition(':')
