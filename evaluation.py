@@ -82,7 +82,7 @@ class Test:
             UserError: an image cannot be read, features are not finite, or --save-features cannot write them.
         """
         if self.validation:
-            more = {'validation': True, 'notices': [HELD_OUT]}
+            more = {'validation': True, 'part_of_a_test': True, 'notices': [HELD_OUT]}
             figures = self._test(model, [self.validation], '==> Validation, on persons held out of training', more)
             return {f'{VALIDATION}/{name}': value for name, value in figures.items()}
         return self._test(model, self.targets, 'Evaluate only' if self.options.evaluate else '==> Test', {})
@@ -162,6 +162,7 @@ class TargetTest:
         if result is None:
             return
         folder = self.options.save_dir
+        more = more | ({'part_of_a_test': True} if self.apart else {})
         results.write(folder, self._summary(result) | more, self.dataset, result, self.arrays, self.run.unwritten)
         if (self.options.evaluate or self.apart) and not self.options.no_report:  # otherwise after metrics.csv
             results.write_page(folder, self.run.unwritten)

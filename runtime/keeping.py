@@ -7,6 +7,7 @@ from pathlib import Path
 
 from page.results import FILES
 from page.runs import TARGETS, VALIDATION
+from utils import read_json
 
 # The names of the files that a run writes, and may therefore delete
 POSITIONS, TESTS, BEST = r'resume_\d+_\d+\.pth\.tar', r'checkpoint_ep\d+\.pth\.tar', r'best_model\.pth\.tar'
@@ -30,12 +31,13 @@ class RunFolder:
                 path.unlink()
 
     def clear_results(self) -> None:
-        """Delete the results of tests in the folder and in those below it; folders that are empty then are deleted."""
-        below = [*self.folder.glob(f'{TARGETS}/*/'), self.folder / VALIDATION]
-        for folder in (self.folder, *below):
+        """Delete the results of tests, also those that a run wrote below its folder; then folders that are empty."""
+        below = [*self.folder.glob(f'{TARGETS}/*'), self.folder / VALIDATION]
+        written = [folder for folder in below if _is_part(folder)]
+        for folder in (self.folder, *written):
             RunFolder(folder, self.named).clear(*map(re.escape, FILES))
-        for folder in (*below, self.folder / TARGETS):
-            with contextlib.suppress(OSError):  # it is not empty
+        for folder in (*written, self.folder / TARGETS):
+            with contextlib.suppress(OSError):  # it is not empty, or not there
                 folder.rmdir()
 
     def prune(self, written: str, number: int, newest: Path) -> None:
@@ -69,3 +71,11 @@ def age(path: Path) -> tuple[int, list[int], str]:
     with contextlib.suppress(OSError):
         modified = path.stat().st_mtime_ns
     return -modified, [-int(number) for number in re.findall(r'\d+', path.name)], path.name
+
+
+def _is_part(folder: Path) -> bool:
+    """Whether the results in a folder are those of a part of a run's test, and not of a test of their own."""
+    with contextlib.suppress(OSError, ValueError):
+        found = read_json(folder / 'results.json')
+        return isinstance(found, dict) and bool(found.get('part_of_a_test'))
+    return False

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -171,6 +172,8 @@ def test_names_of_folders_are_readable_and_safe():
     assert [folder.removeprefix('log/targets/') for folder in others[:3]] == [
         'csv_my_people.csv', 'csv_my_people.csv_2', 'market1501'
     ]  # fmt: skip
+    with pytest.raises(UserError, match='two data sets that are tested have the name a'):
+        targets.folders('log', ['a', 'b', 'a'])
     assert all(re.fullmatch(r'log/targets/\w[\w.-]*', folder) for folder in others)
 
 
@@ -250,9 +253,9 @@ def test_overwrite_clears_what_a_run_wrote_below_its_folder(places, tmp_path, sc
     assert (below / 'results.json').exists()
     mine = log / 'targets' / 'mine'
     mine.mkdir()
-    (mine / 'notes.txt').touch()
+    shutil.copy(log / 'results.json', mine)  # of a test of its own
     assert script(XENT, *how, '--overwrite') == 0
-    assert not below.exists() and [*mine.iterdir()] == [mine / 'notes.txt'] and 'targets' not in results(log)
+    assert not below.exists() and [*mine.iterdir()] == [mine / 'results.json'] and 'targets' not in results(log)
     assert script(XENT, *how, '-t', BOTH, '--overwrite') == 0 and (below / 'results.json').exists()
 
 

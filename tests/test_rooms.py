@@ -100,7 +100,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.files': '',
     'runtime.images': 'readers.tree runtime.decoding',
     'runtime.index': 'runtime.tiles',
-    'runtime.keeping': 'page.results page.runs',
+    'runtime.keeping': 'page.results page.runs utils',
     'runtime.kinds': '',
     'runtime.launch': (
         'arguments runtime.commands runtime.console runtime.device runtime.files runtime.memory runtime.processes '

@@ -354,6 +354,12 @@ def test_videos_and_no_test_set(places, tmp_path, script, capsys):
     assert results(tmp_path / 'tested')['dataset'] == 'mars'
 
 
+def test_a_validation_takes_single_queries(script, tmp_path):
+    """One of each person and camera is a query, so that there is nothing to average; the test does as it is told."""
+    assert script(XENT, '--validate', 0.4, '--multi-query', '--max-epoch', 1, '--save-dir', tmp_path) == 0
+    assert results(tmp_path)['multi_query']['items'] > 0 and results(tmp_path / 'validation')['multi_query'] is False
+
+
 def test_a_best_model_that_is_gone_is_one_line(validated, script, capsys):
     (validated / 'best_model.pth.tar').unlink()
     assert script(XENT, *HOW, '--save-dir', validated, '--auto-resume') == 2
