@@ -29,7 +29,7 @@ from runtime.features import create_features, keep_features
 from runtime.meters import bar_over
 from runtime.provenance import provenance
 from runtime.ranks import Extracted, mean_features, rank, rerank, sample
-from runtime.testset import averaged, check_files, check_items, fitting
+from runtime.testset import averaged, check_files, check_items, check_script, fitting
 from transforms import TestTransform
 
 MAX_RANK = 50
@@ -54,6 +54,7 @@ class Test:
     """
 
     def __init__(self, dataset: Dataset, options: TestOptions, run: Run):
+        check_script(dataset, options)
         self.options, self.run = options, run
         names = [target.name for target in dataset.targets]
         known = names if options.targets or len(names) != 1 else [options.dataset]

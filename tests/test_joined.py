@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY
-from test_distributed import torchrun
+from conftest import TINY
 from test_own_data import equal, results, weights_of
 
 import data_manager
@@ -272,16 +271,6 @@ def test_evaluate_on_others(places, tmp_path, script, capsys):
     (notice,) = re.findall(r'Notice: (.*)', capsys.readouterr().out)
     assert notice.endswith(f'was trained with -d {BOTH}, and is tested with -d {name}')
     assert results(tmp_path / 'again')['notices'] == []  # of market1501
-
-
-def test_two_processes_test_each_target_as_one_does(places, tmp_path, script):
-    assert script(XENT, '-d', BOTH, '--data-dir', places, '--max-epoch', 1, '--save-dir', tmp_path / 'log') == 0
-    how = ['--evaluate', '--resume', tmp_path / 'log/checkpoint_ep1.pth.tar', '-t', BOTH, '--data-dir', places]
-    one = torchrun(
-        2, ROOT / 'tests/tiny.py', f'{XENT}.py', *TINY, *how, '--pretrained', 'none', '--save-dir', tmp_path / 'two'
-    )
-    assert (one.returncode, one.stderr) == (0, ''), one.stderr
-    assert results(tmp_path / 'two')['targets'] == results(tmp_path / 'log')['targets']
 
 
 def test_videos(places, tmp_path, script, capsys):

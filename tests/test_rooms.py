@@ -119,7 +119,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.state': 'arguments',
     'runtime.system': 'runtime.commands',
     'runtime.targets': 'eval_metrics page.runs',
-    'runtime.testset': 'arguments eval_metrics readers.tree runtime.device runtime.paths',
+    'runtime.testset': 'arguments data_manager eval_metrics readers.tree runtime.device runtime.paths',
     'runtime.tiles': 'runtime.precision',
     'runtime.unpickling': 'runtime.kinds',
     'runtime.values': '',

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import sys
 
 import pytest
 import torch
@@ -324,7 +325,7 @@ def test_tensorboard_has_names_of_their_own(script, tmp_path, monkeypatch):
 
 
 def test_two_processes(places, tmp_path, script):
-    """Both test the weights that the first one reads."""
+    """Both test each data set with the weights that the first one reads, and as one process does."""
     how = [*TINY, '--validate', 0.4, '--data-dir', places, '--pretrained', 'none', '--train-batch', 8, '--lr', 0.05]
     how += ['--max-epoch', 3, '--eval-step', 1, '-t', BOTH, '--save-dir', tmp_path]
     two = torchrun(2, ROOT / 'tests/tiny.py', f'{HTRI}.py', *how)
@@ -365,6 +366,26 @@ def test_a_best_model_that_is_gone_is_one_line(validated, script, capsys):
     assert script(XENT, *HOW, '--save-dir', validated, '--auto-resume') == 2
     err = capsys.readouterr().err
     assert err.count('\n') == 1 and 'best_model.pth.tar is missing, so nothing was tested' in err
+
+
+@pytest.mark.parametrize(
+    ('options', 'flag'),
+    [(['--validate', 0.4], '--validate'), (['--combine'], '--combine'), (['-t', 'toy_market1501'], '-t'), ([], '')],
+)
+@pytest.mark.parametrize('evaluate', [False, True])
+def test_a_script_that_reads_one_data_set(options, flag, evaluate, places, script, tmp_path, monkeypatch, capsys):
+    """As copies of a script do that are older than these options: none is ignored in silence."""
+    text = (ROOT / f'{XENT}.py').read_text()
+    text = re.sub(r'    checkpoint\.last_test.*\n', '', text)
+    old = 'init_dataset(args.dataset, args.data_dir, not args.evaluate)'
+    (tmp_path / 'train_img_model_old.py').write_text(text.replace('init_datasets(args.data)', old))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'train_img_model_old', raising=False)
+    how = ['--data-dir', places, '--max-epoch', 1, '--save-dir', tmp_path / 'log', *['--evaluate'] * evaluate]
+    refused = flag and not (evaluate and flag == '--validate')
+    assert script('train_img_model_old', *options, *how) == (2 if refused else 0)
+    if refused:
+        assert f'error: this script does not know {flag}: create its data set with' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
