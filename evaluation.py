@@ -85,6 +85,7 @@ class Test:
         if self.validation:
             more = {'validation': True, 'part_of_a_test': True, 'notices': [HELD_OUT]}
             figures = self._test(model, [self.validation], '==> Validation, on persons held out of training', more)
+            print('The figures above are of persons held out of training, not of a test set')
             return {f'{VALIDATION}/{name}': value for name, value in figures.items()}
         return self._test(model, self.targets, 'Evaluate only' if self.options.evaluate else '==> Test', {})
 

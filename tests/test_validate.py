@@ -244,6 +244,9 @@ def test_the_test_set_is_used_once(validated, script, tmp_path, capsys):
     out = (validated / 'log_train.txt').read_text()
     assert out.count('==> Validation, on persons held out of training\n') == 3 and out.count('==> Test\n') == 1
     assert out.index('Testing ') > out.rindex('==> Validation') and out.index('==> Test\n') > out.index('Testing ')
+    assert (
+        out.count('------------------\nThe figures above are of persons held out of training, not of a test set\n') == 3
+    )
     rows = rows_of(validated)
     validations = [row for row in rows if row['validation/mAP']]
     (last,) = (row for row in rows if row['mAP'])
