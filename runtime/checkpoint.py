@@ -40,6 +40,7 @@ class Checkpoint:
                 ...
                 checkpoint.after_step(epoch, meter)
             checkpoint.tested(epoch, test(model), meter)
+        checkpoint.last_test(test, meter)
 
     Everything that has a `state_dict` and changes during training is passed here: the `model`, optimizers, schedulers
     and criteria with parameters. With `--resume` or `--auto-resume` their state is restored on construction. With
