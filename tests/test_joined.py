@@ -244,6 +244,17 @@ def test_the_page_has_a_row_and_a_link_for_each(places, tmp_path, script, monkey
         page.write(log)
 
 
+def test_cameras_are_a_matter_of_each_target(places, tmp_path, script):
+    (dataset,) = read(places, 'toy_market1501')
+    dataset.no_cameras = True
+    table.write(dataset, str(tmp_path / 'unknown.csv'))
+    log = tmp_path / 'log'
+    how = ['--data-dir', places, '-t', f'market1501,csv:{tmp_path}/unknown.csv', '--max-epoch', 1, '--save-dir', log]
+    assert script(XENT, *how) == 0
+    assert results(log)['any_camera'] is False
+    assert results(log / 'targets' / 'csv_unknown.csv')['any_camera'] is True
+
+
 def test_overwrite_clears_what_a_run_wrote_below_its_folder(places, tmp_path, script):
     log = tmp_path / 'log'
     how = ['-d', 'market1501', '--data-dir', places, '--max-epoch', 1, '--save-dir', log]
