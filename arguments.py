@@ -55,7 +55,17 @@ def option(default: Value, text: str, *names: str, under: str = '', **how: Any) 
 class Recipe:
     """The options of the experiment. A resumed run must use the same values, except for FREE."""
 
-    dataset: str = option('', 'one of {datasets}, or your own data: {own}, see docs/data.md', '-d')
+    dataset: str = option('',
+        'one of {datasets}, or your own data: {own}, see docs/data.md; several, separated by commas, are trained on '
+        'together', '-d')  # fmt: skip
+    targets: str = option('', 'data sets that are tested in place of those of -d, separated by commas', '-t')
+    select: str = option('', 'the tested data set by which best_model.pth.tar is chosen; by default the first one')
+    combine: bool = option(False,
+        'train on query and gallery of the data sets of -d too, for weights that are to be used; they are not tested '
+        'then')  # fmt: skip
+    validate: float = option(0.0,
+        'share of the training persons who are held out, to choose best_model.pth.tar by their mAP; the test set is '
+        'used once, at the end', metavar='SHARE', type=fraction)  # fmt: skip
     test_share: float = option(0.5, 'of the persons of folder:DIR without a split, the share drawn for the test',
         type=fraction)  # fmt: skip
     arch: str = option('resnet50', 'one of {models}', '-a')

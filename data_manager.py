@@ -1,30 +1,36 @@
-"""The data sets by name: `init_dataset(name)` -> train, query, gallery.
+"""The data sets by name: `init_dataset(name)` -> train, query, gallery; `init_datasets` for those of an experiment.
 
 A scan reads file names and tables, nothing else: no image is opened or looked up on disk. Commands:
 
     python data_manager.py -d market1501                          # opens every image, and reports faults
     python data_manager.py -d market1501 --write-csv table.csv    # writes it as a table, for -d csv:table.csv
     python data_manager.py -d market1501 --sheet sheet.html       # writes a contact sheet of its persons
+
+Several data sets, -d A,B, are checked one after the other, and written as one.
 """
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 import toy
 from readers import cuhk03, folder, table
 from readers.faults import check
+from readers.joined import Joined, combined
 from readers.market1501 import Market, Market1501
 from readers.market1501_500k import Market1501With500k
 from readers.mars import Mars
 from readers.msmt17 import Msmt17
-from readers.tree import Dataset
+from readers.split import hold_out
+from readers.tree import Dataset, paths_of
 from runtime import commands, values
 from runtime.errors import UserError, plain
 
-__all__ = ['Market1501', 'Mars', 'get_names', 'init_dataset']
+__all__ = ['Market1501', 'Mars', 'get_names', 'init_dataset', 'init_datasets']
 
 
 def toy_market1501(data_dir: str, hard: bool = False) -> Market1501:
@@ -73,6 +79,12 @@ OWN_NAMES = 'csv:FILE, folder:DIR or market:DIR'
 def get_names(kind: str | None = None) -> list[str]:
     """The names that `init_dataset` accepts: all of them, or those of one kind, 'image' or 'video'; without OWN."""
     return [*(IMAGES if kind != 'video' else ()), *(TRACKLETS if kind != 'image' else ())]
+
+
+def names_of(text: str) -> list[str]:
+    """The names in a list such as A,B. A comma in a path separates nothing unless a known name stands behind it."""
+    known = '|'.join(map(re.escape, get_names()))
+    return re.split(rf',(?=(?:{known})(?:,|$)|(?:{"|".join(OWN)}):)', text)
 
 
 def kind_of(name: str) -> str:
@@ -135,6 +147,118 @@ def _why(dataset: Dataset) -> str:
     return plain(dataset.untrainable, 500).removesuffix('; expected:')
 
 
+class Choice(Protocol):
+    """The options of an experiment that name its data sets, see `arguments`."""
+
+    @property
+    def dataset(self) -> str: ...
+    @property
+    def targets(self) -> str: ...
+    @property
+    def select(self) -> str: ...
+    @property
+    def combine(self) -> bool: ...
+    @property
+    def validate(self) -> float: ...
+    @property
+    def data_dir(self) -> str: ...
+    @property
+    def test_share(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def evaluate(self) -> bool: ...
+
+
+def init_datasets(options: Choice) -> Dataset:
+    """The data set that an experiment trains on, joined from those of -d.
+
+    Its `targets` are tested: those of -t, or else those of -d that have query and gallery; first that of --select.
+    There may be none with --combine, which trains on query and gallery of the data sets of -d, or with --validate,
+    whose `validation` is made of persons who are held out of each of them. With --evaluate nobody is held out; if -t
+    is given too, nothing of -d is read, and the first target is returned.
+
+    Raises UserError as `init_dataset` and `Joined` do; if there is nothing to test, or not that of --select; and if
+    nobody can be held out, or too few persons are left to train on.
+    """
+    names, tested = names_of(options.dataset), names_of(options.targets) if options.targets else []
+    validate = 0.0 if options.evaluate else options.validate
+
+    def read(name: str, train: bool) -> Dataset:
+        return init_dataset(name, options.data_dir, train, options.test_share, options.seed)
+
+    if len(names) == 1 and not (tested or options.combine or validate):
+        return read(options.dataset, not options.evaluate)
+    sets = {name: read(name, not options.evaluate) for name in names if not (options.evaluate and tested)}
+    targets = {
+        name: sets[name] if name in sets else read(name, False)
+        for name in tested or names
+        if not (options.combine and name in names)
+    }
+    for name, dataset in list(targets.items()):
+        if not tested and not (dataset.query and dataset.gallery):
+            print(f'{plain(name, 500)} has no {"gallery" if dataset.query else "query"}, and is not tested')
+            del targets[name]
+    _check_targets([*targets], options)
+    ordered = [targets[name] for name in sorted(targets, key=lambda name: name != options.select)]
+    dataset = ordered[0] if options.evaluate else _training_set([*sets.values()], options)
+    for target in ordered if not options.evaluate and (tested or options.combine) else ():
+        _note_shared(dataset, target)
+    dataset.targets = ordered
+    return dataset
+
+
+def _check_targets(targets: list[str], options: Choice) -> None:
+    """Report what --combine leaves out; UserError if nothing is left to test but should be, or not that of --select."""
+    for name in names_of(options.dataset) if options.combine else ():
+        print(f'{plain(name, 500)} is not tested: --combine trains on its query and gallery')
+    if options.select and options.select not in targets:
+        listed = ', '.join(plain(name, 500) for name in targets)
+        raise UserError(
+            f'--select {plain(options.select, 500)}: it is not tested; '
+            f'{f"choose one of {listed}" if targets else "give the data sets to test with -t"}'
+        )
+    if not targets and (options.evaluate or not (options.combine or options.validate)):
+        raise UserError(
+            f'-d {plain(options.dataset, 500)}: there is nothing to test'
+            f'{"" if options.combine else ", as none of them has query and gallery"}; give -t NAME'
+        )
+    if not targets:
+        print('No data set is left to test')
+
+
+def _training_set(sets: Sequence[Dataset], options: Choice) -> Dataset:
+    """The data sets as one, with query and gallery if --combine is given, and a `validation` with --validate."""
+    if options.combine:
+        sets = [combined(dataset) for dataset in sets]
+    if not options.validate:
+        return sets[0] if len(sets) == 1 else Joined(sets)
+    pairs = [hold_out(dataset, options.validate, options.seed) for dataset in sets]
+    for dataset, held in pairs:
+        if held is None:
+            print(f'Nobody of {plain(dataset.name, 500)} is held out: no person {_CANNOT[dataset.no_cameras]}')
+    validations = [held for _, held in pairs if held is not None]
+    if not validations:
+        raise UserError(
+            f'--validate {options.validate:g}: nobody can be held out of -d {plain(options.dataset, 500)}, as no '
+            f'person {_CANNOT[sets[0].no_cameras]}; omit the option'
+        )
+    rest = pairs[0][0] if len(pairs) == 1 else Joined([rest for rest, _ in pairs])
+    rest.validation = validations[0] if len(validations) == 1 else Joined(validations)
+    return rest
+
+
+_CANNOT = {False: 'is seen by two cameras', True: 'has two images'}
+
+
+def _note_shared(dataset: Dataset, target: Dataset) -> None:
+    """Report how many of the items that are tested are trained on: figures of another copy of the data, for example."""
+    trained = {os.path.abspath(paths_of(item)[0]) for item in dataset.train}
+    items = [*target.query, *target.gallery]
+    if number := sum(os.path.abspath(paths_of(item)[0]) in trained for item in items):
+        print(f'Notice: {number} of the {len(items)} items of {plain(target.name, 500)} that are tested are trained on')
+
+
 def fingerprint(dataset: Dataset, subsets: Sequence[str] = ('train', 'query', 'gallery')) -> str:
     """16 hexadecimal digits that identify the file names, pids and camids of `subsets`, wherever the files are."""
     digest = hashlib.sha256()
@@ -179,14 +303,19 @@ def main() -> int:
     started = time.monotonic()
     if args.jobs < 1:
         raise UserError(f'-j {args.jobs}: at least one process is needed')
-    dataset = init_dataset(args.dataset, args.data_dir, False, args.test_share, args.seed)
+    datasets = {
+        name: init_dataset(name, args.data_dir, False, args.test_share, args.seed) for name in names_of(args.dataset)
+    }
+    if not (args.write_csv or args.sheet):
+        return max(_check(dataset, name, args.jobs, started) for name, dataset in datasets.items())
+    dataset = Joined([*datasets.values()]) if len(datasets) > 1 else next(iter(datasets.values()))
     if args.write_csv:
         print(f'Wrote {plain(args.write_csv, 500)}: {table.write(dataset, args.write_csv)} rows')
     if args.sheet:
         from page import sheet  # of the pages, this command rarely needs one
 
         print(f'Wrote {plain(str(sheet.write(dataset, args.sheet)), 500)}, {sheet.PRIVATE}')
-    return 0 if args.write_csv or args.sheet else _check(dataset, args.dataset, args.jobs, started)
+    return 0
 
 
 def _check(dataset: Dataset, name: str, jobs: int, started: float) -> int:

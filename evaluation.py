@@ -5,7 +5,9 @@ extracted once; no feature of the gallery leaves its process.
 """
 
 import datetime
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,24 +20,33 @@ from dataset_loader import ImageDataset, TestLoader, VideoDataset, test_loader
 from eval_metrics import METRICS
 from models.network import Network
 from page import cameras, results
+from page.runs import VALIDATION
 from readers.tree import Dataset, Item, ids_of
-from runtime import notices
+from runtime import notices, targets
 from runtime.device import Run
+from runtime.errors import plain
 from runtime.features import create_features, keep_features
 from runtime.meters import bar_over
 from runtime.provenance import provenance
-from runtime.testset import Averaged, averaged, check_files, check_items, fitting
+from runtime.ranks import Extracted, mean_features, rank, rerank, sample
+from runtime.testset import averaged, check_files, check_items, check_script, fitting
 from transforms import TestTransform
 
 MAX_RANK = 50
-EMBEDDED, EMBEDDED_ROWS = 12, 400  # identities and images whose features are kept for a plot
+HELD_OUT = (
+    'these figures are of persons held out of the training set, by which best_model.pth.tar is chosen; they are not '
+    'those of a test set'
+)
 FRAMES = 15  # with --seq-len 0, frames for each of --test-batch: as many as there are by default
-
-Extracted = tuple[Tensor, Tensor]  # features (n, D) of this process's items, and the indices of these items (n,)
 
 
 class Test:
-    """The test of an experiment: `figures = test(model)`, a dict with the mean of each of METRICS (0..1).
+    """The tests of an experiment: `figures = test(model)`, a dict with the mean of each of METRICS (0..1).
+
+    Tested is each of the `targets` of the data set. The figures of the first one have the names of METRICS, those of
+    another one begin with its name, as in `market1501/rank1`. If persons are held out for validation, they are tested
+    in place of the targets, their figures begin with `validation/`, and `last` tests the targets. Without a target the
+    figures are {}.
 
     Raises:
         UserError: the test is known to fail before training starts: query or gallery is empty, no query has a match, a
@@ -43,13 +54,21 @@ class Test:
     """
 
     def __init__(self, dataset: Dataset, options: TestOptions, run: Run):
-        options = fitting(options, dataset)
-        self.dataset, self.options, self.run = dataset, options, run
-        self.ids = check_items(dataset, options.any_camera, run)
-        self.averaged = averaged(dataset) if options.multi_query else None
-        more = [self.averaged.items] if self.averaged else []
-        subsets = (tested_items(items, options) for items in (dataset.query, dataset.gallery, *more))
-        check_files(list(dict.fromkeys(path for items in subsets for path in items.files())), run)
+        check_script(dataset, options)
+        self.options, self.run = options, run
+        names = [target.name for target in dataset.targets]
+        known = names if options.targets or len(names) != 1 else [options.dataset]
+        self.targets = [
+            TargetTest(target, replace(options, dataset=name, save_dir=folder), run, folder != options.save_dir)
+            for target, name, folder in zip(
+                dataset.targets, known, targets.folders(options.save_dir, names), strict=True
+            )
+        ]
+        self.validation: TargetTest | None = None
+        if dataset.validation and not options.evaluate:
+            folder = os.path.join(options.save_dir, VALIDATION)
+            single = replace(options, save_dir=folder, multi_query=False)
+            self.validation = TargetTest(dataset.validation, single, run)
         if not options.no_report:
             results.check_packages()
 
@@ -63,32 +82,92 @@ class Test:
         Raises:
             UserError: an image cannot be read, features are not finite, or --save-features cannot write them.
         """
+        if self.validation:
+            more = {'validation': True, 'part_of_a_test': True, 'notices': [HELD_OUT]}
+            figures = self._test(model, [self.validation], '==> Validation, on persons held out of training', more)
+            print('The figures above are of persons held out of training, not of a test set')
+            return {f'{VALIDATION}/{name}': value for name, value in figures.items()}
+        return self._test(model, self.targets, 'Evaluate only' if self.options.evaluate else '==> Test', {})
+
+    def last(self, model: Network, more: dict[str, object]) -> dict[str, float]:
+        """Test the targets of a run that was validated; `more` is added to results.json."""
+        return self._test(model, self.targets, '==> Test', more)
+
+    def _test(
+        self, model: Network, tests: Sequence['TargetTest'], heading: str, more: dict[str, object]
+    ) -> dict[str, float]:
+        if not tests:
+            print('No test: no data set is left to test')
+            return {}
         self.run.signals.release()  # there is nothing to save until the next epoch
-        self.options, self.notices = notices.before_test(model, self.dataset, self.options, self.run)
-        for notice in self.notices:
+        self.options = notices.as_in_project(self.options, model)
+        for test in tests:
+            test.prepare(model, self.options)
+        for notice in dict.fromkeys(notice for test in tests for notice in test.notices):
             print(f'Notice: {notice}')
-        print('Evaluate only' if self.options.evaluate else '==> Test')
+        print(heading)
         self.run.unify(model)
+        figures: dict[str, dict[str, float]] = {}
+        for test in tests:
+            if len(tests) > 1:
+                print(f'Target {plain(test.dataset.name, 500)}')
+            figures[test.dataset.name] = test(model)
+        table: dict[str, object] = {}
+        if len(tests) > 1:
+            targets.show(figures)
+            table = {'targets': targets.table(figures, [test.options.save_dir for test in tests])}
+        for test in tests:
+            test.write({**more, **(table if test is tests[0] else {})})
+        return targets.named(figures)
+
+
+class TargetTest:
+    """The test of one data set, whose results are written by `write`; `apart`: not into --save-dir, but below it."""
+
+    def __init__(self, dataset: Dataset, options: TestOptions, run: Run, apart: bool = False):
+        options = fitting(options, dataset)
+        self.dataset, self.options, self.run, self.apart = dataset, options, run, apart
+        self.ids = check_items(dataset, options.any_camera, run)
+        self.averaged = averaged(dataset) if options.multi_query else None
+        more = [self.averaged.items] if self.averaged else []
+        subsets = (tested_items(items, options) for items in (dataset.query, dataset.gallery, *more))
+        check_files(list(dict.fromkeys(path for items in subsets for path in items.files())), run)
+        self.notices: list[str] = []
+        self.result: ranking.Ranking | None = None  # of the last test, in the first process
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def prepare(self, model: Network, options: TestOptions) -> None:
+        """Adopt the `options` of a test; with --evaluate, compare it with the training of the weights."""
+        own = {name: getattr(self.options, name) for name in ('dataset', 'save_dir', 'any_camera')}
+        self.options = replace(options, **own)
+        if options.evaluate:
+            self.notices = notices.of_test(model, self.dataset, self.options, self.run)
+
+    def __call__(self, model: Network) -> dict[str, float]:
         query, gallery = (self._extract(model, subset) for subset in ('query', 'gallery'))
         if self.options.save_features:
             keep_features(self.options.save_dir, self.run)
         print('Computing distance matrix')  # the original's line; no matrix is kept
         print('Computing CMC and mAP')
-        result = self._rank(query, gallery)
-        by_camera = self._by_camera(query, gallery)
-        shown = sample(query, gallery, self.dataset, self.run)
+        self.result = self._rank(query, gallery)
+        self.arrays = self._by_camera(query, gallery) | sample(query, gallery, self.dataset, self.run)
         values = torch.zeros(len(METRICS), dtype=torch.float64)
-        if result:  # in the first process
-            ranking.show(result, self.options.any_camera)
-            figures = result.figures()
+        if self.result:
+            ranking.show(self.result, self.options.any_camera)
+            figures = self.result.figures()
             values = torch.tensor([figures[metric.name] for metric in METRICS], dtype=torch.float64)
-            folder = self.options.save_dir
-            results.write(
-                folder, self._summary(result), self.dataset, result, {**by_camera, **shown}, self.run.unwritten
-            )
-            if self.options.evaluate and not self.options.no_report:  # training: after metrics.csv
-                results.write_page(folder, self.run.unwritten)
         return dict(zip((metric.name for metric in METRICS), self.run.sum(values).tolist(), strict=True))
+
+    def write(self, more: dict[str, object]) -> None:
+        """Write the files of the last test; `more` is added to results.json."""
+        result, self.result = self.result, None
+        if result is None:
+            return
+        folder = self.options.save_dir
+        more = more | ({'part_of_a_test': True} if self.apart else {})
+        results.write(folder, self._summary(result) | more, self.dataset, result, self.arrays, self.run.unwritten)
+        if (self.options.evaluate or self.apart) and not self.options.no_report:  # otherwise after metrics.csv
+            results.write_page(folder, self.run.unwritten)
 
     def _extract(self, model: Network, subset: str) -> Extracted:
         items = getattr(self.dataset, subset)
@@ -100,27 +179,7 @@ class Test:
             subset, items = 'multi-query', several.items
         extracted = extract(model, items, self.options, self.run, None if several else file)
         print(f'Extracted features for {subset} set, obtained {len(items)}-by-{extracted[0].size(1)} matrix')
-        return self._means(*extracted, several, file) if several else extracted
-
-    def _means(self, features: Tensor, indices: Tensor, several: Averaged, file: np.ndarray | None) -> Extracted:
-        """The features of the queries, each the mean of those (N, D) of the items of its person in its camera.
-
-        As the field's evaluations do it, the features are averaged as the single-query test compares them: here without
-        being normalised before or after.
-        """
-        groups, numbers = (torch.from_numpy(each) for each in (several.groups, several.of_queries))  # (N,), (Q,)
-        sizes = groups.bincount()  # (P,)
-        own = groups[indices]  # (n,)
-        order = own.argsort(stable=True).to(features.device)
-        parts = features[order].split(own.bincount(minlength=len(sizes)).tolist())
-        sums = self.run.sum(torch.stack([part.sum(0) for part in parts]))  # (P, D), in every process
-        rows = torch.arange(self.run.rank, len(numbers), self.run.world_size)  # (q,) of this process
-        numbers = numbers[rows].to(features.device)
-        means = sums[numbers] / sizes.to(features.device)[numbers, None]  # (q, D)
-        if file is not None:
-            file[rows.numpy()] = means.cpu().numpy()
-        print('Multi-query: the feature of a query is the mean over the images of its person in its camera')
-        return means, rows
+        return mean_features(*extracted, several, self.run, file) if several else extracted
 
     def _rank(self, query: Extracted, gallery: Extracted) -> ranking.Ranking | None:
         """The ranking, in the first process; None in the others."""
@@ -276,72 +335,6 @@ def _batches(
                 found = (found + model(batch.flip(3)).float()) / 2
         yield found, indices, counts
     model.train(was_training)
-
-
-def rank(
-    query: Extracted, gallery: Extracted, ids: Sequence[np.ndarray], run: Run, distance: str = 'euclidean'
-) -> ranking.Ranking:
-    """The ranking of the whole gallery, in every process, from what `extract` returned in each.
-
-    ids: the pids of query and gallery, then their camids
-
-    All processes receive the features of all queries. The counts in their parts of the gallery add up to exact ranks.
-    """
-    features, places = gallery[0], gallery[1].numpy()  # (m, D), (m,)
-    number = len(ids[0])
-    queries, items = ranking.points(_collect(*query, number, run), features, number, len(places), distance)
-    pairs = ranking.same_identity(*ids)
-    distances = _sum(ranking.measure(queries, items, places, pairs), run)  # (P,), each from the process with the item
-    tally = ranking.count(queries, items, places, pairs, distances)
-    listed = run.stack(torch.from_numpy(tally.nearest)).transpose(0, 1).flatten(1)  # (Q, W * NEAREST)
-    nearest = listed.sort(1).values[:, : ranking.NEAREST].numpy()  # (Q, NEAREST)
-    return ranking.assemble(
-        pairs, distances, ranking.Tally(_sum(tally.counts, run), nearest, _sum(tally.histogram, run))
-    )
-
-
-def sample(query: Extracted, gallery: Extracted, dataset: Dataset, run: Run) -> dict[str, np.ndarray]:
-    """The features of the EMBEDDED identities with the most images, for a plot; the same in every process."""
-    q_pids, g_pids, q_camids, g_camids = ids_of(dataset.query, dataset.gallery)
-    pids, camids = np.concatenate([q_pids, g_pids]), np.concatenate([q_camids, g_camids])
-    known, sizes = np.unique(pids[np.isin(pids, q_pids)], return_counts=True)
-    chosen = known[np.argsort(-sizes, kind='stable')[:EMBEDDED]]
-    rows = np.flatnonzero(np.isin(pids, chosen))[:EMBEDDED_ROWS]  # (n,) of the queries, then the gallery
-    features = torch.zeros(len(rows), query[0].size(1))
-    for (own, indices), first in ((query, 0), (gallery, len(q_pids))):
-        held = indices.numpy() + first  # (m,) rows held by this process, ascending
-        here = np.isin(held, rows)
-        features[np.searchsorted(rows, held[here])] = own[torch.from_numpy(here).to(own.device)].cpu()
-    return {
-        'embedding_features': run.sum(features).half().numpy(),
-        'embedding_pids': pids[rows],
-        'embedding_camids': camids[rows],
-        'embedding_is_query': rows < len(q_pids),
-    }
-
-
-def rerank(
-    query: Extracted, gallery: Extracted, ids: Sequence[np.ndarray], options: TestOptions, run: Run
-) -> ranking.Ranking | None:
-    """The re-ranked gallery, in the first process, which receives all features from the others; None in the others."""
-    queries, items = (_collect(*each, len(pids), run) for each, pids in zip((query, gallery), ids[:2], strict=True))
-    if run.rank:
-        return None
-    q_pids, g_pids, q_camids, g_camids = ids
-    how = options.k1, options.k2, options.lambda_value, options.distance
-    return ranking.rerank(queries, items, q_pids, g_pids, q_camids, g_camids, *how)
-
-
-def _collect(own: Tensor, indices: Tensor, number: int, run: Run) -> Tensor:
-    """All features (number, D), in every process, from the rows (n, D) at `indices` (n,) that each process has."""
-    everyone = own.new_zeros(number, own.size(1))
-    everyone[indices.to(own.device)] = own
-    return run.sum(everyone)
-
-
-def _sum(values: np.ndarray, run: Run) -> np.ndarray:
-    total: np.ndarray = run.sum(torch.from_numpy(values)).numpy()
-    return total
 
 
 def pool(features: Tensor, counts: Tensor, how: str) -> Tensor:

@@ -113,7 +113,12 @@ def calibrate(extractor: FeatureExtractor, name: str, data_dir: str) -> dict[str
 def drawn_in(options: Mapping[str, Any], name: str) -> dict[str, Any]:
     """How training on the data set `name` drew its test persons, as arguments of `init_dataset`; {} if unknown."""
     share, seed = options.get('test_share'), options.get('seed')
-    if options.get('dataset') != name or type(share) is not float or not 0 < share < 1 or type(seed) is not int:
+    if (
+        name not in data_manager.names_of(str(options.get('dataset')))
+        or type(share) is not float
+        or not 0 < share < 1
+        or type(seed) is not int
+    ):
         return {}
     return {'test_share': share, 'seed': seed}
 

@@ -32,7 +32,7 @@ parser.require(
 
 
 def main(args: arguments.Arguments, run: Run) -> None:
-    dataset = data_manager.init_dataset(args.dataset, args.data_dir, not args.evaluate, args.test_share, args.seed)
+    dataset = data_manager.init_datasets(args.data)  # to train on; its targets are those that are tested
     size = args.height, args.width
     model = models.init_model(args.arch, dataset.num_train_pids, loss={'xent', 'htri'}, size=size)
     weights.pretrain(model, args.pretrained)
@@ -76,6 +76,7 @@ def main(args: arguments.Arguments, run: Run) -> None:
         scheduler.step()
         if test.is_due(epoch):
             checkpoint.tested(epoch, test(model), meter)
+    checkpoint.last_test(test, meter)  # of a run with --validate: best_model.pth.tar on the test set, for the only time
 
 
 if __name__ == '__main__':

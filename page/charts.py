@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import eval_metrics
-from page.runs import TestedRun, interval
+from page.runs import VALIDATION, TestedRun, interval
 from runtime.errors import plain
 
 if TYPE_CHECKING:  # matplotlib is slow to import
@@ -92,6 +92,10 @@ def history(runs: Sequence[TestedRun], losses: Sequence[str]) -> list[Chart | No
     labels = {name: name if len(losses) > 1 else None for name in losses}
     shown = ('mAP', 'rank1') if len(runs) == 1 else ('mAP',)
     shares = {metric.name: metric.label for metric in eval_metrics.METRICS if metric.name in shown}
+    title, dot = 'Tests during training', 'Each dot is a test.'
+    if len(runs) == 1 and any(name.startswith(f'{VALIDATION}/') for name in runs[0].metrics):
+        shares = {f'{VALIDATION}/{name}': label for name, label in shares.items()}
+        title, dot = 'Validation during training', 'On persons held out of the training set. Each dot is a validation.'
     note = 'As printed during training.'
     if 'active' in losses:
         note += ' active: share of anchors whose triplet violates the margin.'
@@ -99,7 +103,7 @@ def history(runs: Sequence[TestedRun], losses: Sequence[str]) -> list[Chart | No
     return [
         _curves(runs, 'Loss', note, 'loss', labels, from_zero),
         _curves(runs, 'Learning rate', 'On a logarithmic scale.', 'learning rate', {'lr': None}, logarithmic),
-        _curves(runs, 'Tests during training', 'Each dot is a test.', tests, shares, dots),
+        _curves(runs, title, dot, tests, shares, dots),
     ]
 
 

@@ -9,12 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
 import eval_metrics
 from runtime.errors import UserError, plain
 
+# In --save-dir: the folder with a folder for each tested data set but the first one, and that of the persons held out,
+# by whose name their columns of metrics.csv begin
+TARGETS, VALIDATION = 'targets', 'validation'
 POINTS = 400  # of a curve; if there are more, neighbours are averaged
 RESAMPLES = 1000  # of the bootstrap
 NEEDED = {  # in results.json and, from query_files on, in ranking.npz
@@ -116,6 +120,15 @@ class TestedRun:
         labels = [metric.label for metric in eval_metrics.METRICS]
         return list(zip(labels, scores.mean(0), *interval(scores), strict=True))
 
+    @property
+    def targets(self) -> list[tuple[str, str, list[float]]]:
+        """Of each data set that the same test tested, if there are several: name, page, and the figures of METRICS."""
+        table = self.summary.get('targets')
+        return [
+            (name, f'{quote(row["folder"])}/report.html', [row[metric.name] for metric in eval_metrics.METRICS])
+            for name, row in (table.items() if isinstance(table, dict) else ())
+        ]
+
     @functools.cached_property
     def names(self) -> dict[int, str]:
         """The name of each query's pid, if persons have names in the data."""
@@ -153,7 +166,9 @@ def read(save_dir: str | Path) -> TestedRun:
             arrays = dict(file)
         if lacking := NEEDED - summary.keys() - arrays.keys():
             raise ValueError(f'{min(lacking)} is missing in results.json or ranking.npz')
-        run = TestedRun(str(save_dir), summary, arrays, *_read_metrics(folder / 'metrics.csv'))
+        place = folder.resolve().parent if summary.get('validation') else folder
+        run = TestedRun(str(save_dir), summary, arrays, *_read_metrics(place / 'metrics.csv'))
+        _ = run.targets  # of the same form
         same = run.valid.any() and abs(run.ap[run.valid].mean() - summary['mAP']) < 1e-4
         complete = len(run.queries) == len(run.valid) and len(run.files['gallery']) == len(arrays['g_pids'])
     except OSError as problem:
@@ -173,12 +188,15 @@ def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     """The columns of metrics.csv, its rows sorted by epoch and batch with tests last; and which columns are losses."""
     if not path.exists():
         return {}, []
-    rows = {}  # (epoch, batch) -> numbers; after a resume some are repeated, and the last one counts
+    rows: dict[tuple[str, str], list[float]] = {}  # (epoch, batch) -> numbers
     with path.open(newline='', encoding='utf-8') as file:
         reader = csv.DictReader(file, restval='')
         names = list(reader.fieldnames or ())
         for row in reader:
-            rows[row['epoch'], row['batch']] = [float(row[name] or 'nan') for name in names]
+            key, values = (row['epoch'], row['batch']), [float(row[name] or 'nan') for name in names]
+            # After a resume some are repeated, and the last one counts; the last test has a row of its own.
+            before = rows.get(key, values)
+            rows[key] = [old if math.isnan(new) else new for old, new in zip(before, values, strict=True)]
     table = np.array([*rows.values()], dtype=float).reshape(-1, len(names))  # (N, columns)
     order = np.lexsort([table[:, names.index(name)] for name in ('batch', 'epoch')])
     end = min(names.index(metric.name) for metric in eval_metrics.METRICS if metric.name in names)

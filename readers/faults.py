@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from readers import pictures
 from readers.pictures import Look
-from readers.tree import Dataset, Item, paths_of
+from readers.tree import Dataset, Item, paths_of, train_items
 
 Finding = tuple[bool, str, list[str]]  # whether it is a fault, what it is, and its cases (none if all is well)
 
@@ -17,7 +17,7 @@ def check(dataset: Dataset, why: str, jobs: int = 1) -> Iterable[Finding]:
     images of one grey. For MARS both protocols are examined, whichever was read. Persons are named as on disk;
     distractors (pid 0) are not counted as persons.
     """
-    train = [(paths, dataset.train_pids[label], camid) for paths, label, camid in dataset.train]
+    train = train_items(dataset)
     queries = set(dataset.query)
     others = [item for item in dataset.gallery if item not in queries]  # as in the original's protocol of MARS
 

@@ -1,10 +1,10 @@
 """A folder for each person: images of one's own, or folders of frames. `-d folder:DIR`"""
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
 
+from readers.split import one_of_each, smallest
 from readers.tree import JUNK, Dataset, Item, natural, numbered
 from runtime.decoding import SUFFIXES
 from runtime.errors import UserError, plain
@@ -149,27 +149,16 @@ def _draw(items: Sequence[Found], share: float, seed: int, by_camera: bool) -> t
     and two are left for training if it is less than 1.
     """
 
-    def digest(text: str) -> bytes:
-        return hashlib.sha256(f'{seed} {text}'.encode(errors='surrogateescape')).digest()
-
-    persons = sorted({person for _, person, _ in items}, key=digest)
+    persons = {person for _, person, _ in items}
     number = round(share * len(persons))
     if 0 < share < 1:
         number = max(1, min(number, len(persons) - 2))
-    chosen = set(persons[:number])
+    chosen = smallest(persons, number, seed)
     gallery = [item for item in items if item[1] in chosen]
-    queries: dict[tuple[str, str], Found] = {}
-    of_digest: dict[tuple[str, str], bytes] = {}
-    for item in gallery:
-        paths, person, camera = item
-        key = person, camera if by_camera else ''
-        name = os.path.basename(paths) if isinstance(paths, str) else os.path.basename(os.path.dirname(paths[0]))
-        mark = digest(f'{person}/{name}')
-        if key not in queries or mark < of_digest[key]:
-            queries[key], of_digest[key] = item, mark
+    queries = one_of_each(gallery, lambda item: (item[1], item[2] if by_camera else ''), _name, seed)
     split = {
         'train': [item for item in items if item[1] not in chosen],
-        'query': list(queries.values()),
+        'query': queries,
         'gallery': gallery,
     }
     each = 'person and camera' if by_camera else 'person'
@@ -177,3 +166,9 @@ def _draw(items: Sequence[Found], share: float, seed: int, by_camera: bool) -> t
         f'Split by identity: {number} of {len(persons)} persons are for the test (--test-share {share:g}, --seed {seed}'
         f'); one of each {each} is a query'
     )
+
+
+def _name(item: Found) -> str:
+    """Of an item: person and file, or the folder of a tracklet."""
+    paths, person, _ = item
+    return f'{person}/{os.path.basename(paths if isinstance(paths, str) else os.path.dirname(paths[0]))}'

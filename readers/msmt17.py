@@ -57,7 +57,9 @@ class Msmt17(Dataset):
             [(path, pid, camids[camera]) for path, pid, camera in items] for items in (train, val, query, gallery)
         )
         self.lists = {'train and val': train and train + self.val, 'query and gallery': query + gallery}
-        super().__init__('msmt17', train, query, gallery, title=version, untrainable=untrainable, cameras=cameras)
+        super().__init__(
+            'msmt17', train, query, gallery, title=version, untrainable=untrainable, cameras=cameras, extra=self.val
+        )
         if self.val:
             print(f'list_val.txt, {len(self.val)} images of {count_pids(self.val)} persons, is left out')
 

@@ -42,12 +42,17 @@ class Dataset:
         camera_names: the same of each camid.
         no_cameras: the cameras are unknown, and all camids are 0: a test counts matches from any camera.
         drawn: how training and test persons were divided, if that was drawn.
+        extra: items that are published for training but left out of it, with pids as in `train_pids`.
 
     Attributes:
         kind: 'image' or 'video', what the items are.
         train_pids: the original pid of each training label.
         num_train_pids, num_query_pids, num_gallery_pids: numbers of pids in the lists.
         untrainable: as above, also if there are fewer than two persons to train on; '' if it can be trained on.
+        targets: the data sets that a run tests, the first of which chooses the best model; by default this one alone.
+        validation: the data set of the persons held out of this training set, which then chooses it; None if there is
+            none.
+        set_of: the number of the data set of each training item, from 0: zeros, but for data sets that are joined.
 
     Prints the original's table of statistics; below it, what was passed over (except for hidden files and DROPPINGS),
     and how the data set differs from the one that is published under its name.
@@ -73,11 +78,14 @@ class Dataset:
         camera_names: Mapping[int, str] | None = None,
         no_cameras: bool = False,
         drawn: str = '',
+        extra: Sequence[Item] = (),
     ):
         self.name, self.cameras, self.passed_over = name, cameras, passed_over
         self.names, self.camera_names, self.no_cameras, self.drawn = names or {}, camera_names or {}, no_cameras, drawn
         self.train_pids = sorted({pid for _, pid, _ in train})
-        self.untrainable = untrainable
+        self.untrainable, self.extra = untrainable, list(extra)
+        self.targets: Sequence[Dataset] = [self]
+        self.validation: Dataset | None = None
         if not untrainable and len(self.train_pids) < 2:
             fault = f'has only one person ({plain(paths_of(train[0])[0], 500)} ...)' if train else 'is empty'
             self.untrainable = f'{plain(name, 500)}: the training set {fault}; at least two persons are needed'
@@ -98,6 +106,10 @@ class Dataset:
             print(f'Passed over: {listed(named, os.path.dirname(os.path.dirname(named[0])))}')
         if differences := self.differences():
             print(f'It differs from the published {title or name}: {"; ".join(differences)}')
+
+    @property
+    def set_of(self) -> Sequence[int]:
+        return [0] * len(self.train)
 
     def name_of(self, pid: int) -> str:
         """The person's name, or number, in the data."""
@@ -184,6 +196,17 @@ def ids_of(query: Sequence[Item], gallery: Sequence[Item]) -> list[np.ndarray]:
 def paths_of(item: Item) -> Sequence[str]:
     """The files of an item."""
     return (item[0],) if isinstance(item[0], str) else item[0]
+
+
+def train_items(dataset: Dataset) -> list[Item]:
+    """The training items with the pids of their persons in place of labels."""
+    return [(paths, dataset.train_pids[label], camid) for paths, label, camid in dataset.train]
+
+
+def distractors(dataset: Dataset) -> set[int]:
+    """The pids in the gallery that are no person: 0, and what is named 0 in a table, unless a query has it."""
+    queries = {pid for _, pid, _ in dataset.query}
+    return {pid for _, pid, _ in dataset.gallery if pid not in queries and (pid == 0 or dataset.name_of(pid) == '0')}
 
 
 def usable(read: Callable[[], list[AnyItem]], untrainable: str) -> tuple[list[AnyItem], str]:

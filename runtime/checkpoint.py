@@ -1,7 +1,5 @@
 """The state of a run: what is saved and when, what is restored on resuming, and the remaining epochs."""
 
-import contextlib
-import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,20 +16,19 @@ from data_manager import digests, fingerprint
 from models import loading
 from models.network import Network
 from page import results
+from page.runs import VALIDATION
 from readers.tree import Dataset
-from runtime import notices
+from runtime import chosen, notices
 from runtime.device import Run
 from runtime.errors import UserError
 from runtime.files import free_space
+from runtime.keeping import BEST, OTHERS, PARTIAL, POSITIONS, TESTS, RunFolder, age
 from runtime.meters import LossMeter
 from runtime.provenance import provenance
 from runtime.state import Stateful, advance, check, restore
 from utils import save_checkpoint
 
-# The names of the files that a run writes, and may therefore delete
-POSITIONS, TESTS, BEST = r'resume_\d+_\d+\.pth\.tar', r'checkpoint_ep\d+\.pth\.tar', r'best_model\.pth\.tar'
-PARTIAL = rf'\.(?:{POSITIONS}|{TESTS}|{BEST})\.\d+'  # of `write_whole`
-OTHERS = r'metrics\.csv|events\.out\.tfevents\..*'
+HELD_OUT = f'{VALIDATION}/'  # how the names of the figures of a validation begin
 
 
 class Checkpoint:
@@ -43,6 +40,7 @@ class Checkpoint:
                 ...
                 checkpoint.after_step(epoch, meter)
             checkpoint.tested(epoch, test(model), meter)
+        checkpoint.last_test(test, meter)
 
     Everything that has a `state_dict` and changes during training is passed here: the `model`, optimizers, schedulers
     and criteria with parameters. With `--resume` or `--auto-resume` their state is restored on construction. With
@@ -55,6 +53,9 @@ class Checkpoint:
     run must repeat, `labels` a digest of the person behind each training label, and `provenance` the origin of the
     file. If a script gains options, they have their defaults in the files that it wrote before.
 
+    With --validate the best model is chosen by the mAP on the persons held out: `best_rank1` is the best mAP then,
+    `rank1` is None, and `validation` holds the figures of these persons. If nothing is tested, `rank1` is None, too.
+
     Raises:
         UserError: the file cannot be read, does not fit the model, or has a different recipe or other labels.
     """
@@ -62,10 +63,14 @@ class Checkpoint:
     def __init__(self, dataset: Dataset, options: SaveOptions, run: Run, *, model: Network, **parts: Stateful):
         self.options, self.run, self.model, self.parts = options, run, model, parts
         self.folder = Path(options.save_dir)
+        self.files = RunFolder(self.folder, [options.resume, options.arguments.get('pretrained')])
         self.provenance = {**provenance(run), 'dataset_fingerprint': fingerprint(dataset)}
         self.labels = digests(dataset)
         self.epoch, self.start_batch, self.done = options.start_epoch, 0, 0  # the epoch, and how many of its batches
         self.best_rank1 = -1.0
+        self.validated = dataset.validation is not None
+        self.judged_by = 'validation mAP' if self.validated else 'Rank-1' if dataset.targets else ''
+        self.has_targets = bool(dataset.targets)
         self.saved = time.monotonic()
         self.meter: LossMeter | None = None  # None before the first step
         self.position: Path | None = None  # the file that contains the current state, if there is one
@@ -88,7 +93,7 @@ class Checkpoint:
 
     def _newest(self) -> tuple[Path | None, weights.Weights | None]:
         """The newest intact checkpoint in --save-dir."""
-        for path in sorted(self.folder.glob('*_*.pth.tar'), key=_age):
+        for path in sorted(self.folder.glob('*_*.pth.tar'), key=age):
             if path.name == 'best_model.pth.tar':
                 continue
             try:
@@ -135,7 +140,8 @@ class Checkpoint:
         where = f'after epoch {self.epoch}'
         if self.start_batch:
             where = f'in epoch {self.epoch + 1} after batch {self.start_batch}'
-        print(f'Continuing {where}; best Rank-1 so far {max(self.best_rank1, 0):.1%}')
+        best = f'; best {self.judged_by} so far {max(self.best_rank1, 0):.1%}' if self.judged_by else ''
+        print(f'Continuing {where}{best}')
 
     def epochs(self, max_epoch: int) -> Iterator[int]:
         """The epochs that are left, counted from 0; the first one may continue at batch `start_batch`.
@@ -155,7 +161,7 @@ class Checkpoint:
                 f'nothing left to train; raise --max-epoch'
             )
         if self.run.rank == 0:
-            self._clear(PARTIAL)  # incomplete files left by a killed process
+            self.files.clear(PARTIAL)  # incomplete files left by a killed process
         if not self.options.overwrite:  # it frees space
             self._check_room()
         self.saved = time.monotonic()
@@ -211,42 +217,10 @@ class Checkpoint:
         if self.run.rank or not self._is_finite():
             return
         if self.options.overwrite and (not self.options.resume or self.options.resume_weights_only):
-            self._clear(POSITIONS, TESTS, BEST, OTHERS, *map(re.escape, results.FILES))
+            self.files.clear(POSITIONS, TESTS, BEST, OTHERS)
+            self.files.clear_results()
         elif afresh:
-            self._clear(r'metrics\.csv')
-
-    def _clear(self, *patterns: str) -> None:
-        """Delete the files whose whole names match a regular expression, except those that the command names."""
-        for path in self._written('|'.join(patterns)):
-            if path.resolve() not in self._begun_with():
-                path.unlink()
-
-    def _written(self, pattern: str) -> list[Path]:
-        return [path for path in self.folder.glob('*') if re.fullmatch(pattern, path.name)]
-
-    def _prune(self, written: str, number: int) -> None:
-        """Delete all but the newest files that were `written` (a regular expression).
-
-        What cannot be listed or deleted is reported.
-
-        The file just written is spared, whatever the clock says, and those that the command names: a restart of the
-        same command checks that they exist.
-        """
-        try:
-            paths = sorted(self._written(written), key=_age)
-        except OSError as problem:
-            print(f'{self.folder} cannot be listed ({problem.strerror}), and no old file is deleted; the run continues')
-            return
-        for path in paths[number:]:
-            if path != self.position and path.resolve() not in self._begun_with():
-                try:
-                    path.unlink(missing_ok=True)
-                except OSError as problem:
-                    print(f'{path} cannot be deleted ({problem.strerror}); the run continues')
-
-    def _begun_with(self) -> list[Path]:
-        """The files of --resume and --pretrained."""
-        return [Path(path or '').resolve() for path in (self.options.resume, self.options.arguments.get('pretrained'))]
+            self.files.clear(r'metrics\.csv')
 
     def rescue(self) -> Path | None:
         """Save the state of a failing run unless it is saved already. Returns the file, or None if there is none.
@@ -264,8 +238,9 @@ class Checkpoint:
         self.position = path = self.folder / f'resume_{self.epoch + 1}_{self.done}.pth.tar'
         if self.run.rank or not self._is_finite():
             return
-        if self._write(path, self._state(self.epoch - 1, self.done, max(self.best_rank1, 0.0))):
-            self._prune(POSITIONS, self.options.keep)
+        rank1 = max(self.best_rank1, 0.0) if self.judged_by == 'Rank-1' else None
+        if self._write(path, self._state(self.epoch - 1, self.done, rank1)):
+            self.files.prune(POSITIONS, self.options.keep, path)
         self.saved = time.monotonic()
 
     def _write(self, path: Path, state: dict[str, Any], is_best: bool = False) -> bool:
@@ -284,33 +259,61 @@ class Checkpoint:
     def tested(self, epoch: int, figures: dict[str, float], meter: LossMeter) -> None:
         """Write `checkpoint_ep{N}.pth.tar`, N counted from 1, and `best_model.pth.tar` if Rank-1 is the best so far.
 
-        The latter is a link to the former, if the file system has links; with --keep-tests, old ones are then deleted.
-        The first process writes. All processes hold the same state, and any number of processes can continue from it.
+        With --validate the mAP on the persons held out takes the place of Rank-1; without figures, because nothing is
+        tested, every epoch is the best one. The best model is a link to the former file, if the file system has links;
+        with --keep-tests, old ones are then deleted. The first process writes. All processes hold the same state, and
+        any number of processes can continue from it.
         """
         self.run.signals.hold()
-        rank1 = figures['rank1']
+        rank1 = figures.get('rank1')
+        held_out = {name.removeprefix(HELD_OUT): figures[name] for name in figures if name.startswith(HELD_OUT)}
+        score = held_out.get('mAP', rank1)
         best, earlier = self.folder / 'best_model.pth.tar', self.best_rank1
-        is_best = rank1 > earlier
+        is_best = score is None or score > earlier
         began_here = self.path is None or Path(self.path).resolve().parent == self.folder.resolve()
         if not is_best and began_here and not best.exists():
             is_best = True
             print(f'{best} is missing: the weights of this epoch replace it')
-        self.best_rank1 = max(rank1, earlier)
+        self.best_rank1 = earlier if score is None else max(score, earlier)
         self.position = path = self.folder / f'checkpoint_ep{epoch + 1}.pth.tar'
         if self.run.rank:
             return
         meter.tested(epoch, figures)
         if not self._is_finite():
             raise UserError(f'weights are not finite after epoch {epoch + 1}; nothing was saved. Try a lower --lr')
-        if not self._write(path, self._state(epoch, 0, rank1), is_best):
+        state = self._state(epoch, 0, rank1) | ({'validation': held_out} if held_out else {})
+        if not self._write(path, state, is_best):
             self.best_rank1 = earlier  # that of best_model.pth.tar, which was not replaced
         elif self.options.keep_tests:
-            self._prune(TESTS, self.options.keep_tests)
+            self.files.prune(TESTS, self.options.keep_tests, path)
         self.saved = time.monotonic()
-        if not self.options.no_report:
-            results.write_page(self.folder, self.run.unwritten)
+        if not figures:
+            print(f'{best} has the weights of this epoch, as nothing was tested')
+        elif not self.options.no_report:
+            results.write_page(self.folder / VALIDATION if held_out else self.folder, self.run.unwritten)
 
-    def _state(self, epoch: int, batch: int, rank1: float) -> dict[str, Any]:
+    def last_test(self, test: chosen.LastTest, meter: LossMeter) -> None:
+        """With --validate: test best_model.pth.tar on the data sets that are tested, once, after training.
+
+        Nothing is done without --validate, without such a data set, or if results.json is of these weights already: a
+        run that is resumed after its last epoch makes up for a test that was interrupted.
+
+        Raises:
+            UserError: there is no best_model.pth.tar, or the test fails.
+        """
+        if not self.validated or not self.has_targets:
+            return
+        folders = [self.folder, *([Path(self.path).parent] if self.path else [])]  # of a run resumed in another folder
+        best = chosen.load(self.model, folders, self.run)
+        if best is None:
+            return
+        figures = test.last(self.model, {'chosen': best, 'checkpoint': best['file']})
+        if self.run.rank == 0:
+            meter.tested(best['epoch'] - 1, figures)
+            if not self.options.no_report:
+                results.write_page(self.folder, self.run.unwritten)
+
+    def _state(self, epoch: int, batch: int, rank1: float | None) -> dict[str, Any]:
         return {
             'format': weights.FORMAT,
             'model': self.model.made,
@@ -325,11 +328,3 @@ class Checkpoint:
             'labels': self.labels,
             'provenance': self.provenance,
         }
-
-
-def _age(path: Path) -> tuple[int, list[int], str]:
-    """Sort key that puts the newest first; of files written within milliseconds, that of the later epoch and batch."""
-    modified = 0  # of a link to nowhere, and of a file that was deleted since it was listed
-    with contextlib.suppress(OSError):
-        modified = path.stat().st_mtime_ns
-    return -modified, [-int(number) for number in re.findall(r'\d+', path.name)], path.name

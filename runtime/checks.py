@@ -39,21 +39,26 @@ def check(parser: Reporter, args: argparse.Namespace) -> None:
 
 
 def check_names(parser: Reporter, args: argparse.Namespace) -> None:
-    names = f'{", ".join(data_manager.get_names(parser.kind))}, {data_manager.OWN_NAMES}'
-    try:
-        kind = data_manager.kind_of(args.dataset)
-    except UserError as mistake:
-        parser.error(f'-d {plain(args.dataset, 500)}: {mistake}')
-    if kind and kind != parser.kind:
-        here, there = ('images', 'tracklets') if parser.kind == 'image' else ('tracklets', 'images')
-        script = Path(sys.argv[0]).name
-        other = script.replace('img', 'vid') if parser.kind == 'image' else script.replace('vid', 'img')
+    trained, tested = data_manager.names_of(args.dataset), data_manager.names_of(args.targets or args.dataset)
+    for flag, names in (('-d', trained), ('-t', tested)):
+        if flag == '-d' and args.evaluate and args.targets:  # is not read then
+            continue
+        for name in names if flag == '-d' or args.targets else ():
+            check_name(parser, flag, name)
+            if names.count(name) > 1:
+                parser.error(f'{flag}: {plain(name, 500)} is given twice; give each data set once')
+    if args.validate == 1:
+        parser.error('--validate 1: nobody would be left to train on; give a share below 1')
+    if args.select and args.validate and not args.evaluate:
         parser.error(
-            f'-d {plain(args.dataset, 500)} contains {there}, but {script} trains on {here}: choose one of {names}, '
-            f'or run {other if other != script else "a script for " + there}'
+            '--select does not work with --validate, whose held-out persons choose best_model.pth.tar: remove one of '
+            'the two'
         )
-    if not kind:
-        parser.error(f'-d {plain(args.dataset, 500)}: no such data set; choose one of {names}')
+    if args.select and args.select not in tested:
+        parser.error(
+            f'--select {plain(args.select, 500)}: it is not tested; choose one of '
+            f'{", ".join(plain(name, 500) for name in tested)}'
+        )
     try:
         smallest = models.network_of(args.arch, (args.height, args.width)).smallest
     except UserError as mistake:
@@ -67,6 +72,26 @@ def check_names(parser: Reporter, args: argparse.Namespace) -> None:
         reason = not_a_file(args.pretrained)
         reason = f' {reason}' if reason else ': no such file; give a path, imagenet or none'
         parser.error(f'--pretrained {args.pretrained}{reason}')
+
+
+def check_name(parser: Reporter, flag: str, name: str) -> None:
+    """Check that a data set exists, as far as its name tells, and that its items are those of the script."""
+    names, named = f'{", ".join(data_manager.get_names(parser.kind))}, {data_manager.OWN_NAMES}', plain(name, 500)
+    try:
+        kind = data_manager.kind_of(name)
+    except UserError as mistake:
+        parser.error(f'{flag} {named}: {mistake}')
+    if kind and kind != parser.kind:
+        here, there = ('images', 'tracklets') if parser.kind == 'image' else ('tracklets', 'images')
+        script = Path(sys.argv[0]).name
+        other = script.replace('img', 'vid') if parser.kind == 'image' else script.replace('vid', 'img')
+        does = 'trains on' if flag == '-d' else 'tests'
+        parser.error(
+            f'{flag} {named} contains {there}, but {script} {does} {here}: choose one of {names}, '
+            f'or run {other if other != script else "a script for " + there}'
+        )
+    if not kind:
+        parser.error(f'{flag} {named}: no such data set; choose one of {names}')
 
 
 def check_batch(parser: Reporter, args: argparse.Namespace) -> None:

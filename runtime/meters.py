@@ -16,8 +16,10 @@ from tqdm import tqdm
 
 from arguments import ShowOptions
 from eval_metrics import METRICS
+from page.runs import VALIDATION
 from runtime.device import Run
 from runtime.errors import UserError
+from runtime.files import write_whole
 from utils import AverageMeter
 
 if TYPE_CHECKING:
@@ -54,7 +56,9 @@ class LossMeter:
     of a batch are nearly equal, is not logged; it triggers a warning, once, if it is 1 for a whole epoch.
 
     On a terminal a progress bar replaces the lines, which then go to the log only; `quiet` keeps both off the screen.
-    metrics.csv has a row for each line, for the rest of an epoch, and for each test.
+    metrics.csv has a row for each line, for the rest of an epoch, and for each test. The figures of a tested data set
+    other than the first one have columns of their own, as market1501/rank1, and so have those of the persons held out
+    for validation, as validation/rank1.
 
     Attributes:
         count, total: batches of the current epoch: the number started, and the total.
@@ -162,7 +166,8 @@ class LossMeter:
 
     def tested(self, epoch: int, figures: dict[str, float]) -> None:
         """Record the figures of the test after `epoch` (from 0); called in the first process."""
-        self._record({'epoch': epoch + 1, **figures}, (epoch + 1) * self.total, 'test')
+        if figures:
+            self._record({'epoch': epoch + 1, **figures}, (epoch + 1) * (self.total or 1), 'test')
 
     def _print(self, bar: tqdm) -> None:
         self.read()
@@ -185,11 +190,13 @@ class LossMeter:
         with self.run.unwritten.excuse(self.options.save_dir):
             for name, value in row.items():
                 if name not in ('epoch', 'batch'):
-                    self.board.add_scalar(f'{board}/{name}', value, step)
+                    held_out = name.startswith(f'{VALIDATION}/')  # which is no test
+                    self.board.add_scalar(name if held_out else f'{board}/{name}', value, step)
             self.board.flush()
 
     def _add(self, row: dict[str, float]) -> None:
         """A row of metrics.csv. A resumed run appends its rows to the existing ones."""
+        self._widen([name for name in row if '/' in name])
         with open(self.path, 'a+', newline='', encoding='utf-8') as file:
             file.seek(0)
             columns = next(csv.reader(file), None)
@@ -201,9 +208,25 @@ class LossMeter:
             table = csv.DictWriter(file, columns, restval='', extrasaction='ignore')
             table.writerow({name: f'{value:.6g}' for name, value in row.items()})
 
+    def _widen(self, names: list[str]) -> None:
+        """Add columns to metrics.csv if it lacks them: which data sets are tested is known at the first test only."""
+        if not names or not self.path.exists():
+            return
+        with open(self.path, newline='', encoding='utf-8') as file:
+            columns, *rows = list(csv.reader(file)) or [[]]
+        new = [name for name in names if name not in columns]
+        if new and columns:
+            table = [[*columns, *new], *([*row, *[''] * len(new)] for row in rows)]
+            write_whole(self.path, lambda path: _write_rows(path, table))
+
     def __str__(self) -> str:
         first, *others = (name for name in self.means if name != HIDDEN)
         text = f'Loss {self.means[first].val:.6f} ({self.means[first].avg:.6f})'
         return '\t '.join(
             [text] + [f'{name} {self.means[name].val:.4f} ({self.means[name].avg:.4f})' for name in others]
         )
+
+
+def _write_rows(path: Path, rows: list[list[str]]) -> None:
+    with open(path, 'w', newline='', encoding='utf-8') as file:
+        csv.writer(file).writerows(rows)

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from arguments import TestOptions
-from data_manager import fingerprint
+from data_manager import fingerprint, names_of
 from models.network import Network, Training
 from readers.tree import Dataset
 from runtime.device import Run
@@ -45,12 +45,6 @@ def as_in_project(options: TestOptions, model: Network) -> TestOptions:
     return replace(options, arch=trained.arch or options.arch, **taken)
 
 
-def before_test(model: Network, dataset: Dataset, options: TestOptions, run: Run) -> tuple[TestOptions, list[str]]:
-    """The options of a test and, with --evaluate, its notices."""
-    options = as_in_project(options, model)
-    return options, of_test(model, dataset, options, run) if options.evaluate else []
-
-
 def of_test(model: Network, dataset: Dataset, options: TestOptions, run: Run) -> list[str]:
     """One line for each difference between this test and the training of the weights, as far as that is known."""
     trained = model.trained
@@ -85,6 +79,12 @@ def of_data(trained: Training, dataset: Dataset, name: str) -> list[str]:
     Of a data set without a training set only the name is compared.
     """
     where, theirs = trained.where, trained.options.get('dataset')
+    together = names_of(theirs) if isinstance(theirs, str) else []
+    part = _training_set(name) in map(_training_set, together)
+    if part and trained.options.get('combine') is True:
+        return [f'{where} was trained on query and gallery of {name} too (--combine): its figures are of known persons']
+    if part and (len(together) > 1 or trained.options.get('validate')):  # it is not known what was trained on of each
+        return []
     pair = _differences(trained.options, {'dataset': name} if name else {})
     if pair and _training_set(theirs) != _training_set(name):
         return ['{} was trained with {}, and is tested with {}'.format(where, *pair)]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from arguments import TestOptions
+from data_manager import names_of
 from eval_metrics import check_matches
 from readers.tree import Dataset, Item, ids_of, paths_of
 from runtime.device import Run
@@ -30,6 +31,21 @@ def fitting(options: TestOptions, dataset: Dataset) -> TestOptions:
             'gallery would count as matches; omit the option'
         )
     return replace(options, any_camera=True) if dataset.no_cameras else options
+
+
+def check_script(dataset: Dataset, options: TestOptions) -> None:
+    """Refuse an option that a script of one's own does not follow, as it reads its data by `init_dataset` alone."""
+    alone = dataset.targets == [dataset] and dataset.name == options.dataset
+    ignored = {
+        '--validate': options.validate and not options.evaluate and dataset.validation is None,
+        '--combine': options.combine and alone,
+        '-t': options.targets and alone and options.dataset not in names_of(options.targets),
+    }
+    if flags := [flag for flag, is_ignored in ignored.items() if is_ignored]:
+        raise UserError(
+            f'this script does not know {flags[0]}: create its data set with data_manager.init_datasets(args.data), or '
+            'omit the option'
+        )
 
 
 def check_items(dataset: Dataset, any_camera: bool, run: Run) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,19 @@ def data_dir(tmp_path_factory) -> Path:
         folder / 'market1501', num_train=6, num_test=5, num_distractors=2, num_images=4, height=48, width=24
     )
     toy.draw_mars(folder / 'mars', num_train=4, num_test=4, num_distractors=2, num_frames=(3, 5), height=48, width=24)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def places(data_dir, tmp_path_factory) -> Path:
+    """Data sets of images and of videos, whose persons have the same numbers."""
+    small = {'height': 48, 'width': 24, 'num_distractors': 2, 'seed': 1}
+    folder = tmp_path_factory.mktemp('places')
+    for name in ('market1501', 'mars'):
+        shutil.copytree(data_dir / name, folder / name)
+    toy.draw_market1501(folder / 'toy_market1501', num_train=5, num_test=4, num_images=4, **small)
+    toy.draw_market1501(folder / 'toy_market1501_hard', num_train=4, num_test=4, num_images=4, hard=True, **small)
+    toy.draw_mars(folder / 'toy_mars', num_train=3, num_test=4, num_frames=(3, 4), **small)
     return folder
 
 

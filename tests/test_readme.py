@@ -49,11 +49,13 @@ def put_own_data(words, data_dir):
 
 
 @pytest.mark.parametrize('command', COMMANDS)
-def test_a_command_runs(command, script, data_dir, tmp_path, monkeypatch, capsys):
+def test_a_command_runs(command, script, data_dir, places, tmp_path, monkeypatch, capsys):
     """As written, but for the network, the number of epochs and the folder of the weights."""
     monkeypatch.chdir(tmp_path)
     name, *args = shlex.split(command)[1:]
     put_own_data(args, data_dir)
+    if 'toy_' in command:  # small ones
+        args += ['--data-dir', str(places)]
     if '--resume' in args and '--evaluate' not in args:  # the run that it resumes
         path = args[args.index('--resume') + 1]
         begun = [value for value in args if value not in ('--resume', path)]

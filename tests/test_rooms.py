@@ -14,15 +14,16 @@ EXPERIMENT = (  # what a script may import
 MAY_IMPORT = {  # and each room, beside runtime.errors
     'arguments': 'data_manager models runtime.checks runtime.commands runtime.processes runtime.values',
     'data_manager': (
-        'page.sheet readers.cuhk03 readers.faults readers.folder readers.market1501 readers.market1501_500k '
-        'readers.mars readers.msmt17 readers.table readers.tree runtime.commands runtime.values toy'
+        'page.sheet readers.cuhk03 readers.faults readers.folder readers.joined readers.market1501 '
+        'readers.market1501_500k readers.mars readers.msmt17 readers.split readers.table readers.tree '
+        'runtime.commands runtime.values toy'
     ),
     'dataset_loader': 'arguments runtime.caching runtime.decoding runtime.device runtime.feed runtime.workers samplers',
     'eval_metrics': '',
     'evaluation': (
-        'arguments data_manager dataset_loader eval_metrics models.network page.cameras page.results ranking '
-        'readers.tree runtime.device runtime.features runtime.meters runtime.notices runtime.provenance '
-        'runtime.testset transforms'
+        'arguments data_manager dataset_loader eval_metrics models.network page.cameras page.results page.runs '
+        'ranking readers.tree runtime.device runtime.features runtime.meters runtime.notices runtime.provenance '
+        'runtime.ranks runtime.targets runtime.testset transforms'
     ),
     'extract': (
         'arguments dataset_loader evaluation models.network runtime runtime.cards runtime.commands runtime.device '
@@ -65,22 +66,26 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'readers': '',
     'readers.cuhk03': 'readers.market1501 readers.tree',
     'readers.faults': 'readers readers.pictures readers.tree',
-    'readers.folder': 'readers.tree runtime.decoding',
+    'readers.folder': 'readers.split readers.tree runtime.decoding',
+    'readers.joined': 'readers.tree',
     'readers.market1501': 'readers.tree runtime.decoding',
     'readers.market1501_500k': 'readers.market1501 readers.tree',
     'readers.mars': 'readers.tree runtime.decoding runtime.kinds',
     'readers.msmt17': 'readers.tree runtime.kinds',
     'readers.pictures': 'runtime.decoding',
+    'readers.split': 'readers.tree',
     'readers.table': 'readers.tree runtime.files runtime.kinds',
     'readers.tree': '',
     'runtime': '',
     'runtime.caching': 'runtime.device runtime.workers',
     'runtime.checkpoint': (
-        'arguments data_manager models.loading models.network page.results readers.tree runtime.device runtime.files '
-        'runtime.meters runtime.notices runtime.provenance runtime.state utils weights'
+        'arguments data_manager models.loading models.network page.results page.runs readers.tree runtime.chosen '
+        'runtime.device runtime.files runtime.keeping runtime.meters runtime.notices runtime.provenance runtime.state '
+        'utils weights'
     ),
     'runtime.checks': 'data_manager models runtime.kinds runtime.processes',
     'runtime.cards': '',
+    'runtime.chosen': 'models models.loading models.network runtime.device utils weights',
     'runtime.commands': 'runtime.console runtime.memory',
     'runtime.console': '',
     'runtime.decoding': 'runtime.kinds',
@@ -95,23 +100,26 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.files': '',
     'runtime.images': 'readers.tree runtime.decoding',
     'runtime.index': 'runtime.tiles',
+    'runtime.keeping': 'page.results page.runs utils',
     'runtime.kinds': '',
     'runtime.launch': (
         'arguments runtime.commands runtime.console runtime.device runtime.files runtime.memory runtime.processes '
         'runtime.signals runtime.system utils'
     ),
     'runtime.memory': '',
-    'runtime.meters': 'arguments eval_metrics runtime.device utils',
+    'runtime.meters': 'arguments eval_metrics page.runs runtime.device runtime.files utils',
     'runtime.notices': 'arguments data_manager models.network readers.tree runtime.device',
     'runtime.paths': '',
     'runtime.precision': '',
     'runtime.processes': '',
     'runtime.provenance': 'runtime.device',
+    'runtime.ranks': 'arguments ranking readers.tree runtime.device runtime.testset',
     'runtime.signals': 'runtime.processes runtime.system',
     'runtime.safetensors': '',
     'runtime.state': 'arguments',
     'runtime.system': 'runtime.commands',
-    'runtime.testset': 'arguments eval_metrics readers.tree runtime.device runtime.paths',
+    'runtime.targets': 'eval_metrics page.runs',
+    'runtime.testset': 'arguments data_manager eval_metrics readers.tree runtime.device runtime.paths',
     'runtime.tiles': 'runtime.precision',
     'runtime.unpickling': 'runtime.kinds',
     'runtime.values': '',

@@ -250,6 +250,7 @@ def test_a_calibration_has_the_arithmetic_of_the_extractor(file, data_dir, monke
 )
 def test_test_persons_are_drawn_as_in_the_training(drawn, expected):
     assert search.drawn_in({'dataset': 'folder:x', **drawn}, 'folder:x') == expected
+    assert search.drawn_in({'dataset': 'market1501,folder:x', **drawn}, 'folder:x') == expected
     assert search.drawn_in({'dataset': 'folder:y', **drawn}, 'folder:x') == {}
 
 

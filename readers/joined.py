@@ -1,0 +1,112 @@
+"""Data sets made of others: several as one, `-d A,B`, and training sets with query and gallery in them, `--combine`."""
+
+import os
+from collections.abc import Sequence
+
+from readers.tree import Dataset, Item, distractors, paths_of, train_items
+from runtime.errors import UserError, plain
+
+
+class Joined(Dataset):
+    """The items of several data sets, one after the other in each of train, query and gallery.
+
+    Persons are numbered anew from 1, those of the second data set behind those of the first, each in the order that
+    they had; `names` has them as SET/PERSON, since equal numbers of two data sets mean two persons. Distractors keep
+    the pid 0. Cameras are numbered anew from 0 in the same way. If the cameras of one data set are unknown, those of
+    all are.
+
+    `set_of` is the number of the data set, from 0, of each training item.
+
+    Raises UserError if a data set is given twice, if one has images and another one videos, and if two share files of
+    their training sets, whose persons would then have two labels.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset]) -> None:
+        _check(datasets)
+        lists: tuple[list[Item], ...] = ([], [], [])  # train, query, gallery
+        names: dict[int, str] = {}
+        camera_names: dict[int, str] = {}
+        no_cameras = any(dataset.no_cameras for dataset in datasets)
+        for dataset in datasets:
+            nobody: set[int] = set()
+            parts = (train_items(dataset), nobody), (dataset.query, nobody), (dataset.gallery, distractors(dataset))
+            pids = sorted({pid for items, ignored in parts for _, pid, _ in items if pid not in ignored})
+            camids = sorted({camid for items, _ in parts for _, _, camid in items})
+            pid_of = {pid: number for number, pid in enumerate(pids, start=len(names) + 1)}
+            camid_of = {camid: 0 if no_cameras else number for number, camid in enumerate(camids, len(camera_names))}
+            for joined, (items, ignored) in zip(lists, parts, strict=True):
+                joined += [
+                    (paths, 0 if pid in ignored else pid_of[pid], camid_of[camid]) for paths, pid, camid in items
+                ]
+            names |= {pid_of[pid]: f'{dataset.name}/{dataset.name_of(pid)}' for pid in pids}
+            if not no_cameras:
+                camera_names |= {
+                    camid_of[camid]: f'{dataset.name}/{dataset.camera_names.get(camid, camid)}' for camid in camids
+                }
+        videos = any(not isinstance(items[0][0], str) for items in lists if items)
+        super().__init__(
+            ','.join(dataset.name for dataset in datasets),
+            *lists,
+            lengths=[len(paths_of(item)) for items in lists for item in items] if videos else [],
+            names=names,
+            camera_names=camera_names,
+            no_cameras=no_cameras,
+        )
+        self._set_of = [number for number, dataset in enumerate(datasets) for _ in dataset.train]
+
+    @property
+    def set_of(self) -> Sequence[int]:
+        return self._set_of
+
+
+def combined(dataset: Dataset) -> Dataset:
+    """The data set with its query, gallery and `extra` in the training set, and an empty query and gallery.
+
+    Equal pids are one person. Distractors are left out, and what is listed twice, such as a query that is also in the
+    gallery, counts once.
+    """
+    ignored = distractors(dataset)
+    persons = [item for item in dataset.gallery if item[1] not in ignored]
+    items: dict[tuple[str, ...], Item] = {}
+    for item in (*train_items(dataset), *dataset.extra, *dataset.query, *persons):
+        items.setdefault(tuple(paths_of(item)), item)
+    train = [*items.values()]
+    return Dataset(
+        dataset.name,
+        train,
+        [],
+        [],
+        title=f'{dataset.name} with query and gallery in the training set',
+        lengths=[len(paths) for paths in items] if dataset.kind == 'video' else [],
+        names=dataset.names,
+        no_cameras=dataset.no_cameras,
+    )
+
+
+def _check(datasets: Sequence[Dataset]) -> None:
+    by_file: dict[str, str] = {}
+    for dataset in datasets:
+        name = plain(dataset.name, 500)
+        if [other.name for other in datasets].count(dataset.name) > 1:
+            raise UserError(f'-d: {name} is given twice; give each data set once')
+        kind, first = dataset.kind, datasets[0].kind
+        if kind != first:
+            raise UserError(
+                f'-d: {plain(datasets[0].name, 500)} has {_THINGS[first]}, and {name} has {_THINGS[kind]}; give data '
+                'sets of one kind'
+            )
+        shared = [path for path in _files(dataset) if path in by_file]
+        if shared:
+            raise UserError(
+                f'-d: {by_file[shared[0]]} and {name} share {len(shared)} files of their training sets, the first one '
+                f'{plain(shared[0], 500)}, so that persons would have two labels; give one of the two'
+            )
+        by_file |= dict.fromkeys(_files(dataset), name)
+
+
+_THINGS = {'image': 'images', 'video': 'videos'}
+
+
+def _files(dataset: Dataset) -> list[str]:
+    """The first file of each training item."""
+    return [os.path.abspath(paths_of(item)[0]) for item in dataset.train]

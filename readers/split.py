@@ -1,0 +1,108 @@
+"""Persons drawn by identity, for a test or a validation, and the queries among their items.
+
+Everything is drawn by digests of (seed, name): a person or an item that is added changes the place of few others.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Hashable, Iterable
+from typing import TypeVar
+
+from readers.tree import Dataset, Item, paths_of, train_items
+from runtime.errors import UserError, plain
+
+T = TypeVar('T')
+
+
+def smallest(names: Iterable[str], number: int, seed: int) -> set[str]:
+    """The `number` names with the smallest digests."""
+    return set(sorted(set(names), key=lambda name: digest(name, seed))[:number])
+
+
+def one_of_each(items: Iterable[T], key: Callable[[T], Hashable], name: Callable[[T], str], seed: int) -> list[T]:
+    """The item with the smallest digest of its name for each key, in the order in which the keys appear."""
+    chosen: dict[Hashable, tuple[bytes, T]] = {}
+    for item in items:
+        mark = digest(name(item), seed)
+        if (known := chosen.get(key(item))) is None or mark < known[0]:
+            chosen[key(item)] = mark, item
+    return [item for _, item in chosen.values()]
+
+
+def digest(text: str, seed: int) -> bytes:
+    return hashlib.sha256(f'{seed} {text}'.encode(errors='surrogateescape')).digest()
+
+
+def hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset | None]:
+    """The data set without some persons of its training set, and a data set of these, to choose a model by.
+
+    `share` (0..1) of the persons who can be a query are held out: those who are seen by two cameras, or of whom there
+    are two items if the cameras are unknown. The others stay in training. At least one person is held out, and at least
+    two are left. As in `readers.folder`, whoever has the smallest digests of (seed, name) is held out; all their items
+    are the gallery, and one of each person and camera is a query, which stays in the gallery, where it never is its own
+    match.
+
+    Returns the data set itself and None if nobody can be a query. Raises UserError if fewer than two persons would be
+    left to train on.
+    """
+    items, name = train_items(dataset), plain(dataset.name, 500)
+    seen: dict[int, set[Hashable]] = {}
+    for item in items:
+        seen.setdefault(item[1], set()).add(tuple(paths_of(item)) if dataset.no_cameras else item[2])
+    able = {dataset.name_of(pid): pid for pid, places in seen.items() if len(places) > 1}
+    if not able:
+        return dataset, None
+    if len(seen) < 3:
+        raise UserError(
+            f'--validate {share:g}: {name} has {len(seen)} persons to train on; if one is held out, fewer than two are '
+            'left: omit the option, or add persons'
+        )
+    number = max(1, min(round(share * len(able)), len(seen) - 2))
+    chosen = {able[person] for person in smallest(able, number, seed)}
+    gallery = [item for item in items if item[1] in chosen]
+    query = one_of_each(
+        gallery,
+        lambda item: (item[1], 0 if dataset.no_cameras else item[2]),
+        lambda item: f'{dataset.name_of(item[1])}/{_file(item)}',
+        seed,
+    )
+    each = 'person' if dataset.no_cameras else 'person and camera'
+    drawn = (
+        f'Held out of training: {number} of the {len(able)} persons of {name} who can be a query (--validate '
+        f'{share:g}, --seed {seed}); one of each {each} is a query'
+    )
+    names = dataset.names
+    left = [item for item in items if item[1] not in chosen]
+    rest = Dataset(
+        dataset.name,
+        left,
+        dataset.query,
+        dataset.gallery,
+        title=f'{dataset.name} without the persons held out',
+        lengths=_lengths(dataset, left, dataset.query, dataset.gallery),
+        names=names,
+        no_cameras=dataset.no_cameras,
+    )
+    validation = Dataset(
+        f'validation of {dataset.name}',
+        [],
+        query,
+        gallery,
+        total=len(gallery),
+        lengths=_lengths(dataset, gallery),
+        untrainable='the persons of a validation are not trained on',
+        names=names,
+        no_cameras=dataset.no_cameras,
+        drawn=drawn,
+    )
+    return rest, validation
+
+
+def _file(item: Item) -> str:
+    """The name of the file, of a tracklet that of its first frame."""
+    return os.path.basename(paths_of(item)[0])
+
+
+def _lengths(dataset: Dataset, *subsets: Iterable[Item]) -> list[int]:
+    """The number of frames of each tracklet; of images none."""
+    return [len(paths_of(item)) for items in subsets for item in items] if dataset.kind == 'video' else []
