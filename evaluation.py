@@ -69,7 +69,8 @@ class Test:
             print(f'Notice: {notice}')
         print('Evaluate only' if self.options.evaluate else '==> Test')
         self.run.unify(model)
-        query, gallery = (self._extract(model, subset) for subset in ('query', 'gallery'))
+        tested = self.run.for_test(model, self.options)
+        query, gallery = (self._extract(tested, subset) for subset in ('query', 'gallery'))
         if self.options.save_features:
             keep_features(self.options.save_dir, self.run)
         print('Computing distance matrix')  # the original's line; no matrix is kept
@@ -233,12 +234,7 @@ def extract(
 
 
 def _extract_whole(
-    model: Network,
-    items: Sequence[Item],
-    frames: ImageDataset,
-    options: TestOptions,
-    run: Run,
-    file: np.ndarray | None,
+    model: Network, items: Sequence[Item], frames: ImageDataset, options: TestOptions, run: Run, file: np.ndarray | None
 ) -> Extracted:
     """The same for all frames of each tracklet, however long: no batch has more than --test-batch times FRAMES."""
     sizes = torch.tensor([len(paths) for paths, _, _ in items])  # (N,)

@@ -62,6 +62,8 @@ class FeatureExtractor:
             128 if their file does not contain them.
         batch: images per batch; by default 32, on a GPU 256.
         workers: processes that decode files, for lists of more than one batch; 0 decodes in the calling thread.
+        compile: compile the network for this CPU at the first call, which takes a minute and needs a C++ compiler;
+            later calls are faster. With `batch=1` it is compiled for single images.
 
     Attributes:
         arch, feat_dim, device, precision, height, width, interpolation, distance, flip_test: what is used.
@@ -84,6 +86,7 @@ class FeatureExtractor:
         width: int | None = None,
         batch: int | None = None,
         workers: int = 0,
+        compile: bool = False,
     ):
         engine = engines.start(weights, arch, assume, height, width)
         self.engine, self.arch, self.trained, self.notes = engine, engine.arch, engine.trained, engine.notes
@@ -94,6 +97,7 @@ class FeatureExtractor:
         self.model = self.run.place(engine.model)
         self.feat_dim = self.model.feat_dim
         self.batch, self.workers = batch or BATCHES[self.device.type], workers
+        self.network = engine.compiled(self.device, self.batch) if compile else self.model
         self.prepare = TestTransform(self.height, self.width, self.model.normalisation, self.interpolation)
         self.lock = Lock()  # on a GPU: TF32 is a setting of the process
 
@@ -170,10 +174,10 @@ class FeatureExtractor:
         """(b, D) float32, on the CPU."""
         batch = self.prepare(groups)  # (b, 3, h, w)
         with self.arithmetic():
-            features: Tensor = self.model(batch).float()
+            features: Tensor = self.network(batch).float()
         if self.mirrors:
             with self.arithmetic():
-                features = (features + self.model(batch.flip(3)).float()) / 2
+                features = (features + self.network(batch.flip(3)).float()) / 2
         return features.cpu()
 
     @contextlib.contextmanager
@@ -243,6 +247,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--precision', choices=('auto', 'fp32', 'tf32', 'bf16'), default='auto', help='(default: fp32)')
     parser.add_argument('--batch', type=values.positive_int, help='images per batch (default: 32; on a GPU 256)')
     parser.add_argument('-j', '--workers', type=values.nonnegative_int, default=4, help='decoders (default: 4)')
+    parser.add_argument('--compile', action='store_true', help='compile the network (CPUs only; takes a minute)')
     parser.add_argument('--use-cpu', action='store_true', help='use the CPU even if there is a GPU')
     parser.add_argument('--gpu-devices', metavar='N', help='index of the GPU (default: 0)', type=values.nonnegative_int)
 
@@ -252,7 +257,7 @@ def extractor_of(args: argparse.Namespace) -> FeatureExtractor:
     if not args.weights:
         raise UserError('--weights is missing: give a checkpoint or published weights')
     device = 'cpu' if args.use_cpu else 'auto' if args.gpu_devices is None else f'cuda:{args.gpu_devices}'
-    how = {name: getattr(args, name) for name in ('arch', 'assume', 'height', 'width', 'batch', 'workers')}
+    how = {name: getattr(args, name) for name in ('arch', 'assume', 'height', 'width', 'batch', 'workers', 'compile')}
     extractor = FeatureExtractor(args.weights, device, args.precision, **how)
     if extractor.device.type == 'cpu':
         keep_memory()

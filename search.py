@@ -95,7 +95,7 @@ def calibrate(extractor: FeatureExtractor, name: str, data_dir: str) -> dict[str
     )  # fmt: skip
     with extractor.arithmetic():
         query, gallery = (
-            evaluation.extract(extractor.model, items, options, extractor.run)[0]
+            evaluation.extract(extractor.network, items, options, extractor.run)[0]
             for items in (dataset.query, dataset.gallery)
         )
     result = ranking.rank(query, gallery, q_pids, g_pids, q_camids, g_camids, distance=extractor.distance)

@@ -10,7 +10,7 @@ import torch
 
 from arguments import RunOptions
 from models.network import Network, Training
-from runtime import exported, notices
+from runtime import compiling, exported, notices
 from runtime.device import precision_of
 from runtime.errors import UserError, plain
 from runtime.tiles import DISTANCES
@@ -62,6 +62,18 @@ class Engine:
         if wanted == 'auto' or self.sealed:
             return 'fp32'
         return precision_of(RunOptions(arch=self.arch, width=self.usage.width, precision=wanted), device)
+
+    def compiled(self, device: torch.device, batch: int) -> Network:
+        """The network, compiled for batches of at most so many images.
+
+        Raises:
+            UserError: it is on a GPU, in an ONNX file, or there is no compiler.
+        """
+        if self.sealed or device.type != 'cpu':
+            what = f'{self.trained.where} is run by onnxruntime' if self.sealed else f'the network is on {device}'
+            raise UserError(f'--compile is for networks of torch on CPUs, and {what}: remove it')
+        compiling.check('--compile')
+        return compiling.Compiled(self.model, self.usage.height, self.usage.width, batch)
 
     def digest(self, precision: str, flip_test: bool) -> str:
         """16 hexadecimal digits that identify the weights and how they are used."""

@@ -82,17 +82,20 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
         'arguments data_manager models.loading models.network page.results readers.tree runtime.device runtime.files '
         'runtime.meters runtime.notices runtime.provenance runtime.state utils weights'
     ),
-    'runtime.checks': 'data_manager models runtime.kinds runtime.processes',
+    'runtime.checks': 'data_manager models runtime runtime.compiling runtime.kinds runtime.processes',
     'runtime.cards': '',
+    'runtime.compiling': 'models.network',
     'runtime.commands': 'runtime.console runtime.memory',
     'runtime.console': '',
     'runtime.decoding': 'runtime.kinds',
     'runtime.device': (
-        'arguments models runtime.cards runtime.files runtime.precision runtime.processes runtime.signals utils'
+        'arguments models models.network runtime.cards runtime.compiling runtime.files runtime.precision '
+        'runtime.processes runtime.signals utils'
     ),
     'runtime.download': 'models.network',
     'runtime.engines': (
-        'arguments models.network runtime runtime.device runtime.exported runtime.notices runtime.tiles '
+        'arguments models.network runtime runtime.compiling runtime.device runtime.exported runtime.notices '
+        'runtime.tiles '
         'transforms weights'
     ),
     'runtime.errors': '',
