@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -141,7 +142,8 @@ def report(path: str, kind: str, images: Sequence[np.ndarray], expected: Tensor,
         f'{outcome.error:.1e}, {nearest}'
     )
     if not outcome.passed:
-        print(f'error: {plain(path, 500)} is removed: an error above {TOLERANCE:g}, or other neighbours')
+        why = f'an error above {TOLERANCE:g}, or other neighbours'
+        print(f'error: {plain(path, 500)} is removed: {why}', file=sys.stderr)
     return outcome.passed
 
 

@@ -1,5 +1,6 @@
 """Networks compiled for the CPU: features are those of the others, and odd batches compile nothing anew."""
 
+import argparse
 import json
 import shutil
 
@@ -8,6 +9,7 @@ import torch
 from tiny import Tiny
 from torch._dynamo.utils import counters  # private: how many graphs were compiled
 
+import extract
 import weights
 from extract import FeatureExtractor
 from runtime import compiling, engines
@@ -39,6 +41,15 @@ def test_features_are_equal_and_odd_batches_compile_nothing_anew(file, mixed):
         torch.testing.assert_close(fast(some), plain(some), rtol=1e-5, atol=1e-6)
         assert counters['stats']['unique_graphs'] == 1
     assert fast.digest == plain.digest
+
+
+@pytest.mark.soak  # its code takes longest to compile
+def test_in_bf16(file, mixed):
+    files = [path for path, *_ in mixed]
+    exact, eager = FeatureExtractor(file, 'cpu')(files), FeatureExtractor(file, 'cpu', 'bf16')(files)
+    found = FeatureExtractor(file, 'cpu', 'bf16', compile=True)(files)
+    errors = [float(((each - exact).norm(dim=1) / exact.norm(dim=1)).max()) for each in (eager, found)]
+    assert 1e-4 < errors[1] < 1.5 * errors[0] < 0.05  # it is bf16, and no worse than without
 
 
 def test_the_script_tests_with_it(script, data_dir, tmp_path, monkeypatch):
@@ -85,6 +96,16 @@ def test_a_single_image_is_computed_twice_unless_there_are_only_such(file, image
     tracklets = FeatureExtractor(file, 'cpu', batch=1, compile=True)
     assert len(torch.cat([*tracklets.stream_tracklets([tuple(files[:3])], 3)])) == 1  # batches of a tracklet
     assert shapes == [2, 2, 1, 1, 1, 3]
+
+
+def test_the_option_of_the_commands(file, monkeypatch):
+    backend(monkeypatch, lambda module: module)
+    parser = argparse.ArgumentParser()
+    extract.add_options(parser)
+    for more in ([], ['--compile']):
+        made = extract.extractor_of(parser.parse_args(['--weights', str(file), '--use-cpu', *more]))
+        assert isinstance(made.network, compiling.Compiled) == bool(more)
+        assert (made.network is made.model) == (not more)
 
 
 def test_a_compiler_that_fails_is_reported_in_one_line(file, images, monkeypatch):

@@ -153,7 +153,7 @@ def test_nothing_is_overwritten(tmp_path, capsys):
 def test_a_file_that_computes_something_else_is_removed(outcome, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(exporting, 'check', lambda *_: outcome)
     assert start('export.py', '--weights', put(tmp_path / 'w.pth'), '--format', 'pt2') == 1
-    assert 'w.pt2 is removed: an error above 0.001, or other neighbours' in capsys.readouterr().out
+    assert 'w.pt2 is removed: an error above 0.001, or other neighbours' in capsys.readouterr().err
     assert os.listdir(tmp_path) == ['w.pth']
 
 
