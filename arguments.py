@@ -190,8 +190,8 @@ class RunOptions(Shared):
         'in hardware, and fp32 for the test, so that published figures are reproduced',
         choices=('auto', 'fp32', 'tf32', 'bf16'))  # fmt: skip
     compile: bool = option(False,
-        'compile the network with CUDA graphs, because small batches are limited by kernel launches; takes a minute '
-        'at the start')  # fmt: skip
+        'compile the network: on a GPU for training, with CUDA graphs, because small batches are limited by kernel '
+        'launches; on a CPU for --evaluate. Takes a minute at the start')  # fmt: skip
     deterministic: bool = option(False,
         'use deterministic algorithms only, so that equal runs give equal weights on a GPU too; slower there, and an '
         'operation without one is an error. Not needed on the CPU')  # fmt: skip

@@ -107,11 +107,12 @@ class Test:
             print(f'Notice: {notice}')
         print(heading)
         self.run.unify(model)
+        tested = self.run.for_test(model, self.options)
         figures: dict[str, dict[str, float]] = {}
         for test in tests:
             if len(tests) > 1:
                 print(f'Target {plain(test.dataset.name, 500)}')
-            figures[test.dataset.name] = test(model)
+            figures[test.dataset.name] = test(tested)
         table: dict[str, object] = {}
         if len(tests) > 1:
             targets.show(figures)
@@ -292,12 +293,7 @@ def extract(
 
 
 def _extract_whole(
-    model: Network,
-    items: Sequence[Item],
-    frames: ImageDataset,
-    options: TestOptions,
-    run: Run,
-    file: np.ndarray | None,
+    model: Network, items: Sequence[Item], frames: ImageDataset, options: TestOptions, run: Run, file: np.ndarray | None
 ) -> Extracted:
     """The same for all frames of each tracklet, however long: no batch has more than --test-batch times FRAMES."""
     sizes = torch.tensor([len(paths) for paths, _, _ in items])  # (N,)

@@ -15,65 +15,30 @@ list on stdin. It can be interrupted: the same command continues.
 import argparse
 import contextlib
 import functools
-import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from arguments import RunOptions
 from dataset_loader import ImageDataset, VideoDataset, test_loader
 from evaluation import pool
-from models.network import Training
-from runtime import cards, commands, notices, values
-from runtime.device import Run, keep_memory, precision_of
+from runtime import cards, commands, engines, values
+from runtime.device import Run, keep_memory
 from runtime.draft import Draft
 from runtime.errors import UserError, plain
 from runtime.images import cut, files_of, listed, pixels_of, tracklets_of
 from runtime.paths import Paths
 from runtime.precision import tf32
-from runtime.tiles import DISTANCES
 from runtime.workers import Group, collate
-from transforms import KERNELS, TestTransform
-from weights import arch_of, build
-from weights import read as read_weights
+from transforms import TestTransform
 
 BATCHES = {'cpu': 32, 'cuda': 256}  # images per batch: a GPU needs more of them to be busy
 FRAMES = 15  # of a tracklet, as --seq-len
-ASSUMED = 'Assumed, because the file does not tell: {}; --assume NAME=VALUE changes it'
-VERSION = 1  # of what a digest stands for
-
-
-class Usage(NamedTuple):
-    """How a network's features are made and compared."""
-
-    height: int
-    width: int
-    interpolation: str  # '': that of the network
-    distance: str
-    flip_test: bool  # the mean of the features of an image and its mirror image
-
-
-def usage_of(trained: Training) -> Usage:
-    """As the run or the project of the weights tests them; otherwise 256 x 128 pixels and the Euclidean distance."""
-
-    def option(name: str, default: Any, fits: Callable[[Any], bool] = lambda _: True) -> Any:
-        value = {**trained.options, **trained.test}.get(name)
-        return value if type(value) is type(default) and fits(value) else default
-
-    return Usage(
-        option('height', 256, lambda pixels: pixels > 0),
-        option('width', 128, lambda pixels: pixels > 0),
-        option('interpolation', '', lambda name: name in KERNELS),
-        option('distance', 'euclidean', lambda name: name in DISTANCES),
-        option('flip_test', False),
-    )
 
 
 class FeatureExtractor:
@@ -87,7 +52,8 @@ class FeatureExtractor:
     It may be used by several threads at once. Nothing is printed: `notes` has what is worth knowing of the weights.
 
     Args:
-        weights: a file that `weights.read` supports; no code in it is run.
+        weights: a file that `weights.read` supports, or an ONNX file that `export.py` wrote, which onnxruntime runs on
+            the CPU in fp32, at its own size; no code in it is run.
         device: 'auto', which is the current GPU or else the CPU; 'cpu', 'cuda', 'cuda:1', ...
         precision: 'auto', which is fp32 as in a test; 'fp32', 'tf32' (GPUs only) or 'bf16'.
         arch: of the weights, if it cannot be recognised.
@@ -96,6 +62,8 @@ class FeatureExtractor:
             128 if their file does not contain them.
         batch: images per batch; by default 32, on a GPU 256.
         workers: processes that decode files, for lists of more than one batch; 0 decodes in the calling thread.
+        compile: compile the network for this CPU at the first call, which takes a minute and needs a C++ compiler;
+            later calls are faster. With `batch=1` it is compiled for single images.
 
     Attributes:
         arch, feat_dim, device, precision, height, width, interpolation, distance, flip_test: what is used.
@@ -118,34 +86,18 @@ class FeatureExtractor:
         width: int | None = None,
         batch: int | None = None,
         workers: int = 0,
+        compile: bool = False,
     ):
-        where, self.notes = plain(os.fspath(weights), 500), list[str]()
-        loaded = read_weights(weights, assume)
-        if loaded.assumed:
-            self.notes.append(ASSUMED.format(', '.join(loaded.assumed)))
-        usage = usage_of(loaded.trained)
-        self.height, self.width = height or usage.height, width or usage.width
-        size = {'height': self.height, 'width': self.width}  # of the only images that some networks take
-        sized = replace(loaded, trained=replace(loaded.trained, options={**loaded.trained.options, **size}))
-        with torch.random.fork_rng(devices=[]):  # the initial weights, which are replaced, are random
-            self.model = build(sized, arch, where, self.notes.append)
-        self.interpolation = usage.interpolation or self.model.interpolation
-        self.distance, self.flip_test = usage.distance, usage.flip_test
-        if min(self.height, self.width) < self.model.smallest:
-            raise UserError(
-                f'{where}: the network needs images of at least {self.model.smallest} pixels, not {self.height} x '
-                f'{self.width}'
-            )
-        self.notes += [f'Notice: {notice}' for notice in notices.of_size(loaded.trained, self.height, self.width)]
-        self.trained = loaded.trained
-        self.arch = str(arch or loaded.trained.options.get('arch') or arch_of(loaded.state_dict))
-        self.feat_dim = self.model.feat_dim
-        self.device = device_of(device)
-        how = RunOptions(arch=self.arch, width=self.width, precision=precision)
-        self.precision = 'fp32' if precision == 'auto' else precision_of(how, self.device)
+        engine = engines.start(weights, arch, assume, height, width)
+        self.engine, self.arch, self.trained, self.notes = engine, engine.arch, engine.trained, engine.notes
+        self.height, self.width, self.interpolation, self.distance, self.flip_test = engine.usage
+        self.device = device_of('cpu' if engine.sealed and device == 'auto' else device)
+        self.precision = engine.precision_on(self.device, precision)
         self.run = Run(self.device, self.precision, self.precision)
-        self.run.place(self.model)
+        self.model = self.run.place(engine.model)
+        self.feat_dim = self.model.feat_dim
         self.batch, self.workers = batch or BATCHES[self.device.type], workers
+        self.network = engine.compiled(self.device, self.batch) if compile else self.model
         self.prepare = TestTransform(self.height, self.width, self.model.normalisation, self.interpolation)
         self.lock = Lock()  # on a GPU: TF32 is a setting of the process
 
@@ -222,10 +174,10 @@ class FeatureExtractor:
         """(b, D) float32, on the CPU."""
         batch = self.prepare(groups)  # (b, 3, h, w)
         with self.arithmetic():
-            features: Tensor = self.model(batch).float()
-        if self.flip_test:
+            features: Tensor = self.network(batch).float()
+        if self.mirrors:
             with self.arithmetic():
-                features = (features + self.model(batch.flip(3)).float()) / 2
+                features = (features + self.network(batch.flip(3)).float()) / 2
         return features.cpu()
 
     @contextlib.contextmanager
@@ -239,6 +191,11 @@ class FeatureExtractor:
             yield
 
     @property
+    def mirrors(self) -> bool:
+        """Whether mirror images are made here: they are averaged with, and the network does not do it."""
+        return self.flip_test and not self.engine.flips
+
+    @property
     def description(self) -> dict[str, object]:
         """What the features are, for JSON."""
         names = 'digest', 'arch', 'feat_dim', 'height', 'width', 'interpolation', 'distance', 'precision', 'flip_test'
@@ -246,14 +203,7 @@ class FeatureExtractor:
 
     @functools.cached_property
     def digest(self) -> str:
-        model = self.model
-        how = self.arch, self.height, self.width, self.interpolation, self.precision, self.flip_test
-        digest = hashlib.sha256(repr((VERSION, model.made, model.normalisation, *how)).encode())
-        for name, value in sorted(model.state_dict().items()):
-            if not name.startswith('classifier.'):
-                digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
-                digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+        return self.engine.digest(self.precision, self.flip_test)
 
 
 def check(features: Tensor, start: int) -> None:
@@ -297,6 +247,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--precision', choices=('auto', 'fp32', 'tf32', 'bf16'), default='auto', help='(default: fp32)')
     parser.add_argument('--batch', type=values.positive_int, help='images per batch (default: 32; on a GPU 256)')
     parser.add_argument('-j', '--workers', type=values.nonnegative_int, default=4, help='decoders (default: 4)')
+    parser.add_argument('--compile', action='store_true', help='compile the network (CPUs only; takes a minute)')
     parser.add_argument('--use-cpu', action='store_true', help='use the CPU even if there is a GPU')
     parser.add_argument('--gpu-devices', metavar='N', help='index of the GPU (default: 0)', type=values.nonnegative_int)
 
@@ -306,7 +257,7 @@ def extractor_of(args: argparse.Namespace) -> FeatureExtractor:
     if not args.weights:
         raise UserError('--weights is missing: give a checkpoint or published weights')
     device = 'cpu' if args.use_cpu else 'auto' if args.gpu_devices is None else f'cuda:{args.gpu_devices}'
-    how = {name: getattr(args, name) for name in ('arch', 'assume', 'height', 'width', 'batch', 'workers')}
+    how = {name: getattr(args, name) for name in ('arch', 'assume', 'height', 'width', 'batch', 'workers', 'compile')}
     extractor = FeatureExtractor(args.weights, device, args.precision, **how)
     if extractor.device.type == 'cpu':
         keep_memory()

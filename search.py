@@ -91,11 +91,11 @@ def calibrate(extractor: FeatureExtractor, name: str, data_dir: str) -> dict[str
     q_pids, g_pids, q_camids, g_camids = check_items(dataset, dataset.no_cameras, extractor.run)
     options = TestOptions(
         height=extractor.height, width=extractor.width, interpolation=extractor.interpolation,
-        flip_test=extractor.flip_test, test_batch=extractor.batch, workers=extractor.workers,
+        flip_test=extractor.mirrors, test_batch=extractor.batch, workers=extractor.workers,
     )  # fmt: skip
     with extractor.arithmetic():
         query, gallery = (
-            evaluation.extract(extractor.model, items, options, extractor.run)[0]
+            evaluation.extract(extractor.network, items, options, extractor.run)[0]
             for items in (dataset.query, dataset.gallery)
         )
     result = ranking.rank(query, gallery, q_pids, g_pids, q_camids, g_camids, distance=extractor.distance)

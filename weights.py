@@ -21,7 +21,7 @@ from models.loading import arch_of, listed
 from models.network import Network, Training
 from runtime import commands, download, safetensors, unpickling, values
 from runtime.errors import UserError, plain
-from runtime.files import write_whole
+from runtime.files import write_new
 
 FORMAT = 'deep-person-reid 1'  # the entry 'format' of the checkpoints written here
 LICENCE = 'unknown'  # unless the file names it
@@ -314,20 +314,7 @@ def convert(path: str, out: str, assume: str) -> None:
         else:
             torch.save({**contents, 'state_dict': tensors}, temporary)
 
-    try:
-        with open(out, 'xb'):  # reserves the name
-            pass
-    except FileExistsError as problem:
-        raise UserError(f'{target} exists and is not overwritten; choose another name') from problem
-    except OSError as problem:
-        raise UserError(f'{target} cannot be written ({problem.strerror}); choose another place') from problem
-    try:
-        write_whole(out, write)
-    except BaseException as problem:
-        os.unlink(out)
-        if isinstance(problem, OSError):
-            raise UserError(f'{target} cannot be written ({problem.strerror}); choose another place') from problem
-        raise
+    write_new(out, write)
     print(f'Wrote {target}')
 
 

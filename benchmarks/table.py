@@ -37,6 +37,7 @@ SECONDS = {
     'distributed': 115,
     'learning': 15,
     'backbones': 15,
+    'engines': 8,
 }
 PARTS = list(SECONDS)  # and how long each may take on a machine with a CUDA device
 HERE = Path(__file__).resolve().parent

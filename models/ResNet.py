@@ -81,7 +81,7 @@ class NonLocal(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         g, theta, phi = (layer(x).flatten(2) for layer in (self.g, self.theta, self.phi))  # (B, 1, h * w)
         context = phi @ g.transpose(1, 2) / g.size(2)  # (B, 1, 1)
-        attended: Tensor = self.W((context @ theta).view(len(x), 1, *x.shape[2:])) + x  # (B, C, h, w)
+        attended: Tensor = self.W((context @ theta).view(x.size(0), 1, *x.shape[2:])) + x  # (B, C, h, w)
         return attended
 
 

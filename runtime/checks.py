@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -15,6 +14,7 @@ import torch
 
 import data_manager
 import models
+from runtime import compiling
 from runtime.errors import UserError, plain
 from runtime.kinds import not_a_file
 from runtime.processes import of_environment
@@ -128,10 +128,19 @@ def check_test(parser: Reporter, args: argparse.Namespace) -> None:
 def check_compile(parser: Reporter, args: argparse.Namespace) -> None:
     """Check what --compile needs on this machine: it fails at the first step, long after the data were read.
 
-    A run without a GPU is refused later (`runtime.device`), and a test compiles nothing.
+    Training without a GPU is refused later (`runtime.device`). A test is compiled on a CPU only.
     """
-    if not args.compile or args.evaluate:
-        return
+    try:
+        if args.compile and not args.evaluate:
+            check_training(parser, args)
+        elif args.compile and (args.use_cpu or not torch.cuda.is_available()):
+            compiling.check('--compile')
+    except UserError as mistake:
+        parser.error(str(mistake))
+
+
+def check_training(parser: Reporter, args: argparse.Namespace) -> None:
+    """Check what a compiled training needs."""
     processes = number_of_processes(args)
     if args.sync_bn:
         parser.error('--compile does not work with --sync-bn, which breaks the compiled graph: remove one of the two')
@@ -156,21 +165,7 @@ def check_compile(parser: Reporter, args: argparse.Namespace) -> None:
             '--compile needs a C compiler, and there is no gcc or clang: install one, set CC in the environment to '
             'the path of another, or remove --compile'
         )
-    folders = include_folders()
-    if not any((folder / 'Python.h').is_file() for folder in folders):
-        version = '.'.join(map(str, sys.version_info[:2]))
-        parser.error(
-            f"--compile needs Python's header files, and there is no {folders[0] / 'Python.h'}: install them (on "
-            f'Debian and Ubuntu the package python{version}-dev), or remove --compile'
-        )
-
-
-def include_folders() -> list[Path]:
-    """The folders in which triton's compiler finds Python.h: first Python's own, then those of the environment."""
-    scheme = sysconfig.get_default_scheme()
-    own = sysconfig.get_paths('posix_prefix' if scheme == 'posix_local' else scheme)['include']  # as triton does
-    more = [os.environ.get(name, '') for name in ('CPATH', 'C_INCLUDE_PATH')]
-    return [Path(folder) for folder in (own, *os.pathsep.join(more).split(os.pathsep)) if folder]
+    compiling.check_headers('--compile', ('CPATH', 'C_INCLUDE_PATH'))
 
 
 def check_resume(parser: Reporter, args: argparse.Namespace) -> None:

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
-from arguments import RunOptions
+from arguments import RunOptions, TestOptions
+from models.network import Network
 from runtime import cards
+from runtime.compiling import Compiled
 from runtime.errors import UserError
 from runtime.files import Unwritten
 from runtime.precision import allow_tf32, has_bf16
@@ -117,6 +119,12 @@ class Run:
             how = {'gradient_as_bucket_view': True, SYNC_BUFFERS: False}
             replica = DistributedDataParallel(replica, devices, **how)  # type: ignore[arg-type]  # both take a bool
         return torch.compile(replica, mode='reduce-overhead') if self.compiled else replica  # type: ignore[return-value]  # a module
+
+    def for_test(self, network: Network, options: TestOptions) -> Network:
+        """The network with which a test extracts: compiled if --compile is given and a CPU computes it."""
+        if not self.compiled or self.device.type != 'cpu':
+            return network
+        return Compiled(network, options.height, options.width, options.test_batch)
 
     def gather(self, features: Tensor, pids: Tensor) -> tuple[Tensor, Tensor]:
         """The features (B, D) and pids (B,) of the whole batch, over all processes, in the batch's order.
@@ -227,15 +235,16 @@ def start(
 
     Raises:
         UserError: a GPU does not exist or cannot be used; the device does not support the precision; --sync-bn or
-        --compile is used on a CPU.
+        --compile is used on a CPU, in training.
     """
     group = group or Group(Processes())
     group.meet()
     device = _device(options, group.processes)
     chosen = precision_of(options, device)
     for option, wanted in (('--sync-bn', options.sync_bn), ('--compile', options.compile)):
-        if wanted and device.type != 'cuda' and not options.evaluate:  # a test uses neither
-            raise UserError(f'{option} is for CUDA devices: remove it on the CPU')
+        if wanted and device.type != 'cuda' and not options.evaluate:
+            where = 'on the CPU' if option == '--sync-bn' else 'on the CPU, where it is for --evaluate only'
+            raise UserError(f'{option} is for CUDA devices: remove it {where}')
     if options.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # required for deterministic cuBLAS
         torch.backends.cudnn.benchmark = False  # it may choose a different algorithm each time

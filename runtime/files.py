@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from runtime.errors import UserError, plain
+
 BLOCK = 1 << 24  # bytes that are written at once
 
 
@@ -49,6 +51,34 @@ def write_whole(fpath: str | Path, write: Callable[[Path], object], *also: str |
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def check_new(fpath: str) -> None:
+    """Raise UserError if the file exists: known before the work that would fill it."""
+    if os.path.lexists(fpath):
+        raise UserError(f'{plain(fpath, 500)} exists and is not overwritten; choose another name')
+
+
+def write_new(fpath: str, write: Callable[[Path], object]) -> None:
+    """The same for a file that must not exist yet. Whatever fails, nothing is left.
+
+    Raises:
+        UserError: it exists, or cannot be written.
+    """
+    check_new(fpath)
+    target = plain(fpath, 500)
+    try:
+        with open(fpath, 'xb'):  # reserves the name
+            pass
+    except OSError as problem:
+        raise UserError(f'{target} cannot be written ({problem.strerror}); choose another place') from problem
+    try:
+        write_whole(fpath, write)
+    except BaseException as problem:
+        os.unlink(fpath)
+        if isinstance(problem, OSError):
+            raise UserError(f'{target} cannot be written ({problem.strerror}); choose another place') from problem
+        raise
 
 
 def _double(fpath: Path, double: Path) -> None:

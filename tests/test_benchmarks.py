@@ -68,6 +68,49 @@ def test_a_backbone_is_held_to_what_its_class_says(monkeypatch):
     assert len(list(backbones.rows(False))) == 1
 
 
+def test_all_engines_compute_the_same_features(tmp_path, monkeypatch):
+    """As their own code calls them; --compile has its tests."""
+    engines = importlib.import_module('engines')
+    for name in ('onnx', 'onnxscript', 'onnxruntime', 'openvino'):
+        pytest.importorskip(name)
+    plan, file = engines.Plan(('tiny',), 32, 16), str(tmp_path / 'tiny.onnx')
+    engines.write('tiny', plan, file)
+    monkeypatch.setattr(engines, 'Compiled', lambda model, *_: model)
+    for precision, tolerance in engines.PRECISIONS.items():
+        for batch in (3, 1):
+            names = engines.sides_of(precision)
+            assert ('onnxruntime' in names) == (precision == 'fp32') and 'openvino' in names
+            features = {name: engines.side(name, 'tiny', precision, plan, batch, file)() for name in names}
+            engines.agree(features, tolerance)
+            assert features['eager'].shape == (batch, 16)
+    with pytest.raises(AssertionError, match='openvino differs by'):
+        engines.agree({**features, 'openvino': features['openvino'] * 2}, 0.1)
+
+
+def test_the_fastest_way_is_compared_with_the_faster_engine():
+    engines = importlib.import_module('engines')
+    times = {
+        'eager': [[4.0], [4.0]],
+        'compiled': [[2.0], [2.0]],
+        'onnxruntime': [[3.0], [1.0]],
+        'openvino': [[2.1], [2.1]],
+    }
+    first, *others = engines.compared('net', times, 8)
+    assert (first.what, first.ours, first.plain) == ('net: compiled; plain: onnxruntime', 4, 4)
+    assert (first.times_plain, first.target, first.met) == (1, 'plain ≥ 0.95', True)
+    assert [(row.what, row.ours) for row in others[:2]] == [('the same: eager', 2), ('the same: compiled', 4)]
+    first, one, *_ = engines.compared('net', {'eager': [[1.0, 2.0, 3.0]], 'openvino': [[1.0, 1.0, 1.0]]}, 1)
+    assert (first.unit, first.ours, first.plain, first.met) == ('ms', 2000, 1000, False)
+    assert (one.what, one.unit) == ('the same: eager, 99th percentile 2980.00 ms', 'ms')
+    assert len(list(engines.rows(False))) == 1
+
+
+@pytest.mark.soak
+def test_the_engines_are_measured():
+    run = subprocess.run([sys.executable, FOLDER / 'engines.py', '--short'], capture_output=True, text=True, env=ENV)
+    assert run.returncode == 0 and run.stdout.count('the same: compiled') == 4, run.stderr
+
+
 @pytest.mark.parametrize('precision', ['fp32', 'tf32', 'bf16'])
 def test_both_sides_of_a_training_have_the_same_arithmetic(precision, monkeypatch):
     """On a GPU, which this machine need not have: TF32 for products and for convolutions, and cuDNN's trials."""

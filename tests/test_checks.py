@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ENV, HANG, ROOT
 
-from runtime import checks, processes
+from runtime import checks, compiling, processes
 
 SCRIPT = 'train_img_model_xent'
 
@@ -96,7 +96,7 @@ def test_the_headers_of_a_debian(machine, monkeypatch):
     asked = []
     monkeypatch.setattr(sysconfig, 'get_default_scheme', lambda: 'posix_local')
     monkeypatch.setattr(sysconfig, 'get_paths', lambda scheme: asked.append(scheme) or {'include': '/usr/include'})
-    assert checks.include_folders() == [Path('/usr/include')] and asked == ['posix_prefix']
+    assert compiling.include_folders(('NONE',)) == [Path('/usr/include')] and asked == ['posix_prefix']
 
 
 def test_without_triton(machine, monkeypatch, capsys):
@@ -122,9 +122,38 @@ def test_sync_bn_is_not_compiled(more, machine, capsys):
 
 @pytest.mark.parametrize('options', [['--evaluate'], ['--use-cpu']])
 def test_what_compiles_nothing_needs_nothing(options, machine, monkeypatch):
-    """A run on the CPU is refused later."""
+    """A test on a GPU is not compiled, and training on the CPU is refused later."""
     monkeypatch.setenv('PATH', '')
     assert parse(*options).compile
+
+
+@pytest.fixture
+def cpu(machine, monkeypatch):
+    """The same machine without a GPU, but with g++."""
+    (machine / 'bin' / 'gcc').rename(machine / 'bin' / 'g++')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    for name in ('CXX', 'CPLUS_INCLUDE_PATH'):
+        monkeypatch.delenv(name, raising=False)
+    return machine
+
+
+@pytest.mark.parametrize('gpu', [False, True])
+def test_a_test_on_a_cpu_needs_a_compiler(gpu, cpu, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpu)
+    options = '--evaluate', *['--use-cpu'] * gpu
+    assert parse(*options).compile
+    (cpu / 'include' / 'Python.h').rename(cpu / 'Python.h')
+    assert "--compile needs Python's header files, and there is no" in refused(capsys, *options)
+    monkeypatch.setenv('CPLUS_INCLUDE_PATH', str(cpu))
+    assert parse(*options).compile
+    (cpu / 'bin' / 'g++').rename(cpu / 'bin' / 'cc')
+    assert refused(capsys, *options).startswith(
+        'error: --compile needs a C++ compiler, and there is no g++: install it'
+    )
+    monkeypatch.setenv('CXX', 'cc')
+    assert parse(*options).compile
+    monkeypatch.setenv('CXX', 'cc -O3')
+    assert "needs a C++ compiler, and CXX is 'cc -O3' in the environment, which was not" in refused(capsys, *options)
 
 
 LATE = """

@@ -1,7 +1,7 @@
 """The commands of README.md, CONTRIBUTING.md and docs/ are run, at tiny size, and what these texts refer to exists."""
 
 import ast
-import importlib
+import importlib.util
 import re
 import runpy
 import shlex
@@ -29,6 +29,7 @@ PYTHON = [block for language, block in FENCED if language == 'python']
 LINES = list(dict.fromkeys(line.strip() for language, block in FENCED if not language for line in block.splitlines()))
 COMMANDS = [line for line in LINES if line.startswith('python train_')]
 ROWS = re.findall(r'`(python train_[^`]*-d [^`]*)`', README)
+ONNX = all(map(importlib.util.find_spec, ('onnx', 'onnxscript', 'onnxruntime')))  # export.py needs them
 MOST_BYTES = 15 * 1024  # of README.md: it is read in full
 
 
@@ -157,6 +158,8 @@ def test_the_other_commands_run(script, data_dir, tmp_path, monkeypatch, capsys)
     main = "if __name__ == '__main__':"
     there = {path.name for path in ROOT.glob('*.py') if path.stem not in SCRIPTS and main in path.read_text()}
     assert {command[1] for command in commands} == there
+    if not ONNX:
+        commands = [command for command in commands if 'onnx' not in ' '.join(command)]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))  # for search.py
     for command in commands:
@@ -186,13 +189,29 @@ def test_the_other_commands_run(script, data_dir, tmp_path, monkeypatch, capsys)
     )
 
 
-@pytest.mark.parametrize('block', re.findall(r'```python\n(.*?)```', TEXTS['docs/use.md'], re.S))
+def run(*command):
+    """A command of this project, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', [*command])
+        try:
+            runpy.run_path(str(ROOT / command[0]), run_name='__main__')
+        except SystemExit as end:
+            assert not end.code
+
+
+@pytest.mark.parametrize(
+    'block', re.findall(r'```python\n(.*?)```', TEXTS['docs/use.md'] + TEXTS['docs/export.md'], re.S)
+)
 def test_the_examples_of_use_run(block, script, data_dir, tmp_path, monkeypatch):
-    if 'qdrant_client' in block:
-        pytest.importorskip('qdrant_client')
+    kind = re.search(r'best_model\.(onnx|pt2)', block)
+    for package in ('qdrant_client', 'openvino', *(('onnx', 'onnxscript', 'onnxruntime') if 'onnx' in block else ())):
+        if package in block or package.startswith('onnx'):
+            pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     assert script('train_img_model_xent', '--max-epoch', 1, '--save-dir', 'log/demo') == 0
     shutil.copytree(data_dir / 'market1501', 'data/toy_market1501')
     for name, path in zip(('one.jpg', 'two.jpg'), Path('data/toy_market1501/query').iterdir(), strict=False):
         shutil.copy(path, name)
-    exec(compile(block, 'docs/use.md', 'exec'), {})
+    if kind:
+        run('export.py', '--weights', 'log/demo/best_model.pth.tar', '--format', kind[1])
+    exec(compile(block, 'docs', 'exec'), {})

@@ -5,7 +5,7 @@ import ast
 import pytest
 from conftest import ROOT
 
-LONGEST, MOST_AT_ROOT = 350, 21  # lines of a room; files at the root
+LONGEST, MOST_AT_ROOT = 350, 22  # lines of a room; files at the root
 DOORS = ('models', 'readers', 'runtime', 'page', 'toy')
 EXPERIMENT = (  # what a script may import
     'arguments data_manager dataset_loader evaluation losses models runtime.checkpoint runtime.device '
@@ -25,10 +25,13 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
         'ranking readers.tree runtime.device runtime.features runtime.meters runtime.notices runtime.provenance '
         'runtime.ranks runtime.targets runtime.testset transforms'
     ),
+    'export': (
+        'extract runtime runtime.commands runtime.exported runtime.exporting runtime.files runtime.graph '
+        'runtime.images runtime.values'
+    ),
     'extract': (
-        'arguments dataset_loader evaluation models.network runtime runtime.cards runtime.commands runtime.device '
-        'runtime.draft runtime.images runtime.notices runtime.paths runtime.precision runtime.tiles runtime.values '
-        'runtime.workers transforms weights'
+        'dataset_loader evaluation runtime runtime.cards runtime.commands runtime.device runtime.draft runtime.engines '
+        'runtime.images runtime.paths runtime.precision runtime.values runtime.workers transforms'
     ),
     'losses': '',
     'ranking': 'eval_metrics reranking runtime.commands runtime.features runtime.tiles runtime.values',
@@ -83,21 +86,31 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
         'runtime.device runtime.files runtime.keeping runtime.meters runtime.notices runtime.provenance runtime.state '
         'utils weights'
     ),
-    'runtime.checks': 'data_manager models runtime.kinds runtime.processes',
+    'runtime.checks': 'data_manager models runtime runtime.compiling runtime.kinds runtime.processes',
     'runtime.cards': '',
     'runtime.chosen': 'models models.loading models.network runtime.device utils weights',
+    'runtime.compiling': 'models.network',
     'runtime.commands': 'runtime.console runtime.memory',
     'runtime.console': '',
     'runtime.decoding': 'runtime.kinds',
     'runtime.device': (
-        'arguments models runtime.cards runtime.files runtime.precision runtime.processes runtime.signals utils'
+        'arguments models models.network runtime.cards runtime.compiling runtime.files runtime.precision '
+        'runtime.processes runtime.signals utils'
     ),
     'runtime.download': 'models.network',
+    'runtime.engines': (
+        'arguments models.network runtime runtime.compiling runtime.device runtime.exported runtime.notices '
+        'runtime.tiles '
+        'transforms weights'
+    ),
     'runtime.errors': '',
+    'runtime.exported': 'models.network transforms',
+    'runtime.exporting': 'runtime runtime.exported runtime.graph',
     'runtime.draft': 'runtime.files runtime.paths runtime.system',
     'runtime.features': 'readers.tree runtime.device runtime.files runtime.paths',
     'runtime.feed': 'runtime.caching runtime.workers',
     'runtime.files': '',
+    'runtime.graph': 'models.network',
     'runtime.images': 'readers.tree runtime.decoding',
     'runtime.index': 'runtime.tiles',
     'runtime.keeping': 'page.results page.runs utils',

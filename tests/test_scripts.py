@@ -57,7 +57,7 @@ def test_train_resume_evaluate(name, script, tmp_path, capsys):
     assert (tmp_path / 'test' / 'log_test.txt').exists()
 
 
-FOR_TRAINING = '--train-batch 999 --start-epoch 999 --auto-resume --overwrite --resume-weights-only --sync-bn --compile'
+FOR_TRAINING = '--train-batch 999 --start-epoch 999 --auto-resume --overwrite --resume-weights-only --sync-bn'
 
 
 @pytest.mark.parametrize('name', SCRIPTS)

@@ -1,0 +1,103 @@
+"""Networks that torch compiles for a CPU, and what the compiler needs on this machine."""
+
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.network import Network
+from runtime.errors import UserError, plain
+
+
+class Sized(nn.Module):
+    """A network for images of one size, which the compiler then takes as constants; the batch remains dynamic."""
+
+    def __init__(self, network: Network, height: int, width: int):
+        super().__init__()
+        self.network, self.size = network.eval(), (3, height, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1:] != self.size:
+            raise ValueError(f'images of {tuple(x.shape[1:])}, not {self.size}')
+        features: Tensor = self.network(x)
+        return features
+
+
+class Compiled(Network):
+    """A network in eval mode, compiled when it is first called: (B, 3, height, width) -> (B, feat_dim).
+
+    Its weights become constants of the code, with BatchNorm folded into convolutions whose weights are stored in the
+    order that the CPU's kernels read: whatever changes the weights later changes nothing here. It is compiled once for
+    all batches of two or more images. A single image is computed twice, side by side, unless `batch`, the size of the
+    largest one, is 1: code for single images would have to be compiled, too.
+
+    To be called under `torch.inference_mode` or `torch.no_grad`: otherwise weights are no constants.
+
+    Raises:
+        UserError: the compiler fails.
+    """
+
+    pools_itself = True
+
+    def __init__(self, network: Network, height: int, width: int, batch: int):
+        super().__init__(num_classes=1)
+        self.feat_dim, self.normalisation, self.interpolation = (
+            network.feat_dim, network.normalisation, network.interpolation,
+        )  # fmt: skip
+        self.compiled = torch.compile(Sized(network, height, width), dynamic=True, options={'freezing': True})
+        self.batch, self.single, self.works = batch, False, False
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.single = self.single or (self.batch == len(x) == 1 and not self.works)
+        if len(x) == 1 and not self.single:
+            return self.forward(torch.cat((x, x)))[:1]
+        try:
+            features: Tensor = self.compiled(x)
+        except Exception as problem:
+            if self.works or isinstance(problem, MemoryError):
+                raise
+            reason = plain(str(problem)) or type(problem).__name__
+            raise UserError(f'--compile: the network cannot be compiled ({reason}); remove it') from problem
+        self.works = True
+        return features
+
+
+def check(what: str) -> None:
+    """Raise UserError, in one line about the option `what`, unless there is what a compilation for the CPU needs."""
+    compiler = os.environ.get('CXX')  # torch uses CXX as it is, else g++, on macOS clang++
+    usual = 'clang++' if sys.platform == 'darwin' else 'g++'
+    if compiler is not None and not shutil.which(compiler):
+        raise UserError(
+            f'{what} needs a C++ compiler, and CXX is {compiler!r} in the environment, which was not found: set it to '
+            f'the path of one, or remove {what}'
+        )
+    if compiler is None and not shutil.which(usual):
+        raise UserError(
+            f'{what} needs a C++ compiler, and there is no {usual}: install it, set CXX in the environment to the path '
+            f'of another, or remove {what}'
+        )
+    check_headers(what, ('CPATH', 'CPLUS_INCLUDE_PATH'))
+
+
+def check_headers(what: str, variables: tuple[str, ...]) -> None:
+    """Raise UserError unless Python.h is in one of the folders of `include_folders`."""
+    folders = include_folders(variables)
+    if not any((folder / 'Python.h').is_file() for folder in folders):
+        version = '.'.join(map(str, sys.version_info[:2]))
+        raise UserError(
+            f"{what} needs Python's header files, and there is no {folders[0] / 'Python.h'}: install them (on "
+            f'Debian and Ubuntu the package python{version}-dev), or remove {what}'
+        )
+
+
+def include_folders(variables: tuple[str, ...]) -> list[Path]:
+    """The folders in which a compiler finds Python.h: first Python's own, then those of these environment variables."""
+    scheme = sysconfig.get_default_scheme()
+    own = sysconfig.get_paths('posix_prefix' if scheme == 'posix_local' else scheme)['include']  # as triton does
+    more = [os.environ.get(name, '') for name in variables]
+    return [Path(folder) for folder in (own, *os.pathsep.join(more).split(os.pathsep)) if folder]

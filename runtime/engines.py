@@ -1,0 +1,164 @@
+"""What computes the features: a network from a file of weights or an exported file, and how it is used."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from arguments import RunOptions
+from models.network import Network, Training
+from runtime import compiling, exported, notices
+from runtime.device import precision_of
+from runtime.errors import UserError, plain
+from runtime.tiles import DISTANCES
+from transforms import KERNELS
+from weights import arch_of, build
+from weights import read as read_weights
+
+ASSUMED = 'Assumed, because the file does not tell: {}; --assume NAME=VALUE changes it'
+VERSION = 1  # of what a digest stands for
+
+
+class Usage(NamedTuple):
+    """How a network's features are made and compared."""
+
+    height: int
+    width: int
+    interpolation: str  # '': that of the network
+    distance: str
+    flip_test: bool  # the mean of the features of an image and its mirror image
+
+
+@dataclass
+class Engine:
+    """A network in eval mode, the usage of its features, and what is known of its weights.
+
+    flips:  whether the network averages the features of mirror images by itself, if the usage says so
+    sealed: the digest of the file, if the network cannot be used in any other way than it says
+    notes:  lines on what was loaded
+    """
+
+    model: Network
+    usage: Usage
+    arch: str
+    trained: Training
+    notes: list[str]
+    flips: bool = False
+    sealed: str = ''
+
+    def precision_on(self, device: torch.device, wanted: str) -> str:
+        """The precision that is wanted; for auto fp32, as in a test.
+
+        Raises:
+            UserError: the network cannot have it, or cannot be on the device.
+        """
+        if self.sealed and (device.type != 'cpu' or wanted not in ('auto', 'fp32')):
+            raise UserError(
+                f'{self.trained.where}: an ONNX file is run on the CPU in fp32: choose these, or the weights'
+            )
+        if wanted == 'auto' or self.sealed:
+            return 'fp32'
+        return precision_of(RunOptions(arch=self.arch, width=self.usage.width, precision=wanted), device)
+
+    def compiled(self, device: torch.device, batch: int) -> Network:
+        """The network, compiled for batches of at most so many images.
+
+        Raises:
+            UserError: it is on a GPU, in an ONNX file, or there is no compiler.
+        """
+        if self.sealed or device.type != 'cpu':
+            what = f'{self.trained.where} is run by onnxruntime' if self.sealed else f'the network is on {device}'
+            raise UserError(f'--compile is for networks of torch on CPUs, and {what}: remove it')
+        compiling.check('--compile')
+        return compiling.Compiled(self.model, self.usage.height, self.usage.width, batch)
+
+    def digest(self, precision: str, flip_test: bool) -> str:
+        """16 hexadecimal digits that identify the weights and how they are used."""
+        if self.sealed:
+            return self.sealed
+        model, usage = self.model, self.usage
+        how = self.arch, usage.height, usage.width, usage.interpolation, precision, flip_test
+        digest = hashlib.sha256(repr((VERSION, model.made, model.normalisation, *how)).encode())
+        for name, value in sorted(model.state_dict().items()):
+            if not name.startswith('classifier.'):
+                digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
+                digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+
+def usage_of(trained: Training) -> Usage:
+    """As the run or the project of the weights tests them; otherwise 256 x 128 pixels and the Euclidean distance."""
+
+    def option(name: str, default: Any, fits: Callable[[Any], bool] = lambda _: True) -> Any:
+        value = {**trained.options, **trained.test}.get(name)
+        return value if type(value) is type(default) and fits(value) else default
+
+    return Usage(
+        option('height', 256, lambda pixels: pixels > 0),
+        option('width', 128, lambda pixels: pixels > 0),
+        option('interpolation', '', lambda name: name in KERNELS),
+        option('distance', 'euclidean', lambda name: name in DISTANCES),
+        option('flip_test', False),
+    )
+
+
+def start(
+    path: str | os.PathLike, arch: str | None = None, assume: str = '', height: int | None = None,
+    width: int | None = None,
+) -> Engine:  # fmt: skip
+    """The engine of a file: weights, or by its suffix an ONNX file that `export.py` wrote.
+
+    Raises:
+        UserError: the file cannot be read or does not fit the arguments.
+    """
+    suffix, where = os.path.splitext(os.fspath(path))[1].lower(), plain(os.fspath(path), 500)
+    if suffix == '.pt2':
+        raise UserError(
+            f'{where}: torch.export.load, which would read it, is not safe for files of others; give the weights, or '
+            f'the same network as an .onnx file'
+        )
+    if suffix == '.onnx':
+        return of_onnx(path, where, arch=arch, assume=assume, height=height, width=width)
+    return of_weights(path, where, arch, assume, height, width)
+
+
+def of_weights(
+    path: str | os.PathLike, where: str, arch: str | None, assume: str, height: int | None, width: int | None
+) -> Engine:
+    """The network that the weights were trained with."""
+    notes = list[str]()
+    loaded = read_weights(path, assume)
+    if loaded.assumed:
+        notes.append(ASSUMED.format(', '.join(loaded.assumed)))
+    trained, usage = loaded.trained, usage_of(loaded.trained)
+    height, width = height or usage.height, width or usage.width
+    size = {'height': height, 'width': width}  # of the only images that some networks take
+    sized = replace(loaded, trained=replace(trained, options={**trained.options, **size}))
+    with torch.random.fork_rng(devices=[]):  # the initial weights, which are replaced, are random
+        model = build(sized, arch, where, notes.append)
+    if min(height, width) < model.smallest:
+        raise UserError(
+            f'{where}: the network needs images of at least {model.smallest} pixels, not {height} x {width}'
+        )
+    notes += [f'Notice: {notice}' for notice in notices.of_size(trained, height, width)]
+    arch = str(arch or trained.options.get('arch') or arch_of(loaded.state_dict))
+    interpolation = usage.interpolation or model.interpolation
+    return Engine(model, usage._replace(height=height, width=width, interpolation=interpolation), arch, trained, notes)
+
+
+def of_onnx(path: str | os.PathLike, where: str, **given: Any) -> Engine:
+    """The network of an ONNX file, whose usage is fixed."""
+    model, facts = exported.open_onnx(path)
+    for name, value in given.items():
+        if value and value != getattr(facts, name, None):
+            raise UserError(
+                f'{where}: --{name} {plain(str(value))} cannot be changed in an ONNX file; remove it, or export the '
+                f'weights with it'
+            )
+    usage = Usage(facts.height, facts.width, facts.interpolation, facts.distance, facts.flip_test)
+    notes = [f'{where}: {facts.arch} for images of {facts.height} x {facts.width}, written by export.py']
+    notes += [f'Notice: {notice}' for notice in notices.of_size(facts.trained, facts.height, facts.width)]
+    return Engine(model, usage, facts.arch, facts.trained, notes, flips=True, sealed=model.session.digest)

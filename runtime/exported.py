@@ -1,0 +1,178 @@
+"""Files that `export.py` wrote: what their metadata hold, and an ONNX file as a network.
+
+The metadata are strings under names of their own, which any program can read; `trained` is JSON for `search.py`.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.network import Network, Training
+from runtime.errors import UserError, plain
+from transforms import Normalisation
+
+FORMAT = 'deep-person-reid export 1'
+LAYOUT = 'uint8 (batch, height, width, 3), RGB -> float32 (batch, feat_dim)'
+INPUT, OUTPUT = 'images', 'features'
+# Options of the training that `search.py --calibrate` and the notices need; the others may name the user's folders
+KEPT = ('dataset', 'test_share', 'seed', 'height', 'width', 'pool')
+PIXELS: Normalisation = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # leaves pixels as they are, 0 to 255
+
+
+class Facts(NamedTuple):
+    """What the metadata tell of a file. `digest` is that of the weights and how they were used before the export."""
+
+    arch: str
+    feat_dim: int
+    height: int
+    width: int
+    interpolation: str
+    normalisation: Normalisation
+    distance: str
+    flip_test: bool
+    digest: str
+    trained: Training
+
+
+def metadata(facts: Facts) -> dict[str, str]:
+    """The facts as strings."""
+    mean, std = facts.normalisation
+    trained = asdict(facts.trained)
+    trained |= {
+        'where': '',
+        'options': {name: value for name, value in trained['options'].items() if name in KEPT},
+        'test': {},
+    }
+    return {
+        'format': FORMAT,
+        'layout': LAYOUT,
+        'arch': facts.arch,
+        'feat_dim': str(facts.feat_dim),
+        'height': str(facts.height),
+        'width': str(facts.width),
+        'interpolation': facts.interpolation,
+        'mean': json.dumps(mean),
+        'std': json.dumps(std),
+        'distance': facts.distance,
+        'flip_test': json.dumps(facts.flip_test),
+        'digest': facts.digest,
+        'trained': json.dumps(trained),
+    }
+
+
+def facts_of(metadata: Mapping[str, str], where: str) -> Facts:
+    """The facts of a file.
+
+    Raises:
+        UserError: `export.py` did not write it, or its metadata were altered.
+    """
+    written = metadata.get('format', '')
+    if written != FORMAT:
+        if written.startswith(FORMAT.rstrip('0123456789')):
+            raise UserError(f'{where} has the format {plain(written)}, not {FORMAT}: use the version that wrote it')
+        raise UserError(
+            f'{where} was not written by export.py, so its input and its features are unknown: export the weights with '
+            f'python export.py --weights WEIGHTS --format onnx'
+        )
+    try:
+        held = {name: json.loads(metadata[name]) for name in ('mean', 'std', 'flip_test', 'trained')}
+        return Facts(
+            arch=metadata['arch'],
+            feat_dim=int(metadata['feat_dim']),
+            height=int(metadata['height']),
+            width=int(metadata['width']),
+            interpolation=metadata['interpolation'],
+            normalisation=(tuple(map(float, held['mean'])), tuple(map(float, held['std']))),
+            distance=metadata['distance'],
+            flip_test=held['flip_test'] is True,
+            digest=metadata['digest'],
+            trained=Training(**{**held['trained'], 'where': where}),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        raise UserError(f'{where} has incomplete metadata ({plain(str(problem))}): export the weights again') from None
+
+
+def need(packages: Sequence[str], what: str) -> None:
+    """Raise UserError unless all packages are installed."""
+    missing = [name for name in packages if not importlib.util.find_spec(name)]
+    if missing:
+        several = 'packages' if len(missing) > 1 else 'package'
+        raise UserError(f'{what} needs the {several} {" and ".join(missing)}: pip install {" ".join(missing)}')
+
+
+class Session:
+    """An ONNX file in onnxruntime, on the CPU, with as many threads as torch has now.
+
+    Attributes:
+        metadata: of the file.
+        digest: of all bytes of the file, 16 hexadecimal digits: whoever changes the graph changes it.
+
+    Raises:
+        UserError: onnxruntime is not installed, or the file cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        where = plain(os.fspath(path), 500)
+        need(['onnxruntime'], where)
+        import onnxruntime  # optional
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # errors, which are raised as well
+        try:
+            with open(path, 'rb') as file:
+                contents = file.read()
+            self.session = onnxruntime.InferenceSession(contents, options, providers=['CPUExecutionProvider'])
+        except OSError as problem:
+            raise UserError(f'{where} cannot be read ({problem.strerror}); give the path of an ONNX file') from problem
+        except Exception as problem:  # of any type: another library parses the file
+            raise UserError(
+                f'{where} cannot be loaded by onnxruntime ({plain(str(problem))}): export the weights again'
+            ) from problem
+        self.digest = hashlib.sha256(contents).hexdigest()[:16]
+        self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """uint8 (B, H, W, 3) -> features (B, D), float32."""
+        (features,) = self.session.run([OUTPUT], {INPUT: images})
+        found: np.ndarray = features
+        return found
+
+
+class Exported(Network):
+    """The network of an ONNX file: images of its own size, pixels 0..255 (B, 3, h, w) -> features (B, feat_dim).
+
+    It resizes and normalises by itself. `normalisation` leaves pixels as they are, so that `TestTransform` only brings
+    images of all sizes into one batch.
+    """
+
+    normalisation = PIXELS
+    pools_itself = True
+
+    def __init__(self, session: Session, facts: Facts):
+        super().__init__(num_classes=1)
+        self.session, self.feat_dim, self.interpolation = session, facts.feat_dim, facts.interpolation
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x.permute(0, 2, 3, 1).to(torch.uint8).contiguous()  # (B, h, w, 3)
+        return torch.from_numpy(self.session(pixels.cpu().numpy()))
+
+
+def open_onnx(path: str | os.PathLike) -> tuple[Exported, Facts]:
+    """The network of a file that `export.py` wrote. onnxruntime reads it; nothing in it is run as Python code.
+
+    Raises:
+        UserError: see `Session` and `facts_of`; or the graph is not that of the metadata.
+    """
+    where, session = plain(os.fspath(path), 500), Session(path)
+    facts = facts_of(session.metadata, where)
+    return Exported(session, facts), facts
