@@ -99,6 +99,31 @@ class Dataset:
         if differences := self.differences():
             print(f'It differs from the published {title or name}: {"; ".join(differences)}')
 
+    @property
+    def set_of(self) -> np.ndarray:
+        """The data set of each training item: int64 (N,), zeros if it is one."""
+        return np.zeros(len(self.train), dtype=np.int64)
+
+    def groups(self, balance: str) -> np.ndarray | None:
+        """The group of each image to train on, for `samplers`: int64 (images,), or None if `balance` is 'none'.
+
+        balance: 'dataset' or 'camera', of which the groups are; all frames of a tracklet have its group
+
+        Raises UserError if there is one data set only, or one camera, or the cameras are unknown.
+        """
+        if balance == 'none':
+            return None
+        groups = self.set_of if balance == 'dataset' else np.array([camid for _, _, camid in self.train], np.int64)
+        if balance == 'camera' and self.no_cameras:
+            fault = 'does not tell its cameras: name them, see docs/data.md'
+        elif balance == 'camera':
+            fault = 'has one camera to train on: give data with several'
+        else:
+            fault = 'is one data set: give several, as in -d A,B'
+        if len(np.unique(groups)) < 2 or (balance == 'camera' and self.no_cameras):
+            raise UserError(f'--balance {balance}: {plain(self.name, 500)} {fault}, or leave the option out')
+        return np.repeat(groups, [len(paths_of(item)) for item in self.train])
+
     def name_of(self, pid: int) -> str:
         """The person's name, or number, in the data."""
         return self.names.get(pid, str(pid))
