@@ -77,8 +77,8 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime': '',
     'runtime.caching': 'runtime.device runtime.workers',
     'runtime.checkpoint': (
-        'arguments data_manager models.loading models.network page.results readers.tree runtime.device runtime.files '
-        'runtime.meters runtime.notices runtime.provenance runtime.state utils weights'
+        'arguments data_manager models.layouts models.loading models.network page.results readers.tree runtime.device '
+        'runtime.files runtime.meters runtime.notices runtime.provenance runtime.state utils weights'
     ),
     'runtime.checks': 'data_manager models runtime.kinds runtime.processes',
     'runtime.cards': '',
