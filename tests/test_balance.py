@@ -32,7 +32,7 @@ def test_the_groups_of_a_data_set():
     assert images.groups('dataset').tolist() == [0, 0, 1] and images.groups('camera').tolist() == [0, 1, 1]
     assert videos.groups('dataset').tolist() == [0] * 6 + [1] * 3  # of the frames, which are trained one by one
     assert videos.groups('camera').tolist() == [0] * 3 + [1] * 6
-    assert Dataset('one', PERSONS, [], []).set_of.tolist() == [0, 0, 0]
+    assert Dataset('one', PERSONS, [], []).set_of == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_workers_processes_and_the_start_change_no_batch(sampler, images):
     def epoch(rank=0, world_size=1, workers=0, start=0):
         made = sampler(images, *between, 8, 3, groups)
         run = Run(torch.device('cpu'), processes=Processes(rank, world_size))
-        loader = train_loader(ImageDataset(images), made, DataOptions(workers=workers), run)
+        loader = train_loader(ImageDataset(images), made, DataOptions(workers=workers, balance='dataset'), run)
         return [(pids.tolist(), draws.tolist()) for _, pids, draws, *_ in loader.epoch(2, start)]
 
     whole = epoch()
@@ -81,6 +81,12 @@ def test_workers_processes_and_the_start_change_no_batch(sampler, images):
         assert epoch(rank, 2) == [(pids[rank::2], draws[rank::2]) for pids, draws in whole]
     shares = [sum(pid >= images[16][1] for pid in pids) for pids, _ in whole]
     assert shares == [4] * len(whole)
+
+
+def test_a_sampler_that_balances_nothing_is_refused(images, run):
+    """As in the copy of a script that was made before the option."""
+    with pytest.raises(UserError, match=r"^--balance camera: this script's sampler balances nothing; give it "):
+        train_loader(ImageDataset(images), RandomSampler(images, 8), DataOptions(balance='camera'), run)
 
 
 def weights_of(path):
