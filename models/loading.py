@@ -32,9 +32,7 @@ class Named(NamedTuple):
 
 PREFIX = re.compile(r'^(?:module\.|_orig_mod\.)+')  # of nn.DataParallel and of torch.compile
 OF_THE_ORIGINAL = re.compile(r'(?:base|layers\d[abc]?|fc_fuse)\.')
-POSITIONS = re.compile(
-    r'pos_embed|rel_pos|relative_position'
-)  # of timm's transformers; their length is that of an image
+POSITIONS = re.compile(r'pos_embed|rel_pos|relative_position')  # of timm's transformers, as long as an image is large
 DOTTED = re.compile(r'(\.denselayer\d+\.(?:norm|conv))\.([12])\.')  # of DenseNet, up to PyTorch 0.3
 OF_OTHERS = re.compile(r'(?:conv1|bn1|layer\d|fc|fc_fusion|features)\.')
 
@@ -250,7 +248,8 @@ def load_into(
             f'different shapes in {listed(_shapes(key, state_dict, own) for key in unlike)}' if unlike else '',
         ]
         arch, own_arch = arch_of(state_dict), arch_of(own)
-        if unlike and not (missing or unexpected) and all(map(POSITIONS.search, unlike)):
+        larger = [key for key in unlike if key not in classifier]
+        if larger and not (missing or unexpected) and all(map(POSITIONS.search, larger)):
             guess = 'it was trained with images of another size: give its --height and --width'
         elif arch is None:
             guess = 'it does not look like an architecture of this project'

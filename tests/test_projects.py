@@ -536,3 +536,5 @@ def test_position_embeddings_of_another_size(path):
         f'{path} does not fit the model: different shapes in base.pos_embed 1×19×64 where the model has 1×33×64; it '
         'was trained with images of another size: give its --height and --width'
     )
+    with pytest.raises(UserError, match='was trained with images of another size'):  # and of another number of persons
+        begin(models.init_model('timm:test_vit', 9, size=(128, 64)), path, resume_weights_only=True)
