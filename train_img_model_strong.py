@@ -59,7 +59,6 @@ def main(args: arguments.Arguments, run: Run) -> None:
     criterion_cent = run.place(CenterLoss(num_classes, model.feat_dim))
     optimizer = Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     optimizer_cent = SGD(criterion_cent.parameters(), args.lr_cent, fused=True)
-
     scheduler = LambdaLR(  # epochs from 0: --lr is reached linearly, and multiplied by --gamma at each of --decays
         optimizer,
         lambda epoch: min((epoch + 1) / (args.warmup or 1), 1) * args.gamma ** sum(epoch >= at for at in args.decays),
