@@ -75,6 +75,9 @@ class Recipe:
     height: int = option(256, 'image height, in pixels', type=positive_int)
     width: int = option(128, 'image width, in pixels', type=positive_int)
     train_batch: int = option(32, 'images per batch, over all GPUs together', type=positive_int)
+    balance: str = option('none',
+        'equal shares of the data sets of -d A,B, or of the cameras, in every batch; see docs/data.md',
+        choices=('none', 'dataset', 'camera'))  # fmt: skip
     padding: int = option(0, 'black pixels around an image, of which a random crop is taken instead of a translation',
         type=nonnegative_int)  # fmt: skip
     random_erasing: float = option(0.0, 'probability of replacing a random rectangle of an image by the mean colour',

@@ -135,12 +135,18 @@ class TrainLoader:
     With --cache each item is read once, before the first epoch, and its pixels are kept in RAM or on the device.
 
     Raises:
-        UserError: --cache with a data set that takes `rng`; later, an image cannot be read or the cache does not fit.
+        UserError: --cache with a data set that takes `rng`, or --balance with a sampler without groups; later, an image
+            cannot be read or the cache does not fit.
     """
 
     def __init__(self, dataset: Items, sampler: EpochSampler, options: DataOptions, run: Run):
         if len(sampler.data_source) != len(dataset):
             raise ValueError(f'the sampler draws from {len(sampler.data_source)} images, but there are {len(dataset)}')
+        if options.balance != 'none' and getattr(sampler, 'groups', None) is None:
+            raise UserError(
+                f"--balance {options.balance}: this script's sampler balances nothing; give it "
+                'dataset.groups(args.balance), or leave the option out'
+            )
         self.dataset, self.sampler, self.kind, self.run = dataset, sampler, options.cache, run
         if self.kind != 'none' and takes_rng(dataset):
             raise UserError(

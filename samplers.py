@@ -16,6 +16,7 @@ from runtime.errors import UserError
 from transforms import DRAWS_OF_ERASING
 
 ORDER, INSTANCES, AUGMENTATION, ITEMS, ERASING = range(5)  # independent streams of random numbers
+Groups = Sequence[int] | np.ndarray | None  # (N,), the group of each item, such as its data set or camera
 COLUMNS = {AUGMENTATION: 4, ERASING: DRAWS_OF_ERASING}  # of `draws`: translate?, down, right, mirror?; see `erased`
 DRAWS = sum(COLUMNS.values())
 
@@ -26,14 +27,17 @@ def generator(stream: int, seed: int, epoch: int, *position: int) -> np.random.G
 
 
 class EpochSampler(Sampler):
-    """What both samplers share: an epoch is a list of indices, cut into full batches; a remainder is left out.
+    """What the samplers share: an epoch is a list of indices, cut into full batches; a remainder is left out.
 
     This project's loader uses `draw(epoch)`. Iterating, after `set_epoch`, yields single indices including the
     remainder, so that `DataLoader(dataset, batch_size, sampler=sampler, drop_last=True)` makes the same batches.
     """
 
-    def __init__(self, data_source: Sequence, batch_size: int | None, seed: int):
+    def __init__(self, data_source: Sequence, batch_size: int | None, seed: int, groups: Groups = None):
+        if groups is not None and len(groups) != len(data_source):
+            raise ValueError(f'there are groups of {len(groups)} items, but {len(data_source)} items')
         self.data_source, self.seed, self.epoch = data_source, seed, 0
+        self.groups = None if groups is None else np.asarray(groups)
         self.batch_size: int = batch_size  # type: ignore[assignment]  # None: `draw` must not be called
         if batch_size is not None and batch_size < 1:
             raise UserError(f'--train-batch is {batch_size}: a batch needs at least 1 image')
@@ -71,18 +75,65 @@ class EpochSampler(Sampler):
         return torch.from_numpy(indices).view(shape), torch.from_numpy(draws).view(*shape, DRAWS)
 
 
+def in_turn(groups: np.ndarray, count: int, batch: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` items in batches of `batch`, in equal shares of their groups: the indices of the items, int64 (count,).
+
+    groups: (N,), the group of each item, any integers
+
+    The groups take turns, in random order. So the shares of two groups in a batch, and in the whole, differ by 1 at
+    most; in a batch that is smaller than the number of groups, each item is of another one. The items of a group come
+    in random order, all of them before any comes again, and none is twice in a batch unless its group has fewer items
+    than its share of that batch. Within a batch the order is random.
+    """
+    items = split_by(groups)
+    chosen = np.empty(count, dtype=np.int64)
+    for turn, group in enumerate(rng.permutation(len(items))):
+        places = np.arange(turn, count, len(items))
+        chosen[places] = repeated(items[group], places // batch, rng)
+    for begin in range(0, count, batch):
+        rng.shuffle(chosen[begin : begin + batch])
+    return chosen
+
+
+def repeated(items: np.ndarray, batches: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Items in random order, all of them before any comes again, as many as there are `batches`: (n,).
+
+    batches: (n,), ascending: the batch that each belongs to. It has no item twice, unless there are too few of them.
+    """
+    rounds, count = [rng.permutation(items)], len(items)
+    while count < len(batches):
+        begin, end = np.searchsorted(batches, batches[count], 'left'), np.searchsorted(batches, batches[count], 'right')
+        before = rounds[-1][begin - count :] if begin < count else rounds[-1][:0]  # in the batch that goes on
+        more = rng.permutation(items)
+        first = np.flatnonzero(~np.isin(more, before))[: end - count]  # to fill that batch
+        rounds.append(np.concatenate([more[first], np.delete(more, first)]))
+        count += len(items)
+    return np.concatenate(rounds)[: len(batches)]
+
+
+def split_by(values: np.ndarray) -> list[np.ndarray]:
+    """The indices of each of the different values (N,), in ascending order of these."""
+    by_value = np.argsort(values, kind='stable')  # (N,)
+    _, starts = np.unique(values[by_value], return_index=True)
+    return np.split(by_value, starts[1:])
+
+
 class RandomSampler(EpochSampler):
     """Every image once per epoch, in random order, in batches of `batch_size`; the remainder of an epoch is left out.
 
+    With `groups`, an epoch has the same length, and every batch has equal shares of the groups, see `in_turn`: not all
+    images of a large group are in an epoch, and those of a small one come several times.
+
     Args:
         data_source: list of (anything, pid, camid).
+        groups: (N,), the group of each item, such as its camera.
 
     Raises:
         UserError: the data do not fill a batch.
     """
 
-    def __init__(self, data_source: Sequence, batch_size: int, seed: int = 0):
-        super().__init__(data_source, batch_size, seed)
+    def __init__(self, data_source: Sequence, batch_size: int, seed: int = 0, groups: Groups = None):
+        super().__init__(data_source, batch_size, seed, groups)
         count = len(data_source)
         if count == 0:
             raise UserError('the training set is empty: check --data-dir')
@@ -96,7 +147,10 @@ class RandomSampler(EpochSampler):
         return len(self.data_source)
 
     def order(self, epoch: int) -> np.ndarray:
-        return generator(ORDER, self.seed, epoch).permutation(len(self.data_source))
+        order = generator(ORDER, self.seed, epoch)
+        if self.groups is None:
+            return order.permutation(len(self.data_source))
+        return in_turn(self.groups, len(self.data_source), self.batch_size, order)
 
 
 class RandomIdentitySampler(EpochSampler):
@@ -107,23 +161,34 @@ class RandomIdentitySampler(EpochSampler):
     The K images of an identity are drawn without replacement, or with replacement if it has fewer than K. P is
     batch_size / K; identities that do not fill a last batch are left out of that epoch.
 
+    With `groups` there are two cases. If all images of each identity are of one group, as with data sets, an epoch has
+    the same length, and the identities of a batch are drawn in equal shares from the groups, see `in_turn`; all images
+    of an identity that comes several times are drawn before any is drawn again. Otherwise, as with cameras, every
+    identity comes once, and its K images are of as many groups as it has; if it has fewer than K images, all of them
+    are among the K.
+
     Args:
         data_source: list of (anything, pid, camid).
         num_instances: K.
         batch_size: P * K, over all processes; needed for `draw`, not for iterating.
+        groups: (N,), the group of each item, such as its data set or camera.
 
     Raises:
         UserError: no triplet can be formed: K or P is less than 2, K does not divide the batch, or the data have fewer
             than P identities or only one image of each. The message says what to change.
     """
 
-    def __init__(self, data_source: Sequence, num_instances: int = 4, batch_size: int | None = None, seed: int = 0):
-        super().__init__(data_source, batch_size, seed)
+    def __init__(
+        self, data_source: Sequence, num_instances: int = 4, batch_size: int | None = None, seed: int = 0,
+        groups: Groups = None,
+    ):  # fmt: skip
+        super().__init__(data_source, batch_size, seed, groups)
         self.num_instances = num_instances
         pids = np.array([pid for _, pid, _ in data_source], dtype=np.int64)  # (N,)
-        by_pid = np.argsort(pids, kind='stable')  # (N,)
-        self.pids, starts = np.unique(pids[by_pid], return_index=True)  # (identities,) both
-        self.images = np.split(by_pid, starts[1:])  # for each identity the indices of its images
+        self.pids, self.images = np.unique(pids), split_by(pids)  # identities; for each the indices of its images
+        self.group_of: np.ndarray | None = None  # (identities,), if each is of one group
+        if self.groups is not None and all(len(np.unique(self.groups[own])) == 1 for own in self.images):
+            self.group_of = np.array([self.groups[own[0]] for own in self.images])
         self._check()
 
     def _check(self) -> None:
@@ -160,51 +225,123 @@ class RandomIdentitySampler(EpochSampler):
 
     def order(self, epoch: int) -> np.ndarray:
         k, instances = self.num_instances, generator(INSTANCES, self.seed, epoch)
+        if self.group_of is not None:
+            per_batch = (self.batch_size or k) // k  # P
+            identities = in_turn(self.group_of, len(self.pids), per_batch, generator(ORDER, self.seed, epoch))
+            return self.in_places(identities, instances)
+        if self.groups is not None:
+            spread = [np.resize(self.spread(own, instances), k) for own in self.images]  # K images of each identity
+            return np.stack(spread)[generator(ORDER, self.seed, epoch).permutation(len(spread))].ravel()
         chosen = np.stack([instances.choice(own, k, replace=len(own) < k) for own in self.images])  # (identities, K)
         return chosen[generator(ORDER, self.seed, epoch).permutation(len(chosen))].ravel()  # (identities * K,)
+
+    def in_places(self, identities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """K images for each place of an identity, (places,) -> (places * K,)."""
+        k = self.num_instances
+        chosen = np.empty((len(identities), k), dtype=np.int64)
+        present, places = np.unique(identities), split_by(identities)
+        for identity, own in zip(present, places, strict=True):
+            chosen[own] = repeated(self.images[identity], np.repeat(own, k), rng).reshape(-1, k)
+        return chosen.ravel()
+
+    def spread(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Images in random order, but one of each group first, then a second one of each, and so on: (n,)."""
+        assert self.groups is not None
+        images = rng.permutation(images)
+        rank = np.empty(len(images), dtype=np.int64)  # among those of its group
+        for places in split_by(self.groups[images]):
+            rank[places] = np.arange(len(places))
+        return images[np.argsort(rank, kind='stable')]
 
 
 class AllImagesSampler(RandomIdentitySampler):
     """Every image once per epoch, in batches of P identities with K images each.
 
-    The images of an identity are shuffled and cut into groups of K; other images of it, drawn at random, fill the last
-    group. Groups are dealt to the batches so that the P identities of a batch are distinct. Which groups meet, and
-    their order, is random. Left out of an epoch are: groups that do not fill a last batch, and groups of an identity
+    The images of an identity are shuffled and cut into pieces of K; other images of it, drawn at random, fill the last
+    piece. Pieces are dealt to the batches so that the P identities of a batch are distinct. Which pieces meet, and
+    their order, is random. Left out of an epoch are: pieces that do not fill a last batch, and pieces of an identity
     that has more of them than there are batches.
 
     Reid baselines since Luo et al., CVPRW 2019, arXiv:1903.07071, draw such batches one after the other, until fewer
     than P identities are left; an epoch is then shorter by a number of batches that varies.
 
+    With `groups` an epoch has the same length, and there are the two cases of RandomIdentitySampler. If each identity
+    is of one group, the groups have equal shares of the pieces of a batch, to within one piece. Then some pieces of a
+    large group are left out of an epoch, others each time, and those of a small group come again, composed anew, when
+    all have come; an identity is twice in a batch only if its group has fewer identities than its share of the batch.
+    Otherwise the pieces of an identity have images of as many different groups as possible.
+
     Arguments and errors as for RandomIdentitySampler.
     """
 
-    def __init__(self, data_source: Sequence, num_instances: int = 4, batch_size: int = 64, seed: int = 0):
-        super().__init__(data_source, num_instances, batch_size, seed)
+    def __init__(
+        self, data_source: Sequence, num_instances: int = 4, batch_size: int = 64, seed: int = 0, groups: Groups = None
+    ):
+        super().__init__(data_source, num_instances, batch_size, seed, groups)
         per_batch = batch_size // num_instances  # P
-        groups = np.array([-(-len(own) // num_instances) for own in self.images])  # (identities,)
-        batches = groups.sum() // per_batch
-        while batches > (possible := np.minimum(groups, batches).sum() // per_batch):
+        pieces = np.array([-(-len(own) // num_instances) for own in self.images])  # (identities,)
+        batches = pieces.sum() // per_batch
+        while batches > (possible := np.minimum(pieces, batches).sum() // per_batch):
             batches = possible
-        self.groups, self.batches = np.minimum(groups, batches), int(batches)
+        self.pieces, self.batches = np.minimum(pieces, batches), int(batches)
 
     def __len__(self) -> int:
         return self.batches * self.batch_size
 
     def order(self, epoch: int) -> np.ndarray:
-        k, instances, order = (
-            self.num_instances,
-            generator(INSTANCES, self.seed, epoch),
-            generator(ORDER, self.seed, epoch),
-        )
-        dealt = []  # all groups, those of an identity one after the other
-        for identity in order.permutation(len(self.images)):
-            own = instances.permutation(self.images[identity])
-            missing = -len(own) % k
-            others = own[: len(own) - len(own) % k] if len(own) >= k else own  # none of the last group, if possible
-            more = instances.choice(others, missing, replace=len(own) < k)
-            dealt.append(np.concatenate([own, more]).reshape(-1, k)[: self.groups[identity]])  # (groups, K)
-        groups = np.concatenate(dealt)  # (G, K)
-        surplus = len(groups) - self.batches * (self.batch_size // k)
-        groups = np.delete(groups, order.choice(len(groups), surplus, replace=False), axis=0)
-        batches = groups.reshape(-1, self.batches, k).transpose(1, 0, 2)  # (batches, P, K), as cards are dealt
+        k = self.num_instances
+        instances, order = generator(INSTANCES, self.seed, epoch), generator(ORDER, self.seed, epoch)
+        identities, numbers = order.permutation(len(self.images)), self.pieces
+        if self.group_of is not None:
+            identities, numbers = self.in_shares(identities, order)
+        dealt = []  # all pieces, those of an identity one after the other
+        for identity in identities:
+            own, number = self.images[identity], numbers[identity]
+            if self.group_of is not None:
+                dealt.append(repeated(own, np.arange(number * k) // k, instances).reshape(number, k))
+            elif self.groups is not None:
+                dealt.append(self.mixed(own, instances)[:number])
+            else:
+                own = instances.permutation(own)
+                missing = -len(own) % k
+                others = own[: len(own) - len(own) % k] if len(own) >= k else own  # none of the last piece, if possible
+                more = instances.choice(others, missing, replace=len(own) < k)
+                dealt.append(np.concatenate([own, more]).reshape(-1, k)[:number])  # (pieces, K)
+        pieces = np.concatenate(dealt)  # (all, K)
+        surplus = len(pieces) - self.batches * (self.batch_size // k)
+        pieces = np.delete(pieces, order.choice(len(pieces), surplus, replace=False), axis=0)
+        batches = pieces.reshape(-1, self.batches, k).transpose(1, 0, 2)  # (batches, P, K), as cards are dealt
+        if self.group_of is not None:  # the pieces of a batch are in the order of their groups
+            batches = batches[np.arange(self.batches)[:, None], np.argsort(order.random(batches.shape[:2]), axis=1)]
         return order.permutation(batches).ravel()
+
+    def in_shares(self, identities: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """The identities ordered by their groups, and how many pieces of each are in an epoch: (identities,) both."""
+        assert self.group_of is not None
+        members, numbers = split_by(self.group_of[identities]), np.zeros_like(self.pieces)
+        total, ordered = self.batches * (self.batch_size // self.num_instances), []
+        for turn, group in enumerate(rng.permutation(len(members))):
+            own = identities[members[group]]
+            share = len(range(turn, total, len(members)))
+            most = max(self.batches, -(-share // len(own)))  # of an identity: once in each batch, if possible
+            while left := share - numbers[own].sum():
+                more = np.minimum(self.pieces[own], most - numbers[own])  # all pieces once more
+                surplus = rng.choice(np.repeat(np.arange(len(own)), more), max(more.sum() - left, 0), replace=False)
+                numbers[own] += more - np.bincount(surplus, minlength=len(own))
+            ordered.append(own)
+        return np.concatenate(ordered), numbers
+
+    def mixed(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Pieces (n / K, K) of the images of an identity, each of as many groups as possible."""
+        assert self.groups is not None
+        k, number = self.num_instances, -(-len(images) // self.num_instances)
+        images = rng.permutation(images)
+        parts = split_by(self.groups[images])
+        images = images[np.concatenate([parts[part] for part in rng.permutation(len(parts))])]  # group by group
+        pieces = [images[piece::number].tolist() for piece in range(number)]  # as cards are dealt
+        for piece in pieces:
+            while len(piece) < k:  # what it lacks is an image that it has not, of a group that it has not, if possible
+                others = rng.permutation(images)
+                there = [np.isin(others, piece), np.isin(self.groups[others], self.groups[piece])]
+                piece.append(int(others[np.lexsort(there[::-1])[0]]))
+        return np.array(pieces)

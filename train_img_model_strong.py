@@ -49,7 +49,8 @@ def main(args: arguments.Arguments, run: Run) -> None:
         test(Checkpoint(dataset, args.save, run, model=model).model)  # that of --resume
         return
 
-    sampler = AllImagesSampler(dataset.train, args.num_instances, args.train_batch, args.seed)
+    groups = dataset.groups(args.balance)
+    sampler = AllImagesSampler(dataset.train, args.num_instances, args.train_batch, args.seed, groups)
     trainloader = train_loader(ImageDataset(dataset.train), sampler, args.data, run)
     augment = TrainTransform(
         *size, model.normalisation, args.interpolation or model.interpolation, args.padding, args.random_erasing
@@ -58,7 +59,6 @@ def main(args: arguments.Arguments, run: Run) -> None:
     criterion_cent = run.place(CenterLoss(num_classes, model.feat_dim))
     optimizer = Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     optimizer_cent = SGD(criterion_cent.parameters(), args.lr_cent, fused=True)
-
     scheduler = LambdaLR(  # epochs from 0: --lr is reached linearly, and multiplied by --gamma at each of --decays
         optimizer,
         lambda epoch: min((epoch + 1) / (args.warmup or 1), 1) * args.gamma ** sum(epoch >= at for at in args.decays),

@@ -37,7 +37,7 @@ def main(args: arguments.Arguments, run: Run) -> None:
         test(Checkpoint(dataset, args.save, run, model=model).model)  # that of --resume
         return
 
-    sampler = RandomSampler(dataset.train, args.train_batch, args.seed)
+    sampler = RandomSampler(dataset.train, args.train_batch, args.seed, dataset.groups(args.balance))
     trainloader = train_loader(ImageDataset(dataset.train), sampler, args.data, run)
     augment = TrainTransform(
         *size, model.normalisation, args.interpolation or model.interpolation, args.padding, args.random_erasing

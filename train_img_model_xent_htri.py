@@ -43,7 +43,8 @@ def main(args: arguments.Arguments, run: Run) -> None:
         test(Checkpoint(dataset, args.save, run, model=model).model)  # that of --resume
         return
 
-    sampler = RandomIdentitySampler(dataset.train, args.num_instances, args.train_batch, args.seed)
+    groups = dataset.groups(args.balance)
+    sampler = RandomIdentitySampler(dataset.train, args.num_instances, args.train_batch, args.seed, groups)
     trainloader = train_loader(ImageDataset(dataset.train), sampler, args.data, run)
     augment = TrainTransform(
         *size, model.normalisation, args.interpolation or model.interpolation, args.padding, args.random_erasing

@@ -38,7 +38,7 @@ def main(args: arguments.Arguments, run: Run) -> None:
         return
 
     frames = [(path, pid, camid) for paths, pid, camid in dataset.train for path in paths]  # trained one by one
-    sampler = RandomSampler(frames, args.train_batch, args.seed)
+    sampler = RandomSampler(frames, args.train_batch, args.seed, dataset.groups(args.balance))
     trainloader = train_loader(ImageDataset(frames), sampler, args.data, run)
     augment = TrainTransform(
         *size, model.normalisation, args.interpolation or model.interpolation, args.padding, args.random_erasing

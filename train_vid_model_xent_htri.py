@@ -44,7 +44,8 @@ def main(args: arguments.Arguments, run: Run) -> None:
         return
 
     frames = [(path, pid, camid) for paths, pid, camid in dataset.train for path in paths]  # trained one by one
-    sampler = RandomIdentitySampler(frames, args.num_instances, args.train_batch, args.seed)
+    groups = dataset.groups(args.balance)
+    sampler = RandomIdentitySampler(frames, args.num_instances, args.train_batch, args.seed, groups)
     trainloader = train_loader(ImageDataset(frames), sampler, args.data, run)
     augment = TrainTransform(
         *size, model.normalisation, args.interpolation or model.interpolation, args.padding, args.random_erasing

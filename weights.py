@@ -6,7 +6,7 @@ python weights.py FILE OUT        # the same weights in this project's layout, O
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Weights:
     licence: str = LICENCE
 
 
-def read(path: str | os.PathLike, assume: str = '') -> Weights:
+def read(path: str | os.PathLike, assume: str = '', own: Container[str] = ()) -> Weights:
     """Reads a checkpoint or a bare state dict without running any code in it (`runtime.unpickling`).
 
     Supported are the checkpoints of this project; those of the original, by PyTorch 0.3 under Python 2 or later; state
@@ -62,6 +62,7 @@ def read(path: str | os.PathLike, assume: str = '') -> Weights:
     `_orig_mod.`; and the layouts that the models' classes list as `published`.
 
     assume: NAME=VALUE, separated by commas, instead of what the file's layout assumes
+    own:    the names of the weights of the network that they are for; a file of such names is not translated
 
     Raises UserError, in one line, for a file that cannot be read safely, contains no weights, or mixes the names of two
     projects, and for an assumption that it leaves no choice of.
@@ -72,10 +73,10 @@ def read(path: str | os.PathLike, assume: str = '') -> Weights:
         loaded, kind = {**safetensors.contents(metadata), 'state_dict': tensors}, safetensors.KIND
     else:
         loaded, kind = unpickling.load(path)
-    return _understand(loaded, kind, where, assume)
+    return _understand(loaded, kind, where, layouts.chosen(assume), own)
 
 
-def _understand(loaded: Any, kind: str, where: str, assume: str) -> Weights:
+def _understand(loaded: Any, kind: str, where: str, chosen: Mapping[str, str], own: Container[str]) -> Weights:
     """The object that was loaded -> Weights."""
     checkpoint, found = {}, loaded
     entry = 'state_dict'
@@ -85,14 +86,7 @@ def _understand(loaded: Any, kind: str, where: str, assume: str) -> Weights:
         checkpoint, found = loaded, loaded[entry]
     if not isinstance(found, dict) or not found:
         raise UserError(f'{where} contains no weights but a {type(found).__name__}; give a checkpoint or a state dict')
-    for key, value in found.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            fault = f'a {type(value).__name__}, not a tensor' if isinstance(key, str) else 'not the name of a tensor'
-            raise UserError(
-                f'{where} contains no weights: {plain(str(key))} is {fault}; give a state dict, or a checkpoint '
-                f"with one under 'state_dict'"
-            )
-    state_dict = {key: value.detach() for key, value in found.items()}
+    state_dict = loading.tensors_of(found, where)
 
     ours = str(checkpoint.get('format', '')).startswith(FORMAT.split()[0])
     if ours and checkpoint['format'] != FORMAT:
@@ -107,15 +101,16 @@ def _understand(loaded: Any, kind: str, where: str, assume: str) -> Weights:
     else:
         bare = not checkpoint or kind == safetensors.KIND
         contents = 'bare state dict' if bare else f'checkpoint with {listed(checkpoint)}'
-        named = loading.normalised(state_dict, where)
+        named = loading.normalised(state_dict, where, loading.project_of(found, own), chosen.get('project', ''))
         layout = ', '.join([f'{contents} in {kind}', *named.notes])
     recorded = layouts.made_of(checkpoint.get('model')) if ours else {}
-    state_dict, made, assumed = loading.settled(named, layouts.chosen(assume), where, bool(recorded))
-    foreign = named.layout is not None or (ours and checkpoint.get('imagenet') is True)
+    state_dict, made, assumed = loading.settled(named, chosen, where, bool(recorded))
+    foreign = (named.layout is not None and layouts.OF_TIMM.note not in named.notes) or (
+        ours and checkpoint.get('imagenet') is True
+    )
     trained = _training(checkpoint if ours else {}, state_dict, foreign, where)
     project = named.layout.note if named.layout else plain(origin, 500) if isinstance(origin, str) else ''
-    if not trained.of_imagenet:
-        trained = replace(trained, project=project, test=named.test)
+    trained = replace(trained, project=project, test={} if trained.of_imagenet else named.test)
     rank1, epoch, licence = (checkpoint.get(name) for name in ('rank1', 'epoch', 'licence'))
     return Weights(
         state_dict=state_dict,
@@ -234,9 +229,9 @@ def pretrain(model: Network, pretrained: str) -> None:
         state_dict = loading.normalised(download.fetch(model.imagenet), where).state_dict
         layout, trained, assumed = str(model.imagenet), Training(where, of_imagenet=True), []
     else:
-        where, weights = plain(pretrained, 500), read(pretrained)
+        where, weights = plain(pretrained, 500), read(pretrained, own=model.state_dict())
         state_dict, layout, trained = weights.state_dict, weights.layout, weights.trained
-        assumed = [each for each in weights.assumed if each.split('=')[0] in {name for name, _ in layouts.FLAGS}]
+        assumed = layouts.in_training(weights.assumed)
 
     own = model.state_dict()
     kept = model.options if trained.of_imagenet else ()
@@ -273,10 +268,13 @@ def describe(path: str, assume: str) -> Iterator[str]:
         digest = hashlib.file_digest(file, 'sha256').hexdigest()
     yield f'{where}: {loaded.layout}'
     yield f'sha256: {digest}'
+    recorded, number = loaded.trained.options.get('arch'), loaded.trained.num_pids
     unknown = f'unknown: no network of this project has the names {listed(loaded.state_dict, most=3)}'
-    recorded = loaded.trained.options.get('arch')
+    if loaded.trained.project == layouts.OF_TIMM.note:
+        unknown = 'timm:NAME, whose name it does not tell'
     yield f'architecture: {arch or plain(str(recorded or unknown))}{f" with {changes}" if changes else ""}'
-    yield f'identities: {loaded.trained.num_pids or "none, it has no classifier"}'
+    kept = f'none, its {number} classes are those of ImageNet' if loaded.trained.of_imagenet and number else number
+    yield f'identities: {kept or "none, it has no classifier"}'
     yield f'layout: {loaded.trained.project or "this project, the original, or unknown"}'
     if loaded.assumed:
         yield f'assumed, because the file does not tell: {", ".join(loaded.assumed)}; --assume NAME=VALUE changes it'

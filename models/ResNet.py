@@ -212,6 +212,7 @@ class ResNet50IBN(ResNet50):
     smallest = 17  # instance normalisation needs more than one pixel in the third stage
     imagenet = WeightsFile('https://github.com/XingangPan/IBN-Net/releases/download/v1.0/resnet50_ibn_a-d9d0bb7b.pth')
     signature = (OF_IBN, (32,))
+    present = ('base.7.2.conv3.weight',)  # unlike ResNet34-IBN-a
     absent = (LAST_OF_101, 'base.4.2.IN.weight')  # ResNet101-IBN-a, IBN-b
     published = RESNETS_IBN
 

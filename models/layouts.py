@@ -4,7 +4,7 @@ A network's class lists the layouts in which it is published (`Network.published
 strides, pools and activations, so each row follows the source of its project at the release that it names.
 """
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,10 @@ from transforms import IMAGENET
 Names = tuple[tuple[str, str], ...]  # regular expressions and their replacements, applied to a name one after another
 
 # What files of a layout do not tell, and the values that it may have. `last_stride`, `pooling` and `neck_feature` are
-# arguments of `models.init_model`; the others are properties of weights, kept with them as a buffer (FLAGS).
+# arguments of `models.init_model`; `project` decides which layout it is; the others are properties of weights, kept
+# with them as a buffer (FLAGS).
 ASSUMPTIONS: dict[str, tuple[str, ...]] = {
+    'project': ('reid-strong-baseline', 'timm'),
     'last_stride': ('1', '2'),
     'pooling': ('avg', 'max', 'gem'),
     'neck_feature': ('after', 'before'),
@@ -28,6 +30,7 @@ FLAGS = {
     ('stem_pool', 'ceil'): 'stem_ceil',
     ('transition_stride', '1'): 'last_pool_overlaps',
 }  # (assumption, value) -> the buffer that is set
+OF_WEIGHTS = {'project', *(name for name, _ in FLAGS)}  # the assumptions that are no arguments of a network
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,10 @@ def tested(
 
 # This project's own weights without the entry `model` of its checkpoints: a neck is trained with the last stride 1
 OWN_WITH_NECK = Layout("this project's", assumed={'last_stride': '1'})
+
+# The weights of `-a timm:NAME`, without the entry `arguments` of a checkpoint. Those of timm's plain ResNets have the
+# names and shapes of reid-strong-baseline's, which lacks a ReLU.
+OF_TIMM = Layout("this project's, of a network of timm, which -a timm:NAME names")
 
 # ResNets. All but the original have torchvision's names, many with a prefix.
 
@@ -118,7 +125,7 @@ STRONG: dict[str, Any] = {
 STRONG_BASELINE = Layout(
     "reid-strong-baseline's names translated, stem_linear set: no ReLU behind the first normalisation",
     adapt=without_stem_relu,
-    **STRONG,
+    **STRONG | {'assumed': {'project': 'reid-strong-baseline', **STRONG['assumed']}},
 )
 STRONG_BASELINE_IBN = Layout("reid-strong-baseline's names translated", unused=r'^base\.fc\.', **STRONG)
 
@@ -227,6 +234,11 @@ def chosen(assume: str) -> dict[str, str]:
     """NAME=VALUE, separated by commas."""
     pairs = [pair.partition('=') for pair in assume.split(',') if pair.strip()]
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def in_training(assumed: Sequence[str]) -> list[str]:
+    """Of assumptions NAME=VALUE, those that matter when the weights begin a training of any network."""
+    return [each for each in assumed if each.partition('=')[0] in OF_WEIGHTS]
 
 
 def made_of(recorded: Any) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import models
-from models.layouts import ASSUMPTIONS, FLAGS, OWN_WITH_NECK, Layout
+from models.layouts import ASSUMPTIONS, FLAGS, OF_TIMM, OF_WEIGHTS, OWN_WITH_NECK, Layout
 from models.network import Network
 from runtime.errors import UserError, plain
 from transforms import IMAGENET
@@ -31,15 +32,45 @@ class Named(NamedTuple):
 
 PREFIX = re.compile(r'^(?:module\.|_orig_mod\.)+')  # of nn.DataParallel and of torch.compile
 OF_THE_ORIGINAL = re.compile(r'(?:base|layers\d[abc]?|fc_fuse)\.')
+POSITIONS = re.compile(r'pos_embed|rel_pos|relative_position')  # of timm's transformers, as long as an image is large
 DOTTED = re.compile(r'(\.denselayer\d+\.(?:norm|conv))\.([12])\.')  # of DenseNet, up to PyTorch 0.3
 OF_OTHERS = re.compile(r'(?:conv1|bn1|layer\d|fc|fc_fusion|features)\.')
 
 
-def normalised(state_dict: Mapping[str, Tensor], where: str) -> Named:
+def tensors_of(found: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
+    """What was loaded, if it is a state dict. Raises UserError for an entry that is no tensor with a name."""
+    for key, value in found.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            fault = f'a {type(value).__name__}, not a tensor' if isinstance(key, str) else 'not the name of a tensor'
+            raise UserError(
+                f'{where} contains no weights: {plain(str(key))} is {fault}; give a state dict, or a checkpoint '
+                f"with one under 'state_dict'"
+            )
+    return {key: value.detach() for key, value in found.items()}
+
+
+def project_of(found: Mapping[str, Any], own: Container[str]) -> str:
+    """Of `project` in ASSUMPTIONS, the one that a state dict tells, '' if it does not.
+
+    torch.save keeps the names of all modules, of those without weights too: timm's activations are named act1, and
+    reid-strong-baseline has a pool named gap. A file of which all names are those of the network at hand is its own.
+
+    own: the names of that network's weights; none if there is no network yet
+    """
+    modules = getattr(found, '_metadata', None)
+    names = {PREFIX.sub('', str(name)) for name in modules} if isinstance(modules, dict) else set()
+    if 'gap' in names:
+        return 'reid-strong-baseline'
+    return 'timm' if 'base.act1' in names or all(PREFIX.sub('', key) in own for key in found) else ''
+
+
+def normalised(state_dict: Mapping[str, Tensor], where: str, told: str = '', asked: str = '') -> Named:
     """Any names used by published models -> this project's names, and notes on what was renamed.
 
     A model's class lists the layouts in which it is published. Prefixes are always removed; other names are unchanged
-    if no layout makes them fit one of the classes.
+    if no layout makes them fit one of the classes, or if they are those of a network of timm.
+
+    told, asked: `project` of ASSUMPTIONS, as the file tells and as the user does, who is believed; '' if one does not
 
     Raises UserError if a tensor is named twice with different values, or if the names of the original are mixed with
     those of torchvision or torchreid: it is then unknown which network these weights belong to.
@@ -66,6 +97,13 @@ def normalised(state_dict: Mapping[str, Tensor], where: str) -> Named:
             used = {key: value for key, value in undotted.items() if key not in unused}
             if not _is_for(network, {_translated(key, layout): value for key, value in used.items()}):
                 continue
+            if 'project' in layout.assumed:
+                if (asked or told) == 'timm':
+                    layout = replace(OF_TIMM, assumed={'project': asked} if asked else {})
+                    return Named(undotted, [*notes, layout.note], layout)
+                if told and not asked:
+                    kept = {name: value for name, value in layout.assumed.items() if name != 'project'}
+                    layout = replace(layout, assumed=kept)
             ours = _renamed(used, lambda key, layout=layout: _translated(key, layout), where)  # type: ignore[misc]
             test = {**layout.test, **layout.adapt(ours)}
             if not _is_normalisation(*test.get('normalisation', IMAGENET)):
@@ -133,7 +171,7 @@ def settled(
     for name, value in values.items():
         if flag := FLAGS.get((name, value)):
             state_dict[flag] = torch.tensor(True)
-        elif name not in {name for name, _ in FLAGS}:
+        elif name not in OF_WEIGHTS:
             made[name] = int(value) if value.isdigit() else value
     if made.get('pooling') == 'gem':
         state_dict.setdefault('pool.p', torch.tensor([3.0]))
@@ -166,7 +204,11 @@ def arch_of(state_dict: Mapping[str, Tensor]) -> str | None:
 def _is_for(network: type[Network], state_dict: Mapping[str, Tensor]) -> bool:
     name, shape = network.signature
     known = name in state_dict and state_dict[name].shape == shape
-    return known and not any(other in state_dict for other in network.absent)
+    return (
+        known
+        and all(other in state_dict for other in network.present)
+        and not any(other in state_dict for other in network.absent)
+    )
 
 
 def load_into(
@@ -206,8 +248,13 @@ def load_into(
             f'different shapes in {listed(_shapes(key, state_dict, own) for key in unlike)}' if unlike else '',
         ]
         arch, own_arch = arch_of(state_dict), arch_of(own)
-        if arch is None:
+        larger = [key for key in unlike if key not in classifier]
+        if larger and not (missing or unexpected) and all(map(POSITIONS.search, larger)):
+            guess = 'it was trained with images of another size: give its --height and --width'
+        elif arch is None:
             guess = 'it does not look like an architecture of this project'
+            if 'base.conv1.weight' in unexpected:
+                guess = 'it may be of a network of timm: give its name, -a timm:NAME'
         elif arch == own_arch:
             guess = f"it looks like a {arch} that differs from this project's"
         else:

@@ -75,6 +75,7 @@ class Network(nn.Module):
         imagenet: ImageNet weights for the backbone, or None.
         fresh: prefixes of parameters that the ImageNet weights lack, besides the classifier, pooling and neck.
         signature: name and shape of a tensor by which weights for this class are recognised.
+        present: names of tensors that they have beside it, if related networks lack them.
         absent: names that only the weights of related networks have.
         published: the layouts of other projects' files, see `models.layouts`.
         notice: a line to be reported with the network, such as the licence of its weights.
@@ -92,6 +93,7 @@ class Network(nn.Module):
     imagenet: 'WeightsEnum | WeightsFile | None' = None
     fresh: tuple[str, ...] = ()
     signature: tuple[str, tuple[int, ...]] = ('', ())
+    present: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     published: tuple[Layout, ...] = ()
     notice = ''

@@ -7,7 +7,7 @@ import numpy as np
 
 import page
 from page.lists import thumbnail
-from readers.tree import Dataset, Item, paths_of
+from readers.tree import Dataset, Item, distractors, paths_of, train_items
 from runtime.errors import UserError, plain
 
 PRIVATE = 'a page of pictures of people: do not publish it'
@@ -19,9 +19,10 @@ FRAMES = 3  # of a tracklet
 def write(dataset: Dataset, out: str | Path) -> Path:
     """Write the page, completely or not at all, and return its path.
 
-    Rows are persons, in the order of their pids, and columns are cameras, or one column if the cameras are unknown. A
-    cell has the first picture of that person in that camera, and how many there are. Of more than PERSONS persons,
-    evenly spaced ones are shown, and of more than CAMERAS cameras the first ones.
+    Rows are persons, in the order of their pids; distractors are left out, and their number is shown. Columns are
+    cameras, as the data name them, or one column if the cameras are unknown. A cell has the first picture of that
+    person in that camera, and how many there are. Of more than PERSONS persons, evenly spaced ones are shown, and of
+    more than CAMERAS cameras the first ones.
 
     Raises:
         UserError: the name does not end as git ignores it, there is no image, or the page cannot be written.
@@ -33,36 +34,38 @@ def write(dataset: Dataset, out: str | Path) -> Path:
         )
     persons: dict[int, dict[int, list[Item]]] = {}
     parts: dict[int, set[str]] = {}
-    for part in ('train', 'query', 'gallery'):
-        for item in getattr(dataset, part):
-            pid = dataset.train_pids[item[1]] if part == 'train' else item[1]
+    nobody, left_out = distractors(dataset), 0
+    for part, items in (('train', train_items(dataset)), ('test', dataset.query), ('test', dataset.gallery)):
+        for item in items:
+            pid = item[1]
+            if part == 'test' and pid in nobody:
+                left_out += 1
+                continue
             persons.setdefault(pid, {}).setdefault(item[2], []).append(item)
-            parts.setdefault(pid, set()).add('train' if part == 'train' else 'test')
+            parts.setdefault(pid, set()).add(part)
     if not persons:
         raise UserError(f'{plain(dataset.name, 500)} has no image to show')
     pids = _spaced(sorted(persons), PERSONS)
     camids = sorted({camid for pid in pids for camid in persons[pid]})[:CAMERAS]
     rows = [
         {
-            'name': dataset.name_of(pid) if pid or dataset.names else '0, distractors',
+            'name': dataset.name_of(pid),
             'parts': ' and '.join(sorted(parts[pid], reverse=True)),
             'cells': [_cell(persons[pid].get(camid, [])) for camid in camids],
         }
         for pid in pids
     ]
+    unit = 'tracklets' if dataset.kind == 'video' else 'images'
     return page.render(
         path,
         'sheet.html.j2',
         title=f'{plain(dataset.name, 200)}: contact sheet',
         rows=rows,
-        cameras=['camera unknown'] if dataset.no_cameras else [_camera(dataset, camid) for camid in camids],
+        cameras=[f'camera {"unknown" if dataset.no_cameras else dataset.camera_of(camid)}' for camid in camids],
         shown=f'{len(pids)} of {len(persons)} persons' if len(pids) < len(persons) else f'{len(pids)} persons',
+        left_out=f'{left_out} {unit} of distractors are not shown' if left_out else '',
         private=PRIVATE,
     )
-
-
-def _camera(dataset: Dataset, camid: int) -> str:
-    return f'camera {dataset.camera_names.get(camid, camid)}'
 
 
 def _cell(items: Sequence[Item]) -> dict[str, object] | None:

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image as Picture
 
 from readers.market1501 import PARTS, TRAINING, Market
-from readers.tree import Dataset, Image, find
+from readers.place import find
+from readers.tree import Dataset, Image
 from runtime.errors import UserError, plain
 
 PUBLISHED = {
@@ -18,6 +19,7 @@ PUBLISHED = {
     'labeled': {'train': (767, 7368), 'query': (700, 1400), 'gallery': (700, 5328)},
 }
 FOLDERS = ('cuhk03-np',)  # of the published form
+LARGEST = 2**26  # bytes of an image, which has some 50 kB: a damaged file must not fill the memory
 # Pair of cameras, person, camera of the two, number: what save_img.m of Zhong et al. makes of a name
 NAME = re.compile(r'([1-5])_(\d{3})_([12])_(\d{2})\.png', re.ASCII)
 
@@ -71,6 +73,8 @@ class Published(Market):
 
 class Raw(Dataset):
     """The authors' .mat file, and the lists of the split."""
+
+    first_camera = 1
 
     def __init__(self, root: str, boxes: str) -> None:
         self.published = PUBLISHED[boxes]
@@ -139,10 +143,10 @@ def _take_out(path: str, boxes: str, names: list[str], folder: str) -> None:
             with h5py.File(path, 'r') as file:
                 pairs = [np.asarray(file[pair]) for pair in np.asarray(file[boxes]).ravel()]  # (10, persons) each
                 for name in names:
-                    pixels = np.asarray(file[_cell(pairs, name)]).T  # (H, W, 3)
-                    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
-                        raise ValueError(f'{name} is no image but {pixels.dtype} of shape {pixels.shape}')
-                    Picture.fromarray(np.ascontiguousarray(pixels)).save(os.path.join(whole, name))
+                    cell = file[_cell(pairs, name)]  # (3, W, H), not read yet: one image at a time is in memory
+                    if cell.ndim != 3 or cell.shape[0] != 3 or cell.dtype != np.uint8 or cell.size > LARGEST:
+                        raise ValueError(f'{name} is no image but {cell.dtype} of shape {cell.shape}')
+                    Picture.fromarray(np.ascontiguousarray(np.asarray(cell).T)).save(os.path.join(whole, name))
         except Exception as error:  # of any type: h5py parses untrusted bytes
             reason = plain(f'{type(error).__name__}: {error}')
             raise UserError(

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from readers import pictures
 from readers.pictures import Look
-from readers.tree import Dataset, Item, paths_of, train_items
+from readers.tree import Dataset, Item, distractors, paths_of, train_items
 
 Finding = tuple[bool, str, list[str]]  # whether it is a fault, what it is, and its cases (none if all is well)
 
@@ -18,7 +18,7 @@ def check(dataset: Dataset, why: str, jobs: int = 1) -> Iterable[Finding]:
     distractors (pid 0) are not counted as persons.
     """
     train = train_items(dataset)
-    queries = set(dataset.query)
+    queries, nobody = set(dataset.query), distractors(dataset)
     others = [item for item in dataset.gallery if item not in queries]  # as in the original's protocol of MARS
 
     yield True, 'training set that cannot be used', [why] if why else []
@@ -28,9 +28,10 @@ def check(dataset: Dataset, why: str, jobs: int = 1) -> Iterable[Finding]:
     shared = set(dataset.train_pids) & {pid for _, pid, _ in dataset.query + others}
     yield True, 'persons in both the training set and the test sets', list(map(dataset.name_of, sorted(shared)))
     if not dataset.no_cameras:
-        for subset, items in ('the training set', train), ('the test sets', dataset.query + others):
+        persons = [item for item in dataset.query + others if item[1] not in nobody]
+        for subset, items in ('the training set', train), ('the test sets', persons):
             cameras = _cameras_of(items)
-            alone = [dataset.name_of(pid) for pid in sorted(cameras) if pid and len(cameras[pid]) == 1]
+            alone = [dataset.name_of(pid) for pid in sorted(cameras) if len(cameras[pid]) == 1]
             yield False, f'persons of {subset} seen by one camera only', alone
     yield from _unmatched(dataset, others)
     yield from _of_images(dataset, train, dataset.query + others, jobs)
@@ -62,6 +63,8 @@ def _unmatched(dataset: Dataset, others: list[Item]) -> Iterator[Finding]:
 def _of_images(dataset: Dataset, train: list[Item], test: list[Item], jobs: int) -> Iterator[Finding]:
     """What opening all images shows."""
     pids = {path: item[1] for item in train + test for path in paths_of(item)}
+    nobody = distractors(dataset)
+    of_nobody = {path for item in test if item[1] in nobody for path in paths_of(item)}
     looks = dict(zip(pids, pictures.look_at_all(list(pids), jobs), strict=True)) if pids else {}
     unread = [look.reason for look in looks.values() if look.reason]
     yield True, f'files (of {len(pids)}) that cannot be read', unread
@@ -72,7 +75,7 @@ def _of_images(dataset: Dataset, train: list[Item], test: list[Item], jobs: int)
     groups: dict[bool, list[str]] = {True: [], False: []}  # whether of two persons
     for paths in copies.values():
         if len(paths) > 1:
-            groups[len({pids[path] for path in paths} - {0}) > 1].append(' = '.join(paths))
+            groups[len({pids[path] for path in paths if path not in of_nobody}) > 1].append(' = '.join(paths))
     yield True, 'groups of byte-equal files of different persons', groups[True]
     yield False, 'groups of byte-equal files of one person or of distractors', groups[False]
     empty = [path for path, look in looks.items() if look.contrast < pictures.EMPTY]

@@ -24,10 +24,11 @@ class Folder(Dataset):
     each person and camera, drawn too, and stays in the gallery, where it never is its own match. A person who is
     added changes the place of few others.
 
-    Pids are names: any text, numbered as in a `readers.table.Table`. A camera is the number behind a c at the
-    beginning of the name of an image (or of the folder of a tracklet) or behind an underscore in it, as in
-    Market1501. If any name has none, the cameras are unknown. Items are sorted by person and name, frames by name, in
-    natural order: a2 before a10. Hidden files, and files that are not images (SUFFIXES), are passed over.
+    Pids are names: any text, numbered as in a `readers.table.Table`; junk (-1, also as MARS's 00-1) is left out. A
+    camera is the number behind a c at the beginning of the name of an image (or of the folder of a tracklet) or behind
+    an underscore in it, as in Market1501. If any name has none, the cameras are unknown. Items are sorted by person
+    and name, frames by name, in natural order: a2 before a10. Hidden files, and files that are not images (SUFFIXES),
+    are passed over.
 
     Raises UserError for a folder that is missing or holds no image of a person, for images beside folders of
     frames, and for two spellings of one number.
@@ -37,6 +38,9 @@ class Folder(Dataset):
         passed_over: list[str] = []
         splits = _splits(root)
         found = {split: _scan(os.path.join(root, split), passed_over) for split in splits or ('',)}
+        persons = {person for items in found.values() for _, person, _ in items}
+        pid_of, names = numbered(persons, 1, f'{plain(root, 500)}: persons')
+        found = {split: [item for item in items if pid_of[item[1]] != JUNK] for split, items in found.items()}
         everything = [item for items in found.values() for item in items]
         if not everything:
             raise UserError(f'{plain(root, 500)} holds no image of a person; {EXPECTED}')
@@ -48,7 +52,6 @@ class Folder(Dataset):
         drawn = ''
         if not splits:
             found, drawn = _draw(everything, test_share, seed, by_camera=unknown is None)
-        pid_of, names = numbered((person for _, person, _ in everything), 1, f'{plain(root, 500)}: persons')
         camid_of = {'': 0}
         if unknown is None:
             camid_of, _ = numbered((camera for _, _, camera in everything), 0, f'{plain(root, 500)}: cameras')
@@ -56,7 +59,6 @@ class Folder(Dataset):
             [
                 (paths, pid_of[person], 0 if unknown else camid_of[camera])
                 for paths, person, camera in found.get(split, ())
-                if pid_of[person] != JUNK
             ]
             for split in SPLITS
         ]

@@ -40,9 +40,7 @@ class Joined(Dataset):
                 ]
             names |= {pid_of[pid]: f'{dataset.name}/{dataset.name_of(pid)}' for pid in pids}
             if not no_cameras:
-                camera_names |= {
-                    camid_of[camid]: f'{dataset.name}/{dataset.camera_names.get(camid, camid)}' for camid in camids
-                }
+                camera_names |= {camid_of[camid]: f'{dataset.name}/{dataset.camera_of(camid)}' for camid in camids}
         videos = any(not isinstance(items[0][0], str) for items in lists if items)
         super().__init__(
             ','.join(dataset.name for dataset in datasets),

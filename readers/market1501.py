@@ -4,7 +4,8 @@ import os
 import re
 from collections.abc import Sequence
 
-from readers.tree import MAX_PID, Dataset, Image, Item, camids_of, find, listed, usable
+from readers.place import find
+from readers.tree import MAX_PID, Dataset, Image, Item, camids_of, listed, usable
 from runtime.decoding import SUFFIXES
 from runtime.errors import UserError, plain
 
@@ -38,6 +39,8 @@ class Market(Dataset):
     below -1 or above MAX_PID. If only the training set has such a fault, it is empty, and `untrainable` is the
     message.
     """
+
+    first_camera = 1
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Market1501 with the distractors that its authors published beside it."""
 
 from readers.market1501 import FOLDERS, PARTS, PUBLISHED, TRAINING, Market
-from readers.tree import find
+from readers.place import find
 
 DISTRACTORS = 'images'
 

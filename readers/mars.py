@@ -6,7 +6,8 @@ import re
 
 import numpy as np
 
-from readers.tree import Dataset, Tracklet, camids_of, find, usable
+from readers.place import find
+from readers.tree import Dataset, Tracklet, camids_of, usable
 from runtime.decoding import SUFFIXES
 from runtime.errors import UserError, plain
 from runtime.kinds import HEAD, recognised
@@ -54,6 +55,8 @@ class Mars(Dataset):
     negative camera, and an empty query or gallery. If only the training set has such a fault, is missing or empty, it
     is left empty, and `untrainable` is the message.
     """
+
+    first_camera = 1
 
     def __init__(self, data_dir: str = 'data', official: bool = False, name: str = 'mars') -> None:
         self.official = official

@@ -4,7 +4,8 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
-from readers.tree import Dataset, Image, Item, camids_of, count_pids, find, usable
+from readers.place import find
+from readers.tree import Dataset, Image, Item, camids_of, count_pids, usable
 from runtime.errors import UserError, plain
 from runtime.kinds import HEAD, recognised
 
@@ -40,7 +41,7 @@ class Msmt17(Dataset):
     list_train.txt has such a fault, the training set is empty, and `untrainable` is the message.
     """
 
-    published, num_cameras = PUBLISHED, NUM_CAMERAS
+    published, num_cameras, first_camera = PUBLISHED, NUM_CAMERAS, 1
 
     def __init__(self, data_dir: str = 'data') -> None:
         root, version, untrainable = _find(data_dir)

@@ -1,4 +1,4 @@
-"""Shared by all readers: the data set object, the numbers of its persons and cameras, and the search for its folder."""
+"""Shared by all readers: the data set object, and the numbers of its persons and cameras."""
 
 import math
 import os
@@ -19,12 +19,10 @@ AnyItem = TypeVar('AnyItem', Image, Tracklet)
 NUM_CAMERAS = 6  # of Market1501 and MARS, 1..6 on disk
 JUNK = -1  # the pid of what is left out; texts that are no integers are never numbered so
 MAX_PID = 2**63 - 1  # pids are int64
-INTEGER = re.compile(r'-?[0-9]{1,18}')  # within int64
+INTEGER = re.compile(r'0*-[0-9]{1,18}|[0-9]{1,18}')  # within int64; 00-1 is junk in MARS
 DIGITS = re.compile(r'([0-9]+)')
 LONG = 4000  # digits, of which Python converts no more than 4300
-TOYS = ('market1501', 'mars')  # of which there is a toy
 DROPPINGS = ('thumbs.db', 'desktop.ini')  # left by Windows in any folder
-ARCHIVES = ('.zip', '.rar', '.7z', '.tar', '.tar.gz', '.tgz')
 
 
 class Dataset:
@@ -60,6 +58,7 @@ class Dataset:
 
     published: Mapping[str, tuple[int, int]] = {}  # known numbers of persons and items of a subset
     num_cameras = NUM_CAMERAS  # as published
+    first_camera = 0  # in the data, of camid 0, unless the cameras had to be renumbered or have names
 
     def __init__(
         self,
@@ -114,6 +113,31 @@ class Dataset:
     def name_of(self, pid: int) -> str:
         """The person's name, or number, in the data."""
         return self.names.get(pid, str(pid))
+
+    def camera_of(self, camid: int) -> str:
+        """The camera's name, or number, in the data."""
+        number = self.cameras[camid] if 0 <= camid < len(self.cameras) else camid + self.first_camera
+        return self.camera_names.get(camid, str(number))
+
+    def groups(self, balance: str) -> np.ndarray | None:
+        """The group of each image to train on, for `samplers`: int64 (images,), or None if `balance` is 'none'.
+
+        balance: 'dataset' or 'camera', of which the groups are; all frames of a tracklet have its group
+
+        Raises UserError if there is one data set only, or one camera, or the cameras are unknown.
+        """
+        if balance == 'none':
+            return None
+        groups = self.set_of if balance == 'dataset' else [camid for _, _, camid in self.train]
+        if balance == 'camera' and self.no_cameras:
+            fault = 'does not tell its cameras: name them, see docs/data.md'
+        elif balance == 'camera':
+            fault = 'has one camera to train on: give data with several'
+        else:
+            fault = 'is one data set: give several, as in -d A,B'
+        if len(np.unique(groups)) < 2 or (balance == 'camera' and self.no_cameras):
+            raise UserError(f'--balance {balance}: {plain(self.name, 500)} {fault}, or leave the option out')
+        return np.repeat(np.array(groups, np.int64), [len(paths_of(item)) for item in self.train])
 
     def multi_query(self) -> list[Item]:
         """Images of the queries' persons in their cameras, over which --multi-query averages: here the queries."""
@@ -222,8 +246,8 @@ def usable(read: Callable[[], list[AnyItem]], untrainable: str) -> tuple[list[An
 def numbered(texts: Iterable[str], first: int, what: str) -> tuple[dict[str, int], dict[int, str]]:
     """A number for each text, and the text of each number if that is not the number itself.
 
-    If all texts are integers of up to 18 digits, also padded with zeros, these are their numbers. Otherwise the numbers
-    are the places of the texts in natural order, from `first`.
+    If all texts are integers of up to 18 digits, also padded with zeros (0002, or 00-1 as in MARS), these are their
+    numbers. Otherwise the numbers are the places of the texts in natural order, from `first`.
 
     Raises UserError, which begins with `what`, for two texts of one number, as 1 and 001.
     """
@@ -233,7 +257,7 @@ def numbered(texts: Iterable[str], first: int, what: str) -> tuple[dict[str, int
         return numbers, {number: text for text, number in numbers.items()}
     text_of: dict[int, str] = {}
     for text in different:
-        if (other := text_of.setdefault(int(text), text)) != text:
+        if (other := text_of.setdefault(int(text.lstrip('0') or 0), text)) != text:
             raise UserError(f'{what} {other!r} and {text!r} have the same number; write them alike, or rename one')
     names = {number: text for number, text in text_of.items() if text != str(number)}
     return {text: number for number, text in text_of.items()}, names
@@ -276,62 +300,3 @@ def listed(paths: Sequence[str], root: str, most: int = 3) -> str:
 def _is_harmless(path: str) -> bool:
     name = os.path.basename(path)
     return name.startswith('.') or name.lower() in DROPPINGS
-
-
-def find(
-    data_dir: str, name: str, folders: Sequence[str], parts: Mapping[str, str], training: Sequence[str]
-) -> tuple[str, str]:
-    """The folder of a data set, and '', or the message about the parts that are missing for training.
-
-    Searched are data_dir/FOLDER, data_dir/FOLDER/FOLDER, for any of `folders` in any spelling (case, signs), and
-    data_dir itself; a folder with all parts is preferred.
-
-    parts: each with the hint that the error message gives for it
-    training: those that only training needs
-
-    Raises:
-        UserError: there is none; the message shows the expected folders.
-    """
-    places = [os.path.join(data_dir, folder) for folder in folders] + _spelled(data_dir, folders)
-    places += [os.path.join(place, folder) for place in places for folder in folders]
-    places += [inner for place in places for inner in _spelled(place, folders)]
-    places = list(dict.fromkeys([*places, os.fspath(data_dir)]))
-    missing = {place: [part for part in parts if not os.path.exists(os.path.join(place, part))] for place in places}
-    untestable = {place: not {*missing[place]} <= {*training} for place in places}
-    nearest = min(places, key=lambda place: (untestable[place], len(missing[place])))
-    if nearest == os.fspath(data_dir) and not untestable[nearest]:
-        print(f"--data-dir '{data_dir}' is the data set itself")
-    if not missing[nearest]:
-        return nearest, ''
-
-    if len(missing[nearest]) < len(parts):
-        fault = f'{nearest} contains no {", no ".join(missing[nearest])}'
-    else:
-        fault = f"no {' or '.join(folders)} in --data-dir '{data_dir}'"
-    tree = [os.path.join(data_dir, folders[0]) + os.sep]
-    tree += [f'    {part}{"" if "." in part else os.sep}'.ljust(34) + hint for part, hint in parts.items()]
-    advice = 'see docs/data.md for what it consists of'
-    if name in TOYS:
-        advice = f'see data/README.md for where to download it; -d toy_{name} draws a toy in this format'
-    if name.startswith('toy_'):
-        advice = 'remove that folder, and the toy is drawn again'
-    elif archives := _spelled(data_dir, folders, ARCHIVES):
-        advice = f'unpack {plain(archives[0])} there'
-    message = '\n'.join([f'{fault}; expected:', *(line.rstrip() for line in tree), advice])
-    if untestable[nearest]:
-        raise UserError(message)
-    return nearest, message
-
-
-def _spelled(folder: str, names: Sequence[str], endings: Sequence[str] = ('',)) -> list[str]:
-    """The entries of a folder with one of `names`, in any case and with any signs between the letters and digits."""
-    try:
-        entries = sorted(os.listdir(folder))
-    except OSError:
-        return []
-    wanted = {_letters(name) + _letters(ending) for name in names for ending in endings}
-    return [os.path.join(folder, entry) for entry in entries if _letters(entry) in wanted and entry.isprintable()]
-
-
-def _letters(name: str) -> str:
-    return ''.join(filter(str.isalnum, name.lower()))

@@ -14,6 +14,7 @@ import weights
 from arguments import SaveOptions
 from data_manager import digests, fingerprint
 from models import loading
+from models.layouts import in_training
 from models.network import Network
 from page import results
 from page.runs import VALIDATION
@@ -78,7 +79,7 @@ class Checkpoint:
         self.path, loaded = self._newest() if options.auto_resume and not options.evaluate else (None, None)
         resumes = loaded is not None
         if options.resume and loaded is None:
-            self.path, loaded = options.resume, weights.read(options.resume, options.assume)
+            self.path, loaded = options.resume, weights.read(options.resume, options.assume, model.state_dict())
             resumes = loaded.state is not None and not (options.evaluate or options.resume_weights_only)
         if loaded:
             print(f"Loading checkpoint from '{self.path}'")
@@ -121,8 +122,8 @@ class Checkpoint:
             print(notice)
         self.model.trained = loaded.trained
         print(f'Loaded {loaded.layout}')
-        if loaded.assumed:
-            print(f'Assumed, because it does not tell: {", ".join(loaded.assumed)}; --assume changes that')
+        if assumed := loaded.assumed if self.options.evaluate else in_training(loaded.assumed):
+            print(f'Assumed, because it does not tell: {", ".join(assumed)}; --assume changes that')
         if state is None:
             for part in self.parts.values():
                 if isinstance(part, LRScheduler):

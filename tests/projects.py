@@ -7,9 +7,10 @@ Each follows the source of the project at the release that its docstring names. 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models import densenet121, resnet50
+from torchvision.models import densenet121, resnet18, resnet34, resnet50, resnet101
 
 NUM_CLASSES = 7
+RESNETS = {18: resnet18, 34: resnet34, 50: resnet50, 101: resnet101}  # by their depth
 
 
 def average(x):
@@ -44,13 +45,15 @@ class Attention(nn.Module):
 class Backbone(nn.Module):
     """torchvision's names; stride: the last one; relu: in the stem; ceil: its pool."""
 
-    def __init__(self, stride=1, relu=True, ceil=False, ibn=False, attention=False, fc=False):
+    def __init__(self, stride=1, relu=True, ceil=False, ibn=False, attention=False, fc=False, depth=50):
         super().__init__()
-        whole = resnet50(weights=None)
+        whole = RESNETS[depth](weights=None)
+        self.width = 2048 if depth >= 50 else 512
         for name in ('conv1', 'bn1', 'layer1', 'layer2', 'layer3', 'layer4'):
             setattr(self, name, getattr(whole, name))
         if stride == 1:
-            self.layer4[0].conv2.stride = self.layer4[0].downsample[0].stride = (1, 1)
+            first = self.layer4[0]  # whose second convolution is strided if it has three, else its first one
+            (first.conv2 if depth >= 50 else first.conv1).stride = first.downsample[0].stride = (1, 1)
         if ibn:
             for block in [*self.layer1, *self.layer2, *self.layer3]:
                 block.bn1 = Ibn(block.bn1.num_features)
@@ -58,9 +61,9 @@ class Backbone(nn.Module):
         if attention:
             self.NL_1, self.NL_4 = nn.ModuleList(), nn.ModuleList()
             self.NL_2 = nn.ModuleList(Attention(512) for _ in range(2))
-            self.NL_3 = nn.ModuleList(Attention(1024) for _ in range(3))
+            self.NL_3 = nn.ModuleList(Attention(1024) for _ in range(9 if depth == 101 else 3))
         if fc:
-            self.fc = nn.Linear(2048, 1000)
+            self.fc = nn.Linear(self.width, 1000)
 
     def forward(self, x):
         x = self.bn1(self.conv1(x))
@@ -80,11 +83,11 @@ class Backbone(nn.Module):
 class StrongBaseline(nn.Module):
     """reid-strong-baseline, April 2020."""
 
-    def __init__(self, ibn=False):
+    def __init__(self, ibn=False, depth=50):
         super().__init__()
-        self.base = Backbone(relu=ibn, ibn=ibn, fc=ibn)
-        self.bottleneck = nn.BatchNorm1d(2048)
-        self.classifier = nn.Linear(2048, NUM_CLASSES, bias=False)
+        self.base = Backbone(relu=ibn, ibn=ibn, fc=ibn, depth=depth)
+        self.bottleneck = nn.BatchNorm1d(self.base.width)
+        self.classifier = nn.Linear(self.base.width, NUM_CLASSES, bias=False)
 
     def tested(self, x):
         return self.bottleneck(average(self.base(x)))
@@ -97,9 +100,10 @@ class StrongBaseline(nn.Module):
 class WithoutNeck(nn.Module):
     """The same with NECK 'no'."""
 
-    def __init__(self):
+    def __init__(self, depth=50):
         super().__init__()
-        self.base, self.classifier = Backbone(relu=False), nn.Linear(2048, NUM_CLASSES)
+        self.base = Backbone(relu=False, depth=depth)
+        self.classifier = nn.Linear(self.base.width, NUM_CLASSES)
 
     def tested(self, x):
         return average(self.base(x))
@@ -112,19 +116,19 @@ class WithoutNeck(nn.Module):
 class FastReid(nn.Module):
     """fast-reid; early: v0.1, else v1.0.0 (with `heads.classifier`) or v1.3.0 (heads.weight)."""
 
-    def __init__(self, release='v1.3.0', pool='avg', attention=False, ibn=False):
+    def __init__(self, release='v1.3.0', pool='avg', attention=False, ibn=False, depth=50):
         super().__init__()
         early = release == 'v0.1'
         if release != 'v1.3.0':
             self.register_buffer('pixel_mean', 255 * torch.tensor([0.485, 0.456, 0.406]).view(1, -1, 1, 1))
             self.register_buffer('pixel_std', 255 * torch.tensor([0.229, 0.224, 0.225]).view(1, -1, 1, 1))
-        self.backbone = Backbone(ceil=not early, ibn=ibn, attention=attention)
+        self.backbone = Backbone(ceil=not early, ibn=ibn, attention=attention, depth=depth)
         self.heads, self.pool = nn.Module(), pool
         if pool == 'gemP':
             self.heads.pool_layer = nn.Module()
             self.heads.pool_layer.p = nn.Parameter(torch.tensor([3.7]))
-        self.neck = nn.BatchNorm2d(2048)
-        self.weight = nn.Parameter(torch.randn(NUM_CLASSES, 2048) / 30)
+        self.neck = nn.BatchNorm2d(self.backbone.width)
+        self.weight = nn.Parameter(torch.randn(NUM_CLASSES, self.backbone.width) / 30)
         if early:
             self.heads.bnneck = self.neck
         else:

@@ -217,6 +217,19 @@ def test_a_distractor_is_no_person(market, checked):
     assert found[-3] == 'note: groups of byte-equal files of one person or of distractors: 1'
 
 
+def test_who_is_numbered_0_is_a_person_if_a_query_has_it(market, checked, tmp_path):
+    first, second = MARKET['query'][:2]
+    shutil.copy(market / 'query' / first, tmp_path / 'copy.jpg')
+    train = [
+        f'market1501/bounding_box_train/{name},{pid},train' for pid, name in enumerate(MARKET['bounding_box_train'])
+    ]
+    rows = [*train, f'market1501/query/{first},0,query', f'market1501/query/{second},0,gallery', 'copy.jpg,4,gallery']
+    (tmp_path / 'table.csv').write_text('\n'.join(['path,pid,split', *rows]) + '\n')
+    status, found, _ = checked(f'csv:{tmp_path}/table.csv')
+    assert status == 1
+    assert 'fault: groups of byte-equal files of different persons: 1' in found
+
+
 def test_images_that_show_nothing_or_are_blurred(market, checked):
     names = sorted((market / 'bounding_box_test').iterdir())
     Image.new('RGB', (64, 128), (9, 9, 9)).save(names[-1])

@@ -214,3 +214,23 @@ def test_markets_folders_may_be_missing(tmp_path):
     ):
         data_manager.init_dataset(f'market:{tmp_path}')
     assert dataset.multi_query() == dataset.query
+
+
+@pytest.mark.parametrize('junk', ['00-1', '-1', '-001'])
+def test_junk_is_no_person_however_it_is_padded(junk, tmp_path):
+    """As in MARS; its names need no camera, it is not drawn, and it is counted nowhere."""
+    root = tmp_path / 'people'
+    put(root, f'{junk}/x.jpg', *(f'{person:04d}/c{camera}_1.jpg' for person in range(1, 7) for camera in (1, 2)))
+    dataset = data_manager.init_dataset(f'folder:{root}', test_share=0.5)
+    assert not dataset.no_cameras and dataset.train_pids == sorted(dataset.train_pids) and len(dataset.train_pids) == 3
+    assert {pid for _, pid, _ in dataset.query} | set(dataset.train_pids) == {1, 2, 3, 4, 5, 6}
+    assert '3 of 6 persons are for the test' in dataset.drawn
+    put(tmp_path / 'split', f'gallery/{junk}/c1.jpg', 'gallery/0000/c1.jpg', 'gallery/0002/c1.jpg', 'query/0002/c2.jpg',
+        'train/0001/c1.jpg', 'train/0005/c2.jpg')  # fmt: skip
+    split = data_manager.init_dataset(f'folder:{tmp_path / "split"}')
+    assert (split.train_pids, [pid for _, pid, _ in split.gallery]) == ([1, 5], [0, 2])
+
+
+def test_junk_alone_is_no_data_set(tmp_path):
+    with pytest.raises(UserError, match='holds no image of a person'):
+        Folder(put(tmp_path / 'people', '00-1/c1.jpg'))

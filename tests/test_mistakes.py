@@ -111,6 +111,7 @@ OPTIONS = [
     option('--pretrained data', '--pretrained data is a folder without checkpoints'),
     option('--resume-weights-only', '--resume-weights-only needs --resume'),
     option('--assume last_stride=1', '--assume needs --resume PATH'),
+    option('--balance person', "--balance: invalid choice: 'person'"),
     option('--start-epoch 2', '--start-epoch 2 leaves no epoch to train'),
     option('--save-dir file/log', '--save-dir file/log: cannot be written to'),
     option('--save-dir file', '--save-dir file: cannot be written to'),
@@ -157,10 +158,14 @@ def without(part: str, begin: str) -> Make:
     ]
 
 
-def one_camera(folder: Path) -> None:
-    for part in ('query', 'bounding_box_test'):
+def one_camera(folder: Path, parts: tuple[str, ...] = ('query', 'bounding_box_test')) -> None:
+    for part in parts:
         for path in (folder / 'data/market1501' / part).glob('0*'):
             path.rename(path.with_name(re.sub(r'_c\d', '_c1', path.name)))
+
+
+def one_training_camera(folder: Path) -> None:
+    one_camera(folder, ('bounding_box_train',))
 
 
 def one_folder_each(folder: Path) -> None:
@@ -233,6 +238,8 @@ TREES = [
     tree('single queries', '--multi-query', 'mars has one query of each person in a camera, and no ', script=VIDEO),
     tree('a batch larger than the data', '--train-batch 999', r'--train-batch is 999, but .* only \d+ images: use'),
     tree('P larger than the data', '--train-batch 64', 'needs 16 identities with --num-instances 4, but', script=HTRI),
+    tree('one data set', '--balance dataset', '--balance dataset: market1501 is one data set: give several, as'),
+    tree('one training camera', '--balance camera', 'market1501 has one camera to train on', one_training_camera),
     tree('P of 1', '--train-batch 4', 'has room for one identity with --num-instances 4', script=HTRI),
     tree('K of 1', '--num-instances 1', '--num-instances is 1: a triplet needs at least 2', script=HTRI),
     tree('one image each', '', 'each of the 6 identities in the training set has only one image', one_each, HTRI),

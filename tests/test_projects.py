@@ -8,11 +8,16 @@ import projects
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet18
 
 import models
 import weights
+from arguments import SaveOptions
 from models import loading
 from models.layouts import ASSUMPTIONS
+from readers.tree import Dataset
+from runtime.checkpoint import Checkpoint
+from runtime.device import Run
 from runtime.errors import UserError
 
 STRONG = {'distance': 'cosine', 'interpolation': 'bilinear', 'height': 256, 'width': 128, 'flip_test': False}
@@ -20,13 +25,21 @@ FAST = STRONG | {'interpolation': 'bicubic'}
 FT = FAST | {'flip_test': True}
 TORCHREID = STRONG | {'distance': 'euclidean'}
 FINE = 'last_stride=1'
+TOLD = f'project=reid-strong-baseline, {FINE}'  # and the same names as timm's
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d)
 CASES = {  # network, the architecture and its parts here, what is assumed, options of the test
     'reid-strong-baseline': (projects.StrongBaseline, 'resnet50', {'last_stride': 1, 'neck': True},
-        f'{FINE}, neck_feature=after', STRONG),
+        f'{TOLD}, neck_feature=after', STRONG),
+    **{
+        f'reid-strong-baseline, ResNet{depth}': (functools.partial(projects.StrongBaseline, depth=depth),
+            f'resnet{depth}', {'last_stride': 1, 'neck': True}, f'{TOLD}, neck_feature=after', STRONG)
+        for depth in (18, 34, 101)
+    },
     'reid-strong-baseline, IBN': (functools.partial(projects.StrongBaseline, ibn=True), 'resnet50_ibn_a',
         {'last_stride': 1, 'neck': True}, f'{FINE}, neck_feature=after', STRONG),
-    'reid-strong-baseline without neck': (projects.WithoutNeck, 'resnet50', {'last_stride': 1}, FINE, STRONG),
+    'reid-strong-baseline without neck': (projects.WithoutNeck, 'resnet50', {'last_stride': 1}, TOLD, STRONG),
+    'reid-strong-baseline without neck, ResNet18': (functools.partial(projects.WithoutNeck, 18), 'resnet18',
+        {'last_stride': 1}, TOLD, STRONG),
     'fast-reid v0.1 bagtricks': (functools.partial(projects.FastReid, 'v0.1'), 'resnet50',
         {'last_stride': 1, 'neck': True}, f'{FINE}, neck_feature=after, stem_pool=padded, pooling=avg', FAST),
     'fast-reid v0.1 AGW': (functools.partial(projects.FastReid, 'v0.1', 'gemP', True), 'resnet50',
@@ -36,6 +49,18 @@ CASES = {  # network, the architecture and its parts here, what is assumed, opti
         {'last_stride': 1, 'neck': True}, f'{FINE}, neck_feature=after, stem_pool=ceil, pooling=avg', FAST),
     'fast-reid v1.3 bagtricks': (projects.FastReid, 'resnet50',
         {'last_stride': 1, 'neck': True}, f'{FINE}, neck_feature=after, stem_pool=ceil, pooling=avg', FAST),
+    **{
+        f'fast-reid v1.3 bagtricks, ResNet{depth}': (functools.partial(projects.FastReid, depth=depth),
+            f'resnet{depth}', {'last_stride': 1, 'neck': True},
+            f'{FINE}, neck_feature=after, stem_pool=ceil, pooling=avg', FAST)
+        for depth in (18, 34)
+    },
+    'fast-reid v1.3 SBS, ResNet34': (functools.partial(projects.FastReid, pool='gemP', depth=34), 'resnet34',
+        {'last_stride': 1, 'neck': True, 'pooling': 'gem'},
+        f'{FINE}, neck_feature=after, stem_pool=ceil', FAST | {'height': 384}),
+    'fast-reid v1.3 AGW, ResNet101': (functools.partial(projects.FastReid, 'v1.3.0', 'gem', True, depth=101),
+        'resnet101', {'last_stride': 1, 'neck': True, 'pooling': 'gem', 'non_local': True},
+        f'{FINE}, neck_feature=after, stem_pool=ceil, pooling=gem', FAST),
     'fast-reid v1.3 AGW': (functools.partial(projects.FastReid, 'v1.3.0', 'gem', True), 'resnet50',
         {'last_stride': 1, 'neck': True, 'pooling': 'gem', 'non_local': True},
         f'{FINE}, neck_feature=after, stem_pool=ceil, pooling=gem', FAST),
@@ -186,10 +211,10 @@ def test_the_feature_before_the_neck(path):
 @pytest.mark.parametrize(
     ('network', 'assume', 'message'),
     [
-        (projects.StrongBaseline, 'x=1', '--assume x=1: must be one of last_stride=1|2, '),
+        (projects.StrongBaseline, 'x=1', '--assume x=1: must be one of project=reid-strong-baseline|timm, '),
         (projects.StrongBaseline, 'last_stride=3', '--assume last_stride=3: must be one of '),
         (projects.StrongBaseline, 'pooling=gem',
-            '--assume pooling: x.pth leaves no choice of it; last_stride, neck_feature may be assumed of it'),
+            '--assume pooling: x.pth leaves no choice of it; project, last_stride, neck_feature may be assumed of it'),
         (functools.partial(projects.OmniScale, 0.25), 'last_stride=1',
             '--assume last_stride: x.pth leaves no choice of it; nothing else may be assumed of it'),
     ],
@@ -247,6 +272,74 @@ def test_what_almost_fits_is_refused(case, spoil, message, path):
     assert '\n' not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    'network',
+    [
+        functools.partial(projects.StrongBaseline, ibn=True, depth=101),
+        functools.partial(projects.FastReid, ibn=True, depth=101),
+        functools.partial(projects.FastReid, ibn=True, depth=34),
+    ],
+)
+def test_networks_of_these_projects_that_are_none_here(network, path):
+    """ResNet34-IBN-a and ResNet101-IBN-a."""
+    with torch.device('meta'):
+        state_dict = network().state_dict()
+    torch.save({name: torch.ones(value.shape, dtype=value.dtype) for name, value in state_dict.items()}, path)
+    with pytest.raises(UserError, match=r'^x: its architecture cannot be recognised by its weights; give it with'):
+        weights.build(weights.read(path), None, 'x')
+
+
+class TorchreidResNet18(projects.Backbone):
+    """Of 1000 classes."""
+
+    def __init__(self):
+        super().__init__(stride=2, depth=18)
+        self.classifier = nn.Linear(512, 1000)
+
+    def tested(self, x):
+        return projects.average(self(x))
+
+
+@pytest.mark.parametrize(
+    ('network', 'arch', 'layout'),
+    [
+        (resnet18, 'resnet18', "torchvision's names translated"),
+        (TorchreidResNet18, 'resnet18', "torchreid's names translated"),
+        (functools.partial(projects.OmniScale, 0.25, num_classes=1000), 'osnet_x0_25', "torchreid's names"),
+    ],
+)
+def test_weights_of_imagenet(network, arch, layout, path, capsys):
+    """What a file is said to be, and a training that begins with it."""
+    torch.manual_seed(0)
+    theirs = network()
+    torch.save({'state_dict': {f'module.{name}': value for name, value in theirs.state_dict().items()}}, path)
+    lines = [line for line in weights.describe(str(path), '') if not line.startswith('sha256: ')]
+    assert lines[1:] == [
+        f'architecture: {arch}',
+        'identities: none, its 1000 classes are those of ImageNet',
+        f'layout: {layout}',
+        'test: none, it was trained to classify ImageNet',
+        'licence of the weights: unknown',
+    ]
+    model = models.init_model(arch, 5)
+    capsys.readouterr()
+    weights.pretrain(model, str(path))
+    out = capsys.readouterr().out
+    assert 'Not loaded: classifier.weight, classifier.bias\n' in out and 'Assumed' not in out
+    assert 'Initialised at random: classifier.weight, classifier.bias\n' in out
+    model, theirs = model.double().eval(), theirs.double().eval()
+    with torch.no_grad():
+        assert_near(model(images()), features_of(theirs, images()))
+
+
+def features_of(theirs, x):
+    """Before the classifier."""
+    if hasattr(theirs, 'tested'):
+        return theirs.tested(x)
+    theirs.fc = nn.Identity()
+    return theirs(x)
+
+
 def test_tensors_of_an_unknown_layout(path):
     torch.save({'encoder.block.0.weight': torch.ones(3)}, path)
     with pytest.raises(UserError, match='its architecture cannot be recognised by its weights'):
@@ -298,7 +391,8 @@ def test_first_weights(path, capsys):
     theirs = drawn(projects.StrongBaseline)
     model = models.init_model('resnet50', 5, last_stride=1, neck=True)
     weights.pretrain(model, str(saved(theirs, path)))
-    assert 'Assumed, because' not in capsys.readouterr().out  # stride and neck are the network's
+    assumed = f'Assumed, because {path} does not tell: project=reid-strong-baseline\n'
+    assert assumed in capsys.readouterr().out  # stride and neck are the network's
     theirs = theirs.double()
     with torch.no_grad():
         assert_near(model.double().eval()(images()), theirs.eval().tested(images()))
@@ -341,3 +435,106 @@ def test_a_network_that_a_checkpoint_names_but_names_of_weights_do_not(path):
     loading.load_into(network, loaded.state_dict, allow_other_classifier=False, where='a file')
     given = torch.ones(1, 3, 96, 48)
     assert torch.equal(network.eval()(given), model.eval()(given))
+
+
+# ---- reid-strong-baseline or timm: equal names and shapes, and another arithmetic ----
+
+
+def timm_resnet(neck=False):
+    pytest.importorskip('timm')
+    torch.manual_seed(3)
+    model = models.init_model('timm:resnet18', 7, neck=neck, size=(70, 38))
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, NORMS):
+                layer.weight.uniform_(0.5, 1.5)
+                layer.bias.normal_(0, 0.3)
+    return model.eval()
+
+
+def without_versions(state_dict):
+    """As after any change by a user's own code, or from another kind of file."""
+    return {f'module.{name}': value for name, value in state_dict.items()}
+
+
+@pytest.mark.parametrize('neck', [False, True])
+def test_own_weights_of_timm_are_known_by_the_modules_that_torch_names(neck, path, capsys):
+    model = timm_resnet(neck)
+    torch.save(model.state_dict(), path)
+    loaded = weights.read(path)
+    assert loaded.state_dict.keys() == model.state_dict().keys() and loaded.assumed == []
+    lines = list(weights.describe(str(path), ''))
+    assert lines[2].startswith('architecture: timm:NAME, whose name it does not tell')
+    assert 'of a network of timm, which -a timm:NAME names' in lines[0]
+    twin = weights.build(loaded, 'timm:resnet18', 'x')
+    x = images().float()
+    assert torch.equal(twin(x), model(x))
+    with pytest.raises(UserError, match=r'it may be of a network of timm: give its name, -a timm:NAME$'):
+        loading.load_into(models.init_model('resnet18', 7), loaded.state_dict, allow_other_classifier=True, where='x')
+
+
+@pytest.mark.parametrize('neck', [False, True])
+def test_names_that_reid_strong_baseline_and_timm_share(neck, path, capsys):
+    """The first one is assumed, and that is printed; --assume and -a say otherwise."""
+    model = timm_resnet(neck)
+    torch.save(without_versions(model.state_dict()), path)
+    loaded = weights.read(path)
+    assert loaded.trained.arch == 'resnet18' and 'stem_linear' in loaded.state_dict
+    assert loaded.assumed[:2] == ['project=reid-strong-baseline', 'last_stride=1']
+    assert any('--assume NAME=VALUE changes it' in line for line in weights.describe(str(path), ''))
+
+    loaded = weights.read(path, 'project=timm')
+    assert loaded.assumed == ['project=timm'] and loaded.state_dict.keys() == model.state_dict().keys()
+    x = images().float()
+    assert torch.equal(weights.build(loaded, 'timm:resnet18', 'x')(x), model(x))
+
+    begun = models.init_model('timm:resnet18', 7, neck=neck, size=(70, 38))
+    weights.pretrain(begun, str(path))
+    assert torch.equal(begun.eval()(x), model(x))
+    assert 'of a network of timm' in capsys.readouterr().out
+    for how in ({'evaluate': True, 'given': frozenset({'arch'})}, {'resume_weights_only': True}):
+        begun = models.init_model('timm:resnet18', 7, neck=neck, size=(70, 38))
+        checkpoint = begin(begun, path, **how)
+        assert torch.equal(checkpoint.model.eval()(x), model(x))
+
+
+def test_files_that_reid_strong_baseline_saves(path):
+    """torch names its pool, which has no weights."""
+    theirs = projects.StrongBaseline(depth=18)
+    theirs.gap = nn.AdaptiveAvgPool2d(1)
+    torch.save(theirs.state_dict(), path)
+    assert weights.read(path).assumed == ['last_stride=1', 'neck_feature=after']
+
+
+def test_weights_that_begin_a_training_need_no_assumptions_of_a_test(path, capsys):
+    theirs = drawn(functools.partial(projects.FastReid, depth=18))
+    saved(theirs, path)
+    begin(models.init_model('resnet18', 5, last_stride=1, neck=True), path, resume_weights_only=True)
+    assert 'Assumed, because it does not tell: stem_pool=ceil; --assume changes that\n' in capsys.readouterr().out
+    begin(models.init_model('resnet18', 5, last_stride=1, neck=True), path, evaluate=True)
+    out = capsys.readouterr().out
+    assert f'Assumed, because it does not tell: {FINE}, neck_feature=after, stem_pool=ceil, pooling=avg; --' in out
+    saved(projects.FtNet(), path)
+    model = models.init_model('resnet50', 7)
+    model.add_embedding(512)
+    begin(model, path, resume_weights_only=True)
+    assert 'Assumed' not in capsys.readouterr().out  # nothing of it matters
+
+
+def begin(model, path, **how):
+    data = Dataset('two', [('a.jpg', 0, 0), ('b.jpg', 1, 0)], [], [])
+    options = SaveOptions(save_dir=str(path.parent), resume=str(path), no_report=True, **how)
+    return Checkpoint(data, options, Run(torch.device('cpu')), model=model)
+
+
+def test_position_embeddings_of_another_size(path):
+    pytest.importorskip('timm')
+    torch.save(models.init_model('timm:test_vit', 5, size=(96, 48)).state_dict(), path)
+    with pytest.raises(UserError) as refused:
+        weights.pretrain(models.init_model('timm:test_vit', 5, size=(128, 64)), str(path))
+    assert str(refused.value) == (
+        f'{path} does not fit the model: different shapes in base.pos_embed 1×19×64 where the model has 1×33×64; it '
+        'was trained with images of another size: give its --height and --width'
+    )
+    with pytest.raises(UserError, match='was trained with images of another size'):  # and of another number of persons
+        begin(models.init_model('timm:test_vit', 9, size=(128, 64)), path, resume_weights_only=True)

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,36 @@ def test_cuhk03_from_the_authors_file(tmp_path, capsys):
     assert sorted(entry.name for entry in (tmp_path / 'cuhk03').iterdir()) == [
         'cuhk03_new_protocol_config_detected.mat', 'cuhk03_release', 'images_detected'
     ]  # fmt: skip
+
+
+def test_one_image_of_the_authors_file_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    """The file has 2 GB; and a cell that claims more than an image can have is not read at all."""
+    h5py = pytest.importorskip('h5py')
+    images = put_raw(tmp_path / 'cuhk03', h5py)
+    alive, most, written = weakref.WeakSet(), [], cuhk03.Picture.fromarray
+
+    class Pixels(np.ndarray):  # unlike a plain array, it can be in a set
+        __hash__ = object.__hash__
+
+    def fromarray(pixels):
+        alive.add(pixels := pixels.view(Pixels))
+        most.append(len(alive))
+        return written(pixels)
+
+    monkeypatch.setattr(cuhk03.Picture, 'fromarray', fromarray)
+    data_manager.init_dataset('cuhk03_detected', str(tmp_path))
+    assert len(most) == len(images) and max(most) <= 2  # the next one, while the last one is still named
+
+    shutil.rmtree(tmp_path / 'cuhk03' / 'images_detected')
+    with h5py.File(tmp_path / 'cuhk03' / 'cuhk03_release' / 'cuhk-03.mat', 'r+') as file:
+        del file['#refs#/1_0_1']
+        cell = file.create_dataset('#refs#/1_0_1', (3, 2**20, 2**20), np.uint8, chunks=(1, 2**10, 2**10))
+        pair = file[np.asarray(file['detected']).ravel()[0]]
+        cells = pair[:]
+        cells[1, 0] = cell.ref
+        pair[:] = cells
+    with pytest.raises(UserError, match=r'1_001_1_02.png is no image but uint8 of shape \(3, 1048576, 1048576\)'):
+        data_manager.init_dataset('cuhk03_detected', str(tmp_path))
 
 
 def test_a_file_that_is_not_cuhk03s(tmp_path):

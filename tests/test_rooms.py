@@ -67,24 +67,25 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'page.runs': 'eval_metrics',
     'page.sheet': 'page page.lists readers.tree',
     'readers': '',
-    'readers.cuhk03': 'readers.market1501 readers.tree',
+    'readers.cuhk03': 'readers.market1501 readers.place readers.tree',
     'readers.faults': 'readers readers.pictures readers.tree',
     'readers.folder': 'readers.split readers.tree runtime.decoding',
     'readers.joined': 'readers.tree',
-    'readers.market1501': 'readers.tree runtime.decoding',
-    'readers.market1501_500k': 'readers.market1501 readers.tree',
-    'readers.mars': 'readers.tree runtime.decoding runtime.kinds',
-    'readers.msmt17': 'readers.tree runtime.kinds',
+    'readers.market1501': 'readers.place readers.tree runtime.decoding',
+    'readers.market1501_500k': 'readers.market1501 readers.place',
+    'readers.mars': 'readers.place readers.tree runtime.decoding runtime.kinds',
+    'readers.msmt17': 'readers.place readers.tree runtime.kinds',
     'readers.pictures': 'runtime.decoding',
+    'readers.place': '',
     'readers.split': 'readers.tree',
     'readers.table': 'readers.tree runtime.files runtime.kinds',
     'readers.tree': '',
     'runtime': '',
     'runtime.caching': 'runtime.device runtime.workers',
     'runtime.checkpoint': (
-        'arguments data_manager models.loading models.network page.results page.runs readers.tree runtime.chosen '
-        'runtime.device runtime.files runtime.keeping runtime.meters runtime.notices runtime.provenance runtime.state '
-        'utils weights'
+        'arguments data_manager models.layouts models.loading models.network page.results page.runs readers.tree '
+        'runtime.chosen runtime.device runtime.files runtime.keeping runtime.meters runtime.notices '
+        'runtime.provenance runtime.state utils weights'
     ),
     'runtime.checks': 'data_manager models runtime runtime.compiling runtime.kinds runtime.processes',
     'runtime.cards': '',

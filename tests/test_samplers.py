@@ -18,6 +18,8 @@ from samplers import (
     RandomIdentitySampler,
     RandomSampler,
     generator,
+    in_turn,
+    repeated,
 )
 
 
@@ -235,3 +237,198 @@ def test_identities_are_dealt_to_all_processes():
     for world_size in (2, 4):
         for rank in range(world_size):
             assert len({data[index][1] for index in indices[0, rank::world_size]}) == 8
+
+
+# ---- groups: --balance ----
+
+
+def shares(groups, chosen):
+    """The number of each group's items in each row of `chosen`: (rows, groups)."""
+    return np.stack([(groups[chosen] == group).sum(1) for group in np.unique(groups)], axis=1)
+
+
+@pytest.mark.parametrize('batch', [1, 2, 3, 7, 8, 32])
+@pytest.mark.parametrize('sizes', [(50, 50), (100, 7), (3, 60, 20), (40, 1), (9, 1, 2, 30, 5, 5, 4, 3)])
+def test_every_batch_and_the_epoch_have_equal_shares_of_the_groups(sizes, batch):
+    groups = np.random.default_rng(1).permutation(np.repeat([7, -3, 50, 4, 9, 12, 1, 0][: len(sizes)], sizes))
+    count = len(groups) // batch * batch
+    chosen = in_turn(groups, count, batch, np.random.default_rng(5)).reshape(-1, batch)
+    for counts in (shares(groups, chosen), shares(groups, chosen.reshape(1, -1))):
+        assert (counts.max(1) - counts.min(1) <= 1).all()
+    times = np.bincount(chosen.ravel(), minlength=len(groups))
+    for group in np.unique(groups):
+        own = times[groups == group]
+        assert own.max() - own.min() <= 1  # all of them before any comes again
+        for row in chosen:
+            part = row[groups[row] == group]
+            assert len(set(part.tolist())) == min(len(part), len(own))
+
+
+def test_all_come_before_any_comes_again_in_each_place_of_the_order():
+    batches = np.arange(70) // 4
+    for seed in range(20):
+        order = repeated(np.arange(100, 109), batches, np.random.default_rng(seed)).tolist()
+        assert len(order) == 70
+        for begin in range(0, 63, 9):
+            assert sorted(order[begin : begin + 9]) == list(range(100, 109))
+        for batch in range(18):
+            own = order[4 * batch : 4 * batch + 4]
+            assert len(set(own)) == len(own)
+
+
+def test_the_order_of_a_group_is_uniform():
+    """Each of 6 items comes equally often in each of the first 10 places, and where a batch spans two rounds."""
+    counts = np.zeros((10, 6))
+    for seed in range(3000):
+        order = repeated(np.arange(6), np.arange(10) // 4, np.random.default_rng(seed))
+        counts[np.arange(10), order] += 1
+    assert abs(counts - 500).max() < 6 * 500**0.5
+
+
+def unequal():
+    """Two sets of 10 and 4 identities, with their sets, and their images with cameras."""
+    data = images(*[9, 5, 12, 3, 8, 6, 7, 4, 1, 20], *[5, 2, 8, 3])
+    sets = np.array([int(pid >= 10) for _, pid, _ in data])
+    return data, sets
+
+
+def balanced(seed=1, cameras=False):
+    data, sets = unequal()
+    groups = np.array([camid for _, _, camid in data]) if cameras else sets
+    return [
+        RandomSampler(data, 8, seed, groups),
+        RandomIdentitySampler(data, 4, 16, seed, groups),
+        AllImagesSampler(data, 4, 16, seed, groups),
+    ]
+
+
+@pytest.mark.parametrize('cameras', [False, True])
+@pytest.mark.parametrize('kind', [0, 1, 2])
+def test_a_balanced_epoch_has_its_length_and_is_a_function_of_seed_and_epoch(kind, cameras):
+    first, again, other = (balanced(seed, cameras)[kind] for seed in (1, 1, 2))
+    data, _ = unequal()
+    plain = [RandomSampler(data, 8), RandomIdentitySampler(data, 4, 16), AllImagesSampler(data, 4, 16)][kind]
+    assert (len(first), first.num_batches) == (len(plain), plain.num_batches)
+    first.draw(7)
+    assert torch.equal(first.draw(3)[0], again.draw(3)[0])
+    assert not torch.equal(first.draw(3)[0], other.draw(3)[0])
+    assert not torch.equal(first.draw(3)[0], first.draw(4)[0])
+    first.set_epoch(3)
+    assert list(first)[: first.draw(3)[0].numel()] == first.draw(3)[0].flatten().tolist()
+    assert torch.equal(first.draw(3)[1], plain.__class__.draw(again, 3)[1])
+
+
+def test_groups_of_images_have_equal_shares():
+    data, sets = unequal()
+    cameras = np.array([camid for _, _, camid in data])
+    for groups in (sets, cameras):
+        indices = RandomSampler(data, 8, 1, groups.tolist()).draw(0)[0].numpy()
+        counts = shares(groups, indices)
+        assert counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize('sampler', [RandomIdentitySampler, AllImagesSampler])
+@pytest.mark.parametrize('batch', [8, 12, 16, 28])
+def test_identities_come_in_equal_shares_from_the_data_sets(sampler, batch):
+    data, sets = unequal()
+    pids = np.array([pid for _, pid, _ in data])
+    made = sampler(data, 4, batch, 3, sets)
+    for epoch in range(4):
+        indices = made.draw(epoch)[0].numpy()
+        assert indices.shape == (made.num_batches, batch)
+        pieces = indices.reshape(made.num_batches, -1, 4)  # (batches, P, K)
+        assert (pids[pieces] == pids[pieces][:, :, :1]).all()
+        counts = shares(sets, pieces[:, :, 0])
+        assert abs(counts[:, 0] - counts[:, 1]).max() <= 1
+        assert abs(counts.sum(0)[0] - counts.sum(0)[1]) <= 1
+        for row in pids[pieces[:, :, 0]]:
+            assert len(set(row.tolist())) == len(row)  # the share of the smaller set is at most its 4 identities
+        own = Counter(pids.tolist())
+        for piece in pieces.reshape(-1, 4).tolist():
+            assert len(set(piece)) == min(4, own[pids[piece[0]]])
+        times = np.bincount(indices.ravel(), minlength=len(data))
+        for pid in range(14):  # all images of an identity before any comes again, but those that complete a piece
+            images_of, times_of = own[pid], times[pids == pid]
+            assert times_of.max() - times_of.min() <= (1 if images_of >= 4 else 4)
+    seen = {index for epoch in range(60) for index in made.draw(epoch)[0].flatten().tolist()}
+    assert len(seen) == len(data)  # others in each epoch
+
+
+def test_a_set_with_fewer_identities_than_its_share_repeats_them_in_a_batch():
+    data = images(*[6] * 20, 6)
+    sets = np.array([int(pid == 20) for _, pid, _ in data])
+    for sampler in (RandomIdentitySampler, AllImagesSampler):
+        indices = sampler(data, 4, 16, 1, sets).draw(0)[0].numpy()
+        assert (shares(sets, indices) == 8).all()
+
+
+def test_the_small_set_is_repeated_evenly_and_the_large_one_seen_in_part():
+    data, sets = unequal()
+    pids = np.array([pid for _, pid, _ in data])
+    made = RandomIdentitySampler(data, 4, 8, 1, sets)
+    times = Counter(pids[made.draw(0)[0].numpy()[:, ::4]].ravel().tolist())
+    assert [times[pid] for pid in range(10, 14)] in ([2, 2, 2, 1], [2, 2, 1, 2], [2, 1, 2, 2], [1, 2, 2, 2], [2] * 4)
+    assert sum(times[pid] for pid in range(10)) == 7 and max(times[pid] for pid in range(10)) == 1
+    parts = {frozenset(pids[made.draw(epoch)[0].numpy()].ravel().tolist()) for epoch in range(5)}
+    assert len(parts) > 1  # others in each epoch
+
+
+def cameras_of(counts, seed=0):
+    """One list of images of each identity, with counts[identity][camera] images."""
+    items = [(pid, camid) for pid, own in enumerate(counts) for camid, number in enumerate(own) for _ in range(number)]
+    order = np.random.default_rng(seed).permutation(len(items))
+    return [(f'{place}.jpg', *items[place]) for place in order]
+
+
+COUNTS = [(9, 1, 1), (4, 4), (2, 0, 0, 1), (0, 1), (1, 1, 1, 1, 1, 1), (30, 5, 1, 1), (0, 6), (3, 3, 3)]
+
+
+def test_the_images_of_an_identity_come_from_as_many_cameras_as_it_has():
+    data = cameras_of(COUNTS)
+    pids, camids = (np.array([item[column] for item in data]) for column in (1, 2))
+    sampler = RandomIdentitySampler(data, 4, 16, 1, camids)
+    assert sampler.group_of is None
+    firsts = set()
+    for epoch in range(30):
+        pieces = np.array(sampler.order(epoch)).reshape(-1, 4)
+        assert sorted(pids[pieces[:, 0]]) == list(range(8))  # every identity once
+        for piece in pieces:
+            own = np.flatnonzero(pids == pids[piece[0]])
+            assert len(set(camids[piece])) == min(4, len(set(camids[own])))
+            assert len(set(piece.tolist())) == min(4, len(own))
+        firsts.update(pieces[pids[pieces[:, 0]] == 5].ravel().tolist())
+    assert len(firsts) > 25  # of the 37 images of identity 5
+
+
+def test_the_pieces_of_an_identity_are_of_different_cameras_as_far_as_possible():
+    data = cameras_of(COUNTS)
+    pids, camids = (np.array([item[column] for item in data]) for column in (1, 2))
+    sampler = AllImagesSampler(data, 4, 8, 1, camids)
+    rng = np.random.default_rng(0)
+    for pid, counts in enumerate(COUNTS):
+        own = np.flatnonzero(pids == pid)
+        pieces = sampler.mixed(own, rng)
+        number = -(-len(own) // 4)
+        assert pieces.shape == (number, 4) and set(pieces.ravel().tolist()) == set(own.tolist())
+        different = sum(len(set(camids[piece])) for piece in pieces)
+        assert different >= sum(min(count, number) for count in counts)  # no division of the images has more
+        assert all(len(set(piece.tolist())) == min(4, len(own)) for piece in pieces)
+    indices = sampler.draw(0)[0].numpy().reshape(-1, 2, 4)
+    assert (pids[indices] == pids[indices][:, :, :1]).all() and (pids[indices[:, 0, 0]] != pids[indices[:, 1, 0]]).all()
+    plain = AllImagesSampler(data, 4, 8, 1)
+    of_cameras, of_none = (
+        np.mean([len(set(camids[piece])) for epoch in range(9) for piece in made.draw(epoch)[0].view(-1, 4).tolist()])
+        for made in (sampler, plain)
+    )
+    assert of_cameras > of_none + 0.2
+
+
+def test_groups_of_another_number_of_items_are_a_mistake_of_the_script():
+    with pytest.raises(ValueError, match='groups of 3 items, but 40 items'):
+        RandomSampler(images(20, 20), 8, 1, [0, 1, 0])
+
+
+def test_identities_of_one_group_are_iterated_without_a_batch_size():
+    data, sets = unequal()
+    sampler = RandomIdentitySampler(data, 2, groups=sets)
+    assert len(list(sampler)) == len(sampler) == 28

@@ -9,17 +9,20 @@ from conftest import ROOT
 import data_manager
 from page import sheet
 from readers.folder import Folder
+from readers.tree import Dataset
 from runtime.errors import UserError
 
 
 def test_persons_are_rows_and_cameras_columns(data_dir, tmp_path):
     dataset = data_manager.init_dataset('market1501', str(data_dir))
     html = sheet.write(dataset, tmp_path / 'sheet.html').read_text()
-    persons = {pid for _, pid, _ in dataset.query + dataset.gallery} | set(dataset.train_pids)
+    persons = {pid for _, pid, _ in dataset.query + dataset.gallery} - {0} | set(dataset.train_pids)
     cameras = {camid for _, _, camid in dataset.train + dataset.query + dataset.gallery}
-    assert html.count('<tr><th scope="row">') == len(persons) == 12  # distractors among them
-    assert [int(number) for number in re.findall(r'<th scope="col">camera (\d+)', html)] == sorted(cameras)
-    pairs = {(pid, camid) for _, pid, camid in dataset.query + dataset.gallery}
+    assert html.count('<tr><th scope="row">') == len(persons) == 11
+    number = sum(pid == 0 for _, pid, _ in dataset.gallery)
+    assert f'images or tracklets there. {number} images of distractors are not shown.</p>' in html and number
+    assert [int(number) - 1 for number in re.findall(r'<th scope="col">camera (\d+)', html)] == sorted(cameras)
+    pairs = {(pid, camid) for _, pid, camid in dataset.query + dataset.gallery if pid}
     pairs |= {(dataset.train_pids[label], camid) for _, label, camid in dataset.train}
     assert html.count('<img src="data:image/jpeg;base64,') == len(pairs)
     assert '<p class="notice">This is a page of pictures of people: do not publish it.</p>' in html
@@ -42,10 +45,35 @@ def test_names_are_escaped_and_unknown_cameras_are_one_column(tmp_path):
     assert re.findall(r'<th scope="col">(.*?)</th>', html) == ['camera unknown']
 
 
+@pytest.mark.parametrize(
+    ('dataset', 'names'),
+    [
+        (Dataset('own', [('a.jpg', 1, 0), ('a.jpg', 2, 3)], [], []), ['0', '3']),
+        (Dataset('own', [('a.jpg', 1, 0), ('a.jpg', 2, 1)], [], [], cameras=[4, 70]), ['4', '70']),
+        (Dataset('own', [('a.jpg', 1, 0), ('a.jpg', 2, 1)], [], [], camera_names={0: 'door', 1: '02'}), ['door', '02']),
+    ],
+)
+def test_cameras_have_the_names_of_the_data(dataset, names, tmp_path):
+    html = sheet.write(dataset, tmp_path / 'sheet.html').read_text()
+    assert re.findall(r'<th scope="col">camera (.*?)</th>', html) == names
+
+
+@pytest.mark.parametrize('table', ['path,pid,camid,split', 'path,pid,camid,split,tracklet'])
+def test_who_is_numbered_0_is_a_person_if_a_query_has_it(table, tmp_path):
+    more = ',1' if 'tracklet' in table else ''
+    rows = [f'a.jpg,0001,1,train{more}', f'b.jpg,0002,2,train{more}', f'c.jpg,0000,1,gallery{more}']
+    path = tmp_path / 'table.csv'
+    for query, persons, left_out in (('0003', ['0001', '0002', '0003'], 1), ('0000', ['0000', '0001', '0002'], 0)):
+        path.write_text('\n'.join([table, *rows, f'd.jpg,{query},2,query{more}']) + '\n')
+        html = sheet.write(data_manager.init_dataset(f'csv:{path}'), tmp_path / 'sheet.html').read_text()
+        assert re.findall(r'<th scope="row">(\w+)<br>', html) == persons
+        assert ('of distractors are not shown' in html) == bool(left_out)
+
+
 def test_large_data_sets_show_some(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(sheet, 'PERSONS', 3)
     html = sheet.write(data_manager.init_dataset('market1501', str(data_dir)), tmp_path / 'sheet.html').read_text()
-    assert '<p>3 of 12 persons; the first picture' in html and html.count('<tr><th scope="row">') == 3
+    assert '<p>3 of 11 persons; the first picture' in html and html.count('<tr><th scope="row">') == 3
 
 
 def test_git_ignores_the_name_that_is_asked_for(data_dir, tmp_path, monkeypatch, capsys):

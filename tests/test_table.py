@@ -93,10 +93,16 @@ def test_two_spellings_of_one_number(rows, fault, tmp_path):
     assert len(Table(put(tmp_path, HEADER + rows + 'x,x,x,train\n')).names) > 1  # among other texts they are two
 
 
-@pytest.mark.parametrize('text', ['+1', '1.0', '１', '00-1', '1\n', str(10**18), ''])
+@pytest.mark.parametrize('text', ['+1', '1.0', '１', '0-', '0--1', '1-0', '1\n', str(10**18), ''])
 def test_other_spellings_are_text(text):
     numbers, names = numbered(['5', text], 1, 'persons')
     assert sorted(numbers.values()) == [1, 2] and set(names.values()) == {'5', text}
+
+
+def test_integers_padded_with_zeros_are_numbers():
+    texts = {'0000': 0, '0002': 2, '00-1': -1, '-0005': -5, '10': 10}
+    numbers, names = numbered(texts, 1, 'persons')
+    assert numbers == texts and names == {0: '0000', 2: '0002', -1: '00-1', -5: '-0005'}
 
 
 def test_natural_order():
