@@ -28,7 +28,7 @@ FENCED = [pair for text in TEXTS.values() for pair in re.findall(r'```(\w*)\n(.*
 PYTHON = [block for language, block in FENCED if language == 'python']
 LINES = list(dict.fromkeys(line.strip() for language, block in FENCED if not language for line in block.splitlines()))
 COMMANDS = [line for line in LINES if line.startswith('python train_')]
-ROWS = re.findall(r'`(python train_[^`]*-d [^`]*)`', README)
+ROWS = re.findall(r'\| `(python train_[^`]*)` \|', README)
 ONNX = all(map(importlib.util.find_spec, ('onnx', 'onnxscript', 'onnxruntime')))  # export.py needs them
 MOST_BYTES = 15 * 1024  # of README.md: it is read in full
 
