@@ -171,8 +171,8 @@ class SaveOptions(Shared):
         False, 'remove an earlier run from --save-dir, except its logs and features, after the first step of this one'
     )
     assume: str = option('',
-        'with --resume: what the file of another project does not tell, separated by commas; `python weights.py FILE` '
-        'lists it', under='test', metavar='NAME=VALUE')  # fmt: skip
+        'with --resume: what the file of another project does not record, separated by commas; `python weights.py '
+        'FILE` lists it', under='test', metavar='NAME=VALUE')  # fmt: skip
 
     arguments: dict[str, Any] = field(default_factory=dict)  # every option
     recipe: dict[str, Any] = field(default_factory=dict)  # those that a resumed run must repeat

@@ -3,9 +3,9 @@
     python export.py --weights log/demo/best_model.pth.tar --format onnx
 
 The file takes uint8 images (B, H, W, 3) in RGB, where B, H and W are any numbers, and gives their features (B, D),
-float32: resizing and normalisation are inside. Its metadata tell the architecture, the size, the distance by which
-features are compared, and more. It is run once it is written: its features and the ten nearest neighbours must be those
-of the weights, or the exit status is 1 and the file is removed.
+float32: resizing and normalisation are inside. Its metadata contain the architecture, the size, the distance by which
+features are compared, and more. It is run before it gets its name: its features and the ten nearest neighbours must be
+those of the weights, or the exit status is 1 and nothing is written.
 """
 
 import os
@@ -14,12 +14,12 @@ import sys
 import numpy as np
 
 from extract import FeatureExtractor
-from runtime import commands, exporting, values
+from runtime import agreement, commands, programs, values
 from runtime.errors import UserError, plain
-from runtime.exported import Facts, metadata, need
-from runtime.files import check_new, write_new
+from runtime.files import check_new, new_file
 from runtime.graph import Graph
 from runtime.images import files_of, pixels_of
+from runtime.onnx_network import Facts, metadata, need
 
 SUFFIXES = '.safetensors', '.tar', '.pth', '.pt'  # of weights
 
@@ -33,29 +33,34 @@ def named(weights: str, kind: str) -> str:
 
 
 def images_of(names: list[str]) -> list[np.ndarray]:
-    """The images (H, W, 3) of a check: those of files and folders, or else drawn ones."""
-    paths = files_of(names) if names else []
-    return [pixels_of(path, False, path).permute(1, 2, 0).numpy() for path in paths] or exporting.drawn()
+    """The images (H, W, 3) of a check: those of files and folders, of many only some, or else drawn ones."""
+    found = files_of(names) if names else []
+    paths = agreement.evenly(found)
+    if len(paths) < len(found):
+        print(f'Of {len(found)} images {len(paths)} are checked, at equal distances in their list')
+    return [pixels_of(path, False, path).permute(1, 2, 0).numpy() for path in paths] or agreement.drawn()
 
 
-def main() -> int:
+def main() -> None:
     parser = commands.Parser(description='Write a trained network as a file for other programs.')
     parser.add_argument(
         '--weights', type=values.path, required=True, metavar='PATH', help='checkpoint, or published weights'
     )
     parser.add_argument(
-        '--format', choices=[*exporting.FORMATS], required=True, help='ONNX, or a program of torch.export'
+        '--format', choices=[*programs.FORMATS], required=True, help='ONNX, or a program of torch.export'
     )
     parser.add_argument('-o', '--out', type=values.path, metavar='FILE', help='new file (default: beside the weights)')
     parser.add_argument('--images', nargs='+', default=[], type=values.path, metavar='IMAGES',
         help='files or folders with which the file is checked (default: drawn images)')  # fmt: skip
     parser.add_argument('-a', '--arch', help='architecture of the weights (default: recognised)')
-    parser.add_argument('--assume', default='', metavar='NAME=VALUE,...', help='what their file does not tell')
+    parser.add_argument('--assume', default='', metavar='NAME=VALUE,...', help='what their file does not record')
     parser.add_argument('--height', type=values.positive_int, help='of the network (default: as trained, or 256)')
     parser.add_argument('--width', type=values.positive_int, help='of the network (default: as trained, or 128)')
     args = parser.parse_args()
     out, kind = args.out or named(args.weights, args.format), args.format
-    need(exporting.FORMATS[kind], f'--format {kind}')
+    need(programs.FORMATS[kind], f'--format {kind}')
+    if not out.lower().endswith(f'.{kind}'):
+        raise UserError(f'--out {plain(out, 500)}: give a name that ends in .{kind}, by which other programs know it')
     check_new(out)
     images = images_of(args.images)
     how = {name: getattr(args, name) for name in ('arch', 'assume', 'height', 'width')}
@@ -66,21 +71,17 @@ def main() -> int:
         raise UserError(f'{plain(args.weights, 500)} is an exported file: give the weights that it was made of')
     model, size = extractor.model, (extractor.height, extractor.width)
     expected = extractor(images)  # (N, D)
-    program = exporting.program_of(Graph(model, *size, extractor.interpolation, extractor.flip_test), extractor.arch)
+    program = programs.program_of(Graph(model, *size, extractor.interpolation, extractor.flip_test), extractor.arch)
     facts = Facts(
         extractor.arch, model.feat_dim, *size, extractor.interpolation, model.normalisation, extractor.distance,
         extractor.flip_test, extractor.digest, extractor.trained,
     )  # fmt: skip
-    write_new(out, lambda path: exporting.write(program, path, kind, metadata(facts), extractor.arch))
+    with new_file(out) as path:
+        programs.write(program, path, kind, metadata(facts), extractor.arch)
+        if not agreement.report(*programs.opened(path, kind), images, expected, extractor.distance):
+            sys.exit(1)
     size_mb = os.path.getsize(out) / 1e6
     print(f'Wrote {plain(out, 500)}: uint8 (B, H, W, 3) -> float32 (B, {model.feat_dim}), {size_mb:.1f} MB')
-    passed = False
-    try:
-        passed = exporting.report(out, kind, images, expected, extractor.distance)
-    finally:
-        if not passed:
-            os.unlink(out)
-    return 0 if passed else 1
 
 
 if __name__ == '__main__':

@@ -57,7 +57,7 @@ class FeatureExtractor:
         device: 'auto', which is the current GPU or else the CPU; 'cpu', 'cuda', 'cuda:1', ...
         precision: 'auto', which is fp32 as in a test; 'fp32', 'tf32' (GPUs only) or 'bf16'.
         arch: of the weights, if it cannot be recognised.
-        assume: NAME=VALUE, separated by commas: what their file does not tell, instead of what is assumed.
+        assume: NAME=VALUE, separated by commas: what their file does not record, instead of what is assumed.
         height, width: of the network's input in pixels; by default those that the weights were trained with, or 256 x
             128 if their file does not contain them.
         batch: images per batch; by default 32, on a GPU 256.
@@ -203,7 +203,7 @@ class FeatureExtractor:
 
     @functools.cached_property
     def digest(self) -> str:
-        return self.engine.digest(self.precision, self.flip_test)
+        return self.engine.digest(self.precision, self.flip_test, self.network is not self.model)
 
 
 def check(features: Tensor, start: int) -> None:
@@ -241,7 +241,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Those of a FeatureExtractor."""
     parser.add_argument('--weights', type=values.path, metavar='PATH', help='checkpoint, or published weights')
     parser.add_argument('-a', '--arch', help='architecture of the weights (default: recognised)')
-    parser.add_argument('--assume', default='', metavar='NAME=VALUE,...', help='what their file does not tell')
+    parser.add_argument('--assume', default='', metavar='NAME=VALUE,...', help='what their file does not record')
     parser.add_argument('--height', type=values.positive_int, help='of images (default: as trained, or 256)')
     parser.add_argument('--width', type=values.positive_int, help='of images (default: as trained, or 128)')
     parser.add_argument('--precision', choices=('auto', 'fp32', 'tf32', 'bf16'), default='auto', help='(default: fp32)')

@@ -1,6 +1,6 @@
 """Weight files: any published or foreign file -> weights under this project's names, and a description of it.
 
-python weights.py FILE            # what it is, what it does not tell, and how it will be tested
+python weights.py FILE            # what it is, what it does not record, and how it will be tested
 python weights.py FILE OUT        # the same weights in this project's layout, OUT.pth.tar or OUT.safetensors
 """
 
@@ -8,7 +8,6 @@ import hashlib
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from models.loading import arch_of, listed
 from models.network import Network, Training
 from runtime import commands, download, safetensors, unpickling, values
 from runtime.errors import UserError, plain
-from runtime.files import write_new
+from runtime.files import new_file
 
 FORMAT = 'deep-person-reid 1'  # the entry 'format' of the checkpoints written here
 LICENCE = 'unknown'  # unless the file names it
@@ -39,7 +38,7 @@ class Weights:
                 from 0, torchreid from 1
     state:      the complete checkpoint if this project wrote it, for resuming; None for any other file
     made:       the arguments of `models.assemble` that their network needs, as far as they are known
-    assumed:    what the file does not tell, as NAME=VALUE of `models.layouts.ASSUMPTIONS`
+    assumed:    what the file does not record, as NAME=VALUE of `models.layouts.ASSUMPTIONS`
     licence:    of the weights, as the file names it
     """
 
@@ -126,7 +125,7 @@ def _understand(loaded: Any, kind: str, where: str, chosen: Mapping[str, str], o
 
 
 def _training(checkpoint: dict, state_dict: Mapping[str, Tensor], foreign: bool, where: str) -> Training:
-    """What a file tells of its training; of an altered checkpoint, what is left of that."""
+    """What a file records of its training; of an altered checkpoint, what is left of that."""
     options, provenance = (checkpoint.get(name) for name in ('arguments', 'provenance'))
     mark = provenance.get('dataset_fingerprint') if isinstance(provenance, dict) else None
     classifier = state_dict.get('classifier.weight')
@@ -145,7 +144,7 @@ def build(loaded: Weights, arch: str | None, where: str, report: Callable[[str],
     """The network that weights were trained with, holding them, in eval mode; prints what of them was left out.
 
     Architecture and arguments of `init_model` are those that a file of this project records. Of other files the
-    architecture is recognised by names and shapes, and so are neck, pooling and the other parts; what they do not tell
+    architecture is recognised by names and shapes, and so are neck, pooling and the other parts; what they do not show
     is assumed (`Weights.assumed`). The network's normalisation and interpolation are those of the weights' project.
 
     arch:   None to recognise it
@@ -248,7 +247,7 @@ def pretrain(model: Network, pretrained: str) -> None:
     model.trained = replace(trained, random=listed(key for key in fresh if not key.startswith('classifier.')))
     print(f'Loaded pretrained weights from {where} ({layout})')
     if assumed:
-        print(f'Assumed, because {where} does not tell: {", ".join(assumed)}')
+        print(f'Assumed, because {where} does not record: {", ".join(assumed)}')
     if dropped:
         print(f'Not loaded: {listed(dropped)}')
     print(f'Initialised at random: {listed(fresh, most=len(fresh))}')
@@ -271,13 +270,13 @@ def describe(path: str, assume: str) -> Iterator[str]:
     recorded, number = loaded.trained.options.get('arch'), loaded.trained.num_pids
     unknown = f'unknown: no network of this project has the names {listed(loaded.state_dict, most=3)}'
     if loaded.trained.project == layouts.OF_TIMM.note:
-        unknown = 'timm:NAME, whose name it does not tell'
+        unknown = 'timm:NAME, whose name it does not record'
     yield f'architecture: {arch or plain(str(recorded or unknown))}{f" with {changes}" if changes else ""}'
     kept = f'none, its {number} classes are those of ImageNet' if loaded.trained.of_imagenet and number else number
     yield f'identities: {kept or "none, it has no classifier"}'
     yield f'layout: {loaded.trained.project or "this project, the original, or unknown"}'
     if loaded.assumed:
-        yield f'assumed, because the file does not tell: {", ".join(loaded.assumed)}; --assume NAME=VALUE changes it'
+        yield f'assumed, because the file does not record: {", ".join(loaded.assumed)}; --assume NAME=VALUE changes it'
     if loaded.trained.of_imagenet:
         yield 'test: none, it was trained to classify ImageNet'
     else:
@@ -289,7 +288,7 @@ def describe(path: str, assume: str) -> Iterator[str]:
 
 
 def convert(path: str, out: str, assume: str) -> None:
-    """Writes the weights of a file in this project's layout: what it tells, what is assumed, and how it is tested.
+    """Writes the weights of a file in this project's layout: what it records, what is assumed, and how it is tested.
 
     Raises:
         UserError: `out` exists, has another suffix or cannot be written, or the weights fit no network.
@@ -305,14 +304,11 @@ def convert(path: str, out: str, assume: str) -> None:
         'arguments': {**loaded.trained.options, **({'arch': loaded.trained.arch} if loaded.trained.arch else {})},
     }  # fmt: skip
     tensors = {name: tensor.contiguous().clone() for name, tensor in loaded.state_dict.items()}
-
-    def write(temporary: Path) -> None:
+    with new_file(out) as temporary:
         if out.endswith('.safetensors'):
             safetensors.save(temporary, tensors, safetensors.metadata(contents))
         else:
             torch.save({**contents, 'state_dict': tensors}, temporary)
-
-    write_new(out, write)
     print(f'Wrote {target}')
 
 
@@ -322,7 +318,7 @@ def main() -> None:
     parser.add_argument(
         'out', type=values.path, nargs='?', metavar='OUT', help='a new file, .pth.tar or .safetensors, for the weights'
     )
-    parser.add_argument('--assume', default='', metavar='NAME=VALUE,...', help='what FILE does not tell')
+    parser.add_argument('--assume', default='', metavar='NAME=VALUE,...', help='what FILE does not record')
     args = parser.parse_args()
     for line in describe(args.file, args.assume):
         print(line)

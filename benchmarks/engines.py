@@ -36,7 +36,7 @@ import models
 from models.network import Network
 from runtime.compiling import Compiled
 from runtime.device import keep_memory
-from runtime.exporting import OPSET, quiet
+from runtime.programs import OPSET, quiet
 from table import Row, row
 
 ARCHS = ('resnet50', 'osnet_x1_0', 'osnet_x0_25', 'mobilenet_v2')

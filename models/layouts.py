@@ -1,4 +1,4 @@
-"""The layouts of weight files: how each project names its tensors, what its files do not tell, and how it tests.
+"""The layouts of weight files: how each project names its tensors, what its files do not record, and how it tests.
 
 A network's class lists the layouts in which it is published (`Network.published`). Equal names and shapes hide other
 strides, pools and activations, so each row follows the source of its project at the release that it names.
@@ -15,7 +15,7 @@ from transforms import IMAGENET
 
 Names = tuple[tuple[str, str], ...]  # regular expressions and their replacements, applied to a name one after another
 
-# What files of a layout do not tell, and the values that it may have. `last_stride`, `pooling` and `neck_feature` are
+# What files of a layout do not record, and the values that it may have. `last_stride`, `pooling` and `neck_feature` are
 # arguments of `models.init_model`; `project` decides which layout it is; the others are properties of weights, kept
 # with them as a buffer (FLAGS).
 ASSUMPTIONS: dict[str, tuple[str, ...]] = {
@@ -45,7 +45,7 @@ class Layout:
     adapt:   changes renamed weights in place where the project computes differently; returns options of the test that
              the file contains
     made:    arguments of `models.init_model` that the project's networks always have, besides those seen in the names
-    assumed: what its files do not tell: a name of ASSUMPTIONS -> the value in the project's published configuration
+    assumed: what its files do not record: a name of ASSUMPTIONS -> the value in the project's published configuration
     test:    options of the project's test; none if its weights are not trained for re-ID
     """
 
@@ -242,7 +242,7 @@ def in_training(assumed: Sequence[str]) -> list[str]:
 
 
 def made_of(recorded: Any) -> dict[str, Any]:
-    """The arguments of `models.assemble` that a file of this project records and its weights' names do not tell."""
+    """The arguments of `models.assemble` that a file of this project records and its weights' names do not show."""
     choices = {'last_stride': (1, 2), 'pooling': ASSUMPTIONS['pooling'], 'neck_feature': ASSUMPTIONS['neck_feature']}
     recorded = recorded if isinstance(recorded, dict) else {}
     return {

@@ -21,7 +21,7 @@ class Named(NamedTuple):
 
     notes:  what was renamed, left out or changed
     layout: that of the file; None if its names are those of this project, or of an unknown one
-    test:   options of the project's test, also those that only this file tells
+    test:   options of the project's test, also those that only this file records
     """
 
     state_dict: dict[str, Tensor]
@@ -50,7 +50,7 @@ def tensors_of(found: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
 
 
 def project_of(found: Mapping[str, Any], own: Container[str]) -> str:
-    """Of `project` in ASSUMPTIONS, the one that a state dict tells, '' if it does not.
+    """Of `project` in ASSUMPTIONS, the one whose modules a state dict names, '' if none.
 
     torch.save keeps the names of all modules, of those without weights too: timm's activations are named act1, and
     reid-strong-baseline has a pool named gap. A file of which all names are those of the network at hand is its own.
@@ -64,13 +64,13 @@ def project_of(found: Mapping[str, Any], own: Container[str]) -> str:
     return 'timm' if 'base.act1' in names or all(PREFIX.sub('', key) in own for key in found) else ''
 
 
-def normalised(state_dict: Mapping[str, Tensor], where: str, told: str = '', asked: str = '') -> Named:
+def normalised(state_dict: Mapping[str, Tensor], where: str, seen: str = '', asked: str = '') -> Named:
     """Any names used by published models -> this project's names, and notes on what was renamed.
 
     A model's class lists the layouts in which it is published. Prefixes are always removed; other names are unchanged
     if no layout makes them fit one of the classes, or if they are those of a network of timm.
 
-    told, asked: `project` of ASSUMPTIONS, as the file tells and as the user does, who is believed; '' if one does not
+    seen, asked: `project` of ASSUMPTIONS, as seen in the file and as the user says, who is believed; '' if unknown
 
     Raises UserError if a tensor is named twice with different values, or if the names of the original are mixed with
     those of torchvision or torchreid: it is then unknown which network these weights belong to.
@@ -98,10 +98,10 @@ def normalised(state_dict: Mapping[str, Tensor], where: str, told: str = '', ask
             if not _is_for(network, {_translated(key, layout): value for key, value in used.items()}):
                 continue
             if 'project' in layout.assumed:
-                if (asked or told) == 'timm':
+                if (asked or seen) == 'timm':
                     layout = replace(OF_TIMM, assumed={'project': asked} if asked else {})
                     return Named(undotted, [*notes, layout.note], layout)
-                if told and not asked:
+                if seen and not asked:
                     kept = {name: value for name, value in layout.assumed.items() if name != 'project'}
                     layout = replace(layout, assumed=kept)
             ours = _renamed(used, lambda key, layout=layout: _translated(key, layout), where)  # type: ignore[misc]
@@ -146,7 +146,7 @@ def _renamed(state_dict: Mapping[str, Tensor], rename: Callable[[str], str], whe
 def settled(
     named: Named, chosen: Mapping[str, str], where: str, recorded: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
-    """What a file does not tell, as `chosen` or as its layout assumes it.
+    """What a file does not record, as `chosen` or as its layout assumes it.
 
     recorded: it is a file of this project that contains the arguments of `models.init_model`
 
@@ -255,6 +255,8 @@ def load_into(
             guess = 'it does not look like an architecture of this project'
             if 'base.conv1.weight' in unexpected:
                 guess = 'it may be of a network of timm: give its name, -a timm:NAME'
+        elif 'stem_linear' in unexpected and 'base.conv1.weight' in missing:
+            guess = 'if it is of a network of timm, too, give --assume project=timm'
         elif arch == own_arch:
             guess = f"it looks like a {arch} that differs from this project's"
         else:

@@ -75,7 +75,7 @@ def check_names(parser: Reporter, args: argparse.Namespace) -> None:
 
 
 def check_name(parser: Reporter, flag: str, name: str) -> None:
-    """Check that a data set exists, as far as its name tells, and that its items are those of the script."""
+    """Check that a data set exists, as far as its name shows, and that its items are those of the script."""
     names, named = f'{", ".join(data_manager.get_names(parser.kind))}, {data_manager.OWN_NAMES}', plain(name, 500)
     try:
         kind = data_manager.kind_of(name)
@@ -183,7 +183,7 @@ def check_resume(parser: Reporter, args: argparse.Namespace) -> None:
     if args.resume_weights_only and not (args.resume or args.evaluate):
         parser.error('--resume-weights-only needs --resume PATH, the file to load the weights from')
     if args.assume and not args.resume:
-        parser.error('--assume needs --resume PATH, the file that does not tell it')
+        parser.error('--assume needs --resume PATH, the file that does not record it')
     if args.start_epoch >= args.max_epoch and not args.evaluate:
         parser.error(f'--start-epoch {args.start_epoch} leaves no epoch to train: --max-epoch is {args.max_epoch}')
 

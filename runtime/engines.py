@@ -10,7 +10,8 @@ import torch
 
 from arguments import RunOptions
 from models.network import Network, Training
-from runtime import compiling, exported, notices
+from models.Timm import PREFIX
+from runtime import compiling, notices, onnx_network
 from runtime.device import precision_of
 from runtime.errors import UserError, plain
 from runtime.tiles import DISTANCES
@@ -18,7 +19,7 @@ from transforms import KERNELS
 from weights import arch_of, build
 from weights import read as read_weights
 
-ASSUMED = 'Assumed, because the file does not tell: {}; --assume NAME=VALUE changes it'
+ASSUMED = 'Assumed, because the file does not record: {}; --assume NAME=VALUE changes it'
 VERSION = 1  # of what a digest stands for
 
 
@@ -75,12 +76,17 @@ class Engine:
         compiling.check('--compile')
         return compiling.Compiled(self.model, self.usage.height, self.usage.width, batch)
 
-    def digest(self, precision: str, flip_test: bool) -> str:
-        """16 hexadecimal digits that identify the weights and how they are used."""
+    def digest(self, precision: str, flip_test: bool, compiled: bool = False) -> str:
+        """16 hexadecimal digits that identify the weights and how they are used.
+
+        In bf16 it is another one if the network is compiled, which then rounds at other places; in fp32 features are
+        equal but for their last digits.
+        """
         if self.sealed:
             return self.sealed
         model, usage = self.model, self.usage
-        how = self.arch, usage.height, usage.width, usage.interpolation, precision, flip_test
+        arithmetic = 'bf16 compiled' if compiled and precision == 'bf16' else precision
+        how = self.arch, usage.height, usage.width, usage.interpolation, arithmetic, flip_test
         digest = hashlib.sha256(repr((VERSION, model.made, model.normalisation, *how)).encode())
         for name, value in sorted(model.state_dict().items()):
             if not name.startswith('classifier.'):
@@ -131,6 +137,10 @@ def of_weights(
     """The network that the weights were trained with."""
     notes = list[str]()
     loaded = read_weights(path, assume)
+    shared = any(each.startswith('project=') for each in loaded.assumed)  # the names are those of two projects
+    if shared and (arch or '').startswith(PREFIX) and 'project=' not in assume:
+        loaded = read_weights(path, f'{assume},project=timm')
+        loaded.assumed.remove('project=timm')  # it is what the user says
     if loaded.assumed:
         notes.append(ASSUMED.format(', '.join(loaded.assumed)))
     trained, usage = loaded.trained, usage_of(loaded.trained)
@@ -151,7 +161,7 @@ def of_weights(
 
 def of_onnx(path: str | os.PathLike, where: str, **given: Any) -> Engine:
     """The network of an ONNX file, whose usage is fixed."""
-    model, facts = exported.open_onnx(path)
+    model, facts = onnx_network.open_onnx(path)
     for name, value in given.items():
         if value and value != getattr(facts, name, None):
             raise UserError(

@@ -43,14 +43,7 @@ def write_whole(fpath: str | Path, write: Callable[[Path], object], *also: str |
         for temporary in temporaries:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-    try:
-        folder = os.open(paths[0].parent, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folder, and others none that may not be listed
-        return
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    _sync(paths[0].parent)
 
 
 def check_new(fpath: str) -> None:
@@ -59,26 +52,56 @@ def check_new(fpath: str) -> None:
         raise UserError(f'{plain(fpath, 500)} exists and is not overwritten; choose another name')
 
 
-def write_new(fpath: str, write: Callable[[Path], object]) -> None:
-    """The same for a file that must not exist yet. Whatever fails, nothing is left.
+@contextlib.contextmanager
+def new_file(fpath: str) -> Iterator[Path]:
+    """A temporary file beside `fpath` for the context to fill and to check; it gets the name when the context ends.
+
+    Whatever fails, and if the process is killed, there is no file of that name. One that others made meanwhile is kept.
 
     Raises:
         UserError: it exists, or cannot be written.
     """
     check_new(fpath)
-    target = plain(fpath, 500)
+    path = Path(fpath)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        with open(fpath, 'xb'):  # reserves the name
-            pass
+        temporary.unlink(missing_ok=True)
+        temporary.touch()  # a place that cannot be written is known before the work
+        yield temporary
+        with open(temporary, 'r+b') as file:
+            os.fsync(file.fileno())
+        _name(temporary, path)
+        _sync(path.parent)
     except OSError as problem:
+        check_new(fpath)  # others may have made it meanwhile
+        target = plain(fpath, 500)
         raise UserError(f'{target} cannot be written ({problem.strerror}); choose another place') from problem
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _name(temporary: Path, path: Path) -> None:
+    """Rename a file, unless there is one of the new name: FileExistsError."""
     try:
-        write_whole(fpath, write)
-    except BaseException as problem:
-        os.unlink(fpath)
-        if isinstance(problem, OSError):
-            raise UserError(f'{target} cannot be written ({problem.strerror}); choose another place') from problem
+        os.link(temporary, path)
+    except FileExistsError:
         raise
+    except OSError:  # the file system has no hard links
+        path.touch(exist_ok=False)
+        temporary.replace(path)
+
+
+def _sync(folder: Path) -> None:
+    """Let the names in a folder reach the disk."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folder, and others none that may not be listed
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _double(fpath: Path, double: Path) -> None:

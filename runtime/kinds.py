@@ -9,6 +9,7 @@ from runtime.errors import plain
 
 HEAD = 512  # bytes of a file that are looked at
 TORCH = 'save model.state_dict() with torch.save in the program that wrote it'
+EXPORTED = 'give the weights that it was made of; extract.py and search.py also take the ONNX files of export.py'
 
 Kind = tuple[bytes, str, str]  # beginning, a regular expression; what it is; what to do
 
@@ -39,7 +40,7 @@ MODELS: list[Kind] = [  # in place of weights
     ),
     (rb'\x89HDF\r\n\x1a\n', 'is an HDF5 file, such as Keras writes', 'give weights that PyTorch wrote'),
     (rb'.{4}TFL3', 'is a TensorFlow Lite model', 'give weights that PyTorch wrote'),
-    (rb'\x08[\x03-\x14](?:\x12[\x01-\x40][\w. -]+|\x3a)', 'is an ONNX model', TORCH),
+    (rb'\x08[\x03-\x14](?:\x12[\x01-\x40][\w. -]+|\x3a)', 'is an ONNX model, not weights', EXPORTED),
     (rb'GGUF', 'is a GGUF model', 'give weights that PyTorch wrote'),
     (rb'\x93NUMPY', 'is a NumPy array', 'give weights that PyTorch wrote'),
     (rb'MATLAB \d', 'is a .mat file of MATLAB', 'give weights that PyTorch wrote'),
@@ -70,7 +71,7 @@ def recognised_zip(names: Iterable[str]) -> str:
     if {'constants.pkl', 'data.pkl'} <= inner:
         return f'is a TorchScript program, not weights; {TORCH}'
     if 'archive_format' in inner or 'models/model.json' in inner or 'serialized_exported_program.json' in names:
-        return f'is a program of torch.export (.pt2), not weights; {TORCH}'
+        return f'is a program of torch.export (.pt2), not weights; {EXPORTED}'
     if '.data/extern_modules' in inner:
         return f'is a package of torch.package, not weights; {TORCH}'
     if 'model.weights.h5' in names:

@@ -1,10 +1,13 @@
 """export.py: the file has the features of the weights, says what they are, and is refused or removed otherwise."""
 
+import functools
 import importlib.util
 import json
 import os
 import runpy
 import sys
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,14 +20,19 @@ from torch import nn
 import models
 import weights
 from extract import FeatureExtractor
-from runtime import exported, exporting
+from models.network import Training
+from runtime import agreement, onnx_network, programs
 from runtime.errors import UserError
+from runtime.files import new_file
 from runtime.graph import Graph
 from transforms import TestTransform
 
 SIZE = {'height': 32, 'width': 16}
-USAGE = {'distance': 'cosine', 'interpolation': 'bicubic', 'flip_test': True, 'test_share': 0.5, 'save_dir': '/secret'}
-ONNX = all(map(importlib.util.find_spec, exporting.FORMATS['onnx']))
+USAGE = {
+    'distance': 'cosine', 'interpolation': 'bicubic', 'flip_test': True, 'test_share': 0.5, 'save_dir': '/secret',
+    'dataset': 'market1501,csv:/secret/people.csv',
+}  # fmt: skip
+ONNX = all(map(importlib.util.find_spec, programs.FORMATS['onnx']))
 needs_onnx = pytest.mark.skipif(not ONNX, reason='needs onnx, onnxscript and onnxruntime')
 
 
@@ -59,7 +67,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def images():
-    return exporting.drawn(12)
+    return agreement.drawn(12)
 
 
 # The graph
@@ -69,8 +77,8 @@ def images():
 @pytest.mark.parametrize('size', [(32, 16), (256, 128), (40, 77)])
 def test_the_graph_resizes_as_the_test_does_bit_for_bit(size, interpolation):
     pixels = nn.Identity()
-    pixels.normalisation = exported.PIXELS
-    graph, prepare = Graph(pixels, *size, interpolation), TestTransform(*size, exported.PIXELS, interpolation)
+    pixels.normalisation = onnx_network.PIXELS
+    graph, prepare = Graph(pixels, *size, interpolation), TestTransform(*size, onnx_network.PIXELS, interpolation)
     for shape in ((1, 1), (2, 3), (17, 9), (32, 16), (90, 41), (331, 182), (1100, 30)):
         torch.manual_seed(shape[0])
         source = torch.randint(0, 256, (2, *shape, 3), dtype=torch.uint8)
@@ -97,7 +105,7 @@ def test_a_file_has_the_features_of_its_weights(kind, folder, images):
     """Of any size and number of images: one image of one pixel, too."""
     images = [*images, np.full((1, 1, 3), 77, np.uint8)]
     expected = FeatureExtractor(folder / 'tiny.pth.tar', 'cpu')(images)
-    run, engine = exporting.opened(folder / f'tiny.{kind}', kind)
+    run, engine = programs.opened(folder / f'tiny.{kind}', kind)
     assert engine.split()[0] == {'onnx': 'onnxruntime', 'pt2': 'torch'}[kind]
     for number in (1, 4):
         found = [run(np.stack([image] * number)) for image in images]
@@ -116,27 +124,73 @@ def test_its_metadata_say_what_it_is(kind, folder):
         assert (given.name, names, made.name) == ('images', ['batch', 'height', 'width', 3], 'features')
         assert given.type.tensor_type.elem_type == onnx.TensorProto.UINT8
     else:
-        files = {exporting.ENTRY: ''}
+        files = {programs.ENTRY: ''}
         torch.export.load(folder / 'tiny.pt2', extra_files=files)
-        held = json.loads(files[exporting.ENTRY])
+        held = json.loads(files[programs.ENTRY])
     extractor = FeatureExtractor(folder / 'tiny.pth.tar', 'cpu')
-    facts = exported.facts_of(held, 'w')
+    facts = onnx_network.facts_of(held, 'w')
     assert facts[:5] == ('tiny', 16, 32, 16, 'bicubic')
     assert facts[5:9] == (extractor.model.normalisation, 'cosine', True, extractor.digest)
     assert facts.trained.options == {**SIZE, 'test_share': 0.5} and facts.trained.num_pids == 6
-    assert 'secret' not in str(held) and str(folder) not in str(held)
+    named = [{'dataset': name} for name in ('market1501,mars', 'market1501,folder:x')]
+    kept = [onnx_network.metadata(facts._replace(trained=Training('w', options=options))) for options in named]
+    assert [json.loads(each['trained'])['options'] for each in kept] == [named[0], {}]
 
 
-def test_what_is_printed(folder, tmp_path, capsys):
+@pytest.mark.parametrize('kind', [pytest.param('onnx', marks=needs_onnx), 'pt2'])
+def test_it_contains_no_paths_of_this_machine(kind, folder):
+    contents = [(folder / f'tiny.{kind}').read_bytes()]
+    if kind == 'pt2':
+        with zipfile.ZipFile(folder / 'tiny.pt2') as archive:
+            contents += map(archive.read, archive.namelist())
+    for place in (ROOT, folder, Path.home(), Path(torch.__file__).parent, 'secret', 'File "', '.py'):
+        assert not any(str(place).encode() in each for each in contents), place
+
+
+@needs_onnx
+def test_notes_are_removed_from_all_parts_of_a_graph():
+    onnx = pytest.importorskip('onnx')
+    make, note = onnx.helper, {'doc_string': 'secret'}
+    node, value = make.make_node('Relu', ['x'], ['y'], **note), make.make_tensor_value_info('y', 1, [1], **note)
+    node.metadata_props.add(key='secret', value='secret')
+    inner = make.make_graph([node], 'inner', [], [value], [make.make_tensor('w', 1, [1], [0.0])], **note)
+    branch = make.make_node('If', ['c'], ['z'], then_branch=inner, else_branch=inner)
+    function = make.make_function('d', 'f', ['x'], ['y'], [node], [], **note)
+    graph = make.make_graph([branch], 'outer', [], [make.make_tensor_value_info('z', 1, [1])])
+    model = make.make_model(graph, functions=[function], **note)
+    assert model.SerializeToString().count(b'secret') >= 10
+    programs.strip(model)
+    assert b'secret' not in model.SerializeToString() and b'Relu' in model.SerializeToString()
+
+
+def test_what_is_printed(folder, images, tmp_path, capsys):
     picture = tmp_path / 'one.png'
     Image.new('RGB', (20, 30), 'red').save(picture)
     args = '--weights', folder / 'tiny.pth.tar', '--format', 'pt2', '-o', tmp_path / 'w.pt2', '--images', picture
     assert start('export.py', *args) == 0
     out, err = capsys.readouterr()
-    wrote, checked = out.splitlines()
+    checked, wrote = out.splitlines()
     assert wrote.startswith(f'Wrote {tmp_path}/w.pt2: uint8 (B, H, W, 3) -> float32 (B, 16), 0.')
-    assert checked.startswith(f'Checked with torch {torch.__version__} on 1 images of 1 sizes: largest relative error ')
+    assert checked.startswith(f'Checked with torch {torch.__version__} on 1 image of 1 size: largest relative error ')
+    assert checked.endswith(', no neighbours were compared')
     assert err.splitlines()[0] == 'Initializing model: tiny'
+    extractor = FeatureExtractor(folder / 'tiny.pth.tar', 'cpu')
+    agreement.report(*programs.opened(tmp_path / 'w.pt2', 'pt2'), images[:4], extractor(images[:4]), 'euclidean')
+    out = capsys.readouterr().out
+    assert ' on 4 images of 4 sizes: ' in out and out.endswith(', the 3 nearest agree\n')
+
+
+def test_of_many_images_some_are_checked(folder, tmp_path, monkeypatch, capsys):
+    some = agreement.evenly([str(number) for number in range(2500)])
+    assert len(some) == agreement.MOST == 1000 and some[::2] == [str(number) for number in range(0, 2500, 5)]
+    monkeypatch.setattr(agreement, 'MOST', 3)
+    for number in range(7):
+        Image.new('RGB', (20, 30), (30 * number, 0, 0)).save(tmp_path / f'{number}.png')
+    args = '--weights', folder / 'tiny.pth.tar', '--format', 'pt2', '-o', tmp_path / 'w.pt2', '--images', tmp_path
+    assert start('export.py', *args) == 0
+    chosen, checked, _ = capsys.readouterr().out.splitlines()
+    assert chosen == 'Of 7 images 3 are checked, at equal distances in their list'
+    assert ' on 3 images of 1 size: ' in checked
 
 
 def test_nothing_is_overwritten(tmp_path, capsys):
@@ -147,13 +201,52 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     assert (tmp_path / 'w.safe.pt2').read_text() == 'mine'
 
 
+@pytest.mark.parametrize('name', ['w', 'w.onnx', 'w.pt2.zip'])
+def test_a_name_has_the_suffix_by_which_it_is_known(name, folder, tmp_path, capsys):
+    args = '--weights', folder / 'tiny.pth.tar', '--format', 'pt2', '-o', tmp_path / name
+    assert start('export.py', *args) == 2
+    assert f'--out {tmp_path}/{name}: give a name that ends in .pt2' in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_gets_its_name_once_it_is_checked(tmp_path, monkeypatch):
+    """Whatever ends the command before leaves none that would have to be removed."""
+    path, there = put(tmp_path / 'w.pth'), []
+
+    def watched(whole, *args):
+        result = whole(*args)
+        there.append((tmp_path / 'w.pt2').exists())
+        return result
+
+    for room, name in ((programs, 'write'), (agreement, 'report')):
+        monkeypatch.setattr(room, name, functools.partial(watched, getattr(room, name)))
+    assert start('export.py', '--weights', path, '--format', 'pt2') == 0
+    assert there == [False, False] and sorted(os.listdir(tmp_path)) == ['w.pt2', 'w.pth']
+
+
+@pytest.mark.parametrize('links', [True, False])
+def test_a_file_that_others_made_meanwhile_is_kept(links, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, 'no hard links')
+
+    if not links:
+        monkeypatch.setattr(os, 'link', refuse)
+    with new_file(str(tmp_path / 'new')) as path:
+        path.write_text('ours')
+    assert (tmp_path / 'new').read_text() == 'ours'
+    with pytest.raises(UserError, match='exists and is not overwritten'), new_file(str(tmp_path / 'w')) as path:
+        path.write_text('ours')
+        (tmp_path / 'w').write_text('theirs')
+    assert (tmp_path / 'w').read_text() == 'theirs' and sorted(os.listdir(tmp_path)) == ['new', 'w']
+
+
 @pytest.mark.parametrize(
-    'outcome', [exporting.Outcome(9, 1, 2e-3, 0), exporting.Outcome(9, 1, 0, 1), exporting.Outcome(9, 1, np.nan, 0)]
+    'outcome', [agreement.Outcome(9, 1, 2e-3, 0), agreement.Outcome(9, 1, 0, 1), agreement.Outcome(9, 1, np.nan, 0)]
 )
-def test_a_file_that_computes_something_else_is_removed(outcome, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(exporting, 'check', lambda *_: outcome)
+def test_a_file_that_computes_something_else_is_not_kept(outcome, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(agreement, 'check', lambda *_: outcome)
     assert start('export.py', '--weights', put(tmp_path / 'w.pth'), '--format', 'pt2') == 1
-    assert 'w.pt2 is removed: an error above 0.001, or other neighbours' in capsys.readouterr().err
+    assert 'nothing is written: an error above 0.001, or other neighbours' in capsys.readouterr().err
     assert os.listdir(tmp_path) == ['w.pth']
 
 
@@ -162,14 +255,14 @@ def test_the_check_sees_what_is_wrong(images):
         return np.stack([image.reshape(-1, 3).mean(0) for image in some]).astype(np.float32)
 
     expected = torch.from_numpy(np.concatenate([run(image[None]) for image in images]))
-    assert exporting.check(run, images, expected, 'euclidean') == (12, 6, 0, 0)
-    outcome = exporting.check(lambda some: run(some) * np.float32(1.01), images, expected, 'euclidean')
+    assert agreement.check(run, images, expected, 'euclidean') == (12, 6, 0, 0)
+    outcome = agreement.check(lambda some: run(some) * np.float32(1.01), images, expected, 'euclidean')
     assert outcome.error == pytest.approx(0.01, rel=1e-3) and outcome.exchanged == 0 and not outcome.passed
-    outcome = exporting.check(
+    outcome = agreement.check(
         lambda some: run(some)[::-1].copy(), [*images, *images], expected.repeat(2, 1), 'euclidean'
     )
     assert outcome.exchanged > 0  # images of a batch are confused
-    assert not exporting.check(lambda some: run(some) * np.nan, images, expected, 'cosine').passed
+    assert not agreement.check(lambda some: run(some) * np.nan, images, expected, 'cosine').passed
 
 
 @pytest.mark.parametrize('distance', ['euclidean', 'cosine'])
@@ -187,7 +280,7 @@ def test_neighbours_may_change_places_if_their_distances_agree(distance):
             far = [{item: float((each[query] - each[item]).square().sum()) for item in others} for each in points]
             pairs = zip(*(sorted(others, key=each.get)[:10] for each in far), strict=True)
             wrong += sum(abs(far[0][a] - far[0][b]) > 1e-3 * max(far[0][a], far[0][b]) for a, b in pairs)
-        assert exporting.exchanged(expected, found, distance) == wrong
+        assert agreement.exchanged(expected, found, distance) == wrong
         assert (wrong > 0) == (noise >= 1e-2)
 
 
@@ -348,6 +441,14 @@ def test_an_exported_file_is_not_exported(folder, tmp_path, capsys):
     assert 'is an exported file: give the weights that it was made of' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('kind', [pytest.param('onnx', marks=needs_onnx), 'pt2'])
+def test_an_exported_file_is_no_weights(kind, folder):
+    """For `weights.py`, --pretrained and --resume."""
+    advice = r'not weights; give the weights that it was made of; extract\.py and search\.py also take the ONNX files'
+    with pytest.raises(UserError, match=rf'tiny\.{kind} is an? .*{advice}'):
+        weights.read(folder / f'tiny.{kind}')
+
+
 @needs_onnx
 def test_a_search_with_the_file(folder, mixed, tmp_path, capsys):
     """Finds what the weights find, in an index of its own, and calibrates."""
@@ -381,7 +482,7 @@ def test_openvino_reads_the_file(folder, images):
     how = {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': 1}
     compiled = core.compile_model(core.read_model(folder / 'tiny.onnx'), 'CPU', how)
     expected = FeatureExtractor(folder / 'tiny.pth.tar', 'cpu')(images)
-    outcome = exporting.check(lambda some: compiled([some])[0], images, expected, 'cosine')
+    outcome = agreement.check(lambda some: compiled([some])[0], images, expected, 'cosine')
     assert outcome.passed, outcome
 
 
@@ -392,13 +493,13 @@ def of_backbone(name, tmp_path, kind, **parts):
     torch.manual_seed(0)
     size = (96, 48)
     model = models.init_model(name, 2, size=size, report=lambda _: None, **parts).eval()
-    path, images = tmp_path / f'w.{kind}', exporting.drawn(12)
+    path, images = tmp_path / f'w.{kind}', agreement.drawn(12)
     prepare = TestTransform(*size, model.normalisation, model.interpolation)
     with torch.inference_mode():
         expected = torch.cat([model(prepare([(torch.arange(1), torch.from_numpy(image)[None])])) for image in images])
-    exporting.write(exporting.program_of(Graph(model, *size, model.interpolation), name), path, kind, {}, name)
-    run, _ = exporting.opened(path, kind)
-    outcome = exporting.check(run, images, expected.clone(), 'euclidean')
+    programs.write(programs.program_of(Graph(model, *size, model.interpolation), name), path, kind, {}, name)
+    run, _ = programs.opened(path, kind)
+    outcome = agreement.check(run, images, expected.clone(), 'euclidean')
     assert outcome.error < 1e-5 and outcome.passed, outcome
 
 

@@ -232,7 +232,7 @@ def test_assumptions_are_noted_and_can_be_changed(file, monkeypatch):
 
     assert not any('ssumed' in note for note in FeatureExtractor(file, 'cpu').notes)
     monkeypatch.setattr(engines, 'read_weights', read)
-    note = 'Assumed, because the file does not tell: last_stride=1, pooling=avg; --assume NAME=VALUE changes it'
+    note = 'Assumed, because the file does not record: last_stride=1, pooling=avg; --assume NAME=VALUE changes it'
     assert note in FeatureExtractor(file, 'cpu', assume='pooling=avg').notes
     assert given == ['pooling=avg']
 

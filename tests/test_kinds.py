@@ -72,6 +72,7 @@ def exported(path):
 
 POINTER = b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 94512345\n'
 PAGE = b'\n<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title>'
+GIVE = 'give the weights that it was made of; extract.py and search.py also take the ONNX files of export.py'
 SAVE = 'save model.state_dict() with torch.save in the program that wrote it'
 WEIGHTS = {  # bytes, or a function of a folder that makes them; the end of the message
     'git-lfs pointer': (POINTER, 'is a git-lfs pointer, not the file itself; run `git lfs pull` in its repository'),
@@ -94,9 +95,9 @@ WEIGHTS = {  # bytes, or a function of a folder that makes them; the end of the 
     'TorchScript': (written(lambda path: torch.jit.script(nn.Linear(2, 2)).save(str(path))),
                     f'is a TorchScript program, not weights; {SAVE}'),
     'traced': (written(lambda path: torch.jit.trace(nn.ReLU(), torch.ones(1)).save(str(path))), 'is a TorchScript pro'),
-    'torch.export': (written(exported), f'is a program of torch.export (.pt2), not weights; {SAVE}'),
+    'torch.export': (written(exported), f'is a program of torch.export (.pt2), not weights; {GIVE}'),
     'torch.package': (written(package), 'is a package of torch.package, not weights; '),
-    'ONNX': (b'\x08\x08\x12\x07pytorch\x1a\x062.14.0:', f'is an ONNX model; {SAVE}'),
+    'ONNX': (b'\x08\x08\x12\x07pytorch\x1a\x062.14.0:', f'is an ONNX model, not weights; {GIVE}'),
     'ONNX without a producer': (b'\x08\x0a:\xff\x07', 'is an ONNX model'),
     'Keras': (archive('metadata.json', 'config.json', 'model.weights.h5'), 'is a Keras model; give weights that Py'),
     'HDF5': (b'\x89HDF\r\n\x1a\n\x00', 'is an HDF5 file, such as Keras writes; give weights that PyTorch wrote'),

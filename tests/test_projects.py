@@ -1,5 +1,5 @@
 """Files of other projects against the projects' own arithmetic (tests/projects.py): features at test, logits and
-features of training, and what the files do not tell.
+features of training, and what the files do not record.
 """
 
 import functools
@@ -16,6 +16,7 @@ from arguments import SaveOptions
 from models import loading
 from models.layouts import ASSUMPTIONS
 from readers.tree import Dataset
+from runtime import engines
 from runtime.checkpoint import Checkpoint
 from runtime.device import Run
 from runtime.errors import UserError
@@ -391,7 +392,7 @@ def test_first_weights(path, capsys):
     theirs = drawn(projects.StrongBaseline)
     model = models.init_model('resnet50', 5, last_stride=1, neck=True)
     weights.pretrain(model, str(saved(theirs, path)))
-    assumed = f'Assumed, because {path} does not tell: project=reid-strong-baseline\n'
+    assumed = f'Assumed, because {path} does not record: project=reid-strong-baseline\n'
     assert assumed in capsys.readouterr().out  # stride and neck are the network's
     theirs = theirs.double()
     with torch.no_grad():
@@ -407,7 +408,7 @@ def test_first_weights_with_attention(path, capsys):
     weights.pretrain(model, str(saved(theirs, path)))
     out = capsys.readouterr().out
     assert 'non_local.' in out.split('Not loaded: ')[1].splitlines()[0]
-    assert f'Assumed, because {path} does not tell: stem_pool=ceil\n' in out and 'last_stride' not in out
+    assert f'Assumed, because {path} does not record: stem_pool=ceil\n' in out and 'last_stride' not in out
     assert (model.trained.project, model.trained.test) == ('', {})
 
 
@@ -464,7 +465,7 @@ def test_own_weights_of_timm_are_known_by_the_modules_that_torch_names(neck, pat
     loaded = weights.read(path)
     assert loaded.state_dict.keys() == model.state_dict().keys() and loaded.assumed == []
     lines = list(weights.describe(str(path), ''))
-    assert lines[2].startswith('architecture: timm:NAME, whose name it does not tell')
+    assert lines[2].startswith('architecture: timm:NAME, whose name it does not record')
     assert 'of a network of timm, which -a timm:NAME names' in lines[0]
     twin = weights.build(loaded, 'timm:resnet18', 'x')
     x = images().float()
@@ -487,6 +488,11 @@ def test_names_that_reid_strong_baseline_and_timm_share(neck, path, capsys):
     assert loaded.assumed == ['project=timm'] and loaded.state_dict.keys() == model.state_dict().keys()
     x = images().float()
     assert torch.equal(weights.build(loaded, 'timm:resnet18', 'x')(x), model(x))
+
+    with pytest.raises(UserError, match=r'of a network of timm, too, give --assume project=timm$'):
+        weights.build(weights.read(path), 'timm:resnet18', 'x', lambda _: None)
+    engine = engines.start(path, 'timm:resnet18', '', 70, 38)
+    assert torch.equal(engine.model(x), model(x)) and not any('Assumed' in note for note in engine.notes)
 
     begun = models.init_model('timm:resnet18', 7, neck=neck, size=(70, 38))
     weights.pretrain(begun, str(path))

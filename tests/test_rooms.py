@@ -26,8 +26,8 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
         'runtime.ranks runtime.targets runtime.testset transforms'
     ),
     'export': (
-        'extract runtime runtime.commands runtime.exported runtime.exporting runtime.files runtime.graph '
-        'runtime.images runtime.values'
+        'extract runtime runtime.agreement runtime.commands runtime.files runtime.graph runtime.images '
+        'runtime.onnx_network runtime.programs runtime.values'
     ),
     'extract': (
         'dataset_loader evaluation runtime runtime.cards runtime.commands runtime.device runtime.draft runtime.engines '
@@ -81,6 +81,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'readers.table': 'readers.tree runtime.files runtime.kinds',
     'readers.tree': '',
     'runtime': '',
+    'runtime.agreement': 'runtime.programs',
     'runtime.caching': 'runtime.device runtime.workers',
     'runtime.checkpoint': (
         'arguments data_manager models.layouts models.loading models.network page.results page.runs readers.tree '
@@ -100,13 +101,10 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     ),
     'runtime.download': 'models.network',
     'runtime.engines': (
-        'arguments models.network runtime runtime.compiling runtime.device runtime.exported runtime.notices '
-        'runtime.tiles '
-        'transforms weights'
+        'arguments models.Timm models.network runtime runtime.compiling runtime.device runtime.notices '
+        'runtime.onnx_network runtime.tiles transforms weights'
     ),
     'runtime.errors': '',
-    'runtime.exported': 'models.network transforms',
-    'runtime.exporting': 'runtime runtime.exported runtime.graph',
     'runtime.draft': 'runtime.files runtime.paths runtime.system',
     'runtime.features': 'readers.tree runtime.device runtime.files runtime.paths',
     'runtime.feed': 'runtime.caching runtime.workers',
@@ -124,8 +122,10 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.meters': 'arguments eval_metrics page.runs runtime.device runtime.files utils',
     'runtime.notices': 'arguments data_manager models.network readers.tree runtime.device',
     'runtime.paths': '',
+    'runtime.onnx_network': 'data_manager models.network transforms',
     'runtime.precision': '',
     'runtime.processes': '',
+    'runtime.programs': 'runtime.graph runtime.onnx_network',
     'runtime.provenance': 'runtime.device',
     'runtime.ranks': 'arguments ranking readers.tree runtime.device runtime.testset',
     'runtime.signals': 'runtime.processes runtime.system',

@@ -1,4 +1,4 @@
-"""Files that `export.py` wrote: what their metadata hold, and an ONNX file as a network.
+"""Files that `export.py` wrote: their metadata, and an ONNX file as a network.
 
 The metadata are strings under names of their own, which any program can read; `trained` is JSON for `search.py`.
 """
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_manager import get_names, names_of
 from models.network import Network, Training
 from runtime.errors import UserError, plain
 from transforms import Normalisation
@@ -23,12 +24,12 @@ FORMAT = 'deep-person-reid export 1'
 LAYOUT = 'uint8 (batch, height, width, 3), RGB -> float32 (batch, feat_dim)'
 INPUT, OUTPUT = 'images', 'features'
 # Options of the training that `search.py --calibrate` and the notices need; the others may name the user's folders
-KEPT = ('dataset', 'test_share', 'seed', 'height', 'width', 'pool')
+KEPT = ('dataset', 'combine', 'validate', 'test_share', 'seed', 'height', 'width', 'pool')
 PIXELS: Normalisation = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # leaves pixels as they are, 0 to 255
 
 
 class Facts(NamedTuple):
-    """What the metadata tell of a file. `digest` is that of the weights and how they were used before the export."""
+    """What the metadata of a file say. `digest` is that of the weights and how they were used before the export."""
 
     arch: str
     feat_dim: int
@@ -43,14 +44,13 @@ class Facts(NamedTuple):
 
 
 def metadata(facts: Facts) -> dict[str, str]:
-    """The facts as strings."""
+    """The facts as strings. Names of the user's own data sets, which contain their places, are left out."""
     mean, std = facts.normalisation
     trained = asdict(facts.trained)
-    trained |= {
-        'where': '',
-        'options': {name: value for name, value in trained['options'].items() if name in KEPT},
-        'test': {},
-    }
+    options = {name: value for name, value in trained['options'].items() if name in KEPT}
+    if not set(names_of(str(options.get('dataset')))) <= set(get_names()):
+        options.pop('dataset', None)
+    trained |= {'where': '', 'options': options, 'test': {}}
     return {
         'format': FORMAT,
         'layout': LAYOUT,
@@ -147,7 +147,7 @@ class Session:
         return found
 
 
-class Exported(Network):
+class OnnxNetwork(Network):
     """The network of an ONNX file: images of its own size, pixels 0..255 (B, 3, h, w) -> features (B, feat_dim).
 
     It resizes and normalises by itself. `normalisation` leaves pixels as they are, so that `TestTransform` only brings
@@ -167,7 +167,7 @@ class Exported(Network):
         return torch.from_numpy(self.session(pixels.cpu().numpy()))
 
 
-def open_onnx(path: str | os.PathLike) -> tuple[Exported, Facts]:
+def open_onnx(path: str | os.PathLike) -> tuple[OnnxNetwork, Facts]:
     """The network of a file that `export.py` wrote. onnxruntime reads it; nothing in it is run as Python code.
 
     Raises:
@@ -175,4 +175,4 @@ def open_onnx(path: str | os.PathLike) -> tuple[Exported, Facts]:
     """
     where, session = plain(os.fspath(path), 500), Session(path)
     facts = facts_of(session.metadata, where)
-    return Exported(session, facts), facts
+    return OnnxNetwork(session, facts), facts

@@ -1,0 +1,109 @@
+"""The check of a network in another program: are its features, and their neighbours, those that are expected?"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.programs import Run
+
+TOLERANCE = 1e-3  # largest relative error of a feature that passes
+NEAREST = 10
+MOST = 1000  # images that are checked: each is compared with each
+BATCHES = (1, 2, 5, 3, 8)  # images that are checked at a time
+SIZES = ((256, 128), (128, 64), (97, 41), (40, 60), (331, 182), (17, 9))  # of the images that are drawn
+
+
+class Outcome(NamedTuple):
+    """Of a check: images and sizes of them, the largest relative error of a feature, and the number of neighbours that
+    changed their places although their distances differ by more than TOLERANCE."""
+
+    images: int
+    sizes: int
+    error: float
+    exchanged: int
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= TOLERANCE and not self.exchanged  # NaN does not pass
+
+
+def report(run: Run, engine: str, images: Sequence[np.ndarray], expected: Tensor, distance: str) -> bool:
+    """Check a program against the features (N, D) of these images (H, W, 3); print the outcome; whether it passed."""
+    outcome = check(run, images, expected, distance)
+    nearest = min(NEAREST, len(images) - 1)
+    words = f'the {nearest} nearest agree' if nearest else 'no neighbours were compared'
+    if outcome.exchanged:
+        words = f'{outcome.exchanged} of the {nearest} nearest of all images differ'
+    print(
+        f'Checked with {engine} on {counted(outcome.images, "image")} of {counted(outcome.sizes, "size")}: largest '
+        f'relative error {outcome.error:.1e}, {words}'
+    )
+    if not outcome.passed:
+        print(f'error: nothing is written: an error above {TOLERANCE:g}, or other neighbours', file=sys.stderr)
+    return outcome.passed
+
+
+def counted(number: int, noun: str) -> str:
+    return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
+
+
+def check(run: Run, images: Sequence[np.ndarray], expected: Tensor, distance: str) -> Outcome:
+    """Compare the features of a program with those that are `expected` (N, D), of images (H, W, 3).
+
+    The error of a feature is the length of the difference, divided by the length of the feature.
+    """
+    found = torch.full_like(expected, torch.nan)  # (N, D)
+    sizes = dict.fromkeys(image.shape for image in images)
+    for size in sizes:
+        places = [place for place, image in enumerate(images) if image.shape == size]
+        for some in batches(places):
+            found[some] = torch.from_numpy(run(np.stack([images[place] for place in some])))
+    errors = (found - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=torch.finfo().tiny)  # (N,)
+    return Outcome(len(images), len(sizes), float(errors.max()), exchanged(expected, found, distance))
+
+
+def batches(places: Sequence[int]) -> Iterator[list[int]]:
+    """Batches of several sizes, one after the other."""
+    start, turn = 0, 0
+    while start < len(places):
+        yield list(places[start : (start := start + BATCHES[turn % len(BATCHES)])])
+        turn += 1
+
+
+def exchanged(expected: Tensor, found: Tensor, distance: str) -> int:
+    """How many of the NEAREST neighbours of each feature (N, D) are others in `found`, unless their distances agree.
+
+    Two distances agree if they differ by at most TOLERANCE of the larger one.
+    """
+    (one, other), nearest = (distances(each, distance) for each in (expected, found)), min(NEAREST, len(expected) - 1)
+    ours, theirs = (each.sort(dim=1, stable=True).indices[:, :nearest] for each in (one, other))  # (N, nearest) each
+    near, far = one.gather(1, ours), one.gather(1, theirs)  # as the features that are expected have them
+    return int(((near - far).abs() > TOLERANCE * torch.maximum(near, far)).sum())
+
+
+def distances(features: Tensor, distance: str) -> Tensor:
+    """(N, N) float64, of each feature to the others; that to itself is infinite."""
+    points = features.double()
+    if distance == 'cosine':
+        points = torch.nn.functional.normalize(points)
+    between = torch.cdist(points, points, compute_mode='donot_use_mm_for_euclid_dist').square()
+    return between.fill_diagonal_(torch.inf)
+
+
+def evenly(paths: Sequence[str]) -> list[str]:
+    """At most MOST of them, at equal distances."""
+    number = min(MOST, len(paths))
+    return [paths[place * len(paths) // number] for place in range(number)]
+
+
+def drawn(number: int = 48) -> list[np.ndarray]:
+    """Images of several sizes, uint8 (H, W, 3): a coarse pattern and noise, always the same."""
+    rng, images = np.random.default_rng(0), []
+    for height, width in (SIZES[turn % len(SIZES)] for turn in range(number)):
+        coarse = rng.integers(0, 256, (6, 3, 3))[np.arange(height) * 6 // height][:, np.arange(width) * 3 // width]
+        images.append((coarse * 3 // 4 + rng.integers(0, 64, (height, width, 3))).astype(np.uint8))
+    return images

@@ -1,0 +1,128 @@
+"""A network as a program of ONNX or torch.export: traced, written to a file, and opened again."""
+
+import contextlib
+import io
+import json
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.export import Dim, ExportedProgram
+
+from runtime.errors import UserError, plain
+from runtime.graph import Graph
+from runtime.onnx_network import INPUT, OUTPUT, Session
+
+FORMATS = {'onnx': ['onnx', 'onnxscript', 'onnxruntime'], 'pt2': []}  # and the packages that each needs
+ENTRY = 'deep-person-reid.json'  # the metadata in a .pt2 file
+AXES = {0: 'batch', 1: 'height', 2: 'width'}  # of the images, of any size
+OPSET = 18  # of ONNX: the one for which torch writes graphs without converting them
+
+Run = Callable[[np.ndarray], np.ndarray]  # uint8 (B, H, W, 3) -> float32 (B, D)
+
+
+def program_of(graph: Graph, what: str) -> ExportedProgram:
+    """The graph as torch.export traces it; batch, height and width of the images are dynamic.
+
+    Raises:
+        UserError: an operator cannot be traced.
+    """
+    example = torch.zeros(2, graph.height + 1, graph.width + 3, 3, dtype=torch.uint8)
+    sizes = {axis: Dim(name) for axis, name in AXES.items()}
+    try:
+        with quiet(), torch.no_grad():
+            return torch.export.export(graph, (example,), dynamic_shapes={INPUT: sizes}, strict=False)
+    except Exception as problem:  # of any type, some of them private
+        raise UserError(f'{what} cannot be exported: {obstacle(problem)}') from problem
+
+
+def write(program: ExportedProgram, path: Path, kind: str, metadata: Mapping[str, str], what: str) -> None:
+    """Write the file, in one of FORMATS.
+
+    Raises:
+        UserError: an operator has no counterpart in ONNX, or the file would be larger than ONNX allows.
+        OSError: the file cannot be written.
+    """
+    if kind == 'pt2':
+        for module in program.graph_module.modules():
+            for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+                node.meta.pop('stack_trace', None)  # which names the folders of this machine
+        with quiet(), open(path, 'wb') as file:
+            torch.export.save(program, file, extra_files={ENTRY: json.dumps(metadata)})
+        return
+    try:
+        with quiet():
+            converted = torch.onnx.export(
+                program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes={INPUT: AXES},
+                opset_version=OPSET, verbose=False,
+            )  # fmt: skip
+        assert converted is not None  # with dynamo=True
+        model: Any = converted.model_proto
+        strip(model)
+        for name, value in metadata.items():
+            model.metadata_props.add(key=name, value=value)
+        path.write_bytes(model.SerializeToString())
+    except OSError:
+        raise
+    except Exception as problem:  # of any type, some of them private
+        raise UserError(f'{what} cannot be written as ONNX: {obstacle(problem)}; --format pt2 may work') from problem
+
+
+def strip(part: Any) -> None:
+    """Remove the notes beside the graph from an ONNX model, a protobuf message, and from all that is in it.
+
+    Those of torch are the stack trace of every node, which names the folders of this machine.
+    """
+    for field, value in part.ListFields():
+        if field.name in ('metadata_props', 'doc_string'):
+            part.ClearField(field.name)
+        elif field.message_type is not None:
+            for inner in [value] if hasattr(value, 'ListFields') else value:
+                strip(inner)
+
+
+def obstacle(problem: BaseException) -> str:
+    """The operator that an exporter names, or else the first line of the message that caused the others."""
+    reasons: list[str] = []
+    cause: BaseException | None = problem
+    while cause is not None:
+        reasons.append(str(cause).strip() or type(cause).__name__)
+        cause = cause.__cause__ or cause.__context__
+    named = re.search(r"<OpOverload\(op='([^']+)'|target=torch\.ops\.([\w.]+)", '\n'.join(reversed(reasons)))
+    return f'the operator {plain(named[1] or named[2])} stands in the way' if named else plain(reasons[-1])
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what torch prints and logs of a failure, pages of its graph, and its warnings about its own code."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        out = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logging.disable(before)
+
+
+def opened(path: Path, kind: str) -> tuple[Run, str]:
+    """The written file, ready to run, and by what: onnxruntime or torch."""
+    if kind == 'onnx':
+        import onnxruntime
+
+        return Session(path), f'onnxruntime {onnxruntime.__version__}'
+    with open(path, 'rb') as file:
+        module = torch.export.load(file).module()  # our own file: that of a stranger may run code
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            features: np.ndarray = module(torch.from_numpy(images)).numpy()
+        return features
+
+    return run, f'torch {torch.__version__}'
