@@ -57,8 +57,8 @@ class Test:
         check_script(dataset, options)
         self.options, self.run = options, run
         names = [target.name for target in dataset.targets]
-        single = not options.targets and len(names) == len(names_of(options.dataset)) == 1
-        known = [options.dataset] if single else names
+        alone = not options.targets and len(names) == len(names_of(options.dataset)) == 1
+        known = [options.dataset] if alone else names
         self.targets = [
             TargetTest(target, replace(options, dataset=name, save_dir=folder), run, folder != options.save_dir)
             for target, name, folder in zip(
