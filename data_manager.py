@@ -175,25 +175,25 @@ def init_datasets(options: Choice) -> Dataset:
 
     Its `targets` are tested: those of -t, or else those of -d that have query and gallery; first that of --select.
     There may be none with --combine, which trains on query and gallery of the data sets of -d, or with --validate,
-    whose `validation` is made of persons who are held out of each of them. With --evaluate nobody is held out; if -t
-    is given too, nothing of -d is read, and the first target is returned.
+    whose `validation` is made of persons who are held out of each of them. With --evaluate nothing is combined and
+    nobody is held out; if -t is given too, nothing of -d is read, and the first target is returned.
 
     Raises UserError as `init_dataset` and `Joined` do; if there is nothing to test, or not that of --select; and if
     nobody can be held out, or too few persons are left to train on.
     """
     names, tested = names_of(options.dataset), names_of(options.targets) if options.targets else []
-    validate = 0.0 if options.evaluate else options.validate
+    combine, validate = (False, 0.0) if options.evaluate else (options.combine, options.validate)
 
     def read(name: str, train: bool) -> Dataset:
         return init_dataset(name, options.data_dir, train, options.test_share, options.seed)
 
-    if len(names) == 1 and not (tested or options.combine or validate):
+    if len(names) == 1 and not (tested or combine or validate):
         return read(options.dataset, not options.evaluate)
     sets = {name: read(name, not options.evaluate) for name in names if not (options.evaluate and tested)}
     targets = {
         name: sets[name] if name in sets else read(name, False)
         for name in tested or names
-        if not (options.combine and name in names)
+        if not (combine and name in names)
     }
     for name, dataset in list(targets.items()):
         if not tested and not (dataset.query and dataset.gallery):
@@ -202,7 +202,7 @@ def init_datasets(options: Choice) -> Dataset:
     _check_targets([*targets], options)
     ordered = [targets[name] for name in sorted(targets, key=lambda name: name != options.select)]
     dataset = ordered[0] if options.evaluate else _training_set([*sets.values()], options)
-    for target in ordered if not options.evaluate and (tested or options.combine) else ():
+    for target in ordered if not options.evaluate and (tested or combine or len(sets) > 1) else ():
         _note_shared(dataset, target)
     dataset.targets = ordered
     return dataset
@@ -210,7 +210,7 @@ def init_datasets(options: Choice) -> Dataset:
 
 def _check_targets(targets: list[str], options: Choice) -> None:
     """Report what --combine leaves out; UserError if nothing is left to test but should be, or not that of --select."""
-    for name in names_of(options.dataset) if options.combine else ():
+    for name in names_of(options.dataset) if options.combine and not options.evaluate else ():
         print(f'{plain(name, 500)} is not tested: --combine trains on its query and gallery')
     if options.select and options.select not in targets:
         listed = ', '.join(plain(name, 500) for name in targets)
@@ -220,8 +220,8 @@ def _check_targets(targets: list[str], options: Choice) -> None:
         )
     if not targets and (options.evaluate or not (options.combine or options.validate)):
         raise UserError(
-            f'-d {plain(options.dataset, 500)}: there is nothing to test'
-            f'{"" if options.combine else ", as none of them has query and gallery"}; give -t NAME'
+            f'-d {plain(options.dataset, 500)}: there is nothing to test, as none of them has query and gallery; give '
+            '-t NAME'
         )
     if not targets:
         print('No data set is left to test')

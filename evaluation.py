@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ranking
 from arguments import TestOptions
-from data_manager import fingerprint
+from data_manager import fingerprint, names_of
 from dataset_loader import ImageDataset, TestLoader, VideoDataset, test_loader
 from eval_metrics import METRICS
 from models.network import Network
@@ -57,7 +57,8 @@ class Test:
         check_script(dataset, options)
         self.options, self.run = options, run
         names = [target.name for target in dataset.targets]
-        known = names if options.targets or len(names) != 1 else [options.dataset]
+        alone = not options.targets and len(names) == len(names_of(options.dataset)) == 1
+        known = [options.dataset] if alone else names
         self.targets = [
             TargetTest(target, replace(options, dataset=name, save_dir=folder), run, folder != options.save_dir)
             for target, name, folder in zip(
@@ -117,7 +118,7 @@ class Test:
         if len(tests) > 1:
             targets.show(figures)
             table = {'targets': targets.table(figures, [test.options.save_dir for test in tests])}
-        for test in tests:
+        for test in reversed(tests):  # the first one, whose results name the others, is the last to be written
             test.write({**more, **(table if test is tests[0] else {})})
         return targets.named(figures)
 

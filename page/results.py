@@ -70,9 +70,9 @@ def write(
         named = [(dataset.name_of(pid), pid, 0) for pid in pids]
         arrays |= {'named_pids': np.array(pids), 'pid_names': _files(named)}
     writers: dict[str, Callable[[Path], object]] = {
-        'results.json': lambda path: write_json(summary | added, path),
         'results.csv': lambda path: _write_table(path, dataset, result, arrays['g_pids'], scores),
         'ranking.npz': lambda path: _save_arrays(path, arrays),
+        'results.json': lambda path: write_json(summary | added, path),  # the last: where it is, the others are
     }
     for name, writer in writers.items():
         with unwritten.excuse(folder / name):

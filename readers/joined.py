@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 
-from readers.tree import Dataset, Item, distractors, paths_of, train_items
+from readers.tree import Dataset, Item, cameras_of, distractors, paths_of, train_items
 from runtime.errors import UserError, plain
 
 
@@ -75,9 +75,10 @@ def combined(dataset: Dataset) -> Dataset:
         [],
         [],
         title=f'{dataset.name} with query and gallery in the training set',
-        lengths=[len(paths) for paths in items] if dataset.kind == 'video' else [],
         names=dataset.names,
+        camera_names=cameras_of(dataset, train),
         no_cameras=dataset.no_cameras,
+        brief=True,
     )
 
 

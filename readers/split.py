@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Hashable, Iterable
 from typing import TypeVar
 
-from readers.tree import Dataset, Item, paths_of, train_items
+from readers.tree import Dataset, Item, cameras_of, paths_of, train_items
 from runtime.errors import UserError, plain
 
 T = TypeVar('T')
@@ -71,6 +71,7 @@ def hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Datase
         f'Held out of training: {number} of the {len(able)} persons of {name} who can be a query (--validate '
         f'{share:g}, --seed {seed}); one of each {each} is a query'
     )
+    print(drawn)
     names = dataset.names
     left = [item for item in items if item[1] not in chosen]
     rest = Dataset(
@@ -79,30 +80,27 @@ def hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Datase
         dataset.query,
         dataset.gallery,
         title=f'{dataset.name} without the persons held out',
-        lengths=_lengths(dataset, left, dataset.query, dataset.gallery),
         names=names,
+        camera_names=cameras_of(dataset, items, dataset.query, dataset.gallery),
         no_cameras=dataset.no_cameras,
+        brief=True,
     )
     validation = Dataset(
         f'validation of {dataset.name}',
         [],
         query,
         gallery,
-        total=len(gallery),
-        lengths=_lengths(dataset, gallery),
         untrainable='the persons of a validation are not trained on',
         names=names,
+        camera_names=cameras_of(dataset, gallery),
         no_cameras=dataset.no_cameras,
         drawn=drawn,
+        brief=True,
     )
     return rest, validation
 
 
 def _file(item: Item) -> str:
-    """The name of the file, of a tracklet that of its first frame."""
-    return os.path.basename(paths_of(item)[0])
-
-
-def _lengths(dataset: Dataset, *subsets: Iterable[Item]) -> list[int]:
-    """The number of frames of each tracklet; of images none."""
-    return [len(paths_of(item)) for items in subsets for item in items] if dataset.kind == 'video' else []
+    """The name of the file; of a tracklet, whose frames may be named as those of others, its folder, too."""
+    folder, name = os.path.split(paths_of(item)[0])
+    return name if isinstance(item[0], str) else f'{os.path.basename(folder)}/{name}'

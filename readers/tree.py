@@ -41,6 +41,7 @@ class Dataset:
         no_cameras: the cameras are unknown, and all camids are 0: a test counts matches from any camera.
         drawn: how training and test persons were divided, if that was drawn.
         extra: items that are published for training but left out of it, with pids as in `train_pids`.
+        brief: a line of counts is printed instead of the table, as for a part of a data set whose table was printed.
 
     Attributes:
         kind: 'image' or 'video', what the items are.
@@ -78,6 +79,7 @@ class Dataset:
         no_cameras: bool = False,
         drawn: str = '',
         extra: Sequence[Item] = (),
+        brief: bool = False,
     ):
         self.name, self.cameras, self.passed_over = name, cameras, passed_over
         self.names, self.camera_names, self.no_cameras, self.drawn = names or {}, camera_names or {}, no_cameras, drawn
@@ -96,6 +98,9 @@ class Dataset:
         self.num_train_pids, self.num_query_pids, self.num_gallery_pids = map(
             count_pids, (self.train, self.query, self.gallery)
         )
+        if brief:
+            print(f'=> {plain(title or name, 500)}: {self._counts()}')
+            return
         total = len(train) + len(query) + len(gallery) if total is None else total
         heading = f'=> {plain(title or name, 500)} loaded'
         print('\n'.join([heading, 'Dataset statistics:', *self._statistics(total, lengths)]))
@@ -130,7 +135,7 @@ class Dataset:
             return None
         groups = self.set_of if balance == 'dataset' else [camid for _, _, camid in self.train]
         if balance == 'camera' and self.no_cameras:
-            fault = 'does not tell its cameras: name them, see docs/data.md'
+            fault = 'does not name its cameras: add them, see docs/data.md'
         elif balance == 'camera':
             fault = 'has one camera to train on: give data with several'
         else:
@@ -158,6 +163,13 @@ class Dataset:
             average = sum(lengths) / len(lengths)
             table.append(f'  number of images per tracklet: {min(lengths)} ~ {max(lengths)}, average {average:.1f}')
         return [*table, line]
+
+    def _counts(self) -> str:
+        """The persons and items to train on, or to test if there are none, in a few words."""
+        unit = 'tracklets' if self.kind == 'video' else 'images'
+        if self.train:
+            return f'{self.num_train_pids} persons and {len(self.train)} {unit} to train on'
+        return f'{self.num_query_pids} persons, {len(self.query)} queries and {len(self.gallery)} {unit} in the gallery'
 
     def _of_ones_own(self) -> list[str]:
         """What was decided about data that have no published form, in a line each."""
@@ -225,6 +237,12 @@ def paths_of(item: Item) -> Sequence[str]:
 def train_items(dataset: Dataset) -> list[Item]:
     """The training items with the pids of their persons in place of labels."""
     return [(paths, dataset.train_pids[label], camid) for paths, label, camid in dataset.train]
+
+
+def cameras_of(dataset: Dataset, *subsets: Iterable[Item]) -> dict[int, str]:
+    """The name of each camera of the items, for a data set made of them; none if the cameras are unknown."""
+    camids = sorted({camid for items in subsets for _, _, camid in items})
+    return {} if dataset.no_cameras else {camid: dataset.camera_of(camid) for camid in camids}
 
 
 def distractors(dataset: Dataset) -> set[int]:

@@ -19,13 +19,13 @@ from models.network import Network
 from page import results
 from page.runs import VALIDATION
 from readers.tree import Dataset
-from runtime import chosen, notices
+from runtime import best_model, notices
 from runtime.device import Run
 from runtime.errors import UserError
 from runtime.files import free_space
-from runtime.keeping import BEST, OTHERS, PARTIAL, POSITIONS, TESTS, RunFolder, age
 from runtime.meters import LossMeter
 from runtime.provenance import provenance
+from runtime.run_folder import BEST, OTHERS, PARTIAL, POSITIONS, TESTS, RunFolder, age, modified
 from runtime.state import Stateful, advance, check, restore
 from utils import save_checkpoint
 
@@ -123,7 +123,7 @@ class Checkpoint:
         self.model.trained = loaded.trained
         print(f'Loaded {loaded.layout}')
         if assumed := loaded.assumed if self.options.evaluate else in_training(loaded.assumed):
-            print(f'Assumed, because it does not tell: {", ".join(assumed)}; --assume changes that')
+            print(f'Assumed, because the file does not record: {", ".join(assumed)}; --assume changes that')
         if state is None:
             for part in self.parts.values():
                 if isinstance(part, LRScheduler):
@@ -293,11 +293,12 @@ class Checkpoint:
         elif not self.options.no_report:
             results.write_page(self.folder / VALIDATION if held_out else self.folder, self.run.unwritten)
 
-    def last_test(self, test: chosen.LastTest, meter: LossMeter) -> None:
+    def last_test(self, test: best_model.LastTest, meter: LossMeter) -> None:
         """With --validate: test best_model.pth.tar on the data sets that are tested, once, after training.
 
-        Nothing is done without --validate, without such a data set, or if results.json is of these weights already: a
-        run that is resumed after its last epoch makes up for a test that was interrupted.
+        Nothing is done without --validate or without such a data set. A run that is resumed after its last epoch makes
+        up for a test that was interrupted; of one whose results are complete, recorded in last_test.json, it writes
+        the row of metrics.csv and the page if they are missing.
 
         Raises:
             UserError: there is no best_model.pth.tar, or the test fails.
@@ -305,14 +306,20 @@ class Checkpoint:
         if not self.validated or not self.has_targets:
             return
         folders = [self.folder, *([Path(self.path).parent] if self.path else [])]  # of a run resumed in another folder
-        best = chosen.load(self.model, folders, self.run)
-        if best is None:
+        best, tested, figures = best_model.load(self.model, folders, self.run)
+        failures = len(self.run.unwritten)
+        if not tested:
+            figures = test.last(self.model, {'chosen': best, 'checkpoint': best['file']})
+        if self.run.rank:
             return
-        figures = test.last(self.model, {'chosen': best, 'checkpoint': best['file']})
-        if self.run.rank == 0:
+        record, page = self.folder / best_model.RECORD, self.folder / 'report.html'
+        if not tested and len(self.run.unwritten) == failures:  # the results are complete
+            with self.run.unwritten.excuse(record):
+                best_model.record(best, figures, self.folder)
+        if not meter.has_test(best['epoch'] - 1, figures):
             meter.tested(best['epoch'] - 1, figures)
-            if not self.options.no_report:
-                results.write_page(self.folder, self.run.unwritten)
+        if not (self.options.no_report or (tested and modified(page) >= modified(record))):
+            results.write_page(self.folder, self.run.unwritten)
 
     def _state(self, epoch: int, batch: int, rank1: float | None) -> dict[str, Any]:
         return {

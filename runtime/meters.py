@@ -1,5 +1,6 @@
 """The output of training: loss lines, a progress bar on terminals, metrics.csv and TensorBoard files."""
 
+import contextlib
 import csv
 import importlib.util
 import math
@@ -167,7 +168,23 @@ class LossMeter:
     def tested(self, epoch: int, figures: dict[str, float]) -> None:
         """Record the figures of the test after `epoch` (from 0); called in the first process."""
         if figures:
-            self._record({'epoch': epoch + 1, **figures}, (epoch + 1) * (self.total or 1), 'test')
+            batches = self.total or self._batches()  # of an epoch
+            self._record({'epoch': epoch + 1, **figures}, (epoch + 1) * batches, 'test')
+
+    def has_test(self, epoch: int, figures: dict[str, float]) -> bool:
+        """Whether metrics.csv has the row of a test after `epoch` (from 0) with these figures."""
+        row = _as_text({'epoch': epoch + 1, **figures})
+        return any(all(other.get(name, text) == text for name, text in row.items()) for other in self._rows())
+
+    def _batches(self) -> int:
+        """The batches of an epoch as metrics.csv has them, if this process trained none; 1 if it has no row of any."""
+        return max([int(row['batch']) for row in self._rows() if (row.get('batch') or '').isdecimal()], default=1)
+
+    def _rows(self) -> list[dict[str, str]]:
+        """The rows of metrics.csv; none if it cannot be read."""
+        with contextlib.suppress(OSError, ValueError, csv.Error), open(self.path, newline='', encoding='utf-8') as file:
+            return list(csv.DictReader(file))
+        return []
 
     def _print(self, bar: tqdm) -> None:
         self.read()
@@ -206,7 +223,7 @@ class LossMeter:
                 columns = ['epoch', 'batch', 'lr', 'images_per_s', 'data_wait', *losses, *tests]
                 csv.writer(file).writerow(columns)
             table = csv.DictWriter(file, columns, restval='', extrasaction='ignore')
-            table.writerow({name: f'{value:.6g}' for name, value in row.items()})
+            table.writerow(_as_text(row))
 
     def _widen(self, names: list[str]) -> None:
         """Add columns to metrics.csv if it lacks them: which data sets are tested is known at the first test only."""
@@ -225,6 +242,10 @@ class LossMeter:
         return '\t '.join(
             [text] + [f'{name} {self.means[name].val:.4f} ({self.means[name].avg:.4f})' for name in others]
         )
+
+
+def _as_text(row: dict[str, float]) -> dict[str, str]:
+    return {name: f'{value:.6g}' for name, value in row.items()}
 
 
 def _write_rows(path: Path, rows: list[list[str]]) -> None:

@@ -1,5 +1,6 @@
 """Several data sets that a run tests: the folders of their results, and the table of their figures."""
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,23 +17,27 @@ LONGEST = 80  # characters of the name of a folder
 def folders(save_dir: str, names: Sequence[str]) -> list[str]:
     """The folder of the results of each target: `save_dir` of the first one, for each other one a folder below it.
 
-    It is named as the target is: csv_people.csv for csv:my tables/people.csv.
+    It is named as the target is: csv_people.csv for csv:my tables/people.csv. If two targets would have one name, also
+    if one of them is the first, digits of a digest of the whole name follow, so that no folder depends on their order.
 
     Raises UserError for two targets of one name, which only classes of one's own can have.
     """
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f'two data sets that are tested have the name {plain(twice[0], 500)}; give one another name')
-    taken: list[str] = []
-    for name in names[1:]:
-        form, colon, place = name.partition(':')
-        short = f'{form}_{os.path.basename(os.path.abspath(place))}' if colon else name
-        short = re.sub(r'[^\w.-]+', '_', short)[-LONGEST:].lstrip('.-') or 'target'
-        number = 2
-        unique = short
-        while unique in taken:
-            unique, number = f'{short}_{number}', number + 1
-        taken.append(unique)
-    return [save_dir, *(os.path.join(save_dir, TARGETS, name) for name in taken)][: len(names)]
+    short = [_short(name) for name in names]
+    pairs = zip(names, short, strict=True)
+    unique = [text if short.count(text) == 1 else f'{text}_{_digits(name)}' for name, text in pairs]
+    return [save_dir, *(os.path.join(save_dir, TARGETS, text) for text in unique[1:])][: len(names)]
+
+
+def _short(name: str) -> str:
+    form, colon, place = name.partition(':')
+    text = f'{form}_{os.path.basename(os.path.abspath(place))}' if colon else name
+    return re.sub(r'[^\w.-]+', '_', text)[-LONGEST:].lstrip('.-') or 'target'
+
+
+def _digits(name: str) -> str:
+    return hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]
 
 
 def named(figures: Mapping[str, Figures]) -> dict[str, float]:

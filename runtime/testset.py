@@ -38,7 +38,7 @@ def check_script(dataset: Dataset, options: TestOptions) -> None:
     alone = dataset.targets == [dataset] and dataset.name == options.dataset
     ignored = {
         '--validate': options.validate and not options.evaluate and dataset.validation is None,
-        '--combine': options.combine and alone,
+        '--combine': options.combine and not options.evaluate and alone,
         '-t': options.targets and alone and options.dataset not in names_of(options.targets),
     }
     if flags := [flag for flag, is_ignored in ignored.items() if is_ignored]:

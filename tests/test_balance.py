@@ -40,7 +40,7 @@ def test_the_groups_of_a_data_set():
     [
         (Dataset('one', PERSONS, [], []), 'dataset', 'one is one data set: give several, as in -d A,B, or leave the'),
         (Dataset('one', PERSONS[1:], [], []), 'camera', 'one has one camera to train on: give data with several, or'),
-        (Two('x', PERSONS, [], [], no_cameras=True), 'camera', 'x does not tell its cameras: name them, see docs/data'),
+        (Two('x', PERSONS, [], [], no_cameras=True), 'camera', 'x does not name its cameras: add them, see docs/data'),
     ],
 )
 def test_what_cannot_be_balanced(dataset, balance, message):
@@ -53,7 +53,7 @@ def test_unknown_cameras_of_a_folder(tmp_path):
     for path in ('a/1.jpg', 'a/2.jpg', 'b/c1_1.jpg', 'b/c2_2.jpg'):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).touch()
-    with pytest.raises(UserError, match='does not tell its cameras'):
+    with pytest.raises(UserError, match='does not name its cameras'):
         Folder(str(tmp_path), test_share=0).groups('camera')
 
 

@@ -167,10 +167,10 @@ def test_with_evaluate_nothing_of_d_is_read(options, capsys):
 def test_names_of_folders_are_readable_and_safe():
     names = ['a', 'csv:/x/my people.csv', 'csv:/y/my people.csv', 'market1501', 'folder:..', 'csv:/x/\n\udcff/']
     first, *others = targets.folders('log', names)
-    assert first == 'log' and len(set(others)) == 5
-    assert [folder.removeprefix('log/targets/') for folder in others[:3]] == [
-        'csv_my_people.csv', 'csv_my_people.csv_2', 'market1501'
-    ]  # fmt: skip
+    assert first == 'log' and len(set(others)) == 5 and others[2] == 'log/targets/market1501'
+    assert all(re.fullmatch(r'log/targets/csv_my_people\.csv_[0-9a-f]{8}', folder) for folder in others[:2])
+    again = ['csv:/y/my people.csv', 'market1501', 'csv:/x/my people.csv']  # another order, and one is the first
+    assert targets.folders('log', again) == ['log', others[2], others[0]]
     with pytest.raises(UserError, match='two data sets that are tested have the name a'):
         targets.folders('log', ['a', 'b', 'a'])
     assert all(re.fullmatch(r'log/targets/\w[\w.-]*', folder) for folder in others)
@@ -282,6 +282,19 @@ def test_evaluate_on_others(places, tmp_path, script, capsys):
     (notice,) = re.findall(r'Notice: (.*)', capsys.readouterr().out)
     assert notice.endswith(f'was trained with -d {BOTH}, and is tested with -d {name}')
     assert results(tmp_path / 'again')['notices'] == []  # of market1501
+
+
+def test_evaluate_where_one_of_two_can_be_tested(places, tmp_path, script, capsys):
+    """What is tested has its own name, and not that of both, which has other files."""
+    only = tmp_path / 'train.csv'
+    (dataset,) = read(places, 'toy_market1501')
+    dataset.query = []
+    table.write(dataset, str(only))
+    how = ['-d', f'csv:{only},market1501', '--data-dir', places, '--save-dir', tmp_path / 'log']
+    assert script(XENT, *how, '--max-epoch', 1) == 0
+    capsys.readouterr()
+    assert script(XENT, *how, '--evaluate', '--resume', tmp_path / 'log' / 'checkpoint_ep1.pth.tar') == 0
+    assert 'Notice' not in capsys.readouterr().out
 
 
 def test_videos(places, tmp_path, script, capsys):

@@ -64,6 +64,18 @@ def test_further_losses_by_name(capsys, meter):
     )
 
 
+def test_the_step_of_a_test_in_a_process_that_trained_nothing(meter, monkeypatch):
+    """It follows from the batches of metrics.csv; the row is found again."""
+    watch(meter(2), [1.0, 2.0, 3.0, 4.0, 5.0])
+    steps, add, figures = [], LossMeter._record, {'rank1': 1 / 3, 'mAP': 0.25}
+    monkeypatch.setattr(LossMeter, '_record', lambda *args: steps.append(args[2]) or add(*args))
+    again = meter(2)
+    assert not again.has_test(1, figures)
+    again.tested(1, figures)
+    assert steps == [10] and again.has_test(1, figures)
+    assert not again.has_test(0, figures) and not again.has_test(1, figures | {'mAP': 0.5})
+
+
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 @pytest.mark.parametrize('print_freq', [1, 2, 100])
 def test_a_loss_that_is_not_finite_ends_the_run(bad, print_freq, meter):

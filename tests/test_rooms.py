@@ -82,15 +82,15 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'readers.tree': '',
     'runtime': '',
     'runtime.agreement': 'runtime.programs',
+    'runtime.best_model': 'models.loading models.network runtime.device utils weights',
     'runtime.caching': 'runtime.device runtime.workers',
     'runtime.checkpoint': (
         'arguments data_manager models.layouts models.loading models.network page.results page.runs readers.tree '
-        'runtime.chosen runtime.device runtime.files runtime.keeping runtime.meters runtime.notices '
-        'runtime.provenance runtime.state utils weights'
+        'runtime.best_model runtime.device runtime.files runtime.meters runtime.notices runtime.provenance '
+        'runtime.run_folder runtime.state utils weights'
     ),
     'runtime.checks': 'data_manager models runtime runtime.compiling runtime.kinds runtime.processes',
     'runtime.cards': '',
-    'runtime.chosen': 'models models.loading models.network runtime.device utils weights',
     'runtime.compiling': 'models.network',
     'runtime.commands': 'runtime.console runtime.memory',
     'runtime.console': '',
@@ -112,7 +112,6 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.graph': 'models.network',
     'runtime.images': 'readers.tree runtime.decoding',
     'runtime.index': 'runtime.tiles',
-    'runtime.keeping': 'page.results page.runs utils',
     'runtime.kinds': '',
     'runtime.launch': (
         'arguments runtime.commands runtime.console runtime.device runtime.files runtime.memory runtime.processes '
@@ -128,6 +127,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.programs': 'runtime.graph runtime.onnx_network',
     'runtime.provenance': 'runtime.device',
     'runtime.ranks': 'arguments ranking readers.tree runtime.device runtime.testset',
+    'runtime.run_folder': 'page.results page.runs runtime.best_model utils',
     'runtime.signals': 'runtime.processes runtime.system',
     'runtime.safetensors': '',
     'runtime.state': 'arguments',

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,15 +16,18 @@ from test_own_data import equal, results, weights_of
 import data_manager
 import page
 import toy
+import train_img_model_xent
 from arguments import DataOptions
+from page import results as files
 from page import runs
 from readers import table
 from readers.folder import Folder
 from readers.joined import Joined, combined
 from readers.split import hold_out
 from readers.tree import Dataset, train_items
-from runtime import chosen
+from runtime import best_model
 from runtime.errors import UserError
+from runtime.meters import LossMeter
 
 
 def persons(dataset, items) -> set[str]:
@@ -88,9 +92,11 @@ def test_what_is_combined_is_not_tested(options, capsys):
     assert [target.name for target in dataset.targets] == ['toy_market1501']
     dataset = data_manager.init_datasets(options(combine=True, dataset=BOTH))
     assert dataset.num_train_pids == 11 + 9 and {*dataset.set_of} == {0, 1} and dataset.targets == []
-    for more in ({}, {'dataset': BOTH}, {'targets': 'market1501'}):
-        with pytest.raises(UserError, match='there is nothing to test; give -t NAME'):
-            data_manager.init_datasets(options(combine=True, evaluate=True, **more))
+    capsys.readouterr()
+    for names, more in (('market1501', {}), (BOTH, {'dataset': BOTH}), ('market1501', {'targets': 'market1501'})):
+        dataset = data_manager.init_datasets(options(combine=True, evaluate=True, **more))
+        assert [target.name for target in dataset.targets] == names.split(',')  # nothing is combined
+    assert 'is not tested' not in capsys.readouterr().out
     with pytest.raises(UserError, match='--select market1501: it is not tested; choose one of toy_market1501'):
         data_manager.init_datasets(options(combine=True, targets=BOTH, select='market1501'))
 
@@ -105,6 +111,12 @@ def test_a_copy_of_what_is_trained_on_is_noticed(options, places, tmp_path, caps
     number = len(dataset.query + dataset.gallery)
     some = number - sum(1 for item in dataset.gallery if not item[1])
     text = f'Notice: {some} of the {number} items of csv:{copy} that are tested are trained on\n'
+    assert text in capsys.readouterr().out
+    both = tmp_path / 'both.csv'  # it trains on images of market1501's gallery, which -d A,B tests
+    images = [(path, pid, camid) for path, pid, camid in dataset.gallery if pid]
+    table.write(Dataset('both', images, [], []), str(both))
+    data_manager.init_datasets(options(dataset=f'market1501,csv:{both}'))
+    text = f'Notice: {len(images)} of the {number} items of market1501 that are tested are trained on\n'
     assert text in capsys.readouterr().out
 
 
@@ -170,10 +182,57 @@ def test_who_cannot_be_a_query_stays_in_training():
     assert hold_out(drawn(alone), 0.5, 3)[1] is None
     unknown = drawn([(name, pid, 0) for name, pid, _ in [*train, *alone]], no_cameras=True)
     rest, held = hold_out(unknown, 0.99, 3)
-    assert persons(rest, train_items(rest)) == {'21', *persons(rest, train_items(rest))} and held.no_cameras
+    left = persons(rest, train_items(rest))
+    assert '21' in left and len(left) == 2 and held.no_cameras and not held.camera_names
     assert len(held.query) == len(persons(held, held.gallery)) == 8
     with pytest.raises(UserError, match=r'--validate 0\.5: drawn has 2 persons to train on; if one is held out'):
         hold_out(drawn(train[:4]), 0.5, 3)
+
+
+def test_the_seed_draws_queries_of_tracklets_whose_frames_have_equal_names():
+    train = [((f'{pid}_{camid}{copy}/1.jpg',), pid, camid) for pid in range(9) for camid in (0, 1) for copy in 'abc']
+    queries = [hold_out(Dataset('drawn', train, [], []), 0.99, seed)[1].query for seed in range(9)]
+    assert len({paths for query in queries for paths, pid, camid in query if (pid, camid) == (3, 1)}) > 1
+
+
+def test_cameras_keep_their_names(places):
+    """Those of Market1501 count from 1, and camids from 0."""
+    (dataset,) = read(places, 'market1501')
+    made = [*hold_out(dataset, 0.4, 1), combined(dataset), hold_out(combined(dataset), 0.4, 1)[0]]
+    for part in made:
+        camids = {camid for *_, camid in (*part.train, *part.query, *part.gallery)}
+        assert {part.camera_of(camid) for camid in camids} == {str(camid + 1) for camid in camids} and camids
+
+
+def test_one_line_of_counts_for_what_is_made_of_a_data_set(options, capsys):
+    data_manager.init_datasets(options(dataset=BOTH, combine=True, validate=0.4))
+    out = capsys.readouterr().out
+    assert out.count('Dataset statistics') == 4  # of each, and joined: to train on, and held out
+    assert re.search(r'\n=> market1501 with query and gallery in the training set: 11 persons and \d+ images', out)
+    assert re.search(r'\n=> market1501 without the persons held out: 7 persons and \d+ images to train on\n', out)
+    assert re.search(r'\n=> validation of market1501: 4 persons, \d+ queries and \d+ images in the gallery\n', out)
+    assert out.count('Held out of training: ') == 2
+
+
+def test_equal_shares_of_several_sets_of_which_some_are_held_out(options, places, script, tmp_path, monkeypatch):
+    dataset = data_manager.init_datasets(options(dataset=BOTH, validate=0.4))
+    place = [int('toy_market1501' in path) for path, *_ in dataset.train]
+    assert dataset.groups('dataset').tolist() == [*dataset.set_of] == place and {*place} == {0, 1}
+    seen = []
+
+    class Sampler(train_img_model_xent.RandomSampler):
+        def __init__(self, *args):
+            super().__init__(*args)
+            seen.append(args[3].tolist())
+
+    monkeypatch.setattr(train_img_model_xent, 'RandomSampler', Sampler)
+    how = ['-d', BOTH, '--data-dir', places, '--validate', 0.4, '--balance', 'dataset', '--max-epoch', 2]
+    log, parted = tmp_path / 'log', tmp_path / 'parted'
+    assert script(XENT, *how, '--save-minutes', 1e-9, '--keep', 99, '--save-dir', log) == 0
+    assert seen == [place] and [*results(log)['targets']] == BOTH.split(',')
+    assert results(log / 'validation')['dataset'] == 'validation of market1501,validation of toy_market1501'
+    assert script(XENT, *how, '--save-dir', parted, '--resume', log / 'resume_1_1.pth.tar') == 0
+    assert equal(weights_of(log / 'checkpoint_ep2.pth.tar'), weights_of(parted / 'checkpoint_ep2.pth.tar'))
 
 
 def test_a_new_person_moves_few_others():
@@ -278,7 +337,7 @@ def test_an_interrupted_run_makes_up_for_its_last_test(validated, script, tmp_pa
     for name in ('results.json', 'results.csv', 'ranking.npz'):
         (validated / name).unlink()
     again = ['--save-dir', validated, '--auto-resume']
-    monkeypatch.setattr(chosen, 'load', lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(best_model, 'load', lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert script(XENT, *HOW, *again) == 143
     monkeypatch.undo()
     (tmp_path / 'elsewhere').mkdir()
@@ -286,6 +345,47 @@ def test_an_interrupted_run_makes_up_for_its_last_test(validated, script, tmp_pa
     assert script(XENT, *HOW, *again) == 0
     assert capsys.readouterr().out.count('==> Test\n') == 1
     assert {**results(validated), 'date': 0, 'command': 0} == {**top, 'date': 0, 'command': 0}
+
+
+def test_a_last_test_that_is_killed_is_completed(places, script, tmp_path, monkeypatch, capsys):
+    """Whatever it was about to write; a further run changes nothing, also if --evaluate replaced the results."""
+    monkeypatch.setattr('conftest.TINY', [option for option in TINY if option != '--no-report'])
+    monkeypatch.setattr(page, 'write', lambda folder: (Path(folder) / 'report.html').write_text(''))  # takes no time
+    how = ['--validate', 0.4, '-t', BOTH, '--data-dir', places, '--max-epoch', 1, '--save-dir', tmp_path]
+    below = tmp_path / 'targets' / 'toy_market1501'
+
+    def killed(module, name, when):
+        whole = getattr(module, name)
+
+        def act(*args):
+            if when(*args):
+                raise SystemExit(9)
+            return whole(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, act)
+            assert script(XENT, *how, '--auto-resume') == 9
+        return capsys.readouterr().out.count('==> Test\n')
+
+    def again():
+        """How often it is tested, and the rows of tests in metrics.csv."""
+        assert script(XENT, *how, '--auto-resume') == 0
+        return capsys.readouterr().out.count('==> Test\n'), len([row for row in rows_of(tmp_path) if row['mAP']])
+
+    assert killed(files, 'write_whole', lambda path, *_: path == below / 'results.json') == 1
+    assert killed(files, 'write_whole', lambda path, *_: path == tmp_path / 'ranking.npz') == 1
+    assert (below / 'report.html').exists() and not (tmp_path / 'results.json').exists()
+    assert killed(best_model, 'record', lambda *_: True) == 1
+    assert killed(LossMeter, 'tested', lambda meter, epoch, figures: 'mAP' in figures) == 1
+    assert killed(files, 'write_page', lambda folder, *_: folder == tmp_path) == 0
+    assert again() == (0, 1) and (tmp_path / 'report.html').exists()
+    evaluate = ['--evaluate', '--resume', tmp_path / 'best_model.pth.tar', '--save-dir', tmp_path]
+    assert script(XENT, *evaluate) == 0
+    before = written(tmp_path)
+    capsys.readouterr()
+    assert again() == (0, 1) and written(tmp_path) == before
+    (tmp_path / 'results.json').unlink()
+    assert again() == (1, 1)
 
 
 def test_a_resumed_run_validates_on_the_same_persons(validated, script, tmp_path, capsys):
@@ -385,7 +485,7 @@ def test_a_script_that_reads_one_data_set(options, flag, evaluate, places, scrip
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, 'train_img_model_old', raising=False)
     how = ['--data-dir', places, '--max-epoch', 1, '--save-dir', tmp_path / 'log', *['--evaluate'] * evaluate]
-    refused = flag and not (evaluate and flag == '--validate')
+    refused = flag and not (evaluate and flag in ('--validate', '--combine'))  # which are ignored then
     assert script('train_img_model_old', *options, *how) == (2 if refused else 0)
     if refused:
         assert f'error: this script does not know {flag}: create its data set with' in capsys.readouterr().err
@@ -397,7 +497,6 @@ def test_a_script_that_reads_one_data_set(options, flag, evaluate, places, scrip
         (['--validate', 1], '--validate 1: nobody would be left to train on; give a share below 1'),
         (['--validate', 1.5], '--validate: must be a number from 0 to 1'),
         (['--validate', 0.3, '--select', 'market1501'], '--select does not work with --validate'),
-        (['--combine', '--evaluate'], '-d market1501: there is nothing to test; give -t NAME'),
     ],
 )
 def test_mistakes(options, text, script, tmp_path, capsys):

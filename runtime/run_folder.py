@@ -7,12 +7,13 @@ from pathlib import Path
 
 from page.results import FILES
 from page.runs import TARGETS, VALIDATION
+from runtime.best_model import RECORD
 from utils import read_json
 
 # The names of the files that a run writes, and may therefore delete
 POSITIONS, TESTS, BEST = r'resume_\d+_\d+\.pth\.tar', r'checkpoint_ep\d+\.pth\.tar', r'best_model\.pth\.tar'
 PARTIAL = rf'\.(?:{POSITIONS}|{TESTS}|{BEST})\.\d+'  # of `write_whole`
-OTHERS = r'metrics\.csv|events\.out\.tfevents\..*'
+OTHERS = rf'metrics\.csv|{re.escape(RECORD)}|events\.out\.tfevents\..*'
 
 
 class RunFolder:
@@ -67,10 +68,14 @@ class RunFolder:
 
 def age(path: Path) -> tuple[int, list[int], str]:
     """Sort key that puts the newest first; of files written within milliseconds, that of the later epoch and batch."""
-    modified = 0  # of a link to nowhere, and of a file that was deleted since it was listed
+    return -modified(path), [-int(number) for number in re.findall(r'\d+', path.name)], path.name
+
+
+def modified(path: Path) -> int:
+    """When it was written, in ns; 0 of a link to nowhere, and of a file that was deleted since it was listed."""
     with contextlib.suppress(OSError):
-        modified = path.stat().st_mtime_ns
-    return -modified, [-int(number) for number in re.findall(r'\d+', path.name)], path.name
+        return path.stat().st_mtime_ns
+    return 0
 
 
 def _is_part(folder: Path) -> bool:

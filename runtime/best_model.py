@@ -1,9 +1,9 @@
-"""The model that a validation chose, and its only test."""
+"""The model that a validation chose, and its only test, whose record is last_test.json in the folder of the run."""
 
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -12,7 +12,10 @@ from models import loading
 from models.network import Network
 from runtime.device import Run
 from runtime.errors import UserError
-from utils import read_json
+from utils import read_json, write_json
+
+RECORD = 'last_test.json'
+KNOWN_BY = ('epoch', 'validation_mAP')  # the file may have been moved
 
 
 class LastTest(Protocol):
@@ -21,23 +24,34 @@ class LastTest(Protocol):
     def last(self, model: Network, more: dict[str, object], /) -> dict[str, float]: ...
 
 
-def load(model: Network, folders: Sequence[Path], run: Run) -> dict[str, Any] | None:
+class Best(NamedTuple):
+    """The best model: its file, the epoch (from 1) after which it was chosen, and its mAP on the persons held out.
+
+    `tested`: whether its test was made before; `figures` are of that test, in the first process.
+    """
+
+    model: dict[str, Any]
+    tested: bool
+    figures: dict[str, float]
+
+
+def load(model: Network, folders: Sequence[Path], run: Run) -> Best:
     """Give the model, in all processes, the weights of best_model.pth.tar in the first of `folders` that has one.
 
-    Returns its file, the epoch (from 1) after which it was chosen, and its mAP on the persons held out. None if
-    results.json in the first folder is of it already: the test set is used once.
+    If the first folder has the record of its test, and results, it is not to be tested: the test set is used once.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
     run.sum(torch.zeros(1))  # the first process, which reads, has written it
     best: dict[str, Any] = {'file': '', 'epoch': 1}
+    figures: dict[str, float] | None = None
     if run.rank == 0:
         best = _load(model, folders)
-    done = run.rank == 0 and _tested(folders[0]) == _told(best)
-    if run.sum(torch.tensor(int(done))):
-        print(f'{folders[0] / "results.json"} is of {best["file"]}: the test set is used once')
-        return None
+        figures = _tested(folders[0], best)
+    if run.sum(torch.tensor(int(figures is not None))):
+        print(f'{best["file"]} was tested, see {folders[0] / RECORD}: the test set is used once')
+        return Best(best, True, figures or {})
     if run.rank == 0:
         print(
             f'Testing {best["file"]}, chosen after epoch {best["epoch"]} by {best["validation_mAP"]:.1%} mAP on the '
@@ -46,7 +60,15 @@ def load(model: Network, folders: Sequence[Path], run: Run) -> dict[str, Any] | 
     if run.world_size > 1:
         for tensor in model.state_dict().values():
             tensor.copy_(run.sum(tensor if run.rank == 0 else torch.zeros_like(tensor)))
-    return best
+    return Best(best, False, {})
+
+
+def record(best: dict[str, Any], figures: dict[str, float], folder: Path) -> None:
+    """Write the record of the test of `best`. It outlives the results, which --evaluate replaces.
+
+    Raises OSError if it cannot be written.
+    """
+    write_json({**{name: best[name] for name in KNOWN_BY}, 'figures': figures}, folder / RECORD)
 
 
 def _load(model: Network, folders: Sequence[Path]) -> dict[str, Any]:
@@ -64,14 +86,12 @@ def _load(model: Network, folders: Sequence[Path]) -> dict[str, Any]:
     return {'file': str(path), 'epoch': loaded.epoch + 1, 'validation_mAP': mean_ap}
 
 
-def _tested(folder: Path) -> object:
-    """What results.json in `folder` tells of the model that was tested; None if there is no such file."""
+def _tested(folder: Path, best: dict[str, Any]) -> dict[str, float] | None:
+    """The figures of the test of `best`; None if `folder` has no record of it, or no results."""
     with contextlib.suppress(OSError, ValueError):
-        found = read_json(folder / 'results.json')
-        return _told(found.get('chosen')) if isinstance(found, dict) else None
+        found = read_json(folder / RECORD)
+        if isinstance(found, dict) and (folder / 'results.json').exists():
+            figures = found.get('figures')
+            if isinstance(figures, dict) and all(found.get(name) == best[name] for name in KNOWN_BY):
+                return figures
     return None
-
-
-def _told(chosen: object) -> object:
-    """Without the file, which may have been moved."""
-    return {name: value for name, value in chosen.items() if name != 'file'} if isinstance(chosen, dict) else None
