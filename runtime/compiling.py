@@ -1,12 +1,15 @@
 """Networks that torch compiles for a CPU, and what the compiler needs on this machine."""
 
+import contextlib
 import os
 import shutil
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 from models.network import Network
@@ -48,7 +51,10 @@ class Compiled(Network):
         self.feat_dim, self.normalisation, self.interpolation = (
             network.feat_dim, network.normalisation, network.interpolation,
         )  # fmt: skip
-        self.compiled = torch.compile(Sized(network, height, width), dynamic=True, options={'freezing': True})
+        options: dict[str, Any] = {'freezing': True}
+        if skip := getattr(torch.compiler, 'skip_guard_on_all_nn_modules_unsafe', None):  # torch 2.8 and newer
+            options['guard_filter_fn'] = skip  # the network never changes; else each call checks each of its modules
+        self.compiled = torch.compile(Sized(network, height, width), dynamic=True, options=options)
         self.batch, self.single, self.works = batch, False, False
         self.eval()
 
@@ -56,8 +62,11 @@ class Compiled(Network):
         self.single = self.single or (self.batch == len(x) == 1 and not self.works)
         if len(x) == 1 and not self.single:
             return self.forward(torch.cat((x, x)))[:1]
+        # torch looks up in this private place, too, whether weights are constants: by the option alone they are not.
+        frozen = contextlib.nullcontext() if self.works else torch._inductor.config.patch(freezing=True)
         try:
-            features: Tensor = self.compiled(x)
+            with frozen:
+                features: Tensor = self.compiled(x)
         except Exception as problem:
             if self.works or isinstance(problem, MemoryError):
                 raise

@@ -43,6 +43,17 @@ def test_features_are_equal_and_odd_batches_compile_nothing_anew(file, mixed):
     assert fast.digest == plain.digest
 
 
+def test_weights_become_constants(file, images):
+    """Otherwise BatchNorm is not folded into them, and they are not stored as the kernels read them."""
+    files = [path for path, *_ in images]
+    fast = FeatureExtractor(file, 'cpu', compile=True)
+    features = fast(files)
+    with torch.no_grad():
+        for param in fast.model.parameters():
+            param.zero_()
+    assert torch.equal(fast(files), features)
+
+
 def test_in_bf16_the_digest_differs(file):
     """Features are then rounded at other places: those of one index are all compiled or none."""
     eager, compiled = (FeatureExtractor(file, 'cpu', 'bf16', compile=each).digest for each in (False, True))

@@ -516,10 +516,11 @@ def test_weights_that_begin_a_training_need_no_assumptions_of_a_test(path, capsy
     theirs = drawn(functools.partial(projects.FastReid, depth=18))
     saved(theirs, path)
     begin(models.init_model('resnet18', 5, last_stride=1, neck=True), path, resume_weights_only=True)
-    assert 'Assumed, because the file does not record: stem_pool=ceil; --assume changes that\n' in capsys.readouterr().out
+    assumed = 'Assumed, because the file does not record: '
+    assert f'{assumed}stem_pool=ceil; --assume changes that\n' in capsys.readouterr().out
     begin(models.init_model('resnet18', 5, last_stride=1, neck=True), path, evaluate=True)
     out = capsys.readouterr().out
-    assert f'Assumed, because the file does not record: {FINE}, neck_feature=after, stem_pool=ceil, pooling=avg; --' in out
+    assert f'{assumed}{FINE}, neck_feature=after, stem_pool=ceil, pooling=avg; --' in out
     saved(projects.FtNet(), path)
     model = models.init_model('resnet50', 7)
     model.add_embedding(512)
