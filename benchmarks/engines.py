@@ -1,6 +1,6 @@
 """Extraction on a CPU by torch, onnxruntime and OpenVINO: rows of `table.py`, measured with BENCH=full.
 
-    python benchmarks/table.py --full engines      # these rows alone, in about half an hour on two cores
+    python benchmarks/table.py --full engines      # these rows alone; most of the time is compiling
     python benchmarks/engines.py --short           # does it run? One small network, small images
 
 All compute the same network for images that are ready, float32 (B, 3, 256, 128): the other engines read an ONNX file
