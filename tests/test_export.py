@@ -284,7 +284,7 @@ def test_neighbours_may_change_places_if_their_distances_agree(distance):
         assert (wrong > 0) == (noise >= 1e-2)
 
 
-@torch.library.custom_op('tests::odd', mutates_args=())
+@torch.library.custom_op('odd::plus_one', mutates_args=())
 def odd(x: torch.Tensor) -> torch.Tensor:
     return x + 1
 
