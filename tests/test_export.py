@@ -312,7 +312,7 @@ class Fixed(Tiny):
     ('network', 'kind', 'message'),
     [
         pytest.param(
-            Odd, 'onnx', 'odd cannot be written as ONNX: the operator tests.odd stands in the way', marks=needs_onnx
+            Odd, 'onnx', 'odd cannot be written as ONNX: the operator odd.plus_one stands in the way', marks=needs_onnx
         ),
         (Fixed, 'pt2', 'odd cannot be exported: Constraints violated (batch)!'),
     ],
