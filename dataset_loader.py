@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from arguments import DataOptions
-from runtime.caching import ROOM, Cache, free_memory, gigabytes
-from runtime.decoding import read_image
+from batches.caching import ROOM, Cache, free_memory, gigabytes
+from batches.decoding import read_image
+from batches.feed import Feed
+from batches.workers import Block, Group, Items, Task, Workers, collate
 from runtime.device import Run
 from runtime.errors import UserError
-from runtime.feed import Feed
-from runtime.workers import Block, Group, Items, Task, Workers, collate
 from samplers import ITEMS, EpochSampler, generator
 
 SAMPLES = ('evenly', 'random', 'all')

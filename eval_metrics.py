@@ -3,7 +3,7 @@
 The protocol is Market-1501's (Zheng et al., Scalable Person Re-identification: A Benchmark, ICCV 2015): for each query,
 gallery items of the same pid and the same camid are dropped; the items of the same pid that remain are its matches; a
 query without a match is skipped, not scored. Items are sorted by distance, ties by gallery index. With --any-camera
-numbers of files take the place of the camids (`runtime.paths.same_files`), so that a query drops its own file only.
+numbers of files take the place of the camids (`files.paths.same_files`), so that a query drops its own file only.
 
 METRICS lists the metrics that are reported. To add one, add a function and a row: it is then printed, written to
 results.json, results.csv, metrics.csv and TensorBoard, and shown on the page.

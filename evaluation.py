@@ -18,6 +18,7 @@ from arguments import TestOptions
 from data_manager import fingerprint, names_of
 from dataset_loader import ImageDataset, TestLoader, VideoDataset, test_loader
 from eval_metrics import METRICS
+from files.features import create_features, keep_features
 from models.network import Network
 from page import cameras, results
 from page.runs import VALIDATION
@@ -25,7 +26,6 @@ from readers.tree import Dataset, Item, ids_of
 from runtime import notices, targets
 from runtime.device import Run
 from runtime.errors import plain
-from runtime.features import create_features, keep_features
 from runtime.meters import bar_over
 from runtime.provenance import provenance
 from runtime.ranks import Extracted, mean_features, rank, rerank, sample

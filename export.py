@@ -14,12 +14,13 @@ import sys
 import numpy as np
 
 from extract import FeatureExtractor
-from runtime import agreement, commands, programs, values
+from extraction import agreement, programs
+from extraction.graph import Graph
+from extraction.images import files_of, pixels_of
+from extraction.onnx_network import Facts, metadata, need
+from files.writing import check_new, new_file
+from runtime import commands, values
 from runtime.errors import UserError, plain
-from runtime.files import check_new, new_file
-from runtime.graph import Graph
-from runtime.images import files_of, pixels_of
-from runtime.onnx_network import Facts, metadata, need
 
 SUFFIXES = '.safetensors', '.tar', '.pth', '.pt'  # of weights
 

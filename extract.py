@@ -25,16 +25,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from batches.workers import Group, collate
 from dataset_loader import ImageDataset, VideoDataset, test_loader
 from evaluation import pool
-from runtime import cards, commands, engines, values
+from extraction.engine import engine_of
+from extraction.images import cut, files_of, listed, pixels_of, tracklets_of
+from files.draft import Draft
+from files.paths import Paths
+from runtime import cards, commands, values
 from runtime.device import Run, keep_memory
-from runtime.draft import Draft
 from runtime.errors import UserError, plain
-from runtime.images import cut, files_of, listed, pixels_of, tracklets_of
-from runtime.paths import Paths
 from runtime.precision import tf32
-from runtime.workers import Group, collate
 from transforms import TestTransform
 
 BATCHES = {'cpu': 32, 'cuda': 256}  # images per batch: a GPU needs more of them to be busy
@@ -88,7 +89,7 @@ class FeatureExtractor:
         workers: int = 0,
         compile: bool = False,
     ):
-        engine = engines.start(weights, arch, assume, height, width)
+        engine = engine_of(weights, arch, assume, height, width)
         self.engine, self.arch, self.trained, self.notes = engine, engine.arch, engine.trained, engine.notes
         self.height, self.width, self.interpolation, self.distance, self.flip_test = engine.usage
         self.device = device_of('cpu' if engine.sealed and device == 'auto' else device)

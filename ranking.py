@@ -31,9 +31,9 @@ from eval_metrics import (
     rows_of,
     same_identity,
 )
+from files.features import read, read_files
 from reranking import reranked
 from runtime import commands, values
-from runtime.features import read, read_files
 from runtime.tiles import (
     DISTANCES,
     NONE,

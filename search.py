@@ -26,11 +26,12 @@ import evaluation
 import ranking
 from arguments import TestOptions
 from extract import FeatureExtractor, add_options, extractor_of
+from extraction.images import files_of, folders_of
+from files import index
+from files.paths import file_id
 from page import found
-from runtime import commands, index, notices, values
+from runtime import commands, notices, values
 from runtime.errors import UserError, plain
-from runtime.images import files_of, folders_of
-from runtime.paths import file_id
 from runtime.testset import check_items
 
 AT_ONCE = 8  # batches whose features are added to the index together

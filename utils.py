@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from files.writing import Unwritten, write_whole
 from runtime.console import Console, report
-from runtime.files import Unwritten, write_whole
 
 
 class AverageMeter:

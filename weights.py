@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 import models
+from files import download, safetensors, unpickling
+from files.writing import new_file
 from models import layouts, loading
 from models.loading import arch_of, listed
 from models.network import Network, Training
-from runtime import commands, download, safetensors, unpickling, values
+from runtime import commands, values
 from runtime.errors import UserError, plain
-from runtime.files import new_file
 
 FORMAT = 'deep-person-reid 1'  # the entry 'format' of the checkpoints written here
 LICENCE = 'unknown'  # unless the file names it
@@ -54,7 +55,7 @@ class Weights:
 
 
 def read(path: str | os.PathLike, assume: str = '', own: Container[str] = ()) -> Weights:
-    """Reads a checkpoint or a bare state dict without running any code in it (`runtime.unpickling`).
+    """Reads a checkpoint or a bare state dict without running any code in it (`files.unpickling`).
 
     Supported are the checkpoints of this project; those of the original, by PyTorch 0.3 under Python 2 or later; state
     dicts of any PyTorch since 0.1, bare or under 'state_dict' or 'model'; safetensors; the prefixes `module.` and

@@ -33,10 +33,10 @@ if __name__ == '__main__':
     sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import models
+from extraction.compiling import Compiled
+from extraction.programs import OPSET, quiet
 from models.network import Network
-from runtime.compiling import Compiled
 from runtime.device import keep_memory
-from runtime.programs import OPSET, quiet
 from table import Row, row
 
 ARCHS = ('resnet50', 'osnet_x1_0', 'osnet_x0_25', 'mobilenet_v2')

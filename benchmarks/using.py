@@ -18,9 +18,9 @@ import torch
 import models
 import toy
 from extract import FeatureExtractor
+from extraction.images import files_of
+from files.index import Gallery
 from runtime.device import keep_memory
-from runtime.images import files_of
-from runtime.index import Gallery
 from runtime.tiles import DISTANCES, points
 from table import Row, in_a_fresh_process, row, seconds, take_turns
 

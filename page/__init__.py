@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from files.writing import write_whole
 from page import cameras, charts, lists, runs
 from runtime.errors import UserError
-from runtime.files import write_whole
 
 
 def write(save_dir: str | Path) -> Path:

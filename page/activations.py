@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from files.writing import write_whole
 from runtime.errors import UserError
-from runtime.files import write_whole
 
 
 def activations(

@@ -14,10 +14,10 @@ import numpy as np
 
 import eval_metrics
 import page
+from files.writing import Unwritten, write_whole
 from ranking import Ranking
 from readers.tree import Dataset
 from runtime.errors import UserError
-from runtime.files import Unwritten, write_whole
 from utils import write_json
 
 FILES = ('results.json', 'results.csv', 'ranking.npz', 'report.html')

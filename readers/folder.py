@@ -4,9 +4,9 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
+from batches.decoding import SUFFIXES
 from readers.split import one_of_each, smallest
 from readers.tree import JUNK, Dataset, Item, natural, numbered
-from runtime.decoding import SUFFIXES
 from runtime.errors import UserError, plain
 
 SPLITS = ('train', 'query', 'gallery')

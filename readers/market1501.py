@@ -4,9 +4,9 @@ import os
 import re
 from collections.abc import Sequence
 
+from batches.decoding import SUFFIXES
 from readers.place import find
 from readers.tree import MAX_PID, Dataset, Image, Item, camids_of, listed, usable
-from runtime.decoding import SUFFIXES
 from runtime.errors import UserError, plain
 
 FOLDERS = ('market1501', 'Market-1501-v15.09.15')  # as the original's README renamed it, and as the archive unpacks

@@ -6,11 +6,11 @@ import re
 
 import numpy as np
 
+from batches.decoding import SUFFIXES
+from files.kinds import HEAD, recognised
 from readers.place import find
 from readers.tree import Dataset, Tracklet, camids_of, usable
-from runtime.decoding import SUFFIXES
 from runtime.errors import UserError, plain
-from runtime.kinds import HEAD, recognised
 
 FOLDERS = ('mars', 'MARS')
 PARTS = {

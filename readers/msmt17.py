@@ -4,10 +4,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
+from files.kinds import HEAD, recognised
 from readers.place import find
 from readers.tree import Dataset, Image, Item, camids_of, count_pids, usable
 from runtime.errors import UserError, plain
-from runtime.kinds import HEAD, recognised
 
 FOLDERS = ('msmt17', 'MSMT17_V1', 'MSMT17_V2')
 VERSIONS = {'MSMT17_V1': ('train', 'test'), 'MSMT17_V2': ('mask_train_v2', 'mask_test_v2')}  # folders of the images

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from runtime.decoding import read_image
+from batches.decoding import read_image
 from runtime.errors import UserError
 
 SIDE = 16  # of a perceptual hash, in bits

@@ -9,10 +9,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+from files.kinds import HEAD, Kind, recognised
+from files.writing import write_whole
 from readers.tree import JUNK, Dataset, Item, natural, numbered, paths_of
 from runtime.errors import UserError, plain
-from runtime.files import write_whole
-from runtime.kinds import HEAD, Kind, recognised
 
 SPLITS = ('train', 'query', 'gallery')
 NEEDED, VIDEO = ('path', 'pid', 'split'), ('tracklet', 'frame')

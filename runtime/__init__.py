@@ -1,1 +1,1 @@
-"""The infrastructure of every experiment: processes, devices, checkpoints, meters, files, decoding."""
+"""What every run needs and none is about: its processes, device, state, output and mistakes."""

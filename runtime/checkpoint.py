@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 import weights
 from arguments import SaveOptions
 from data_manager import digests, fingerprint
+from files.writing import free_space
 from models import loading
 from models.layouts import in_training
 from models.network import Network
@@ -22,7 +23,6 @@ from readers.tree import Dataset
 from runtime import best_model, notices
 from runtime.device import Run
 from runtime.errors import UserError
-from runtime.files import free_space
 from runtime.meters import LossMeter
 from runtime.provenance import provenance
 from runtime.run_folder import BEST, OTHERS, PARTIAL, POSITIONS, TESTS, RunFolder, age, modified

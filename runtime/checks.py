@@ -14,9 +14,9 @@ import torch
 
 import data_manager
 import models
-from runtime import compiling
+from extraction import compiling
+from files.kinds import not_a_file
 from runtime.errors import UserError, plain
-from runtime.kinds import not_a_file
 from runtime.processes import of_environment
 
 

@@ -23,11 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models
 from arguments import RunOptions, TestOptions
+from extraction.compiling import Compiled
+from files.writing import Unwritten
 from models.network import Network
 from runtime import cards
-from runtime.compiling import Compiled
 from runtime.errors import UserError
-from runtime.files import Unwritten
 from runtime.precision import allow_tf32, has_bf16
 from runtime.processes import Group, Processes
 from runtime.signals import Signals

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from arguments import Arguments, Parser, RunOptions
+from files.writing import Unwritten
 from runtime import commands, console, device, memory, processes
 from runtime.device import Run
 from runtime.errors import UserError
-from runtime.files import Unwritten
 from runtime.processes import Group
 from runtime.signals import STOPS, Signals, Stopped
 from runtime.system import fcntl

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from arguments import ShowOptions
 from eval_metrics import METRICS
+from files.writing import write_whole
 from page.runs import VALIDATION
 from runtime.device import Run
 from runtime.errors import UserError
-from runtime.files import write_whole
 from utils import AverageMeter
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ import torch
 from arguments import TestOptions
 from data_manager import names_of
 from eval_metrics import check_matches
+from files.paths import same_files
 from readers.tree import Dataset, Item, ids_of, paths_of
 from runtime.device import Run
 from runtime.errors import UserError, plain
-from runtime.paths import same_files
 
 LOOK_UP_SECONDS = 2  # time limit, at the start of a run, for checking that the test's files exist
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from conftest import ENV, HANG, ROOT
 
-from runtime import checks, compiling, processes
+from extraction import compiling
+from runtime import checks, processes
 
 SCRIPT = 'train_img_model_xent'
 

@@ -12,7 +12,8 @@ from torch._dynamo.utils import counters  # private: how many graphs were compil
 import extract
 import weights
 from extract import FeatureExtractor
-from runtime import compiling, engines
+from extraction import compiling
+from extraction.engine import engine_of
 from runtime.errors import UserError
 
 pytestmark = pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')
@@ -143,7 +144,7 @@ def test_without_a_compiler_nothing_is_started(file, monkeypatch):
 
 @pytest.mark.parametrize(('sealed', 'device'), [('0' * 16, 'cpu'), ('', 'cuda')])
 def test_only_networks_of_torch_on_a_cpu_are_compiled(sealed, device, file):
-    engine = engines.start(file)
+    engine = engine_of(file)
     engine.sealed = sealed
     with pytest.raises(UserError, match=r'--compile is for networks of torch on CPUs, and .*: remove it'):
         engine.compiled(torch.device(device), 8)

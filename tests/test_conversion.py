@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import weights
-from runtime import commands, launch, safetensors
+from files import safetensors
+from runtime import commands, launch
 
 SIZE = ['--height', '64', '--width', '32']
 

@@ -18,14 +18,14 @@ from torch.utils.data import DataLoader
 
 import dataset_loader
 from arguments import DataOptions
+from batches import caching, decoding
+from batches.feed import Feed
+from batches.workers import collate
 from dataset_loader import ImageDataset, VideoDataset, read_image, train_loader
 from dataset_loader import test_loader as items_loader  # its own name is that of a test
-from runtime import caching, decoding
 from runtime.device import Run
 from runtime.errors import UserError
-from runtime.feed import Feed
 from runtime.processes import Processes
-from runtime.workers import collate
 from samplers import RandomIdentitySampler, RandomSampler
 from transforms import TrainTransform
 

@@ -21,10 +21,10 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from runtime import caching, decoding, workers
-from runtime.decoding import read_image
+from batches import caching, decoding, workers
+from batches.decoding import read_image
+from batches.workers import Block, Task, Workers, collate
 from runtime.errors import ProcessLost, UserError
-from runtime.workers import Block, Task, Workers, collate
 
 CPU = torch.device('cpu')
 
@@ -547,7 +547,7 @@ def test_open_files_and_processes_stay_as_they_are(decoders):
 
 ORPHANED = """
 import os, signal, sys, torch
-from runtime.workers import Task, Workers, collate
+from batches.workers import Task, Workers, collate
 
 def work(task):
     return collate([(torch.zeros(3, 2000, 1000, dtype=torch.uint8), task.items[0], 0)])

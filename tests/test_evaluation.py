@@ -16,11 +16,12 @@ import evaluation
 import page
 import ranking
 from arguments import TestOptions
+from files import writing
+from files.features import create_features, read_paths
 from page import runs
 from readers.tree import ids_of
-from runtime import commands, files, testset
+from runtime import commands, testset
 from runtime.errors import UserError
-from runtime.features import create_features, read_paths
 
 OPTIONS = TestOptions(
     arch='tiny', height=32, width=16, workers=0, test_batch=5, evaluate=True, no_report=True, seq_len=4
@@ -276,12 +277,12 @@ def test_features_that_do_not_fit_on_the_disk(system, dataset, run, small_disk):
 
 
 def test_space_is_reserved_and_contents_stay(system, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, 'BLOCK', 1 << 12)
+    monkeypatch.setattr(writing, 'BLOCK', 1 << 12)
     path = tmp_path / 'features.npy'
     np.lib.format.open_memmap(path, 'w+', np.float32, (9, 1111))[:] = 7
     with open(path, 'r+b') as file:
         file.truncate(1 << 16)  # the rest is a hole
-    files.allocate(path)
+    writing.allocate(path)
     assert path.stat().st_size == 1 << 16 <= path.stat().st_blocks * 512
     assert (np.load(path) == 7).all()
 

@@ -20,11 +20,11 @@ from torch import nn
 import models
 import weights
 from extract import FeatureExtractor
+from extraction import agreement, onnx_network, programs
+from extraction.graph import Graph
+from files.writing import new_file
 from models.network import Training
-from runtime import agreement, onnx_network, programs
 from runtime.errors import UserError
-from runtime.files import new_file
-from runtime.graph import Graph
 from transforms import TestTransform
 
 SIZE = {'height': 32, 'width': 16}

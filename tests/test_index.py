@@ -10,9 +10,9 @@ import torch
 from tiny import kill_later
 
 import ranking
-from runtime import index
+from files import index
+from files.index import Index
 from runtime.errors import UserError
-from runtime.index import Index
 
 DIGEST = '0123456789abcdef'
 FORK = multiprocessing.get_context('fork')

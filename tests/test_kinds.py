@@ -18,10 +18,11 @@ from PIL import Image
 from test_readers import put_info
 from torch import nn
 
+from batches import decoding
+from files import unpickling
+from files.kinds import HEAD, MODELS, not_a_file, recognised
 from readers.mars import Mars
-from runtime import decoding, unpickling
 from runtime.errors import UserError
-from runtime.kinds import HEAD, MODELS, not_a_file, recognised
 
 CHECKPOINT = {'base.0.weight': torch.ones(3)}
 

@@ -11,9 +11,10 @@ import tiny
 import torch
 from conftest import ENV, HANG, ROOT, TINY
 
-from runtime import commands, decoding, device, memory
+from batches import decoding
+from batches.workers import Task, Workers
+from runtime import commands, device, memory
 from runtime.errors import UserError
-from runtime.workers import Task, Workers
 
 GPU = torch.OutOfMemoryError(
     'CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.25 GiB of which 1.94 MiB is '

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_results import ODD
 
-from runtime import paths
+from files import paths
 from runtime.errors import UserError
 
 

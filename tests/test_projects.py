@@ -13,10 +13,10 @@ from torchvision.models import resnet18
 import models
 import weights
 from arguments import SaveOptions
+from extraction.engine import engine_of
 from models import loading
 from models.layouts import ASSUMPTIONS
 from readers.tree import Dataset
-from runtime import engines
 from runtime.checkpoint import Checkpoint
 from runtime.device import Run
 from runtime.errors import UserError
@@ -491,7 +491,7 @@ def test_names_that_reid_strong_baseline_and_timm_share(neck, path, capsys):
 
     with pytest.raises(UserError, match=r'of a network of timm, too, give --assume project=timm$'):
         weights.build(weights.read(path), 'timm:resnet18', 'x', lambda _: None)
-    engine = engines.start(path, 'timm:resnet18', '', 70, 38)
+    engine = engine_of(path, 'timm:resnet18', '', 70, 38)
     assert torch.equal(engine.model(x), model(x)) and not any('Assumed' in note for note in engine.notes)
 
     begun = models.init_model('timm:resnet18', 7, neck=neck, size=(70, 38))

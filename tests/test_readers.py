@@ -13,10 +13,10 @@ from conftest import ROOT
 from scipy.io import loadmat, savemat
 
 import data_manager
+from batches import decoding
 from readers import market1501, mars
 from readers.market1501 import Market1501
 from readers.mars import Mars
-from runtime import decoding
 from runtime.errors import UserError
 
 README = (ROOT / 'data' / 'README.md').read_text()

@@ -13,10 +13,10 @@ import data_manager
 import eval_metrics
 import evaluation
 import page
+from files.writing import Unwritten
 from page import results, runs
 from runtime.device import Run
 from runtime.errors import UserError
-from runtime.files import Unwritten
 from utils import read_json
 
 ODD = ['=1+1.jpg', 'a\nb.jpg', 'a\r\tb.jpg', 'a,"b;.jpg', '\udcff.jpg', ' \U0001f6b6.jpg']

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 LONGEST, MOST_AT_ROOT = 350, 22  # lines of a room; files at the root
-DOORS = ('models', 'readers', 'runtime', 'page', 'toy')
+DOORS = ('models', 'readers', 'batches', 'files', 'extraction', 'runtime', 'page', 'toy')
 EXPERIMENT = (  # what a script may import
     'arguments data_manager dataset_loader evaluation losses models runtime.checkpoint runtime.device '
     'runtime.launch runtime.meters samplers transforms weights'
@@ -18,35 +18,35 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
         'readers.market1501_500k readers.mars readers.msmt17 readers.split readers.table readers.tree '
         'runtime.commands runtime.values toy'
     ),
-    'dataset_loader': 'arguments runtime.caching runtime.decoding runtime.device runtime.feed runtime.workers samplers',
+    'dataset_loader': 'arguments batches.caching batches.decoding batches.feed batches.workers runtime.device samplers',
     'eval_metrics': '',
     'evaluation': (
-        'arguments data_manager dataset_loader eval_metrics models.network page.cameras page.results page.runs '
-        'ranking readers.tree runtime.device runtime.features runtime.meters runtime.notices runtime.provenance '
+        'arguments data_manager dataset_loader eval_metrics files.features models.network page.cameras page.results '
+        'page.runs ranking readers.tree runtime.device runtime.meters runtime.notices runtime.provenance '
         'runtime.ranks runtime.targets runtime.testset transforms'
     ),
     'export': (
-        'extract runtime runtime.agreement runtime.commands runtime.files runtime.graph runtime.images '
-        'runtime.onnx_network runtime.programs runtime.values'
+        'extract extraction.agreement extraction.graph extraction.images extraction.onnx_network '
+        'extraction.programs files.writing runtime.commands runtime.values'
     ),
     'extract': (
-        'dataset_loader evaluation runtime runtime.cards runtime.commands runtime.device runtime.draft runtime.engines '
-        'runtime.images runtime.paths runtime.precision runtime.values runtime.workers transforms'
+        'batches.workers dataset_loader evaluation extraction.engine extraction.images files.draft files.paths '
+        'runtime.cards runtime.commands runtime.device runtime.precision runtime.values transforms'
     ),
     'losses': '',
-    'ranking': 'eval_metrics reranking runtime.commands runtime.features runtime.tiles runtime.values',
+    'ranking': 'eval_metrics files.features reranking runtime.commands runtime.tiles runtime.values',
     'report': 'page page.activations runtime.commands runtime.values',
     'reranking': 'eval_metrics runtime.tiles',
     'samplers': 'transforms',
     'search': (
-        'arguments data_manager evaluation extract page.found ranking runtime runtime.commands runtime.images '
-        'runtime.index runtime.notices runtime.paths runtime.testset runtime.values'
+        'arguments data_manager evaluation extract extraction.images files.index files.paths page.found ranking '
+        'runtime.commands runtime.notices runtime.testset runtime.values'
     ),
     'transforms': '',
-    'utils': 'runtime.console runtime.files',
+    'utils': 'files.writing runtime.console',
     'weights': (
-        'models models.layouts models.loading models.network runtime.commands runtime.download runtime.files '
-        'runtime.safetensors runtime.unpickling runtime.values'
+        'files.download files.safetensors files.unpickling files.writing models models.layouts models.loading '
+        'models.network runtime.commands runtime.values'
     ),
     'models': 'models.DenseNet models.MobileNet models.OSNet models.ResNet models.Timm models.network',
     'models.DenseNet': 'models.layouts models.network',
@@ -57,87 +57,90 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'models.layouts': 'transforms',
     'models.loading': 'models models.layouts models.network transforms',
     'models.network': 'models.layouts transforms',
-    'page': 'page.cameras page.charts page.lists page.runs runtime.files',
-    'page.activations': 'dataset_loader runtime.files runtime.notices transforms weights',
-    'page.cameras': 'eval_metrics page.runs',
-    'page.charts': 'eval_metrics page.runs',
-    'page.found': 'page page.lists',
-    'page.lists': 'page.runs',
-    'page.results': 'eval_metrics page ranking readers.tree runtime.files utils',
-    'page.runs': 'eval_metrics',
-    'page.sheet': 'page page.lists readers.tree',
     'readers': '',
     'readers.cuhk03': 'readers.market1501 readers.place readers.tree',
-    'readers.faults': 'readers readers.pictures readers.tree',
-    'readers.folder': 'readers.split readers.tree runtime.decoding',
+    'readers.faults': 'readers.pictures readers.tree',
+    'readers.folder': 'batches.decoding readers.split readers.tree',
     'readers.joined': 'readers.tree',
-    'readers.market1501': 'readers.place readers.tree runtime.decoding',
+    'readers.market1501': 'batches.decoding readers.place readers.tree',
     'readers.market1501_500k': 'readers.market1501 readers.place',
-    'readers.mars': 'readers.place readers.tree runtime.decoding runtime.kinds',
-    'readers.msmt17': 'readers.place readers.tree runtime.kinds',
-    'readers.pictures': 'runtime.decoding',
+    'readers.mars': 'batches.decoding files.kinds readers.place readers.tree',
+    'readers.msmt17': 'files.kinds readers.place readers.tree',
+    'readers.pictures': 'batches.decoding',
     'readers.place': '',
     'readers.split': 'readers.tree',
-    'readers.table': 'readers.tree runtime.files runtime.kinds',
+    'readers.table': 'files.kinds files.writing readers.tree',
     'readers.tree': '',
+    'batches': '',
+    'batches.caching': 'batches.workers runtime.device',
+    'batches.decoding': 'files.kinds',
+    'batches.feed': 'batches.caching batches.workers',
+    'batches.workers': 'runtime.memory runtime.signals runtime.system',
+    'files': '',
+    'files.download': 'models.network',
+    'files.draft': 'files.paths files.writing runtime.system',
+    'files.features': 'files.paths files.writing readers.tree runtime.device',
+    'files.index': 'runtime.tiles',
+    'files.kinds': '',
+    'files.paths': '',
+    'files.safetensors': '',
+    'files.unpickling': 'files.kinds',
+    'files.writing': '',
+    'extraction': '',
+    'extraction.agreement': 'extraction.programs',
+    'extraction.compiling': 'models.network',
+    'extraction.engine': (
+        'arguments extraction.compiling extraction.onnx_network models.Timm models.network runtime.device '
+        'runtime.notices runtime.tiles transforms weights'
+    ),
+    'extraction.graph': 'models.network',
+    'extraction.images': 'batches.decoding readers.tree',
+    'extraction.onnx_network': 'data_manager models.network transforms',
+    'extraction.programs': 'extraction.graph extraction.onnx_network',
     'runtime': '',
-    'runtime.agreement': 'runtime.programs',
     'runtime.best_model': 'models.loading models.network runtime.device utils weights',
-    'runtime.caching': 'runtime.device runtime.workers',
+    'runtime.cards': '',
     'runtime.checkpoint': (
-        'arguments data_manager models.layouts models.loading models.network page.results page.runs readers.tree '
-        'runtime.best_model runtime.device runtime.files runtime.meters runtime.notices runtime.provenance '
+        'arguments data_manager files.writing models.layouts models.loading models.network page.results page.runs '
+        'readers.tree runtime.best_model runtime.device runtime.meters runtime.notices runtime.provenance '
         'runtime.run_folder runtime.state utils weights'
     ),
-    'runtime.checks': 'data_manager models runtime runtime.compiling runtime.kinds runtime.processes',
-    'runtime.cards': '',
-    'runtime.compiling': 'models.network',
+    'runtime.checks': 'data_manager extraction.compiling files.kinds models runtime.processes',
     'runtime.commands': 'runtime.console runtime.memory',
     'runtime.console': '',
-    'runtime.decoding': 'runtime.kinds',
     'runtime.device': (
-        'arguments models models.network runtime.cards runtime.compiling runtime.files runtime.precision '
+        'arguments extraction.compiling files.writing models models.network runtime.cards runtime.precision '
         'runtime.processes runtime.signals utils'
     ),
-    'runtime.download': 'models.network',
-    'runtime.engines': (
-        'arguments models.Timm models.network runtime runtime.compiling runtime.device runtime.notices '
-        'runtime.onnx_network runtime.tiles transforms weights'
-    ),
     'runtime.errors': '',
-    'runtime.draft': 'runtime.files runtime.paths runtime.system',
-    'runtime.features': 'readers.tree runtime.device runtime.files runtime.paths',
-    'runtime.feed': 'runtime.caching runtime.workers',
-    'runtime.files': '',
-    'runtime.graph': 'models.network',
-    'runtime.images': 'readers.tree runtime.decoding',
-    'runtime.index': 'runtime.tiles',
-    'runtime.kinds': '',
     'runtime.launch': (
-        'arguments runtime.commands runtime.console runtime.device runtime.files runtime.memory runtime.processes '
+        'arguments files.writing runtime.commands runtime.console runtime.device runtime.memory runtime.processes '
         'runtime.signals runtime.system utils'
     ),
     'runtime.memory': '',
-    'runtime.meters': 'arguments eval_metrics page.runs runtime.device runtime.files utils',
+    'runtime.meters': 'arguments eval_metrics files.writing page.runs runtime.device utils',
     'runtime.notices': 'arguments data_manager models.network readers.tree runtime.device',
-    'runtime.paths': '',
-    'runtime.onnx_network': 'data_manager models.network transforms',
     'runtime.precision': '',
     'runtime.processes': '',
-    'runtime.programs': 'runtime.graph runtime.onnx_network',
     'runtime.provenance': 'runtime.device',
     'runtime.ranks': 'arguments ranking readers.tree runtime.device runtime.testset',
     'runtime.run_folder': 'page.results page.runs runtime.best_model utils',
     'runtime.signals': 'runtime.processes runtime.system',
-    'runtime.safetensors': '',
     'runtime.state': 'arguments',
     'runtime.system': 'runtime.commands',
     'runtime.targets': 'eval_metrics page.runs',
-    'runtime.testset': 'arguments data_manager eval_metrics readers.tree runtime.device runtime.paths',
+    'runtime.testset': 'arguments data_manager eval_metrics files.paths readers.tree runtime.device',
     'runtime.tiles': 'runtime.precision',
-    'runtime.unpickling': 'runtime.kinds',
     'runtime.values': '',
-    'runtime.workers': 'runtime.memory runtime.signals runtime.system',
+    'page': 'files.writing page.cameras page.charts page.lists page.runs',
+    'page.activations': 'dataset_loader files.writing runtime.notices transforms weights',
+    'page.cameras': 'eval_metrics page.runs',
+    'page.charts': 'eval_metrics page.runs',
+    'page.found': 'page page.lists',
+    'page.lists': 'page.runs',
+    'page.results': 'eval_metrics files.writing page ranking readers.tree utils',
+    'page.runs': 'eval_metrics',
+    'page.sheet': 'page page.lists readers.tree',
     'toy': 'toy.formats',
     'toy.formats': 'toy.people toy.scenes toy.views',
     'toy.people': 'toy.views',

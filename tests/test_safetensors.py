@@ -6,7 +6,7 @@ import struct
 import pytest
 import torch
 
-from runtime import safetensors
+from files import safetensors
 from runtime.errors import UserError
 
 TENSORS = {

@@ -22,8 +22,8 @@ import evaluation
 import search
 import weights
 from extract import FeatureExtractor
+from extraction.images import files_of
 from runtime.errors import UserError
-from runtime.images import files_of
 
 OPTIONS = {'arch': 'tiny', 'height': 32, 'width': 16}
 

@@ -46,7 +46,7 @@ def test_a_command_that_needs_unix_says_so(name):
     assert (run.returncode, run.stdout, run.stderr) == (2, '', line)
 
 
-@pytest.mark.parametrize('module', ['runtime.launch', 'runtime.workers'])
+@pytest.mark.parametrize('module', ['runtime.launch', 'batches.workers'])
 def test_so_does_a_module_whichever_is_imported_first(module):
     run = subprocess.run(
         [sys.executable, '-c', f'import sys; sys.modules["fcntl"] = None; import {module}'], env=ENV, timeout=HANG,

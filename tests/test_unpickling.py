@@ -18,7 +18,7 @@ from conftest import ROOT
 from published_files import MAGIC, Python2Pickler, legacy_of, number, state_dict_of, tensor_of, text, zip_of
 from torch import nn
 
-from runtime import unpickling
+from files import unpickling
 from runtime.errors import UserError
 
 GOOD = state_dict_of(tensor_of(4, 0, (2, 2), (2, 1)))
@@ -195,7 +195,7 @@ def test_strangers_files_need_no_memory(tmp_path):
         (tmp_path / names[-1]).write_bytes(data)
     program = textwrap.dedent("""
         import resource, sys
-        from runtime import unpickling
+        from files import unpickling
         from runtime.errors import UserError
         taken = 4096 * int(open('/proc/self/statm').read().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (taken + 2**28, taken + 2**28))

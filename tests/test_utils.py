@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import utils
-from runtime.files import Unwritten
+from files.writing import Unwritten
 
 
 def test_average_meter_weighs_by_count():

@@ -33,9 +33,9 @@ from torchvision.models import DenseNet121_Weights, ResNet50_Weights
 
 import models
 import weights
+from files import download
 from models import loading
 from models.network import Network, Training
-from runtime import download
 from runtime.errors import UserError
 
 LONGER = ('base.6.6.conv1.weight', 'base.denseblock4.denselayer17.norm1.weight')  # ResNet101, DenseNet169

@@ -62,11 +62,11 @@ from torch import nn
 
 import data_manager
 import weights
+from files import kinds, safetensors, unpickling
 from models import layouts, loading
 from models.network import Network
 from readers import market1501, mars, msmt17, table, tree
 from readers.tree import paths_of
-from runtime import kinds, safetensors, unpickling
 from runtime.errors import UserError
 
 READERS = [

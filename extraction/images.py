@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from batches.decoding import SUFFIXES, read_image
 from readers.tree import natural
-from runtime.decoding import SUFFIXES, read_image
 from runtime.errors import UserError, plain
 
 

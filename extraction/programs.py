@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch.export import Dim, ExportedProgram
 
+from extraction.graph import Graph
+from extraction.onnx_network import INPUT, OUTPUT, Session
 from runtime.errors import UserError, plain
-from runtime.graph import Graph
-from runtime.onnx_network import INPUT, OUTPUT, Session
 
 FORMATS = {'onnx': ['onnx', 'onnxscript', 'onnxruntime'], 'pt2': []}  # and the packages that each needs
 ENTRY = 'deep-person-reid.json'  # the metadata in a .pt2 file

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from runtime.caching import Resident
-from runtime.workers import Block, Group
+from batches.caching import Resident
+from batches.workers import Block, Group
 
 Arrived = tuple[list[Group], Tensor, list[int], list[Any]]  # images, pids (b,), images of each item, more
 

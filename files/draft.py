@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from runtime import paths
+from files import paths
+from files.writing import write_whole
 from runtime.errors import UserError, plain
-from runtime.files import write_whole
 from runtime.system import fcntl
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from batches.workers import Block, Group, Task, Workers, collate
 from runtime.device import Run
 from runtime.errors import UserError
-from runtime.workers import Block, Group, Task, Workers, collate
 
 ROOM = 0.8  # fraction of the free memory that a cache may use
 CHUNK = 64  # items that a worker decodes at a time to fill the cache

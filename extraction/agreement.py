@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.programs import Run
+from extraction.programs import Run
 
 TOLERANCE = 1e-3  # largest relative error of a feature that passes
 NEAREST = 10

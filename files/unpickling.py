@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from files.kinds import HEAD, MODELS, not_a_file, recognised, recognised_zip
 from runtime.errors import UserError, plain
-from runtime.kinds import HEAD, MODELS, not_a_file, recognised, recognised_zip
 
 
 def load(path: str | os.PathLike) -> tuple[Any, str]:

@@ -7,8 +7,8 @@ import time
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from files.kinds import HEAD, PICTURES, recognised
 from runtime.errors import UserError
-from runtime.kinds import HEAD, PICTURES, recognised
 
 FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'PPM', 'TIFF', 'WEBP')  # none of them runs another program
 SUFFIXES = (  # of files in FORMATS, in lower case

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from files import paths
+from files.writing import allocate
 from readers.tree import Item
-from runtime import paths
 from runtime.errors import UserError
-from runtime.files import allocate
 
 if TYPE_CHECKING:  # `python ranking.py` needs no device
     from runtime.device import Run

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from arguments import RunOptions
+from extraction import compiling, onnx_network
 from models.network import Network, Training
 from models.Timm import PREFIX
-from runtime import compiling, notices, onnx_network
+from runtime import notices
 from runtime.device import precision_of
 from runtime.errors import UserError, plain
 from runtime.tiles import DISTANCES
@@ -111,7 +112,7 @@ def usage_of(trained: Training) -> Usage:
     )
 
 
-def start(
+def engine_of(
     path: str | os.PathLike, arch: str | None = None, assume: str = '', height: int | None = None,
     width: int | None = None,
 ) -> Engine:  # fmt: skip
