@@ -68,7 +68,7 @@ def main() -> None:
     extractor = FeatureExtractor(args.weights, 'cpu', **how)
     for note in extractor.notes:
         print(note, file=sys.stderr)
-    if extractor.engine.sealed:
+    if extractor.source.sealed:
         raise UserError(f'{plain(args.weights, 500)} is an exported file: give the weights that it was made of')
     model, size = extractor.model, (extractor.height, extractor.width)
     expected = extractor(images)  # (N, D)

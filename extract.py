@@ -28,8 +28,9 @@ from tqdm import tqdm
 from batches.workers import Group, collate
 from dataset_loader import ImageDataset, VideoDataset, test_loader
 from evaluation import pool
-from extraction.engine import engine_of
+from extraction.engines import ENGINES
 from extraction.images import cut, files_of, listed, pixels_of, tracklets_of
+from extraction.source import source_of
 from files.draft import Draft
 from files.paths import Paths
 from runtime import cards, commands, values
@@ -65,6 +66,8 @@ class FeatureExtractor:
         workers: processes that decode files, for lists of more than one batch; 0 decodes in the calling thread.
         compile: compile the network for this CPU at the first call, which takes a minute and needs a C++ compiler;
             later calls are faster. With `batch=1` it is compiled for single images.
+        engine: what runs the network on a CPU: 'torch', 'onnxruntime' or 'openvino', which are packages of their own. A
+            network is converted for them when it is loaded, which takes some seconds.
 
     Attributes:
         arch, feat_dim, device, precision, height, width, interpolation, distance, flip_test: what is used.
@@ -88,17 +91,28 @@ class FeatureExtractor:
         batch: int | None = None,
         workers: int = 0,
         compile: bool = False,
+        engine: str = 'torch',
     ):
-        engine = engine_of(weights, arch, assume, height, width)
-        self.engine, self.arch, self.trained, self.notes = engine, engine.arch, engine.trained, engine.notes
-        self.height, self.width, self.interpolation, self.distance, self.flip_test = engine.usage
-        self.device = device_of('cpu' if engine.sealed and device == 'auto' else device)
-        self.precision = engine.precision_on(self.device, precision)
+        source = source_of(weights, arch, assume, height, width)
+        self.source, self.arch, self.trained, self.notes = source, source.arch, source.trained, source.notes
+        self.height, self.width, self.interpolation, self.distance, self.flip_test = source.usage
+        self.device = device_of('cpu' if source.sealed and device == 'auto' else device)
+        self.precision = source.precision_on(self.device, precision)
         self.run = Run(self.device, self.precision, self.precision)
-        self.model = self.run.place(engine.model)
+        self.model = self.run.place(source.model)
         self.feat_dim = self.model.feat_dim
         self.batch, self.workers = batch or BATCHES[self.device.type], workers
-        self.network = engine.compiled(self.device, self.batch) if compile else self.model
+        if engine not in ('torch', *ENGINES):
+            raise UserError(f'there is no engine {plain(engine)}: choose torch, {" or ".join(ENGINES)}')
+        if compile and engine != 'torch':
+            raise UserError(f'--compile is done by torch, and --engine {engine} is not: choose one of them')
+        self.engine = 'compiled' if compile else engine
+        if compile:
+            self.network = source.compiled(self.device, self.batch)
+        elif engine != 'torch':
+            self.network = source.converted(self.device, engine, self.precision, self.batch)
+        else:
+            self.network = self.model
         self.prepare = TestTransform(self.height, self.width, self.model.normalisation, self.interpolation)
         self.lock = Lock()  # on a GPU: TF32 is a setting of the process
 
@@ -194,7 +208,7 @@ class FeatureExtractor:
     @property
     def mirrors(self) -> bool:
         """Whether mirror images are made here: they are averaged with, and the network does not do it."""
-        return self.flip_test and not self.engine.flips
+        return self.flip_test and not self.source.flips
 
     @property
     def description(self) -> dict[str, object]:
@@ -204,7 +218,7 @@ class FeatureExtractor:
 
     @functools.cached_property
     def digest(self) -> str:
-        return self.engine.digest(self.precision, self.flip_test, self.network is not self.model)
+        return self.source.digest(self.precision, self.flip_test, self.engine)
 
 
 def check(features: Tensor, start: int) -> None:
@@ -249,6 +263,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--batch', type=values.positive_int, help='images per batch (default: 32; on a GPU 256)')
     parser.add_argument('-j', '--workers', type=values.nonnegative_int, default=4, help='decoders (default: 4)')
     parser.add_argument('--compile', action='store_true', help='compile the network (CPUs only; takes a minute)')
+    parser.add_argument(
+        '--engine', choices=('torch', *ENGINES), default='torch', help='what runs the network on a CPU (default: torch)'
+    )
     parser.add_argument('--use-cpu', action='store_true', help='use the CPU even if there is a GPU')
     parser.add_argument('--gpu-devices', metavar='N', help='index of the GPU (default: 0)', type=values.nonnegative_int)
 
@@ -258,7 +275,8 @@ def extractor_of(args: argparse.Namespace) -> FeatureExtractor:
     if not args.weights:
         raise UserError('--weights is missing: give a checkpoint or published weights')
     device = 'cpu' if args.use_cpu else 'auto' if args.gpu_devices is None else f'cuda:{args.gpu_devices}'
-    how = {name: getattr(args, name) for name in ('arch', 'assume', 'height', 'width', 'batch', 'workers', 'compile')}
+    names = 'arch', 'assume', 'height', 'width', 'batch', 'workers', 'compile', 'engine'
+    how = {name: getattr(args, name) for name in names}
     extractor = FeatureExtractor(args.weights, device, args.precision, **how)
     if extractor.device.type == 'cpu':
         keep_memory()

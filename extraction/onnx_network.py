@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -108,8 +108,27 @@ def need(packages: Sequence[str], what: str) -> None:
         raise UserError(f'{what} needs the {several} {" and ".join(missing)}: pip install {" ".join(missing)}')
 
 
-class Session:
+def session_of(contents: bytes, where: str) -> Any:
     """An ONNX file in onnxruntime, on the CPU, with as many threads as torch has now.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    import onnxruntime  # optional
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors, which are raised as well
+    try:
+        return onnxruntime.InferenceSession(contents, options, providers=['CPUExecutionProvider'])
+    except Exception as problem:  # of any type: another library parses the file
+        raise UserError(
+            f'{where} cannot be loaded by onnxruntime ({plain(str(problem))}): export the weights again'
+        ) from problem
+
+
+class Session:
+    """A file that `export.py` wrote, in onnxruntime.
 
     Attributes:
         metadata: of the file.
@@ -122,21 +141,12 @@ class Session:
     def __init__(self, path: str | os.PathLike):
         where = plain(os.fspath(path), 500)
         need(['onnxruntime'], where)
-        import onnxruntime  # optional
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors, which are raised as well
         try:
             with open(path, 'rb') as file:
                 contents = file.read()
-            self.session = onnxruntime.InferenceSession(contents, options, providers=['CPUExecutionProvider'])
         except OSError as problem:
             raise UserError(f'{where} cannot be read ({problem.strerror}); give the path of an ONNX file') from problem
-        except Exception as problem:  # of any type: another library parses the file
-            raise UserError(
-                f'{where} cannot be loaded by onnxruntime ({plain(str(problem))}): export the weights again'
-            ) from problem
+        self.session = session_of(contents, where)
         self.digest = hashlib.sha256(contents).hexdigest()[:16]
         self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
 

@@ -55,22 +55,33 @@ def write(program: ExportedProgram, path: Path, kind: str, metadata: Mapping[str
         with quiet(), open(path, 'wb') as file:
             torch.export.save(program, file, extra_files={ENTRY: json.dumps(metadata)})
         return
+    path.write_bytes(onnx_of(program, AXES, metadata, f'{what} cannot be written as ONNX', '--format pt2 may work'))
+
+
+def onnx_of(
+    program: ExportedProgram, axes: Mapping[int, str], metadata: Mapping[str, str], what: str, instead: str
+) -> bytes:
+    """The program as an ONNX file; `axes` are the dynamic ones of its only input, and their names.
+
+    Raises:
+        UserError: an operator has no counterpart in ONNX, or the file would be larger than ONNX allows. The message is
+            `what`, the reason, and what can be done `instead`.
+    """
     try:
         with quiet():
-            converted = torch.onnx.export(
-                program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes={INPUT: AXES},
+            written = torch.onnx.export(
+                program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes={INPUT: dict(axes)},
                 opset_version=OPSET, verbose=False,
             )  # fmt: skip
-        assert converted is not None  # with dynamo=True
-        model: Any = converted.model_proto
+        assert written is not None  # with dynamo=True
+        model: Any = written.model_proto
         strip(model)
         for name, value in metadata.items():
             model.metadata_props.add(key=name, value=value)
-        path.write_bytes(model.SerializeToString())
-    except OSError:
-        raise
+        contents: bytes = model.SerializeToString()
+        return contents
     except Exception as problem:  # of any type, some of them private
-        raise UserError(f'{what} cannot be written as ONNX: {obstacle(problem)}; --format pt2 may work') from problem
+        raise UserError(f'{what}: {obstacle(problem)}; {instead}') from problem
 
 
 def strip(part: Any) -> None:

@@ -13,7 +13,7 @@ import extract
 import weights
 from extract import FeatureExtractor
 from extraction import compiling
-from extraction.engine import engine_of
+from extraction.source import source_of
 from runtime.errors import UserError
 
 pytestmark = pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')
@@ -144,10 +144,10 @@ def test_without_a_compiler_nothing_is_started(file, monkeypatch):
 
 @pytest.mark.parametrize(('sealed', 'device'), [('0' * 16, 'cpu'), ('', 'cuda')])
 def test_only_networks_of_torch_on_a_cpu_are_compiled(sealed, device, file):
-    engine = engine_of(file)
-    engine.sealed = sealed
+    source = source_of(file)
+    source.sealed = sealed
     with pytest.raises(UserError, match=r'--compile is for networks of torch on CPUs, and .*: remove it'):
-        engine.compiled(torch.device(device), 8)
+        source.compiled(torch.device(device), 8)
 
 
 def test_images_of_another_size_are_refused():

@@ -21,8 +21,8 @@ import ranking
 import weights
 from arguments import TestOptions
 from extract import FeatureExtractor
-from extraction import engine
 from extraction import images as given
+from extraction import source
 from files.features import read
 from models.network import Training
 from runtime.errors import UserError
@@ -191,9 +191,9 @@ def test_usage_is_that_of_the_file(extractor):
 
 def test_a_foreign_or_altered_file_has_the_defaults():
     usual = (256, 128, '', 'euclidean', False)
-    assert engine.usage_of(Training('w')) == usual
+    assert source.usage_of(Training('w')) == usual
     odd = {'height': '9', 'width': -3, 'interpolation': 'nearest', 'distance': ['cosine'], 'flip_test': 1}
-    assert engine.usage_of(Training('w', options=odd)) == usual
+    assert source.usage_of(Training('w', options=odd)) == usual
 
 
 def test_the_digest_is_of_the_weights_and_of_their_use(file, tmp_path):
@@ -231,7 +231,7 @@ def test_assumptions_are_noted_and_can_be_changed(file, monkeypatch):
         return replace(weights.read(path), assumed=['last_stride=1', 'pooling=avg'])
 
     assert not any('ssumed' in note for note in FeatureExtractor(file, 'cpu').notes)
-    monkeypatch.setattr(engine, 'read_weights', read)
+    monkeypatch.setattr(source, 'read_weights', read)
     note = 'Assumed, because the file does not record: last_stride=1, pooling=avg; --assume NAME=VALUE changes it'
     assert note in FeatureExtractor(file, 'cpu', assume='pooling=avg').notes
     assert given == ['pooling=avg']

@@ -13,7 +13,7 @@ from torchvision.models import resnet18
 import models
 import weights
 from arguments import SaveOptions
-from extraction.engine import engine_of
+from extraction.source import source_of
 from models import loading
 from models.layouts import ASSUMPTIONS
 from readers.tree import Dataset
@@ -491,8 +491,8 @@ def test_names_that_reid_strong_baseline_and_timm_share(neck, path, capsys):
 
     with pytest.raises(UserError, match=r'of a network of timm, too, give --assume project=timm$'):
         weights.build(weights.read(path), 'timm:resnet18', 'x', lambda _: None)
-    engine = engine_of(path, 'timm:resnet18', '', 70, 38)
-    assert torch.equal(engine.model(x), model(x)) and not any('Assumed' in note for note in engine.notes)
+    source = source_of(path, 'timm:resnet18', '', 70, 38)
+    assert torch.equal(source.model(x), model(x)) and not any('Assumed' in note for note in source.notes)
 
     begun = models.init_model('timm:resnet18', 7, neck=neck, size=(70, 38))
     weights.pretrain(begun, str(path))

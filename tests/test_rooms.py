@@ -30,8 +30,9 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
         'extraction.programs files.writing runtime.commands runtime.values'
     ),
     'extract': (
-        'batches.workers dataset_loader evaluation extraction.engine extraction.images files.draft files.paths '
-        'runtime.cards runtime.commands runtime.device runtime.precision runtime.values transforms'
+        'batches.workers dataset_loader evaluation extraction.engines extraction.images extraction.source '
+        'files.draft files.paths runtime.cards runtime.commands runtime.device runtime.precision runtime.values '
+        'transforms'
     ),
     'losses': '',
     'ranking': 'eval_metrics files.features reranking runtime.commands runtime.tiles runtime.values',
@@ -89,14 +90,15 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'extraction': '',
     'extraction.agreement': 'extraction.programs',
     'extraction.compiling': 'models.network',
-    'extraction.engine': (
-        'arguments extraction.compiling extraction.onnx_network models.Timm models.network runtime.device '
-        'runtime.notices runtime.tiles transforms weights'
-    ),
+    'extraction.engines': 'extraction.onnx_network extraction.programs models.network',
     'extraction.graph': 'models.network',
     'extraction.images': 'batches.decoding readers.tree',
     'extraction.onnx_network': 'data_manager models.network transforms',
     'extraction.programs': 'extraction.graph extraction.onnx_network',
+    'extraction.source': (
+        'arguments extraction.compiling extraction.engines extraction.onnx_network models.Timm models.network '
+        'runtime.device runtime.notices runtime.tiles transforms weights'
+    ),
     'runtime': '',
     'runtime.best_model': 'models.loading models.network runtime.device utils weights',
     'runtime.cards': '',

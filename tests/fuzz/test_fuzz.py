@@ -779,8 +779,8 @@ def read_table(data: bytes, folder: Path) -> bool:
         again = data_manager.init_dataset('csv:again.csv', train=False)
     for one, other in (dataset.train, again.train), (dataset.query, again.query), (dataset.gallery, again.gallery):
         named = [[(paths_of(item), item[2]) for item in some] for some in (one, other)]
-        assert [(list(map(os.path.normpath, paths)), camid) for paths, camid in named[0]] == [
-            (list(map(os.path.normpath, paths)), camid) for paths, camid in named[1]
+        assert [(list(map(os.path.abspath, paths)), camid) for paths, camid in named[0]] == [
+            (list(map(os.path.abspath, paths)), camid) for paths, camid in named[1]
         ]
     assert [dataset.name_of(pid) for pid in dataset.train_pids] == [again.name_of(pid) for pid in again.train_pids]
     return True

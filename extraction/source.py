@@ -10,6 +10,8 @@ import torch
 
 from arguments import RunOptions
 from extraction import compiling, onnx_network
+from extraction.engines import ENGINES, Converted
+from extraction.onnx_network import need
 from models.network import Network, Training
 from models.Timm import PREFIX
 from runtime import notices
@@ -35,7 +37,7 @@ class Usage(NamedTuple):
 
 
 @dataclass
-class Engine:
+class Source:
     """A network in eval mode, the usage of its features, and what is known of its weights.
 
     flips:  whether the network averages the features of mirror images by itself, if the usage says so
@@ -71,22 +73,38 @@ class Engine:
         Raises:
             UserError: it is on a GPU, in an ONNX file, or there is no compiler.
         """
-        if self.sealed or device.type != 'cpu':
-            what = f'{self.trained.where} is run by onnxruntime' if self.sealed else f'the network is on {device}'
-            raise UserError(f'--compile is for networks of torch on CPUs, and {what}: remove it')
+        self._check_for_cpu('--compile', device)
         compiling.check('--compile')
         return compiling.Compiled(self.model, self.usage.height, self.usage.width, batch)
 
-    def digest(self, precision: str, flip_test: bool, compiled: bool = False) -> str:
+    def converted(self, device: torch.device, engine: str, precision: str, batch: int) -> Network:
+        """The network, run by another engine, one of ENGINES; most batches have so many images.
+
+        Raises:
+            UserError: it is on a GPU, in an ONNX file, or cannot be converted; or the engine is not installed or does
+                not have the precision.
+        """
+        self._check_for_cpu(f'--engine {engine}', device)
+        if engine == 'onnxruntime' and precision == 'bf16':
+            raise UserError('--engine onnxruntime has no convolutions in bf16 on CPUs: choose fp32, or openvino')
+        need(ENGINES[engine], f'--engine {engine}')
+        return Converted(self.model, self.usage.height, self.usage.width, engine, precision, batch)
+
+    def _check_for_cpu(self, option: str, device: torch.device) -> None:
+        if self.sealed or device.type != 'cpu':
+            what = f'{self.trained.where} is run by onnxruntime' if self.sealed else f'the network is on {device}'
+            raise UserError(f'{option} is for networks of torch on CPUs, and {what}: remove it')
+
+    def digest(self, precision: str, flip_test: bool, engine: str = 'torch') -> str:
         """16 hexadecimal digits that identify the weights and how they are used.
 
-        In bf16 it is another one if the network is compiled, which then rounds at other places; in fp32 features are
+        In bf16 it is another one for each engine, and for 'compiled', which round at other places; in fp32 features are
         equal but for their last digits.
         """
         if self.sealed:
             return self.sealed
         model, usage = self.model, self.usage
-        arithmetic = 'bf16 compiled' if compiled and precision == 'bf16' else precision
+        arithmetic = f'bf16 {engine}' if precision == 'bf16' and engine != 'torch' else precision
         how = self.arch, usage.height, usage.width, usage.interpolation, arithmetic, flip_test
         digest = hashlib.sha256(repr((VERSION, model.made, model.normalisation, *how)).encode())
         for name, value in sorted(model.state_dict().items()):
@@ -112,11 +130,11 @@ def usage_of(trained: Training) -> Usage:
     )
 
 
-def engine_of(
+def source_of(
     path: str | os.PathLike, arch: str | None = None, assume: str = '', height: int | None = None,
     width: int | None = None,
-) -> Engine:  # fmt: skip
-    """The engine of a file: weights, or by its suffix an ONNX file that `export.py` wrote.
+) -> Source:  # fmt: skip
+    """The source of a file: weights, or by its suffix an ONNX file that `export.py` wrote.
 
     Raises:
         UserError: the file cannot be read or does not fit the arguments.
@@ -134,7 +152,7 @@ def engine_of(
 
 def of_weights(
     path: str | os.PathLike, where: str, arch: str | None, assume: str, height: int | None, width: int | None
-) -> Engine:
+) -> Source:
     """The network that the weights were trained with."""
     notes = list[str]()
     loaded = read_weights(path, assume)
@@ -157,10 +175,10 @@ def of_weights(
     notes += [f'Notice: {notice}' for notice in notices.of_size(trained, height, width)]
     arch = str(arch or trained.options.get('arch') or arch_of(loaded.state_dict))
     interpolation = usage.interpolation or model.interpolation
-    return Engine(model, usage._replace(height=height, width=width, interpolation=interpolation), arch, trained, notes)
+    return Source(model, usage._replace(height=height, width=width, interpolation=interpolation), arch, trained, notes)
 
 
-def of_onnx(path: str | os.PathLike, where: str, **given: Any) -> Engine:
+def of_onnx(path: str | os.PathLike, where: str, **given: Any) -> Source:
     """The network of an ONNX file, whose usage is fixed."""
     model, facts = onnx_network.open_onnx(path)
     for name, value in given.items():
@@ -172,4 +190,4 @@ def of_onnx(path: str | os.PathLike, where: str, **given: Any) -> Engine:
     usage = Usage(facts.height, facts.width, facts.interpolation, facts.distance, facts.flip_test)
     notes = [f'{where}: {facts.arch} for images of {facts.height} x {facts.width}, written by export.py']
     notes += [f'Notice: {notice}' for notice in notices.of_size(facts.trained, facts.height, facts.width)]
-    return Engine(model, usage, facts.arch, facts.trained, notes, flips=True, sealed=model.session.digest)
+    return Source(model, usage, facts.arch, facts.trained, notes, flips=True, sealed=model.session.digest)

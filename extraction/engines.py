@@ -1,0 +1,116 @@
+"""Networks that onnxruntime or OpenVINO runs on the CPU: of any weights, converted in memory when they are loaded."""
+
+from collections.abc import Callable
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from extraction.onnx_network import INPUT, OUTPUT, session_of
+from extraction.programs import obstacle, onnx_of, quiet
+from models.network import Network
+from runtime.errors import UserError
+
+ENGINES = {  # and the packages that each needs
+    'onnxruntime': ['onnx', 'onnxscript', 'onnxruntime'],
+    'openvino': ['onnx', 'onnxscript', 'openvino'],
+}
+Run = Callable[[np.ndarray], np.ndarray]  # float32 (B, h, w, 3) -> float32 (B, D)
+
+
+class ChannelsLast(nn.Module):
+    """A network for images as `TestTransform` lays them out, (B, h, w, 3), so that an engine need not copy them."""
+
+    def __init__(self, network: Network):
+        super().__init__()
+        self.network = network.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.network(images.permute(0, 3, 1, 2))
+        return features.float()
+
+
+class Converted(Network):
+    """A network in eval mode that another engine runs: (B, 3, height, width) -> (B, feat_dim), float32.
+
+    Whatever changes the weights later changes nothing here. It may be called by several threads.
+
+    Args:
+        precision: 'fp32', or 'bf16', which only OpenVINO has.
+        batch: the number of images of most calls.
+
+    Raises:
+        UserError: an operator of the network has no counterpart in ONNX.
+    """
+
+    pools_itself = True
+
+    def __init__(self, network: Network, height: int, width: int, engine: str, precision: str, batch: int):
+        super().__init__(num_classes=1)
+        self.feat_dim, self.normalisation, self.interpolation = (
+            network.feat_dim, network.normalisation, network.interpolation,
+        )  # fmt: skip
+        contents = converted(network, height, width, f'--engine {engine}: the network')
+        self.run = run_by_onnxruntime(contents) if engine == 'onnxruntime' else OpenVINO(contents, precision, batch)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = x.permute(0, 2, 3, 1).contiguous()  # (B, h, w, 3), no copy of a batch in channels_last
+        return torch.from_numpy(self.run(images.numpy()))
+
+
+def converted(network: Network, height: int, width: int, what: str) -> bytes:
+    """The network as an ONNX file: images (B, height, width, 3) of any number, already normalised, to its features."""
+    example = torch.zeros(2, height, width, 3)
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.export.export(
+                ChannelsLast(network), (example,), dynamic_shapes={'images': {0: Dim('batch')}}, strict=False
+            )
+    except Exception as problem:  # of any type, some of them private
+        raise UserError(f'{what} cannot be converted: {obstacle(problem)}; remove --engine') from problem
+    return onnx_of(program, {0: 'batch'}, {}, f'{what} cannot be converted', 'remove --engine')
+
+
+def run_by_onnxruntime(contents: bytes) -> Run:
+    session = session_of(contents, 'the converted network')
+
+    def run(images: np.ndarray) -> np.ndarray:
+        features: np.ndarray = session.run([OUTPUT], {INPUT: images})[0]
+        return features
+
+    return run
+
+
+class OpenVINO:
+    """An ONNX file in OpenVINO, on the CPU, with as many threads as torch has now.
+
+    It is compiled, in less than a second, for each of these: batches of `batch` images, single images, and the others.
+    A program for a fixed number of images is up to a fifth faster than one for any number.
+    """
+
+    def __init__(self, contents: bytes, precision: str, batch: int):
+        import openvino  # optional
+
+        self.core = openvino.Core()
+        self.contents, self.sizes, self.lock = contents, (batch, 1), Lock()
+        self.requests: dict[int, Any] = {}  # by the number of images, -1 for the others
+        self.how: dict[str, Any] = {
+            'INFERENCE_PRECISION_HINT': {'fp32': 'f32', 'bf16': 'bf16'}[precision],
+            'INFERENCE_NUM_THREADS': torch.get_num_threads(),
+            'PERFORMANCE_HINT': 'LATENCY',  # all threads share a batch
+        }
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """float32 (B, h, w, 3) -> features (B, D), float32."""
+        size = len(images) if len(images) in self.sizes else -1
+        with self.lock:
+            if size not in self.requests:
+                model = self.core.read_model(self.contents)
+                model.reshape([size, *images.shape[1:]])
+                self.requests[size] = self.core.compile_model(model, 'CPU', self.how).create_infer_request()
+            features: np.ndarray = self.requests[size].infer([images], share_inputs=True)[0]
+        return features

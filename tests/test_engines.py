@@ -1,0 +1,129 @@
+"""Networks that another engine runs: features are those of torch, in batches of any size, from any thread."""
+
+import argparse
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from tiny import Tiny
+
+import extract
+import weights
+from extract import FeatureExtractor
+from extraction.engines import ENGINES, Converted
+from extraction.source import source_of
+from runtime.errors import UserError
+
+NEED = {name: pytest.mark.skipif(not all(map(importlib.util.find_spec, need)), reason=f'needs {", ".join(need)}')
+        for name, need in ENGINES.items()}  # fmt: skip
+EACH = pytest.mark.parametrize('engine', [pytest.param(name, marks=mark) for name, mark in NEED.items()])
+
+
+@pytest.fixture(scope='module')
+def file(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('weights') / 'tiny.pth.tar'
+    options = {'arch': 'tiny', 'height': 32, 'width': 16}
+    torch.save({'format': weights.FORMAT, 'state_dict': Tiny(6).state_dict(), 'arguments': options}, path)
+    return path
+
+
+@EACH
+def test_features_are_equal(engine, file, mixed):
+    files = [path for path, *_ in mixed]
+    plain, fast = FeatureExtractor(file, 'cpu', batch=5), FeatureExtractor(file, 'cpu', batch=5, engine=engine)
+    for some in (files[:5], files, files[:1], files[:16]):  # last batches of 5, 4, 1, 1
+        torch.testing.assert_close(fast(some), plain(some), rtol=1e-4, atol=1e-5)
+    assert fast.digest == plain.digest
+
+
+@EACH
+def test_workers_decode_for_it(engine, file, images):
+    files = [path for path, *_ in images]
+    fast = FeatureExtractor(file, 'cpu', batch=4, workers=2, engine=engine)
+    torch.testing.assert_close(fast(files), FeatureExtractor(file, 'cpu', batch=4)(files), rtol=1e-4, atol=1e-5)
+
+
+@EACH
+def test_weights_are_copied(engine, file, images):
+    files = [path for path, *_ in images]
+    fast = FeatureExtractor(file, 'cpu', engine=engine)
+    features = fast(files)
+    with torch.no_grad():
+        for param in fast.model.parameters():
+            param.zero_()
+    assert torch.equal(fast(files), features)
+
+
+@EACH
+def test_threads_share_one(engine, file, images):
+    files = [path for path, *_ in images]
+    fast = FeatureExtractor(file, 'cpu', batch=3, engine=engine)
+    parts = [files[start : start + 3] for start in range(0, 12, 3)] * 8
+    expected = [fast(part) for part in parts]
+    with ThreadPoolExecutor(4) as pool:
+        for found, each in zip(pool.map(fast, parts), expected, strict=True):
+            torch.testing.assert_close(found, each)
+
+
+@NEED['openvino']
+def test_openvino_has_bf16(file, images):
+    """Features are rounded, by no more than those of torch in bf16 are, and belong to an index of their own."""
+    files = [path for path, *_ in images]
+    exact, eager = FeatureExtractor(file, 'cpu')(files), FeatureExtractor(file, 'cpu', 'bf16')
+    fast = FeatureExtractor(file, 'cpu', 'bf16', engine='openvino')
+    errors = [float(((each(files) - exact).norm(dim=1) / exact.norm(dim=1)).max()) for each in (eager, fast)]
+    assert errors[1] <= 1.5 * errors[0] < 0.05
+    assert eager.digest != fast.digest
+
+
+@EACH
+def test_the_option_of_the_commands(engine, file):
+    parser = argparse.ArgumentParser()
+    extract.add_options(parser)
+    made = extract.extractor_of(parser.parse_args(['--weights', str(file), '--use-cpu', '--engine', engine]))
+    assert isinstance(made.network, Converted)
+
+
+@pytest.mark.parametrize(
+    ('options', 'reason'),
+    [
+        ({'engine': 'openvino', 'compile': True}, '--compile is done by torch, and --engine openvino is not'),
+        ({'engine': 'onnxruntime', 'precision': 'bf16'}, '--engine onnxruntime has no convolutions in bf16'),
+        ({'engine': 'tensorrt'}, 'there is no engine tensorrt: choose torch, onnxruntime or openvino'),
+    ],
+)
+def test_what_does_not_go_together(options, reason, file):
+    with pytest.raises(UserError, match=f'^{reason}'):
+        FeatureExtractor(file, 'cpu', **options)
+
+
+@pytest.mark.parametrize(('sealed', 'device'), [('0' * 16, 'cpu'), ('', 'cuda')])
+def test_only_networks_of_torch_on_a_cpu_are_converted(sealed, device, file):
+    source = source_of(file)
+    source.sealed = sealed
+    with pytest.raises(UserError, match=r'--engine openvino is for networks of torch on CPUs, and .*: remove it'):
+        source.converted(torch.device(device), 'openvino', 'fp32', 8)
+
+
+@pytest.mark.parametrize('engine', ENGINES)
+def test_missing_packages_are_named(engine, file, monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(UserError, match=f'--engine {engine} needs the packages onnx and onnxscript and {engine}: pip'):
+        FeatureExtractor(file, 'cpu', engine=engine)
+
+
+@EACH
+def test_a_network_that_cannot_be_converted_is_refused_in_one_line(engine, file, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError('no\nsuch thing')
+
+    monkeypatch.setattr(torch.export, 'export', fail)
+    reason = f'^--engine {engine}: the network cannot be converted: no; remove --engine$'
+    with pytest.raises(UserError, match=reason):
+        FeatureExtractor(file, 'cpu', engine=engine)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.onnx, 'export', fail)
+    with pytest.raises(UserError, match=reason):
+        FeatureExtractor(file, 'cpu', engine=engine)
