@@ -3,14 +3,15 @@
     python benchmarks/table.py --full engines      # these rows alone; most of the time is compiling
     python benchmarks/engines.py --short           # does it run? One small network, small images
 
-All compute the same network for images that are ready, float32 (B, 3, 256, 128): the other engines read an ONNX file
-of it, without the resize. Each side has a process of its own and as many threads as torch, and they take turns. A row
-compares this project's fastest way with the faster of the others; rows below it show each side. onnxruntime has no
-convolutions in bf16 on CPUs.
+All compute the same network for images that are ready, float32 (B, 3, 256, 128): the other engines, called by their own
+interfaces, read an ONNX file of it, without the resize. Each side has a process of its own and as many threads as
+torch, and they take turns. A row compares this project's fastest way with the faster of the others; rows below it show
+each side. onnxruntime has no convolutions in bf16 on CPUs.
 
 eager:         the network as it is, NCHW
-channels_last: as a test and an extractor without --compile compute it
+channels_last: as a test and an extractor without options compute it
 compiled:      with --compile; for single images as with batch=1
+--engine NAME: as an extractor computes it with this option
 """
 
 import argparse
@@ -34,29 +35,32 @@ if __name__ == '__main__':
 
 import models
 from extraction.compiling import Compiled
+from extraction.engines import Converted
 from extraction.programs import OPSET, quiet
 from models.network import Network
 from runtime.device import keep_memory
 from table import Row, row
 
 ARCHS = ('resnet50', 'osnet_x1_0', 'osnet_x0_25', 'mobilenet_v2')
-OURS, OTHERS = ('eager', 'channels_last', 'compiled'), ('onnxruntime', 'openvino')
+OTHERS = ('onnxruntime', 'openvino')
+OURS = ('eager', 'channels_last', 'compiled', *(f'--engine {name}' for name in OTHERS))
 PRECISIONS = {'fp32': 1e-4, 'bf16': 0.1}  # and how much two sides may differ, relative to the features
 TARGET = 0.95  # least speed relative to the faster of the others
 
 
 class Plan(NamedTuple):
-    """What is measured: images of a batch, turns, and single images of a turn."""
+    """What is measured: images of a batch, turns, and batches and single images of a turn."""
 
     archs: Sequence[str] = ARCHS
     height: int = 256
     width: int = 128
     batch: int = 32
     turns: int = 7
+    batches: int = 3
     singles: int = 30
 
 
-SHORT = Plan(('osnet_x0_25',), 64, 32, 4, 1, 3)
+SHORT = Plan(('osnet_x0_25',), 64, 32, 4, 1, 1, 3)
 
 
 def network(arch: str, plan: Plan) -> Network:
@@ -72,13 +76,15 @@ def write(arch: str, plan: Plan, path: str) -> None:
         torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False).save(path, external_data=False)
 
 
-def torch_side(name: str, arch: str, precision: str, plan: Plan, batch: int) -> Callable[[], np.ndarray]:
+def our_side(name: str, arch: str, precision: str, plan: Plan, batch: int) -> Callable[[], np.ndarray]:
     keep_memory()
     model, images = network(arch, plan), inputs(plan, batch)
     if name != 'eager':
         model, images = (each.to(memory_format=torch.channels_last) for each in (model, images))
     if name == 'compiled':
         model = Compiled(model, plan.height, plan.width, batch)
+    elif name.startswith('--engine'):
+        model = Converted(model, plan.height, plan.width, name.split()[1], precision, batch)
 
     @torch.inference_mode()
     def run() -> np.ndarray:
@@ -123,7 +129,7 @@ def side(name: str, arch: str, precision: str, plan: Plan, batch: int, file: str
         return onnxruntime_side(file, plan, batch)
     if name == 'openvino':
         return openvino_side(file, precision, plan, batch)
-    return torch_side(name, arch, precision, plan, batch)
+    return our_side(name, arch, precision, plan, batch)
 
 
 def prepare(*args) -> None:
@@ -148,15 +154,17 @@ def turn(repeats: int) -> list[float]:
 
 def sides_of(precision: str) -> list[str]:
     """Those that are installed and have the precision."""
-    others = [
-        name for name in OTHERS if importlib.util.find_spec(name) and (name, precision) != ('onnxruntime', 'bf16')
+    return [
+        name
+        for name in (*OURS, *OTHERS)
+        if (engine := name.split()[-1]) not in OTHERS
+        or (importlib.util.find_spec(engine) and (engine, precision) != ('onnxruntime', 'bf16'))
     ]
-    return [*OURS, *others]
 
 
 def measured(arch: str, precision: str, plan: Plan, batch: int, file: str) -> dict[str, list[list[float]]]:
     """Of each side the seconds of each call, turn by turn. Asserts that all sides compute the same features."""
-    repeats = plan.singles if batch == 1 else 1
+    repeats = plan.singles if batch == 1 else plan.batches
     with contextlib.ExitStack() as stack:
         processes = {
             name: stack.enter_context(
