@@ -92,7 +92,7 @@ def squared_distances(queries: Points, gallery: Points) -> Tensor:
         result = products(gallery.features, queries.features).t()
     else:
         result = products(queries.features, gallery.features)
-    return result.mul_(-2).add_(gallery.norms).add_(queries.norms[:, None])
+    return torch.add(gallery.norms, result, alpha=-2, out=result).add_(queries.norms[:, None])
 
 
 def _squared_norms(features: Tensor) -> Tensor:
