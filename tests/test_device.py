@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam
 
 import models
 from arguments import RunOptions
-from runtime import device
+from runtime import device, precision
 from runtime.device import Run
 from runtime.errors import UserError
 from runtime.precision import allow_tf32, has_bf16, without_tf32
@@ -43,7 +43,7 @@ def test_freed_memory_is_kept_on_a_cpu():
     program = """if True:
         import resource, torch
         from arguments import RunOptions
-        from runtime import device
+        from runtime import device, precision
         device.start(RunOptions(use_cpu=True, precision='fp32'))
         def faults():
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -96,6 +96,21 @@ def test_precision(monkeypatch):
         start(sync_bn=True)
     monkeypatch.setattr(device, 'has_bf16', lambda device: False)
     assert start().precision == 'fp32'
+
+
+@pytest.mark.parametrize(
+    ('vendor', 'flags', 'gains'),
+    [
+        ('AuthenticAMD', 'avx512f avx512_bf16', True),
+        ('AuthenticAMD', 'avx512f', False),
+        ('GenuineIntel', 'avx512_bf16 amx_bf16 amx_tile', True),
+        ('GenuineIntel', 'avx512f avx512_bf16', False),  # slower than float32 there
+    ],
+)
+def test_processors_that_gain_from_bf16(vendor, flags, gains, monkeypatch):
+    text = f'processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags} vaes\n'
+    monkeypatch.setattr(precision.Path, 'read_text', lambda *_, **__: text)
+    assert has_bf16(CPU) == gains
 
 
 @pytest.mark.parametrize('allowed', [False, True])
@@ -159,8 +174,8 @@ def model():
 def test_features_of_bf16_are_those_of_fp32(model, height, width):
     images = torch.randn(2, 3, height, width).contiguous(memory_format=torch.channels_last)
     features = []
-    for precision in ('fp32', 'bf16'):
-        run = Run(CPU, precision, precision)
+    for chosen in ('fp32', 'bf16'):
+        run = Run(CPU, chosen, chosen)
         with torch.inference_mode(), run.autocast(testing=True):
             features.append(model(images).float())
     full, half = features
