@@ -25,6 +25,7 @@ import models
 import toy
 from arguments import DataOptions, RunOptions, ShowOptions
 from dataset_loader import ImageDataset, train_loader
+from extraction.engines import Converted
 from losses import CrossEntropyLabelSmooth
 from runtime import device
 from runtime.device import Run
@@ -132,10 +133,12 @@ def plain_extractor(precision='fp32'):
     return step
 
 
-def extractor(precision, arch='resnet50'):
+def extractor(precision, arch='resnet50', engine='torch'):
     run = start(precision)
     images, _ = resident()
     model = run.place(network(arch)).eval()
+    if engine != 'torch':
+        model = Converted(model, *images.shape[2:], engine, precision, len(images))
     images = images.contiguous(memory_format=torch.channels_last)
 
     def step():

@@ -58,13 +58,19 @@ def test_both_sides_of_the_input_make_the_same_batches(data_dir):
 
 
 def test_a_backbone_is_held_to_what_its_class_says(monkeypatch):
+    """On a processor that gains from bf16 with any."""
     backbones = importlib.import_module('backbones')
     for gain, met in ((1.5, [True, False]), (0.5, [False, True]), (1.0, [True, True])):
         times = {'ours': [1.0], 'plain': [gain]}
         monkeypatch.setattr(backbones, 'compare', lambda *_, times=times, **sides: times)
-        rows = list(backbones.rows(True, ['resnet50', 'mobilenet_v2']))
-        assert [row.met for row in rows if row.met is not None] == met
-        assert [row.what.split(',')[0] for row in rows] == ['resnet50'] * 2 + ['mobilenet_v2'] * 2
+        for has_bf16 in (True, False):
+            monkeypatch.setattr(backbones, 'has_bf16', lambda _, has=has_bf16: has)
+            rows = list(backbones.rows(True, ['resnet50', 'mobilenet_v2']))
+            assert [row.met for row in rows if row.met is not None] == met * has_bf16
+            kinds = [tuple(row.what.split(', ')[:2]) for row in rows if '--engine' not in row.what]
+            assert kinds == [
+                (arch, how) for arch in ('resnet50', 'mobilenet_v2') for how in ('training step', 'extraction')
+            ]
     assert len(list(backbones.rows(False))) == 1
 
 
