@@ -60,6 +60,7 @@ def test_both_sides_of_the_input_make_the_same_batches(data_dir):
 def test_a_backbone_is_held_to_what_its_class_says(monkeypatch):
     """On a processor that gains from bf16 with any."""
     backbones = importlib.import_module('backbones')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     for gain, met in ((1.5, [True, False]), (0.5, [False, True]), (1.0, [True, True])):
         times = {'ours': [1.0], 'plain': [gain]}
         monkeypatch.setattr(backbones, 'compare', lambda *_, times=times, **sides: times)
