@@ -303,7 +303,7 @@ def main() -> None:
     what = {'weights': args.weights, **extractor.description, 'seq_len': args.seq_len if args.tracklets else None}
     with Draft(args.out, items, extractor.feat_dim, what, batch) as draft:
         if draft.done:
-            print(f'Continuing behind {draft.done} of {len(items)}')
+            print(f'Resuming after {draft.done} of {len(items)} items')
         rest: Any = items[draft.done :]
         stream = extractor.stream_tracklets(rest, args.seq_len) if args.tracklets else extractor.stream(rest)
         with tqdm(total=len(items), initial=draft.done, unit='item', leave=False, disable=None) as bar:

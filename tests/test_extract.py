@@ -347,11 +347,11 @@ def test_an_interrupted_command_continues(command, files, tmp_path):
     assert (status, error.splitlines()[-1]) == (
         2,
         f'error: cannot read the image {broken}: it is not a JPEG, PNG, BMP, GIF, PPM, TIFF or WEBP file; 10 of '
-        f'{len(files) + 1} are done, and the same command continues',
+        f'{len(files) + 1} are done, and the same command resumes',
     )
     assert not (tmp_path / 'out').exists()
     status, out, _ = command(*files, *args)
-    assert status == 0 and out.startswith(f'Continuing behind 10 of {len(files)}\n')
+    assert status == 0 and out.startswith(f'Resuming after 10 of {len(files)} items\n')
     assert command(*files, '-o', tmp_path / 'other', '--batch', 5)[0] == 0
     assert np.array_equal(*(read(tmp_path / name)[0] for name in ('out', 'other')))
 
@@ -362,7 +362,7 @@ def test_a_draft_of_other_features_is_not_continued(args, command, files, tmp_pa
     broken.write_text('no image')
     assert command(*files, broken, '-o', tmp_path / 'out', '--batch', 5)[0] == 2
     status, out, _ = command(*files, '-o', tmp_path / 'out', *args)
-    assert status == 0 and 'Continuing' not in out
+    assert status == 0 and 'Resuming' not in out
 
 
 def test_nothing_is_overwritten(command, files, tmp_path):
