@@ -9,7 +9,7 @@ from runtime.errors import plain
 
 HEAD = 512  # bytes of a file that are examined
 TORCH = 'save model.state_dict() with torch.save in the program that wrote it'
-EXPORTED = 'give the weights that it was made of; extract.py and search.py also take the ONNX files of export.py'
+EXPORTED = 'give the weights from which it was made; extract.py and search.py also take the ONNX files of export.py'
 
 Kind = tuple[bytes, str, str]  # regular expression for the beginning; what the file is; what to do
 

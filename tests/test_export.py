@@ -189,7 +189,7 @@ def test_of_many_images_some_are_checked(folder, tmp_path, monkeypatch, capsys):
     args = '--weights', folder / 'tiny.pth.tar', '--format', 'pt2', '-o', tmp_path / 'w.pt2', '--images', tmp_path
     assert start('export.py', *args) == 0
     chosen, checked, _ = capsys.readouterr().out.splitlines()
-    assert chosen == 'Of 7 images 3 are checked, at equal distances in their list'
+    assert chosen == 'Of 7 images 3 are checked, evenly spaced in their list'
     assert ' on 3 images of 1 size: ' in checked
 
 
@@ -438,13 +438,13 @@ def test_a_program_of_torch_is_not_loaded(folder):
 def test_an_exported_file_is_not_exported(folder, tmp_path, capsys):
     args = '--weights', folder / 'tiny.onnx', '--format', 'pt2', '-o', tmp_path / 'w.pt2'
     assert start('export.py', *args) == 2
-    assert 'is an exported file: give the weights that it was made of' in capsys.readouterr().err
+    assert 'is an exported file: give the weights from which it was made' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('kind', [pytest.param('onnx', marks=needs_onnx), 'pt2'])
 def test_an_exported_file_is_no_weights(kind, folder):
     """For `weights.py`, --pretrained and --resume."""
-    advice = r'not weights; give the weights that it was made of; extract\.py and search\.py also take the ONNX files'
+    advice = r'not weights; give the weights from which it was made; extract\.py and search\.py also take the ONNX'
     with pytest.raises(UserError, match=rf'tiny\.{kind} is an? .*{advice}'):
         weights.read(folder / f'tiny.{kind}')
 

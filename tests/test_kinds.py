@@ -73,7 +73,7 @@ def exported(path):
 
 POINTER = b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 94512345\n'
 PAGE = b'\n<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title>'
-GIVE = 'give the weights that it was made of; extract.py and search.py also take the ONNX files of export.py'
+GIVE = 'give the weights from which it was made; extract.py and search.py also take the ONNX files of export.py'
 SAVE = 'save model.state_dict() with torch.save in the program that wrote it'
 WEIGHTS = {  # bytes, or a function of a folder that makes them; the end of the message
     'git-lfs pointer': (POINTER, 'is a git-lfs pointer, not the file itself; run `git lfs pull` in its repository'),

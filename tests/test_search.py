@@ -195,7 +195,7 @@ def pairs_of(file, data_dir):
 
 def test_a_threshold_is_calibrated_on_labelled_data(command, found, file, data_dir, queries, gallery):
     status, _, error = command('--gallery', gallery, '--query', queries[0], '--false-match-rate', 0.1)
-    assert status == 2 and 'nothing is known of these weights; measure it with --calibrate -d DATASET' in error
+    assert status == 2 and 'these weights are not calibrated; run --calibrate -d DATASET' in error
     status, out, _ = command('--calibrate', '-d', 'market1501', '--data-dir', data_dir)
     same, others = pairs_of(file, data_dir)
     assert status == 0 and f'false match rate 0.01 in {len(others)} pairs of two persons of market1501' in out
@@ -362,7 +362,7 @@ def test_names_cannot_change_the_page(command, gallery, queries, tmp_path):
         (['--threshold', '1', '--false-match-rate', '1', '--gallery', 'x', '--query', 'x'], '--threshold and --false-'),
         (['--gallery', 'none', '--query', 'none'], 'none: no images there; give files, folders, a pattern, or - for'),
         (['--calibrate', '-d', 'x'], "there is no data set 'x'"),
-        (['--calibrate', '-d', 'toy_mars'], '-d toy_mars: it has tracklets, and thresholds are of images'),
+        (['--calibrate', '-d', 'toy_mars'], '-d toy_mars: it has tracklets, but thresholds are for images'),
         (['--calibrate', '-d', 'market:no_query'], 'market:no_query: the query set is empty'),
     ],
 )  # fmt: skip
