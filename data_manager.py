@@ -236,12 +236,12 @@ def _training_set(sets: Sequence[Dataset], options: Choice) -> Dataset:
     pairs = [hold_out(dataset, options.validate, options.seed) for dataset in sets]
     for dataset, held in pairs:
         if held is None:
-            print(f'Nobody of {plain(dataset.name, 500)} is held out: no person {_CANNOT[dataset.no_cameras]}')
+            print(f'No person of {plain(dataset.name, 500)} is held out: none {_CANNOT[dataset.no_cameras]}')
     validations = [held for _, held in pairs if held is not None]
     if not validations:
         raise UserError(
-            f'--validate {options.validate:g}: nobody can be held out of -d {plain(options.dataset, 500)}, as no '
-            f'person {_CANNOT[sets[0].no_cameras]}; omit the option'
+            f'--validate {options.validate:g}: no person can be held out of -d {plain(options.dataset, 500)}, '
+            f'as none {_CANNOT[sets[0].no_cameras]}; omit the option'
         )
     rest = pairs[0][0] if len(pairs) == 1 else Joined([rest for rest, _ in pairs])
     rest.validation = validations[0] if len(validations) == 1 else Joined(validations)

@@ -34,7 +34,7 @@ from transforms import TestTransform
 
 MAX_RANK = 50
 HELD_OUT = (
-    'these figures are of persons held out of the training set, by which best_model.pth.tar is chosen; they are not '
+    'these figures are for persons held out of the training set, by which best_model.pth.tar is chosen; they are not '
     'those of a test set'
 )
 FRAMES = 15  # with --seq-len 0, frames per tracklet of --test-batch, the default of --seq-len

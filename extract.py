@@ -105,7 +105,7 @@ class FeatureExtractor:
         if engine not in ('torch', *ENGINES):
             raise UserError(f'there is no engine {plain(engine)}: choose torch, {" or ".join(ENGINES)}')
         if compile and engine != 'torch':
-            raise UserError(f'--compile is done by torch, and --engine {engine} is not: choose one of them')
+            raise UserError(f'--compile uses torch, which --engine {engine} replaces: choose one of them')
         self.engine = 'compiled' if compile else engine
         if compile:
             self.network = source.compiled(self.device, self.batch)

@@ -304,9 +304,7 @@ class AllImagesSampler(RandomIdentitySampler):
             else:
                 own = instances.permutation(own)
                 missing = -len(own) % k
-                others = (
-                    own[: len(own) - len(own) % k] if len(own) >= k else own
-                )  # if possible, not from the last piece
+                others = own[: len(own) - len(own) % k] if len(own) >= k else own  # not of the last piece, if possible
                 more = instances.choice(others, missing, replace=len(own) < k)
                 dealt.append(np.concatenate([own, more]).reshape(-1, k)[:number])  # (pieces, K)
         pieces = np.concatenate(dealt)  # (all, K)

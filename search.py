@@ -157,7 +157,7 @@ def words_of(limit: dict[str, Any]) -> str:
     """A threshold and its statistics, in words."""
     if 'pairs' not in limit:
         return f'distance below {limit["threshold"]:g}'
-    few = ', which are few: other data would give another threshold' if limit['false_matches'] < FEW else ''
+    few = ', too few for an accurate threshold' if limit['false_matches'] < FEW else ''
     number = limit['pairs_of_one_person']
     return (
         f'distance below {limit["threshold"]:.6g}: false match rate {limit["false_match_rate"]:g} in '

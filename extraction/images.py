@@ -95,7 +95,7 @@ def files_of(names: Sequence[str], what: str = 'images') -> list[str]:
         some = _lines() if name == '-' else _matching(name)
         files = [file for path in some for file in (_below(path) if os.path.isdir(path) else [path])]
         if not files:
-            raise UserError(f'{plain(name, 500)}: no {what} there; give files, folders, a pattern, or - for stdin')
+            raise UserError(f'{plain(name, 500)}: no {what} found; give files, folders, a pattern, or - for stdin')
         found.update(dict.fromkeys(files))
     return list(found)
 

@@ -30,7 +30,7 @@ DOWNLOADS: list[Kind] = [  # in place of any file
     (rb'7z\xbc\xaf\x27\x1c', 'is a 7z archive', 'unpack it with 7z x, and give the file in it'),
     (rb'Rar!\x1a\x07', 'is a rar archive', 'unpack it with unrar x, and give the file in it'),
     (rb'%PDF', 'is a PDF document', 'give the file itself'),
-    (rb'\x00\x05\x16\x07', 'is what macOS notes about a file (._NAME)', 'give the file itself, without ._'),
+    (rb'\x00\x05\x16\x07', 'is a metadata file of macOS (._NAME)', 'give the file itself, without ._'),
 ]
 MODELS: list[Kind] = [  # in place of weights
     (

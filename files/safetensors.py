@@ -102,7 +102,7 @@ def _header(text: bytes) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        raise ValueError('its header has a name twice')
+        raise ValueError('its header contains a name twice')
     return table
 
 
@@ -116,9 +116,9 @@ def _check(entries: Mapping[str, Any], size: int) -> None:
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f'its tensor {plain(name)} has the unknown type {plain(str(dtype))}')
         if not (_are_sizes(shape) and _are_sizes(place) and len(place) == 2 and len(shape) <= 8):
-            raise ValueError(f'its tensor {plain(name)} has no proper shape or place')
+            raise ValueError(f'its tensor {plain(name)} has an invalid shape or position')
         if place[1] - place[0] != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise ValueError(f'its tensor {plain(name)} has another size than its shape')
+            raise ValueError(f'its tensor {plain(name)} has a size that does not match its shape')
         places.append(place)
     end = 0
     for begin, after in sorted(places):
@@ -139,7 +139,7 @@ def _tensor(entry: Mapping[str, Any], data: bytearray) -> Tensor:
         return torch.empty(shape, dtype=dtype)
     piece = data[begin:end]  # a copy, which is aligned
     if dtype == torch.bool and max(piece) > 1:
-        raise ValueError('it has truth values other than 0 and 1')
+        raise ValueError('it has boolean values other than 0 and 1')
     return torch.frombuffer(piece, dtype=dtype).view(shape)
 
 

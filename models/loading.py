@@ -166,7 +166,7 @@ def settled(
             raise UserError(f'--assume {plain(name)}={plain(value)}: must be one of {choices}')
         if name not in assumed:
             known = ', '.join(assumed) or 'nothing else'
-            raise UserError(f'--assume {name}: {where} leaves no choice of it; {known} may be assumed of it')
+            raise UserError(f'--assume {name}: it does not apply to {where}; {known} can be assumed')
     values = {**assumed, **chosen}
     made: dict[str, Any] = dict(layout.made)
     for name, value in values.items():

@@ -145,7 +145,7 @@ def _take_out(path: str, boxes: str, names: list[str], folder: str) -> None:
                 for name in names:
                     cell = file[_cell(pairs, name)]  # (3, W, H), not read yet: one image at a time is in memory
                     if cell.ndim != 3 or cell.shape[0] != 3 or cell.dtype != np.uint8 or cell.size > LARGEST:
-                        raise ValueError(f'{name} is no image but {cell.dtype} of shape {cell.shape}')
+                        raise ValueError(f'{name} is not an image but {cell.dtype} of shape {cell.shape}')
                     Picture.fromarray(np.ascontiguousarray(np.asarray(cell).T)).save(os.path.join(whole, name))
         except Exception as error:  # of any type: h5py parses untrusted bytes
             reason = plain(f'{type(error).__name__}: {error}')

@@ -11,7 +11,7 @@ from runtime.errors import UserError, plain
 
 SPLITS = ('train', 'query', 'gallery')
 CAMERA = re.compile(r'(?:^|_)c([0-9]{1,9})(?![0-9])')  # 0002_c1s1_000451_03.jpg, c3_17.png
-EXPECTED = 'it must hold a folder for each person with images, or train, query and gallery with such folders'
+EXPECTED = 'it must contain a folder of images for each person, or train, query and gallery with these folders'
 
 Found = tuple[str | tuple[str, ...], str, str]  # paths, person, camera or ''
 
@@ -43,10 +43,10 @@ class Folder(Dataset):
         found = {split: [item for item in items if pid_of[item[1]] != JUNK] for split, items in found.items()}
         everything = [item for items in found.values() for item in items]
         if not everything:
-            raise UserError(f'{plain(root, 500)} holds no image of a person; {EXPECTED}')
+            raise UserError(f'{plain(root, 500)} contains no image of a person; {EXPECTED}')
         if len({isinstance(paths, str) for paths, _, _ in everything}) > 1:
             raise UserError(
-                f'{plain(root, 500)} holds images of some persons, and folders of frames of others; {EXPECTED}'
+                f'{plain(root, 500)} contains images of some persons, and folders of frames of others; {EXPECTED}'
             )
         unknown = next((paths for paths, _, camera in everything if not camera), None)
         drawn = ''
@@ -76,7 +76,7 @@ class Folder(Dataset):
         known = sum(1 for _, _, camera in everything if camera)
         if unknown and known:
             first = plain(unknown if isinstance(unknown, str) else os.path.dirname(unknown[0]), 500)
-            print(f'{known} of {len(everything)} names hold a camera, as in c1_; the first without one is {first}')
+            print(f'{known} of {len(everything)} names contain a camera, as in c1_; the first without one is {first}')
 
 
 def kind_of(root: str) -> str:
@@ -94,7 +94,8 @@ def kind_of(root: str) -> str:
 
 def _splits(root: str) -> list[str]:
     if not os.path.isdir(root):
-        raise UserError(f'{plain(root, 500)} is {"no folder" if os.path.exists(root) else "not there"}; {EXPECTED}')
+        fault = 'is not a folder' if os.path.exists(root) else 'does not exist'
+        raise UserError(f'{plain(root, 500)} {fault}; {EXPECTED}')
     return [split for split in SPLITS if os.path.isdir(os.path.join(root, split))]
 
 

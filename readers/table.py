@@ -81,7 +81,8 @@ def _opened(path: str) -> TextIO:
     where = plain(path, 500)
     try:
         if not os.path.isfile(path):
-            raise UserError(f'{where} is {"no regular file" if os.path.exists(path) else "not there"}; give a CSV file')
+            fault = 'is not a regular file' if os.path.exists(path) else 'does not exist'
+            raise UserError(f'{where} {fault}; give a CSV file')
         with open(path, 'rb') as file:
             head = file.read(HEAD)
         if what := recognised(head, *SHEETS):

@@ -50,7 +50,7 @@ def load(model: Network, folders: Sequence[Path], run: Run) -> Best:
         best = _load(model, folders)
         figures = _tested(folders[0], best)
     if run.sum(torch.tensor(int(figures is not None))):
-        print(f'{best["file"]} was tested, see {folders[0] / RECORD}: the test set is used once')
+        print(f'{best["file"]} was already tested, see {folders[0] / RECORD}: the test set is used once')
         return Best(best, True, figures or {})
     if run.rank == 0:
         print(

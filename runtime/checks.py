@@ -48,7 +48,7 @@ def check_names(parser: Reporter, args: argparse.Namespace) -> None:
             if names.count(name) > 1:
                 parser.error(f'{flag}: {plain(name, 500)} is given twice; give each data set once')
     if args.validate == 1:
-        parser.error('--validate 1: nobody would be left to train on; give a share below 1')
+        parser.error('--validate 1: no person would be left to train on; give a share below 1')
     if args.select and args.validate and not args.evaluate:
         parser.error(
             '--select does not work with --validate, whose held-out persons choose best_model.pth.tar: remove one of '

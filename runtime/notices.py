@@ -59,7 +59,7 @@ def of_test(model: Network, dataset: Dataset, options: TestOptions, run: Run) ->
         if _training_set(trained.options.get('dataset')) == _training_set(options.dataset):
             ours['dataset'] = options.dataset  # the protocols may differ
         if pair := _differences(trained.options, ours):
-            notices.append('{} was tested with {} while it was trained, and now with {}'.format(trained.where, *pair))
+            notices.append('{} was tested with {} during training, and now with {}'.format(trained.where, *pair))
         notices += of_data(trained, dataset, options.dataset)
     return notices
 

@@ -89,7 +89,7 @@ def test_the_option_of_the_commands(engine, file):
 @pytest.mark.parametrize(
     ('options', 'reason'),
     [
-        ({'engine': 'openvino', 'compile': True}, '--compile is done by torch, and --engine openvino is not'),
+        ({'engine': 'openvino', 'compile': True}, '--compile uses torch, which --engine openvino replaces'),
         ({'engine': 'onnxruntime', 'precision': 'bf16'}, '--engine onnxruntime has no convolutions in bf16'),
         ({'engine': 'tensorrt'}, 'there is no engine tensorrt: choose torch, onnxruntime or openvino'),
     ],

@@ -376,7 +376,7 @@ def test_nothing_is_overwritten(command, files, tmp_path):
 @pytest.mark.parametrize(
     ('args', 'message'),
     [
-        (['nothing'], 'nothing: no images there; give files, folders, a pattern, or - for stdin'),
+        (['nothing'], 'nothing: no images found; give files, folders, a pattern, or - for stdin'),
         (['-'], '-: no images there'),
     ],
 )

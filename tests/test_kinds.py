@@ -107,7 +107,7 @@ WEIGHTS = {  # bytes, or a function of a folder that makes them; the end of the 
     'npy': (written(lambda path: np.save(path.open('wb'), np.ones(3))), 'is a NumPy array; give'),
     'npz': (written(lambda path: np.savez(path.open('wb'), a=np.ones(3))), 'is a file of NumPy arrays (.npz); give'),
     'MATLAB': (b'MATLAB 5.0 MAT-file, Platform', 'is a .mat file of MATLAB'),
-    'AppleDouble': (b'\x00\x05\x16\x07\x00\x02', 'is what macOS notes about a file (._NAME); give the file itself'),
+    'AppleDouble': (b'\x00\x05\x16\x07\x00\x02', 'is a metadata file of macOS (._NAME); give the file itself'),
     'pickle of Python 3': (pickle.dumps({'a': 1}, 4), 'PyTorch writes; save it again, with torch.save('),
     'empty': (b'', 'is empty; get the checkpoint again'),
     'text': (b'a text', "is not a PyTorch file (it begins with b'a te'); give a checkpoint or a state dict"),

@@ -215,9 +215,9 @@ def test_the_feature_before_the_neck(path):
         (projects.StrongBaseline, 'x=1', '--assume x=1: must be one of project=reid-strong-baseline|timm, '),
         (projects.StrongBaseline, 'last_stride=3', '--assume last_stride=3: must be one of '),
         (projects.StrongBaseline, 'pooling=gem',
-            '--assume pooling: x.pth leaves no choice of it; project, last_stride, neck_feature may be assumed of it'),
+            '--assume pooling: it does not apply to x.pth; project, last_stride, neck_feature can be assumed'),
         (functools.partial(projects.OmniScale, 0.25), 'last_stride=1',
-            '--assume last_stride: x.pth leaves no choice of it; nothing else may be assumed of it'),
+            '--assume last_stride: it does not apply to x.pth; nothing else can be assumed'),
     ],
 )  # fmt: skip
 def test_an_assumption_that_the_file_refutes(network, assume, message, path, monkeypatch):

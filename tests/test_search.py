@@ -360,7 +360,7 @@ def test_names_cannot_change_the_page(command, gallery, queries, tmp_path):
         (['--calibrate', '-d', 'x', '--forget'], '--forget removes the index, and does nothing else'),
         (['--calibrate', '--threshold', '1', '--false-match-rate', '1'], '--calibrate: -d is missing'),
         (['--threshold', '1', '--false-match-rate', '1', '--gallery', 'x', '--query', 'x'], '--threshold and --false-'),
-        (['--gallery', 'none', '--query', 'none'], 'none: no images there; give files, folders, a pattern, or - for'),
+        (['--gallery', 'none', '--query', 'none'], 'none: no images found; give files, folders, a pattern, or - for'),
         (['--calibrate', '-d', 'x'], "there is no data set 'x'"),
         (['--calibrate', '-d', 'toy_mars'], '-d toy_mars: it has tracklets, but thresholds are for images'),
         (['--calibrate', '-d', 'market:no_query'], 'market:no_query: the query set is empty'),

@@ -209,10 +209,10 @@ def test_a_home_folder_that_the_shell_left_alone(tmp_path, monkeypatch):
 
 
 def test_files_that_are_not_there(tmp_path):
-    assert refused(f'{tmp_path}/none.csv') == ' is not there; give a CSV file'
-    assert refused(str(tmp_path)) == ' is no regular file; give a CSV file'
+    assert refused(f'{tmp_path}/none.csv') == ' does not exist; give a CSV file'
+    assert refused(str(tmp_path)) == ' is not a regular file; give a CSV file'
     os.mkfifo(tmp_path / 'pipe')
-    assert refused(f'{tmp_path}/pipe') == ' is no regular file; give a CSV file'
+    assert refused(f'{tmp_path}/pipe') == ' is not a regular file; give a CSV file'
 
 
 # ---- videos ----
@@ -241,7 +241,7 @@ def test_a_script_for_the_other_kind_is_named_before_anything_starts(tmp_path, s
         '-d csv:people.csv contains tracklets, but train_img_model_xent.py trains on images' in capsys.readouterr().err
     )
     assert script('train_img_model_xent', '-d', 'csv:none.csv') == 2
-    assert capsys.readouterr().err == 'error: -d csv:none.csv: none.csv is not there; give a CSV file\n'
+    assert capsys.readouterr().err == 'error: -d csv:none.csv: none.csv does not exist; give a CSV file\n'
     assert not (tmp_path / 'log').exists()
 
 

@@ -278,9 +278,9 @@ def test_of_several_sets_and_beside_combine(options, places, tmp_path, capsys):
     capsys.readouterr()
     dataset = data_manager.init_datasets(options(dataset=f'csv:{alone},market1501', validate=0.4))
     assert dataset.validation.name == 'validation of market1501' and dataset.num_train_pids == 3 + 4
-    text = f'Nobody of csv:{alone} is held out: no person is seen by two cameras\n'
+    text = f'No person of csv:{alone} is held out: none is seen by two cameras\n'
     assert text in capsys.readouterr().out
-    with pytest.raises(UserError, match=r'nobody can be held out of -d csv:.*, as no person is seen by two cameras'):
+    with pytest.raises(UserError, match=r'no person can be held out of -d csv:.*, as none is seen by two cameras'):
         data_manager.init_datasets(options(dataset=f'csv:{alone}', validate=0.4))
 
 
@@ -405,7 +405,7 @@ def test_the_pages_tell_them_apart(script, tmp_path, monkeypatch):
     assert script(XENT, '--validate', 0.4, '--max-epoch', 2, '--eval-step', 1, '--save-dir', log) == 0
     top, held = ((folder / 'report.html').read_text() for folder in (log, log / 'validation'))
     assert '<h1>market1501, tiny</h1>' in top and '<h1>validation of market1501, tiny</h1>' in held
-    assert 'Notice: these figures are of persons held out of the training set' in held and 'Notice' not in top
+    assert 'Notice: these figures are for persons held out of the training set' in held and 'Notice' not in top
     assert 'mAP on persons held out</b></li>' in top and 'persons held out</b></li>' not in held
     for html in (top, held):
         assert '<h3>Validation during training</h3>' in html and '<h3>Tests during training</h3>' not in html
@@ -494,7 +494,7 @@ def test_a_script_that_reads_one_data_set(options, flag, evaluate, places, scrip
 @pytest.mark.parametrize(
     ('options', 'text'),
     [
-        (['--validate', 1], '--validate 1: nobody would be left to train on; give a share below 1'),
+        (['--validate', 1], '--validate 1: no person would be left to train on; give a share below 1'),
         (['--validate', 1.5], '--validate: must be a number from 0 to 1'),
         (['--validate', 0.3, '--select', 'market1501'], '--select does not work with --validate'),
     ],
