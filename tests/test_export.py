@@ -1,4 +1,4 @@
-"""export.py: the file has the features of the weights, says what they are, and is refused or removed otherwise."""
+"""export.py: the file gives the features of the weights and describes them; otherwise it is refused or removed."""
 
 import functools
 import importlib.util
@@ -45,7 +45,7 @@ def put(path, network=Tiny, **options):
 
 
 def start(*args):
-    """Run a command in this process; gives the exit status."""
+    """Run a command in this process; returns the exit status."""
     before, sys.argv = sys.argv, [*map(str, args)]
     try:
         with pytest.raises(SystemExit) as end:
@@ -57,7 +57,7 @@ def start(*args):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """Weights, and beside them the files that were made of them."""
+    """A folder with weights and the files exported from them."""
     folder = tmp_path_factory.mktemp('weights')
     put(folder / 'tiny.pth.tar')
     for kind in ('onnx', 'pt2') if ONNX else ('pt2',):
@@ -102,7 +102,7 @@ def test_the_graph_normalises_and_averages_mirror_images(images):
 
 @pytest.mark.parametrize('kind', [pytest.param('onnx', marks=needs_onnx), 'pt2'])
 def test_a_file_has_the_features_of_its_weights(kind, folder, images):
-    """Of any size and number of images: one image of one pixel, too."""
+    """For any size and number of images, including a single image of one pixel."""
     images = [*images, np.full((1, 1, 3), 77, np.uint8)]
     expected = FeatureExtractor(folder / 'tiny.pth.tar', 'cpu')(images)
     run, engine = programs.opened(folder / f'tiny.{kind}', kind)
@@ -210,7 +210,7 @@ def test_a_name_has_the_suffix_by_which_it_is_known(name, folder, tmp_path, caps
 
 
 def test_a_file_gets_its_name_once_it_is_checked(tmp_path, monkeypatch):
-    """Whatever ends the command before leaves none that would have to be removed."""
+    """If the command ends earlier for any reason, it leaves no file."""
     path, there = put(tmp_path / 'w.pth'), []
 
     def watched(whole, *args):
@@ -267,7 +267,7 @@ def test_the_check_sees_what_is_wrong(images):
 
 @pytest.mark.parametrize('distance', ['euclidean', 'cosine'])
 def test_neighbours_may_change_places_if_their_distances_agree(distance):
-    """In a plain loop."""
+    """Computed in a plain loop."""
     torch.manual_seed(0)
     expected = torch.randn(30, 4)
     for noise in (0, 1e-6, 1e-2, 1):
@@ -295,14 +295,14 @@ def _(x):
 
 
 class Odd(Tiny):
-    """With an operator that ONNX does not have."""
+    """A network with an operator that ONNX does not have."""
 
     def maps(self, x):
         return odd(super().maps(x))
 
 
 class Fixed(Tiny):
-    """Whose trace would hold for one batch only."""
+    """A network whose trace is valid for one batch size only."""
 
     def maps(self, x):
         return torch.stack([*super().maps(x)])
@@ -451,7 +451,7 @@ def test_an_exported_file_is_no_weights(kind, folder):
 
 @needs_onnx
 def test_a_search_with_the_file(folder, mixed, tmp_path, capsys):
-    """Finds what the weights find, in an index of its own, and calibrates."""
+    """The exported file finds what the weights find, in a separate index, and calibrates."""
     files, results = [path for path, *_ in mixed], []
     for end in ('pth.tar', 'onnx'):
         how = '--weights', folder / f'tiny.{end}', '--use-cpu', '-j', 0, '--index', tmp_path / 'index', '--json'

@@ -280,7 +280,7 @@ def test_tf32_is_restored(allowed):
 
 @pytest.fixture
 def command(file, monkeypatch, capsys):
-    """Run extract.py in this process; gives the exit status, and what was printed."""
+    """Run extract.py in this process; returns the exit status and what was printed."""
 
     def start(*args, stdin=b''):
         monkeypatch.setattr(

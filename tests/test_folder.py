@@ -1,4 +1,4 @@
-"""A folder for each person: images and videos, the split that is there or drawn, and cameras in names."""
+"""A folder for each person: images and videos, a given or drawn split, and cameras in names."""
 
 import os
 import re

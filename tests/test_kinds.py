@@ -1,4 +1,4 @@
-"""Files and folders that are given instead of the right ones: each is named, with what to do, in one line."""
+"""Files and folders passed by mistake: each is recognised and reported in one line, with what to do."""
 
 import bz2
 import gzip
@@ -34,7 +34,7 @@ def saved(thing=CHECKPOINT, **how):
 
 
 def written(write):
-    """The bytes of the file that `write(path)` makes."""
+    """The bytes of the file that `write(path)` writes."""
 
     def make(folder: Path) -> bytes:
         path = folder / 'made'

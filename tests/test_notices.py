@@ -1,4 +1,4 @@
-"""A test that differs from the training of its weights has a notice: printed, in results.json and on the page."""
+"""A test that differs from the training of its weights gives a notice: printed, in results.json and on the page."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Files of other projects against the projects' own arithmetic (tests/projects.py): features at test, logits and
+"""Files of other projects against the projects' own computation (tests/projects.py): features at test, logits and
 features of training, and what the files do not record.
 """
 
@@ -107,7 +107,7 @@ def images(seed=1):
 
 
 def drawn(network, seed=0):
-    """A network with other values in every channel, in float64: an exchange of any two shows."""
+    """A network with different values in every channel, in float64, so that swapping any two is detected."""
     torch.manual_seed(seed)
     theirs = network().train()
     norms = [layer for layer in theirs.modules() if isinstance(layer, NORMS)]
@@ -310,7 +310,7 @@ class TorchreidResNet18(projects.Backbone):
     ],
 )
 def test_weights_of_imagenet(network, arch, layout, path, capsys):
-    """What a file is said to be, and a training that begins with it."""
+    """The description of a file, and training that starts from it."""
     torch.manual_seed(0)
     theirs = network()
     torch.save({'state_dict': {f'module.{name}': value for name, value in theirs.state_dict().items()}}, path)
@@ -476,7 +476,7 @@ def test_own_weights_of_timm_are_known_by_the_modules_that_torch_names(neck, pat
 
 @pytest.mark.parametrize('neck', [False, True])
 def test_names_that_reid_strong_baseline_and_timm_share(neck, path, capsys):
-    """The first one is assumed, and that is printed; --assume and -a say otherwise."""
+    """The first one is assumed, which is printed; --assume and -a override it."""
     model = timm_resnet(neck)
     torch.save(without_versions(model.state_dict()), path)
     loaded = weights.read(path)

@@ -45,7 +45,7 @@ def test_msmt17(version, place, tmp_path, capsys):
 
 
 def test_msmt17_of_the_papers_size(tmp_path, capsys):
-    """Lists alone: no image is looked up."""
+    """Only lists are read: no image is looked up."""
     rng = np.random.default_rng(0)
     root = tmp_path / 'MSMT17_V1'
     for part in 'train', 'test':

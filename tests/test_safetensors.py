@@ -1,4 +1,4 @@
-"""safetensors: read as the library reads it, and refused in one line whatever a header claims."""
+"""safetensors: read as by the library, or refused in one line, for any header."""
 
 import json
 import struct
