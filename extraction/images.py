@@ -67,7 +67,7 @@ def cut(frame: Tensor, boxes: Any) -> list[Tensor]:
     _, height, width = frame.shape
     edges = array[:, :4].round().clip(0, [width, height, width, height])  # (N, 4)
     left, top, right, bottom = edges.T  # (N,) each
-    empty = np.flatnonzero(~((left < right) & (top < bottom)))  # also those with NaN
+    empty = np.flatnonzero(~((left < right) & (top < bottom)))  # including those with NaN
     if len(empty):
         rows = ', '.join(map(str, empty[:10].tolist())) + (' ...' if len(empty) > 10 else '')
         raise UserError(

@@ -257,7 +257,7 @@ def load_into(
             if 'base.conv1.weight' in unexpected:
                 guess = 'it may be of a network of timm: give its name, -a timm:NAME'
         elif 'stem_linear' in unexpected and 'base.conv1.weight' in missing:
-            guess = 'if it is of a network of timm, too, give --assume project=timm'
+            guess = 'if it is also of a network of timm, give --assume project=timm'
         elif arch == own_arch:
             guess = f"it looks like a {arch} that differs from this project's"
         else:

@@ -26,9 +26,9 @@ def examples(run: TestedRun) -> dict[str, Any]:
     groups = {'worst': order[:SHOWN], 'best': order[-SHOWN:], 'random': random}
     chosen = order[np.isin(order, np.concatenate([*groups.values()]))]
     shown = (
-        f'{len(chosen)} of the {len(order)} queries with a match are shown: the {len(groups["worst"])} of lowest '
-        f'average precision (AP), the {len(groups["best"])} of highest, and {len(random)} drawn at random (seed 0); '
-        f'a query may be in several of these groups. They are sorted by AP.'
+        f'{len(chosen)} of the {len(order)} queries with a match are shown: the {len(groups["worst"])} with the '
+        f'lowest average precision (AP), the {len(groups["best"])} with the highest, and {len(random)} drawn at random '
+        f'(seed 0); a query may be in several of these groups. They are sorted by AP.'
     )
     return _lists([run], chosen, groups, shown)
 
@@ -46,8 +46,8 @@ def changes(runs: Sequence[TestedRun], valid: np.ndarray) -> dict[str, Any]:
     gain = ap[-1] - ap[0]  # (Q,)
     groups = {'better': chosen[gain[chosen] > 0], 'worse': chosen[gain[chosen] < 0]}
     shown = (
-        f'The {len(chosen)} queries are shown whose average precision (AP) differs most between the runs, the '
-        f'largest difference first. Better and worse compare the last run with the first.'
+        f'These are the {len(chosen)} queries whose average precision (AP) differs most between the runs, the largest '
+        f'difference first. Better and worse compare the last run with the first.'
     )
     return _lists(runs, chosen, groups, shown)
 

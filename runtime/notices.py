@@ -83,7 +83,7 @@ def of_data(trained: Training, dataset: Dataset, name: str) -> list[str]:
     part = _training_set(name) in map(_training_set, together)
     if part and trained.options.get('combine') is True:
         return [f'{where} was trained on query and gallery of {name} too (--combine): its figures are of known persons']
-    if part and (len(together) > 1 or trained.options.get('validate')):  # it is not known what was trained on of each
+    if part and (len(together) > 1 or trained.options.get('validate')):  # it is unknown which part was trained on
         return []
     pair = _differences(trained.options, {'dataset': name} if name else {})
     if pair and _training_set(theirs) != _training_set(name):

@@ -489,7 +489,7 @@ def test_names_that_reid_strong_baseline_and_timm_share(neck, path, capsys):
     x = images().float()
     assert torch.equal(weights.build(loaded, 'timm:resnet18', 'x')(x), model(x))
 
-    with pytest.raises(UserError, match=r'of a network of timm, too, give --assume project=timm$'):
+    with pytest.raises(UserError, match=r'of a network of timm, give --assume project=timm$'):
         weights.build(weights.read(path), 'timm:resnet18', 'x', lambda _: None)
     source = source_of(path, 'timm:resnet18', '', 70, 38)
     assert torch.equal(source.model(x), model(x)) and not any('Assumed' in note for note in source.notes)
