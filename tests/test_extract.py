@@ -377,7 +377,7 @@ def test_nothing_is_overwritten(command, files, tmp_path):
     ('args', 'message'),
     [
         (['nothing'], 'nothing: no images found; give files, folders, a pattern, or - for stdin'),
-        (['-'], '-: no images there'),
+        (['-'], '-: no images found'),
     ],
 )
 def test_an_argument_without_images_is_named(args, message, command, tmp_path):
