@@ -1,8 +1,8 @@
 # make demo     train and test on a toy data set, installation included, in minutes
 # make test     all other tests, with coverage, the linter and the type checker
 # make soak     the slow tests
-# make fuzz     random files for the readers of foreign files, FUZZ_SECONDS (600) per reader and engine
-# make gpu      the tests of a GPU and its speed, in less than ten minutes
+# make fuzz     random files for the readers of untrusted files, FUZZ_SECONDS (600) per reader and engine
+# make gpu      the tests that need a GPU, and its speed, in less than ten minutes
 # make bench    speeds relative to the original's method; BENCH=full for the large sizes
 
 PYTHON ?= python3

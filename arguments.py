@@ -1,4 +1,4 @@
-"""The options that all experiments share: one typed line each, in the group of the module that uses it.
+"""The options shared by all experiments: one typed line each, in the group of the module that uses it.
 
     parser = arguments.parser(__doc__, dataset='market1501', test_batch=32)
     parser.set_defaults(max_epoch=180, stepsize=60)
@@ -44,7 +44,7 @@ FREE = ('max_epoch', 'pretrained')  # may change when a run resumes: its length 
 def option(default: Value, text: str, *names: str, under: str = '', **how: Any) -> Value:
     """An option of a group: its default, its help, and alternative names.
 
-    under: heading in -h, if it is not that of the group
+    under: heading in -h, if not that of the group
     how:   further arguments for argparse, such as `type` or `choices`; `flag`: a name that replaces the default one
     """
     made: Value = field(default=default, metadata={'help': text, 'names': names, 'under': under, **how})
@@ -56,17 +56,17 @@ class Recipe:
     """The options of the experiment. A resumed run must use the same values, except for FREE."""
 
     dataset: str = option('',
-        'one of {datasets}, or your own data: {own}, see docs/data.md; several, separated by commas, are trained on '
-        'together', '-d')  # fmt: skip
-    targets: str = option('', 'data sets that are tested in place of those of -d, separated by commas', '-t')
+        'one of {datasets}, or your own data: {own}, see docs/data.md; or several, separated by commas, to train on '
+        'them together', '-d')  # fmt: skip
+    targets: str = option('', 'data sets to test instead of those of -d, separated by commas', '-t')
     select: str = option('', 'the tested data set by which best_model.pth.tar is chosen; by default the first one')
     combine: bool = option(False,
-        'train on query and gallery of the data sets of -d too, for weights that are to be used; they are not tested '
-        'then')  # fmt: skip
+        'also train on the query and gallery sets of -d, for weights meant for use; these data sets are not '
+        'tested')  # fmt: skip
     validate: float = option(0.0,
-        'share of the training persons who are held out, to choose best_model.pth.tar by their mAP; the test set is '
+        'share of the training persons to hold out, to choose best_model.pth.tar by their mAP; the test set is '
         'used once, at the end', metavar='SHARE', type=fraction)  # fmt: skip
-    test_share: float = option(0.5, 'of the persons of folder:DIR without a split, the share drawn for the test',
+    test_share: float = option(0.5, 'share of the persons of folder:DIR without a split to draw for the test',
         type=fraction)  # fmt: skip
     arch: str = option('resnet50', 'one of {models}', '-a')
     pretrained: str = option('imagenet',
@@ -78,11 +78,11 @@ class Recipe:
     balance: str = option('none',
         'equal shares of the data sets of -d A,B, or of the cameras, in every batch; see docs/data.md',
         choices=('none', 'dataset', 'camera'))  # fmt: skip
-    padding: int = option(0, 'black pixels around an image, of which a random crop is taken instead of a translation',
+    padding: int = option(0, 'black pixels to add around an image for a random crop, which replaces the translation',
         type=nonnegative_int)  # fmt: skip
     random_erasing: float = option(0.0, 'probability of replacing a random rectangle of an image by the mean colour',
         type=fraction)  # fmt: skip
-    interpolation: str = option('', "of images that are resized; by default bilinear, for networks of timm their own",
+    interpolation: str = option('', "for resizing images; by default bilinear, for networks of timm their own",
         choices=('bilinear', 'bicubic'))  # fmt: skip
     max_epoch: int = option(60, 'number of epochs', type=positive_int)
     lr: float = option(0.0003, 'initial learning rate of Adam', '--learning-rate', type=positive_float)
@@ -107,11 +107,11 @@ class Shared(Recipe):
         metavar='PATH', type=path)  # fmt: skip
     quiet: bool = option(False, 'do not print progress; the log still contains it', under='run')
 
-    given: frozenset[str] = frozenset()  # the options that are on the command line
+    given: frozenset[str] = frozenset()  # the options on the command line
 
     @property
     def test_epochs(self) -> frozenset[int]:
-        """The epochs, from 0, after which a test is run."""
+        """The epochs, from 0, after which the model is tested."""
         last = self.max_epoch - 1
         return frozenset({last, *range(self.eval_step - 1, last, self.eval_step)} if self.eval_step > 0 else {last})
 
@@ -131,7 +131,7 @@ class TestOptions(Shared):
     test_batch: int = option(32, '{things} per batch, over all GPUs; does not affect the results', type=positive_int)
     save_features: bool = option(False,
         'write the query and gallery features to --save-dir, for `python ranking.py`')  # fmt: skip
-    distance: str = option('euclidean', 'of features', choices=('euclidean', 'cosine'))
+    distance: str = option('euclidean', 'distance between features', choices=('euclidean', 'cosine'))
     flip_test: bool = option(False, 'use the mean of the features of each image and its mirror image')
     rerank: bool = option(False,
         'use k-reciprocal re-ranking (Zhong et al., CVPR 2017), which also considers the neighbours of neighbours; do '
@@ -139,11 +139,11 @@ class TestOptions(Shared):
     k1: int = option(20, 'with --rerank: nearest items considered as reciprocal neighbours', type=positive_int)
     k2: int = option(6, 'with --rerank: nearest items over which neighbourhoods are averaged', type=positive_int)
     lambda_value: float = option(0.3,
-        'with --rerank: weight of the Euclidean distance, 0 to 1, against the Jaccard distance of the neighbourhoods',
+        'with --rerank: weight of the Euclidean distance, 0 to 1, relative to the Jaccard distance of neighbourhoods',
         flag='--lambda', type=fraction)  # fmt: skip
     any_camera: bool = option(False,
-        "count matches from the query's own camera too, and drop only the query's own file, for data whose cameras are "
-        'unknown; do not compare its figures with those of the usual protocol')  # fmt: skip
+        "also count matches from the query's own camera, and drop only the query's own file, for data with unknown "
+        'cameras; do not compare its figures with those of the usual protocol')  # fmt: skip
     multi_query: bool = option(False,
         'the feature of a query is the mean of those of all images of its person in its camera (Zheng et al., ICCV '
         '2015): for Market1501 those in gt_bbox; do not compare its figures with those of single queries')  # fmt: skip
@@ -162,7 +162,7 @@ class SaveOptions(Shared):
         type=positive_float)  # fmt: skip
     keep: int = option(3, 'number of resume_*.pth.tar to keep', type=positive_int)
     keep_tests: int = option(0,
-        'number of checkpoint_ep*.pth.tar to keep, the newest, besides best_model.pth.tar; 0: all',
+        'number of newest checkpoint_ep*.pth.tar to keep, besides best_model.pth.tar; 0: all',
         type=nonnegative_int)  # fmt: skip
     resume_weights_only: bool = option(False,
         'load only the weights of --resume and start a new run from them, at --start-epoch')  # fmt: skip
@@ -171,8 +171,8 @@ class SaveOptions(Shared):
         False, 'remove an earlier run from --save-dir, except its logs and features, after the first step of this one'
     )
     assume: str = option('',
-        'with --resume: what the file of another project does not record, separated by commas; `python weights.py '
-        'FILE` lists it', under='test', metavar='NAME=VALUE')  # fmt: skip
+        'with --resume: replaces assumptions about a file of another project, separated by commas; `python weights.py '
+        'FILE` lists them', under='test', metavar='NAME=VALUE')  # fmt: skip
 
     arguments: dict[str, Any] = field(default_factory=dict)  # every option
     recipe: dict[str, Any] = field(default_factory=dict)  # those that a resumed run must repeat
@@ -189,14 +189,14 @@ class RunOptions(Shared):
         'compute BatchNorm over the images of all GPUs instead of each GPU separately; worth its cost if a GPU has few '
         'images, fewer than about 16, or few identities')  # fmt: skip
     precision: str = option('auto',
-        'of the network; weights, losses and statistics are always float32. auto: bf16 if the device multiplies it '
-        'in hardware, and fp32 for the test, so that published figures are reproduced',
+        'precision of the network; weights, losses and statistics are always float32. auto: bf16 if the device '
+        'multiplies it in hardware, and fp32 for the test, so that published figures are reproduced',
         choices=('auto', 'fp32', 'tf32', 'bf16'))  # fmt: skip
     compile: bool = option(False,
         'compile the network: on a GPU for training, with CUDA graphs, because small batches are limited by kernel '
         'launches; on a CPU for --evaluate. Takes a minute at the start')  # fmt: skip
     deterministic: bool = option(False,
-        'use deterministic algorithms only, so that equal runs give equal weights on a GPU too; slower there, and an '
+        'use only deterministic algorithms, so that equal runs give equal weights on a GPU too; slower there, and an '
         'operation without one is an error. Not needed on the CPU')  # fmt: skip
     max_restarts: int = option(0,
         'restart, as with --auto-resume, if a process is killed or fails, at most N times', metavar='N',
@@ -218,7 +218,7 @@ ROOMS = {'data': DataOptions, 'test': TestOptions, 'save': SaveOptions, 'run': R
 
 
 class Arguments(argparse.Namespace):
-    """All options by name, and the groups of the modules."""
+    """All options by name, and the modules' groups."""
 
     data: DataOptions
     test: TestOptions

@@ -1,12 +1,12 @@
-"""The data sets by name: `init_dataset(name)` -> train, query, gallery; `init_datasets` for those of an experiment.
+"""Data sets by name: `init_dataset(name)` -> train, query, gallery; `init_datasets` for those of an experiment.
 
-A scan reads file names and tables, nothing else: no image is opened or looked up on disk. Commands:
+A scan reads only file names and tables: no image is opened or looked up on disk. Commands:
 
     python data_manager.py -d market1501                          # opens every image, and reports faults
     python data_manager.py -d market1501 --write-csv table.csv    # writes it as a table, for -d csv:table.csv
     python data_manager.py -d market1501 --sheet sheet.html       # writes a contact sheet of its persons
 
-Several data sets, -d A,B, are checked one after the other, and written as one.
+Several data sets, -d A,B, are checked one by one, and written as one table.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ TRACKLETS: dict[str, Callable[[str], Dataset]] = {
     'mars_official': partial(Mars, official=True),
     'toy_mars': toy_mars,
 }
-# Data of one's own, NAME:PLACE: the class that reads the place, and what tells whether it holds images or videos.
+# The user's own data, NAME:PLACE: the class that reads PLACE, and the function that returns 'image' or 'video' for it.
 OWN: dict[str, tuple[Callable[..., Dataset], Callable[[str], str]]] = {
     'csv': (table.Table, table.kind_of),
     'folder': (folder.Folder, folder.kind_of),
@@ -82,22 +82,22 @@ def get_names(kind: str | None = None) -> list[str]:
 
 
 def names_of(text: str) -> list[str]:
-    """The names in a list such as A,B. A comma in a path separates nothing unless a known name stands behind it."""
+    """The names in a list such as A,B. A comma in a path is a separator only if a known name follows it."""
     known = '|'.join(map(re.escape, get_names()))
     return re.split(rf',(?=(?:{known})(?:,|$)|(?:{"|".join(OWN)}):)', text)
 
 
 def kind_of(name: str) -> str:
-    """'image' or 'video': what a data set holds; '' if there is none of this name.
+    """'image' or 'video': what a data set contains; '' if there is none of this name.
 
-    Raises UserError for data of one's own that are not at their place.
+    Raises UserError if the user's own data do not exist.
     """
     own, place = _own(name)
     return OWN[own][1](place) if own else 'image' if name in IMAGES else 'video' if name in TRACKLETS else ''
 
 
 def _own(name: str) -> tuple[str, str]:
-    """The form and the place of data of one's own; two empty strings for any other name."""
+    """Form and place of the user's own data; two empty strings for any other name."""
     own, colon, place = name.partition(':')
     return (own, values.path(place)) if colon and own in OWN else ('', '')
 
@@ -108,11 +108,11 @@ def init_dataset(
     """Read the data set `name` from `data_dir` and print its statistics; a toy is drawn first if it does not exist.
 
     name: one of `get_names()`, or of OWN_NAMES, which need no `data_dir`
-    train: whether it must be possible to train on it; if not, a training set that is missing or unusable is empty
-    test_share, seed: of the persons in a folder without a split, those that are drawn for the test
+    train: whether the training set is needed; if not, a missing or unusable one is left empty
+    test_share, seed: for a folder without a split, the share of the persons drawn for the test, and the seed
 
-    Raises UserError for an unknown name, for a toy that cannot be drawn, for a training set that is needed and cannot
-    be used, and in the cases that the class lists.
+    Raises UserError for an unknown name, for a toy that cannot be drawn, for a training set that is needed but cannot
+    be used, and in the cases listed by the class.
     """
     own, place = _own(name)
     if not own and name not in get_names():
@@ -135,7 +135,7 @@ def _from_data_dir(name: str, data_dir: str) -> Dataset:
         dataset = (IMAGES | TRACKLETS)[name](data_dir)
     except OSError as error:
         raise UserError(f'{name} cannot be read or drawn in {data_dir}: {error}; choose another --data-dir') from error
-    if not isinstance(dataset, Dataset):  # any object with the three lists, and perhaps multi_query()
+    if not isinstance(dataset, Dataset):  # any object with the three lists and perhaps multi_query()
         own = dataset
         dataset = Dataset(name, own.train, own.query, own.gallery)
         dataset.multi_query = getattr(own, 'multi_query', dataset.multi_query)
@@ -143,7 +143,7 @@ def _from_data_dir(name: str, data_dir: str) -> Dataset:
 
 
 def _why(dataset: Dataset) -> str:
-    """Why nothing can be trained on a data set, in one line; '' if it can."""
+    """Why a data set cannot be trained on, in one line; '' if it can."""
     return plain(dataset.untrainable, 500).removesuffix('; expected:')
 
 
@@ -173,13 +173,13 @@ class Choice(Protocol):
 def init_datasets(options: Choice) -> Dataset:
     """The data set that an experiment trains on, joined from those of -d.
 
-    Its `targets` are tested: those of -t, or else those of -d that have query and gallery; first that of --select.
-    There may be none with --combine, which trains on query and gallery of the data sets of -d, or with --validate,
-    whose `validation` is made of persons who are held out of each of them. With --evaluate nothing is combined and
-    nobody is held out; if -t is given too, nothing of -d is read, and the first target is returned.
+    Its `targets` are tested: those of -t, or otherwise those of -d that have query and gallery; the one of --select
+    comes first. There may be none with --combine, which also trains on query and gallery, or with --validate, which
+    holds persons out of each data set for `validation`. With --evaluate, nothing is combined or held out; if -t is also
+    given, nothing of -d is read, and the first target is returned.
 
-    Raises UserError as `init_dataset` and `Joined` do; if there is nothing to test, or not that of --select; and if
-    nobody can be held out, or too few persons are left to train on.
+    Raises UserError like `init_dataset` and `Joined`; if there is nothing to test, or the data set of --select is not
+    tested; and if no person can be held out, or too few are left to train on.
     """
     names, tested = names_of(options.dataset), names_of(options.targets) if options.targets else []
     combine, validate = (False, 0.0) if options.evaluate else (options.combine, options.validate)
@@ -209,7 +209,7 @@ def init_datasets(options: Choice) -> Dataset:
 
 
 def _check_targets(targets: list[str], options: Choice) -> None:
-    """Report what --combine leaves out; UserError if nothing is left to test but should be, or not that of --select."""
+    """Report data sets that are not tested because of --combine; UserError without a target, or that of --select."""
     for name in names_of(options.dataset) if options.combine and not options.evaluate else ():
         print(f'{plain(name, 500)} is not tested: --combine trains on its query and gallery')
     if options.select and options.select not in targets:
@@ -228,7 +228,7 @@ def _check_targets(targets: list[str], options: Choice) -> None:
 
 
 def _training_set(sets: Sequence[Dataset], options: Choice) -> Dataset:
-    """The data sets as one, with query and gallery if --combine is given, and a `validation` with --validate."""
+    """The joined training sets, including query and gallery with --combine; with --validate also a `validation`."""
     if options.combine:
         sets = [combined(dataset) for dataset in sets]
     if not options.validate:
@@ -236,12 +236,12 @@ def _training_set(sets: Sequence[Dataset], options: Choice) -> Dataset:
     pairs = [hold_out(dataset, options.validate, options.seed) for dataset in sets]
     for dataset, held in pairs:
         if held is None:
-            print(f'Nobody of {plain(dataset.name, 500)} is held out: no person {_CANNOT[dataset.no_cameras]}')
+            print(f'No person of {plain(dataset.name, 500)} is held out: none {_CANNOT[dataset.no_cameras]}')
     validations = [held for _, held in pairs if held is not None]
     if not validations:
         raise UserError(
-            f'--validate {options.validate:g}: nobody can be held out of -d {plain(options.dataset, 500)}, as no '
-            f'person {_CANNOT[sets[0].no_cameras]}; omit the option'
+            f'--validate {options.validate:g}: no person can be held out of -d {plain(options.dataset, 500)}, '
+            f'as none {_CANNOT[sets[0].no_cameras]}; omit the option'
         )
     rest = pairs[0][0] if len(pairs) == 1 else Joined([rest for rest, _ in pairs])
     rest.validation = validations[0] if len(validations) == 1 else Joined(validations)
@@ -252,7 +252,7 @@ _CANNOT = {False: 'is seen by two cameras', True: 'has two images'}
 
 
 def _note_shared(dataset: Dataset, target: Dataset) -> None:
-    """Report how many of the items that are tested are trained on: figures of another copy of the data, for example."""
+    """Report how many test items are also training items, for example in another copy of the data."""
     trained = {os.path.abspath(paths_of(item)[0]) for item in dataset.train}
     items = [*target.query, *target.gallery]
     if number := sum(os.path.abspath(paths_of(item)[0]) in trained for item in items):
@@ -260,7 +260,7 @@ def _note_shared(dataset: Dataset, target: Dataset) -> None:
 
 
 def fingerprint(dataset: Dataset, subsets: Sequence[str] = ('train', 'query', 'gallery')) -> str:
-    """16 hexadecimal digits that identify the file names, pids and camids of `subsets`, wherever the files are."""
+    """16 hexadecimal digits that identify the file names, pids and camids of `subsets`, regardless of the folder."""
     digest = hashlib.sha256()
     for subset in subsets:
         for paths, pid, camid in getattr(dataset, subset):
@@ -272,7 +272,7 @@ def fingerprint(dataset: Dataset, subsets: Sequence[str] = ('train', 'query', 'g
 def digests(dataset: Dataset) -> list[str]:
     """16 hexadecimal digits for the name of the person behind each training label.
 
-    A checkpoint records them: they tell whether two runs give equal labels to equal persons, without naming anybody.
+    Checkpoints record them, to compare the persons behind the labels of two runs without naming the persons.
     """
     names = (dataset.name_of(pid) for pid in dataset.train_pids)
     return [hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:16] for name in names]
@@ -280,7 +280,7 @@ def digests(dataset: Dataset) -> list[str]:
 
 # ---- the commands ----
 
-MOST = 10  # cases of a note that are listed
+MOST = 10  # listed cases of a note
 
 
 def main() -> int:
@@ -291,9 +291,9 @@ def main() -> int:
     parser.add_argument('-j', '--jobs', type=int, default=os.cpu_count() or 1, help='processes (default: all cores)')
     parser.add_argument(
         '--test-share', type=values.fraction, default=0.5,
-        help='of the persons of folder:DIR without a split, the share for the test (default: 0.5)',
+        help='share of the persons of folder:DIR without a split to draw for the test (default: 0.5)',
     )  # fmt: skip
-    parser.add_argument('--seed', type=values.seed, default=1, help='by which they are drawn (default: 1)')
+    parser.add_argument('--seed', type=values.seed, default=1, help='seed for drawing them (default: 1)')
     parser.add_argument('--write-csv', type=values.path, metavar='FILE', help='write a table of the data set instead')
     parser.add_argument(
         '--sheet', type=values.path, metavar='FILE',
@@ -312,7 +312,7 @@ def main() -> int:
     if args.write_csv:
         print(f'Wrote {plain(args.write_csv, 500)}: {table.write(dataset, args.write_csv)} rows')
     if args.sheet:
-        from page import sheet  # of the pages, this command rarely needs one
+        from page import sheet  # rarely needed
 
         print(f'Wrote {plain(str(sheet.write(dataset, args.sheet)), 500)}, {sheet.PRIVATE}')
     return 0

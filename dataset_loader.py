@@ -1,7 +1,7 @@
 """ImageDataset, VideoDataset and the loaders made of them.
 
-Workers only call the data set's `__getitem__`: images arrive as uint8 at their own sizes. `samplers` decides which
-images make a batch; `transforms` processes their pixels on the device.
+Workers only call the data set's `__getitem__`: images arrive as uint8 at their own sizes. `samplers` selects the images
+of a batch; `transforms` processes their pixels on the device.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ SAMPLES = ('evenly', 'random', 'all')
 
 
 def read_pixels(path: str | os.PathLike) -> Tensor:
-    """`read_image` as uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(read_image(path)).transpose(2, 0, 1))  # a view: the memory stays (H, W, 3)
+    """The result of `read_image` as uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(read_image(path)).transpose(2, 0, 1))  # a view; in memory it remains (H, W, 3)
 
 
 class ImageDataset(Dataset):
     """Images as items (img, pid, camid): `img` is the result of `transform` on the PIL image.
 
-    Without a transform it is uint8 (3, H, W) at the image's own size, and is augmented on the device.
+    Without a transform, `img` is uint8 (3, H, W) at the image's own size, and is augmented on the device.
 
     Args:
         dataset: list of (path, pid, camid).
@@ -55,19 +55,19 @@ class ImageDataset(Dataset):
         return (self.transform(read_image(path)) if self.transform else read_pixels(path)), pid, camid
 
     def files(self) -> Iterator[str]:
-        """The paths of all files that are read."""
+        """The paths of all files to be read."""
         return (path for path, _, _ in self.dataset)
 
 
 class VideoDataset(Dataset):
     """Tracklets as items (imgs, pid, camid): `imgs` (S, C, H, W) are the stacked results of `transform` on each frame.
 
-    Without a transform it is uint8 (S, 3, H, W), or a list of frames (3, H, W) if they differ in size.
+    Without a transform, `imgs` is uint8 (S, 3, H, W), or a list of frames (3, H, W) if they differ in size.
 
     Args:
         dataset: list of (tuple of paths, pid, camid).
-        seq_len: L, number of frames taken from the n of a tracklet.
-        sample: 'evenly' takes frames k * (n // L) for k < L, or if n < L all of them and repeats the last one;
+        seq_len: L, number of frames sampled from the n frames of a tracklet.
+        sample: 'evenly' takes frames k * (n // L) for k < L, or if n < L all of them, repeating the last one;
             'random' draws L frames, in order, with replacement if n < L, as a function of (seed, epoch, index), where
             the key of an item is its index (epoch 0) or (index, epoch); 'all' takes all n.
 
@@ -102,7 +102,7 @@ class VideoDataset(Dataset):
         return torch.stack(imgs), pid, camid  # (S, C, H, W)
 
     def files(self) -> Iterator[str]:
-        """The paths of all files that are read in epoch 0."""
+        """The paths of all files to be read in epoch 0."""
         for index, (paths, _, _) in enumerate(self.dataset):
             yield from (paths[k] for k in self._sampled(len(paths), index, 0))
 
@@ -111,32 +111,32 @@ class VideoDataset(Dataset):
         if self.sample == 'all':
             return range(n)
         if self.sample == 'random':
-            key = int(self.seed < 0), abs(self.seed), epoch, index % len(self)  # -1 is the last one, as in a list
+            key = int(self.seed < 0), abs(self.seed), epoch, index % len(self)  # -1 is the last item, as in a list
             chosen: list[int] = np.sort(np.random.default_rng(key).choice(n, length, replace=n < length)).tolist()
             return chosen
         return (min(k * max(n // length, 1), n - 1) for k in range(length))
 
 
 class TrainLoader:
-    """The batches of an epoch; the next batch is copied to the GPU while it computes on the current one.
+    """The batches of an epoch; the next batch is copied to the GPU while the current one is processed.
 
-    Batch b has the items that the sampler drew for positions b * B to b * B + B - 1, for any number of workers. Process
-    r of W takes positions r, r + W, ... of a batch, so that each process sees as many of its identities as possible.
+    Batch b contains the items that the sampler drew for positions b * B to b * B + B - 1, for any number of workers.
+    Process r of W takes positions r, r + W, ... of a batch, so that it sees as many of the identities as possible.
 
     `dataset[index]` returns (image, pid, camid). Any further values follow the draws, in the order of the batch,
     collated by `torch.utils.data.default_collate`. The image is uint8, a tensor (3, H, W) or a PIL image, of any size.
     A float tensor (3, height, width) counts as prepared and is not augmented.
 
-    Each item has a seed, a function of (seed, epoch, position in the epoch), so that its random numbers do not
-    depend on workers, processes or interruptions. A data set that draws random numbers declares
+    Each item has a seed, a function of (seed, epoch, position in the epoch), so its random numbers do not depend on
+    workers, processes or interruptions. A data set that draws random numbers declares
     `__getitem__(self, index, rng=None)` and receives a numpy Generator with that seed. If it does not, but has a
     transform or its own `__getitem__`, the global generators of random, numpy and torch are seeded for each item.
 
     With --cache each item is read once, before the first epoch, and its pixels are kept in RAM or on the device.
 
     Raises:
-        UserError: --cache with a data set that takes `rng`, or --balance with a sampler without groups; later, an image
-            cannot be read or the cache does not fit.
+        UserError: --cache is used with a data set that takes `rng`, or --balance with a sampler without groups; later,
+            if an image cannot be read or the cache does not fit into memory.
     """
 
     def __init__(self, dataset: Items, sampler: EpochSampler, options: DataOptions, run: Run):
@@ -166,7 +166,7 @@ class TrainLoader:
             return
         indices, draws = self.sampler.draw(epoch)  # (batches, B), (batches, B, DRAWS)
         seeds = generator(ITEMS, self.sampler.seed, epoch).integers(2**63, size=tuple(indices.shape))  # (batches, B)
-        mine = slice(start, None), slice(self.run.rank, None, self.run.world_size)  # of batches, of each batch
+        mine = slice(start, None), slice(self.run.rank, None, self.run.world_size)  # batches, positions in each
         tasks = map(Task, indices[mine].tolist(), seeds[mine].tolist())
         draws = draws[mine].contiguous().to(self.run.device)  # one copy per epoch
         feed = Feed(self._source().blocks(tasks), self.run.device, self.run.copying)
@@ -187,12 +187,12 @@ class TrainLoader:
         return self.cache
 
     def paths(self, epoch: int, batch: int) -> list[str]:
-        """The files of a batch, of all processes."""
+        """The files of a batch, over all processes."""
         indices, _ = self.sampler.draw(epoch)  # (batches, B)
         return [str(self.sampler.data_source[index][0]) for index in indices[batch].tolist()]
 
     def _advise(self, waited: float, share: float) -> None:
-        """Recommends a cache, once, if the run waited for images and their pixels would fit into memory."""
+        """Recommend a cache, once, if the run waited for images and their pixels would fit into memory."""
         helps = self.kind == 'none' and not takes_rng(self.dataset) and waited > 1 and share > 0.05
         if not helps or self.advised or self.run.rank:
             return
@@ -203,11 +203,11 @@ class TrainLoader:
 
 
 class TestLoader:
-    """The items of a data set, once each and in order: batches (images, indices int64 (b,), counts int64 (b,)).
+    """Each item of a data set once, in order: batches (images, indices int64 (b,), counts int64 (b,)).
 
-    `images` are the images of the batch's items in order, `counts` how many each item has: 1, or the number of frames
-    of a tracklet. Process r of W takes items r, r + W, ... of each batch; batches without an item for it are skipped.
-    With `groups` (N,), the group of each item, it takes the items of groups r, r + W, ...
+    `images` are the images of the batch's items in order; `counts` is the number of images of each item: 1, or the
+    number of frames of a tracklet. Process r of W takes items r, r + W, ... of each batch; batches without items for it
+    are skipped. If `groups` (N,), the group of each item, is given, it takes the items of groups r, r + W, ...
 
     Raises:
         UserError: an image cannot be read.
@@ -243,15 +243,15 @@ def train_loader(dataset: Items, sampler: EpochSampler, options: DataOptions, ru
 def test_loader(
     dataset: Items, batch_size: int, workers: int, run: Run, groups: np.ndarray | None = None
 ) -> TestLoader:
-    """The items of `dataset` in order, `batch_size` at a time over all processes, each with `workers` decoders.
+    """The items of `dataset` in order, in batches of `batch_size` over all processes, each with `workers` decoders.
 
-    groups: (N,), if all items of a group are for the same process
+    groups: (N,), to give all items of a group to the same process
     """
     return TestLoader(dataset, batch_size, workers, run, groups)
 
 
 def takes_rng(dataset: Items) -> bool:
-    """Whether `__getitem__` of the data set takes `rng`, a random generator for each item."""
+    """Whether the data set's `__getitem__` takes `rng`, a random generator for each item."""
     try:
         return 'rng' in inspect.signature(type(dataset).__getitem__).parameters
     except ValueError:  # of a built-in type, such as a list
@@ -277,14 +277,14 @@ def workers_for(dataset: Items, number: int, device: torch.device) -> Workers:
     def work(task: Task) -> Block:
         with contextlib.nullcontext() if draws_nothing else generators_kept():
             items = [item(index, seed) for index, seed in zip(task.items, task.seeds, strict=True)]
-            return collate(items, pin=pin and number == 0)  # a worker's block is pinned where it arrives
+            return collate(items, pin=pin and number == 0)  # a worker's block is pinned by the receiver
 
     return Workers(number, work, pin)
 
 
 @contextlib.contextmanager
 def generators_kept() -> Iterator[None]:
-    """Restore the global random generators: with --workers 0 the run itself makes the items, and it draws from them."""
+    """Restore the global random generators on exit: with --workers 0 items are made in the run, which uses them too."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:
         yield
@@ -295,7 +295,7 @@ def generators_kept() -> Iterator[None]:
 
 
 def size_of(dataset: Items) -> int:
-    """Bytes of the images, estimated from up to 64 of them."""
+    """Bytes of all images, estimated from up to 64 of them."""
     sample = range(0, len(dataset), max(len(dataset) // 64, 1))
     with generators_kept():
         return int(np.mean([collate([dataset[index]]).pixels.nbytes for index in sample]) * len(dataset))

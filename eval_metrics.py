@@ -1,12 +1,12 @@
 """CMC, mAP and mINP from the ranks of the matches, or from a distance matrix.
 
 The protocol is Market-1501's (Zheng et al., Scalable Person Re-identification: A Benchmark, ICCV 2015): for each query,
-gallery items of the same pid and the same camid are dropped; the items of the same pid that remain are its matches; a
-query without a match is skipped, not scored. Items are sorted by distance, ties by gallery index. With --any-camera
-numbers of files take the place of the camids (`files.paths.same_files`), so that a query drops its own file only.
+gallery items of the same pid and the same camid are dropped; the remaining items of the same pid are its matches; a
+query without a match is skipped. Items are sorted by distance, ties by gallery index. With --any-camera file numbers
+replace the camids (`files.paths.same_files`), so that a query drops only its own file.
 
-METRICS lists the metrics that are reported. To add one, add a function and a row: it is then printed, written to
-results.json, results.csv, metrics.csv and TensorBoard, and shown on the page.
+METRICS lists the reported metrics. To add one, add a function and a row: it is then printed, written to results.json,
+results.csv, metrics.csv and TensorBoard, and shown on the page.
 """
 
 from collections.abc import Callable
@@ -34,10 +34,10 @@ class Pairs(NamedTuple):
 
     offsets: np.ndarray  # (Q + 1,) int64
     places: np.ndarray  # (P,) int64, gallery indices, ascending within a query
-    dropped: np.ndarray  # (P,) bool: same camid as the query too, so not a match
+    dropped: np.ndarray  # (P,) bool: also same camid as the query, so not a match
 
     def among(self, queries: slice) -> tuple[slice, np.ndarray]:
-        """The slice of these queries' pairs (p of P), and for each pair the number of its query, from 0: (p,)."""
+        """The slice of these queries' pairs (p of P), and for each pair the index of its query in the slice: (p,)."""
         offsets = self.offsets[queries.start : queries.stop + 1]
         return slice(offsets[0], offsets[-1]), rows_of(offsets)
 
@@ -49,7 +49,7 @@ class Matches:
     offsets: np.ndarray  # (Q + 1,) int64
     places: np.ndarray  # (M,) int64, in the gallery
     distances: np.ndarray  # (M,) float
-    ranks: np.ndarray  # (M,) int64, from 1, in the gallery without the items that the query drops
+    ranks: np.ndarray  # (M,) int64, from 1, in the gallery without the query's dropped items
     num_dropped: np.ndarray  # (Q,) int64, gallery items that the query drops
 
     @property
@@ -67,12 +67,12 @@ class Matches:
 
     @property
     def num_same_camera(self) -> int:
-        """Queries skipped because the gallery contains their identity in their own camera only."""
+        """Number of queries skipped because the gallery contains their identity only in their own camera."""
         return int((~self.valid & (self.num_dropped > 0)).sum())
 
     @property
     def num_absent(self) -> int:
-        """Queries skipped because their identity is not in the gallery at all."""
+        """Number of queries skipped because their identity is not in the gallery."""
         return self.num_skipped - self.num_same_camera
 
     def cmc(self, max_rank: int = 50) -> np.ndarray:
@@ -151,7 +151,7 @@ class Metric:
     score: Callable[[np.ndarray, np.ndarray], np.ndarray]  # ranks, offsets as for cmc -> (Q,) float64, 0..1 or NaN
 
 
-# These have their own output format, as in the original: mAP, CMC curve.
+# These are printed in the original's format: mAP, CMC curve.
 CLASSIC = frozenset({'mAP', 'mINP', 'rank1', 'rank5', 'rank10'})
 
 METRICS: tuple[Metric, ...] = (
@@ -164,7 +164,7 @@ METRICS: tuple[Metric, ...] = (
 def evaluate(
     distmat: 'np.ndarray | Tensor', q_pids: 'Ids', g_pids: 'Ids', q_camids: 'Ids', g_camids: 'Ids', max_rank: int = 50
 ) -> tuple[np.ndarray, float]:
-    """CMC (max_rank,) and mAP of a distance matrix (Q, G), numpy or torch; ids (Q,) and (G,), anything array-like.
+    """CMC (max_rank,) and mAP of a distance matrix (Q, G), numpy or torch; ids (Q,) and (G,) are any array-likes.
 
     Raises:
         UserError: the shapes do not fit, a distance is NaN, or no query has a match.
@@ -176,9 +176,9 @@ def evaluate(
 def match_ranks(
     distmat: 'np.ndarray | Tensor', q_pids: 'Ids', g_pids: 'Ids', q_camids: 'Ids', g_camids: 'Ids'
 ) -> Matches:
-    """The matches in a distance matrix, which is ranked like one tile of `ranking.count`.
+    """The matches in a distance matrix, which is ranked like a tile of `ranking.count`.
 
-    Arguments and errors as for `evaluate`, except that all queries may be without a match.
+    Arguments and errors are those of `evaluate`, but it is not an error if no query has a match.
     """
     q_pids, g_pids, q_camids, g_camids = check_ids(q_pids, g_pids, q_camids, g_camids)
     if tuple(distmat.shape) != (len(q_pids), len(g_pids)):
@@ -208,9 +208,9 @@ def match_ranks(
 
 
 def check_matches(q_pids: 'Ids', g_pids: 'Ids', q_camids: 'Ids', g_camids: 'Ids', any_camera: bool = False) -> None:
-    """Raise UserError if no query can have a match, whatever the distances; ids are anything array-like.
+    """Raise UserError if no query has a match, which does not depend on the distances; ids are any array-likes.
 
-    any_camera: for the message: the camids are numbers of files
+    any_camera: the camids are file numbers (for the message)
     """
     pairs = same_identity(*check_ids(q_pids, g_pids, q_camids, g_camids))
     if pairs.dropped.all():  # or there is no pair at all
@@ -219,7 +219,7 @@ def check_matches(q_pids: 'Ids', g_pids: 'Ids', q_camids: 'Ids', g_camids: 'Ids'
 
 
 def no_match(absent: int, dropped: int, any_camera: bool = False) -> UserError:
-    """The error for a test without a match: how many queries have none for which reason, and what to do."""
+    """The error for a test without any match: the number of queries for each reason, and what to do."""
     reasons = f'none of the {absent + dropped} queries has a match: {absent} whose person is not in the gallery'
     if any_camera:
         return UserError(
@@ -233,7 +233,7 @@ def no_match(absent: int, dropped: int, any_camera: bool = False) -> UserError:
 
 
 def same_identity(q_pids: np.ndarray, g_pids: np.ndarray, q_camids: np.ndarray, g_camids: np.ndarray) -> Pairs:
-    """All pairs with equal pids; ids as returned by `check_ids`. No step needs memory of the size queries x gallery."""
+    """All pairs with equal pids; ids as returned by `check_ids`. No step needs memory for queries x gallery items."""
     order = np.argsort(g_pids, kind='stable')
     by_pid = g_pids[order]
     first = np.searchsorted(by_pid, q_pids, 'left')  # (Q,)
@@ -248,7 +248,7 @@ def count_before(
 ) -> np.ndarray:
     """(p,) int64: how many items precede each of p items in the ranking of its query.
 
-    An item precedes another one if it is nearer, or equally near and earlier in the gallery.
+    An item precedes another if it is nearer, or equally near and earlier in the gallery.
 
     Args:
         block: (B, W) distances of B queries to W items in gallery order; NaN or infinite for items that must not be
@@ -256,12 +256,12 @@ def count_before(
         by_distance: (B, W), `block` with each row sorted.
         rows: (p,) ascending, the row of the item's query.
         distances: (p,) of the items.
-        earlier: (p,) how many of the W items are earlier in the gallery: 0 for an item before all of them, W for one
-            after all of them.
+        earlier: (p,) the number of the W items that are earlier in the gallery: 0 for an item before all of them, W for
+            one after all of them.
     """
     width = block.shape[1]
     bounds = distances.astype(block.dtype)  # (p,)
-    # All equally near items precede an item after the block: count those below the next larger number.
+    # All equally near items precede an item after the block: count those below the next larger float.
     bounds = np.where(earlier < width, bounds, np.nextafter(bounds, np.inf, dtype=block.dtype))
     values = by_distance.ravel()
     first, last = rows * width, rows * width + width - 1  # (p,) where the row starts and ends in `values`
@@ -270,7 +270,7 @@ def count_before(
         probe = np.minimum(nearer + step, last)
         nearer = np.where(values[probe] < bounds, probe, nearer)
     counts: np.ndarray = nearer + 1 - first
-    # If items of the block are as near as an item inside it, the earlier ones precede it.
+    # For an item inside the block, the equally near items that are earlier precede it.
     tied = (earlier > 0) & (earlier < width)
     tied[tied] = by_distance[rows[tied], np.minimum(counts[tied], width - 1)] == bounds[tied]
     for i in np.flatnonzero(tied):
@@ -279,7 +279,7 @@ def count_before(
 
 
 def rank_matches(pairs: Pairs, distances: np.ndarray, counts: np.ndarray) -> Matches:
-    """Matches, from the distances (P,) of all pairs and the numbers (P,) of other pids' items that precede each."""
+    """The matches, from the distances (P,) of all pairs and the number (P,) of items of other pids before each."""
     num_queries = len(pairs.offsets) - 1
     rows = rows_of(pairs.offsets)  # (P,)
     keep = np.flatnonzero(~pairs.dropped)
@@ -308,7 +308,7 @@ def check_ids(q_pids: 'Ids', g_pids: 'Ids', q_camids: 'Ids', g_camids: 'Ids') ->
 
 
 def _floats(block: 'np.ndarray | Tensor') -> np.ndarray:
-    """A copy on the CPU, in its own precision, float32 at least."""
+    """A copy on the CPU, in the same precision, but at least float32."""
     if not isinstance(block, np.ndarray):
         block = block.detach().cpu()
         block = (block.float() if block.itemsize < 4 else block).numpy()  # numpy has no bfloat16

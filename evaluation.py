@@ -1,7 +1,7 @@
 """The test: features of query and gallery, their ranking, the printed figures, and the result files.
 
-Several processes share it: each extracts its part of the images, and counts in its part of the gallery. Every image is
-extracted once; no feature of the gallery leaves its process.
+If there are several processes, each extracts its share of the images and counts in its part of the gallery. Every image
+is extracted once; gallery features never leave their process.
 """
 
 import datetime
@@ -34,23 +34,23 @@ from transforms import TestTransform
 
 MAX_RANK = 50
 HELD_OUT = (
-    'these figures are of persons held out of the training set, by which best_model.pth.tar is chosen; they are not '
+    'these figures are for persons held out of the training set, by which best_model.pth.tar is chosen; they are not '
     'those of a test set'
 )
-FRAMES = 15  # with --seq-len 0, frames for each of --test-batch: as many as there are by default
+FRAMES = 15  # with --seq-len 0, frames per tracklet of --test-batch, the default of --seq-len
 
 
 class Test:
     """The tests of an experiment: `figures = test(model)`, a dict with the mean of each of METRICS (0..1).
 
-    Tested is each of the `targets` of the data set. The figures of the first one have the names of METRICS, those of
-    another one begin with its name, as in `market1501/rank1`. If persons are held out for validation, they are tested
-    in place of the targets, their figures begin with `validation/`, and `last` tests the targets. Without a target the
+    Each of the data set's `targets` is tested. The figures of the first one are named as in METRICS, those of the
+    others have the target's name as a prefix, as in `market1501/rank1`. If persons are held out for validation, they
+    are tested instead, their figures have the prefix `validation/`, and `last` tests the targets. Without targets the
     figures are {}.
 
     Raises:
-        UserError: the test is known to fail before training starts: query or gallery is empty, no query has a match, a
-            file or with --multi-query an image of a query is missing, or a package that the page needs.
+        UserError: the test would fail, which is detected before training: query or gallery is empty, no query has a
+            match, a file is missing, --multi-query finds no images for a query, or the page needs a missing package.
     """
 
     def __init__(self, dataset: Dataset, options: TestOptions, run: Run):
@@ -74,11 +74,11 @@ class Test:
             results.check_packages()
 
     def is_due(self, epoch: int) -> bool:
-        """Whether a test is run after this epoch (from 0): every --eval-step epochs, and after the last one."""
+        """Whether to test after this epoch (from 0): every --eval-step epochs, and after the last one."""
         return epoch in self.options.test_epochs
 
     def __call__(self, model: Network) -> dict[str, float]:
-        """Print the same figures as the original; write results.json, results.csv, ranking.npz and their page.
+        """Print the same figures as the original; write results.json, results.csv, ranking.npz and the page.
 
         Raises:
             UserError: an image cannot be read, features are not finite, or --save-features cannot write them.
@@ -91,7 +91,7 @@ class Test:
         return self._test(model, self.targets, 'Evaluate only' if self.options.evaluate else '==> Test', {})
 
     def last(self, model: Network, more: dict[str, object]) -> dict[str, float]:
-        """Test the targets of a run that was validated; `more` is added to results.json."""
+        """Test the targets of a run with --validate; `more` is added to results.json."""
         return self._test(model, self.targets, '==> Test', more)
 
     def _test(
@@ -118,13 +118,13 @@ class Test:
         if len(tests) > 1:
             targets.show(figures)
             table = {'targets': targets.table(figures, [test.options.save_dir for test in tests])}
-        for test in reversed(tests):  # the first one, whose results name the others, is the last to be written
+        for test in reversed(tests):  # the first one is written last, because its results refer to the others
             test.write({**more, **(table if test is tests[0] else {})})
         return targets.named(figures)
 
 
 class TargetTest:
-    """The test of one data set, whose results are written by `write`; `apart`: not into --save-dir, but below it."""
+    """The test of one data set; `write` writes its results, to --save-dir, or if `apart` to a folder below it."""
 
     def __init__(self, dataset: Dataset, options: TestOptions, run: Run, apart: bool = False):
         options = fitting(options, dataset)
@@ -139,7 +139,7 @@ class TargetTest:
         self.arrays: dict[str, np.ndarray] = {}
 
     def prepare(self, model: Network, options: TestOptions) -> None:
-        """Adopt the `options` of a test; with --evaluate, compare it with the training of the weights."""
+        """Set the `options` of the test; with --evaluate, compare it with the training of the weights."""
         own = {name: getattr(self.options, name) for name in ('dataset', 'save_dir', 'any_camera')}
         self.options = replace(options, **own)
         if options.evaluate:
@@ -149,7 +149,7 @@ class TargetTest:
         query, gallery = (self._extract(model, subset) for subset in ('query', 'gallery'))
         if self.options.save_features:
             keep_features(self.options.save_dir, self.run)
-        print('Computing distance matrix')  # the original's line; no matrix is kept
+        print('Computing distance matrix')  # as printed by the original; no matrix is kept
         print('Computing CMC and mAP')
         self.result = self._rank(query, gallery)
         self.arrays = self._by_camera(query, gallery) | sample(query, gallery, self.dataset, self.run)
@@ -168,7 +168,7 @@ class TargetTest:
         folder = self.options.save_dir
         more = more | ({'part_of_a_test': True} if self.apart else {})
         results.write(folder, self._summary(result) | more, self.dataset, result, self.arrays, self.run.unwritten)
-        if (self.options.evaluate or self.apart) and not self.options.no_report:  # otherwise after metrics.csv
+        if (self.options.evaluate or self.apart) and not self.options.no_report:  # else after metrics.csv
             results.write_page(folder, self.run.unwritten)
 
     def _extract(self, model: Network, subset: str) -> Extracted:
@@ -184,7 +184,7 @@ class TargetTest:
         return mean_features(*extracted, several, self.run, file) if several else extracted
 
     def _rank(self, query: Extracted, gallery: Extracted) -> ranking.Ranking | None:
-        """The ranking, in the first process; None in the others."""
+        """The ranking in the first process; None in the others."""
         if self.options.any_camera:
             print(ranking.ANY_CAMERA)
         if self.options.rerank:
@@ -194,7 +194,7 @@ class TargetTest:
         return None if self.run.rank else result
 
     def _by_camera(self, query: Extracted, gallery: Extracted) -> dict[str, np.ndarray]:
-        """The arrays of the table of cameras; empty ones if it is left out."""
+        """The arrays of the table of cameras; empty if the table is left out."""
         q_pids, g_pids, q_camids, g_camids = ids_of(self.dataset.query, self.dataset.gallery)
 
         def rank_in(items: np.ndarray) -> ranking.Ranking:
@@ -227,7 +227,7 @@ class TargetTest:
             'queries': {
                 'all': len(dataset.query),
                 'valid': result.num_valid,
-                'match in the same camera only': result.num_same_camera,  # with --any-camera: in their own file
+                'match in the same camera only': result.num_same_camera,  # with --any-camera: only their own file
                 'not in the gallery': result.num_absent,
             },
             'gallery': len(dataset.gallery),
@@ -255,7 +255,7 @@ class TargetTest:
 
 
 def tested_items(items: Sequence[Item], options: TestOptions) -> ImageDataset | VideoDataset:
-    """The images, or --seq-len frames of each tracklet, that are tested; all frames, one by one, if that is 0."""
+    """The images to test, or --seq-len frames of each tracklet; if that is 0, all frames as single images."""
     if isinstance(items[0][0], str):
         return ImageDataset(items)
     if options.seq_len == 0:
@@ -269,12 +269,12 @@ def extract(
 ) -> Extracted:
     """Features of the images or tracklets that this process handles, and the indices of these items.
 
-    A tracklet's feature is the mean or maximum over `--seq-len` of its frames. Any --test-batch gives the same figures.
-    The model's mode is restored. Each batch is also written to its rows of `file` (N, feat_dim), if given.
+    A tracklet's feature is the mean or maximum over `--seq-len` of its frames. Figures do not depend on --test-batch.
+    The model's mode is restored. If `file` (N, feat_dim) is given, each batch is also written to its rows.
 
     Returns:
-        Features (n, feat_dim), float32, on the run's device, and indices (n,) int64, ascending. One process gets all N
-        items in order; several get a part each, which is empty for some if there are more processes than items.
+        Features (n, feat_dim), float32, on the run's device, and indices (n,) int64, ascending. A single process gets
+        all N items in order; several get a part each, which may be empty if there are more processes than items.
     """
     dataset = tested_items(items, options)
     if isinstance(dataset, ImageDataset) and not isinstance(items[0][0], str):
@@ -296,7 +296,7 @@ def extract(
 def _extract_whole(
     model: Network, items: Sequence[Item], frames: ImageDataset, options: TestOptions, run: Run, file: np.ndarray | None
 ) -> Extracted:
-    """The same for all frames of each tracklet, however long: no batch has more than --test-batch times FRAMES."""
+    """Like `extract`, with all frames of each tracklet, in batches of at most --test-batch times FRAMES frames."""
     sizes = torch.tensor([len(paths) for paths, _, _ in items])  # (N,)
     tracklets = torch.arange(len(items)).repeat_interleave(sizes)  # of each frame
     loader = test_loader(frames, options.test_batch * FRAMES, options.workers, run, tracklets.numpy())
@@ -318,7 +318,7 @@ def _extract_whole(
 def _batches(
     model: Network, loader: TestLoader, options: TestOptions, run: Run
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The features (images, feat_dim) of each batch, the indices (b,) of its items, and how many images each has."""
+    """For each batch its features (images, feat_dim), the indices (b,) of its items, and their numbers of images."""
     interpolation = options.interpolation or model.interpolation
     prepare = TestTransform(options.height, options.width, model.normalisation, interpolation)
     was_training = model.training
@@ -335,6 +335,6 @@ def _batches(
 
 
 def pool(features: Tensor, counts: Tensor, how: str) -> Tensor:
-    """One feature per tracklet, (b, D): mean ('avg') or maximum ('max') over its `counts` (b,) rows of (frames, D)."""
+    """One feature per tracklet, (b, D): mean ('avg') or maximum ('max') of its frames; `counts` (b,) of (frames, D)."""
     tracklets = features.split(counts.tolist())
     return torch.stack([frames.mean(0) if how == 'avg' else frames.amax(0) for frames in tracklets])

@@ -1,11 +1,11 @@
-"""A trained network as a file for other programs: ONNX, or a program of torch.export.
+"""Exports a trained network to a file for other programs: ONNX, or a program of torch.export.
 
     python export.py --weights log/demo/best_model.pth.tar --format onnx
 
-The file takes uint8 images (B, H, W, 3) in RGB, where B, H and W are any numbers, and gives their features (B, D),
-float32: resizing and normalisation are inside. Its metadata contain the architecture, the size, the distance by which
-features are compared, and more. It is run before it gets its name: its features and the ten nearest neighbours must be
-those of the weights, or the exit status is 1 and nothing is written.
+The exported network maps uint8 RGB images (B, H, W, 3), with any B, H and W, to features (B, D), float32; it includes
+resizing and normalisation. The metadata contain the architecture, the input size, the distance by which features are
+compared, and more. The file is run before it is renamed to its final name: if its features or ten nearest neighbours
+differ from those of the weights, nothing is written and the exit status is 1.
 """
 
 import os
@@ -26,7 +26,7 @@ SUFFIXES = '.safetensors', '.tar', '.pth', '.pt'  # of weights
 
 
 def named(weights: str, kind: str) -> str:
-    """The name of a file beside its weights: best_model.pth.tar -> best_model.onnx."""
+    """The name of an exported file beside its weights: best_model.pth.tar -> best_model.onnx."""
     stem = weights
     for suffix in SUFFIXES:
         stem = stem.removesuffix(suffix)
@@ -34,16 +34,16 @@ def named(weights: str, kind: str) -> str:
 
 
 def images_of(names: list[str]) -> list[np.ndarray]:
-    """The images (H, W, 3) of a check: those of files and folders, of many only some, or else drawn ones."""
+    """The images (H, W, 3) for the check: from files and folders, at most agreement.MOST of them; by default drawn."""
     found = files_of(names) if names else []
     paths = agreement.evenly(found)
     if len(paths) < len(found):
-        print(f'Of {len(found)} images {len(paths)} are checked, at equal distances in their list')
+        print(f'Of {len(found)} images {len(paths)} are checked, evenly spaced in their list')
     return [pixels_of(path, False, path).permute(1, 2, 0).numpy() for path in paths] or agreement.drawn()
 
 
 def main() -> None:
-    parser = commands.Parser(description='Write a trained network as a file for other programs.')
+    parser = commands.Parser(description='Export a trained network to a file for other programs.')
     parser.add_argument(
         '--weights', type=values.path, required=True, metavar='PATH', help='checkpoint, or published weights'
     )
@@ -52,11 +52,11 @@ def main() -> None:
     )
     parser.add_argument('-o', '--out', type=values.path, metavar='FILE', help='new file (default: beside the weights)')
     parser.add_argument('--images', nargs='+', default=[], type=values.path, metavar='IMAGES',
-        help='files or folders with which the file is checked (default: drawn images)')  # fmt: skip
+        help='images for the check, files or folders (default: drawn images)')  # fmt: skip
     parser.add_argument('-a', '--arch', help='architecture of the weights (default: recognised)')
-    parser.add_argument('--assume', default='', metavar='NAME=VALUE,...', help='what their file does not record')
-    parser.add_argument('--height', type=values.positive_int, help='of the network (default: as trained, or 256)')
-    parser.add_argument('--width', type=values.positive_int, help='of the network (default: as trained, or 128)')
+    parser.add_argument('--assume', default='', metavar='NAME=VALUE,...', help='replaces assumptions about the file')
+    parser.add_argument('--height', type=values.positive_int, help='input height (default: as trained, or 256)')
+    parser.add_argument('--width', type=values.positive_int, help='input width (default: as trained, or 128)')
     args = parser.parse_args()
     out, kind = args.out or named(args.weights, args.format), args.format
     need(programs.FORMATS[kind], f'--format {kind}')
@@ -69,7 +69,7 @@ def main() -> None:
     for note in extractor.notes:
         print(note, file=sys.stderr)
     if extractor.source.sealed:
-        raise UserError(f'{plain(args.weights, 500)} is an exported file: give the weights that it was made of')
+        raise UserError(f'{plain(args.weights, 500)} is an exported file: give the weights from which it was made')
     model, size = extractor.model, (extractor.height, extractor.width)
     expected = extractor(images)  # (N, D)
     program = programs.program_of(Graph(model, *size, extractor.interpolation, extractor.flip_test), extractor.arch)

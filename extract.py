@@ -1,15 +1,15 @@
-"""Features of persons' images, from any file of weights: in Python, and at the shell.
+"""Computes features of images of persons, with weights from any supported file, in Python or on the command line.
 
     from extract import FeatureExtractor
 
     extractor = FeatureExtractor('log/demo/best_model.pth.tar')
     features = extractor(['one.jpg', 'two.jpg'])     # (2, D)
-    features = extractor(frame, boxes)               # (N, D), of the boxes that a tracker has in a frame
+    features = extractor(frame, boxes)               # (N, D), of a tracker's boxes in a frame
 
     python extract.py --weights log/demo/best_model.pth.tar IMAGES ... -o features
 
-The command writes what --save-features writes. IMAGES are files, folders, patterns such as 'cam*/*.jpg', or - for a
-list on stdin. It can be interrupted: the same command continues.
+The command writes the same files as --save-features. IMAGES are files, folders, patterns such as 'cam*/*.jpg', or - for
+a list on stdin. After an interruption, the same command resumes.
 """
 
 import argparse
@@ -39,40 +39,40 @@ from runtime.errors import UserError, plain
 from runtime.precision import tf32
 from transforms import TestTransform
 
-BATCHES = {'cpu': 32, 'cuda': 256}  # images per batch: a GPU needs more of them to be busy
-FRAMES = 15  # of a tracklet, as --seq-len
+BATCHES = {'cpu': 32, 'cuda': 256}  # images per batch: a GPU needs more to be fully used
+FRAMES = 15  # per tracklet, the default of --seq-len
 
 
 class FeatureExtractor:
-    """Images -> float32 features (N, D) on the CPU, equal to those of the test of these weights.
+    """Images -> float32 features (N, D) on the CPU, equal to those that a test of the same weights computes.
 
         extractor = FeatureExtractor('weights.pth')
         features = extractor(images)
         features = extractor(frame, boxes)
 
-    Batches of equal size, computed by as many threads, give the test's features bit for bit; others differ by rounding.
-    It may be used by several threads at once. Nothing is printed: `notes` has what is worth knowing of the weights.
+    With the same batch size and number of threads, features equal those of the test bit for bit; otherwise they differ
+    by rounding. Several threads may use an extractor at once. Nothing is printed: see `notes`.
 
     Args:
-        weights: a file that `weights.read` supports, or an ONNX file that `export.py` wrote, which onnxruntime runs on
-            the CPU in fp32, at its own size; no code in it is run.
-        device: 'auto', which is the current GPU or else the CPU; 'cpu', 'cuda', 'cuda:1', ...
-        precision: 'auto', which is fp32 as in a test; 'fp32', 'tf32' (GPUs only) or 'bf16'.
-        arch: of the weights, if it cannot be recognised.
-        assume: NAME=VALUE, separated by commas: what their file does not record, instead of what is assumed.
-        height, width: of the network's input in pixels; by default those that the weights were trained with, or 256 x
-            128 if their file does not contain them.
+        weights: a file that `weights.read` supports, or an ONNX file written by `export.py`, which onnxruntime runs on
+            the CPU in fp32, at the file's image size; no code in the file is run.
+        device: 'auto' (the current GPU if there is one, otherwise the CPU), 'cpu', 'cuda', 'cuda:1', ...
+        precision: 'auto' (fp32, as in a test), 'fp32', 'tf32' (GPUs only) or 'bf16'.
+        arch: the architecture of the weights, if it cannot be recognised.
+        assume: NAME=VALUE, separated by commas: replaces assumptions about what the file does not record.
+        height, width: size of the network's input in pixels; by default the size of the training, or 256 x 128 if the
+            file does not record it.
         batch: images per batch; by default 32, on a GPU 256.
         workers: processes that decode files, for lists of more than one batch; 0 decodes in the calling thread.
         compile: compile the network for this CPU at the first call, which takes a minute and needs a C++ compiler;
             later calls are faster. With `batch=1` it is compiled for single images.
-        engine: what runs the network on a CPU: 'torch', 'onnxruntime' or 'openvino', which are packages of their own. A
-            network is converted for them when it is loaded, which takes some seconds.
+        engine: what runs the network on a CPU: 'torch', or 'onnxruntime' or 'openvino', which are separate packages. A
+            network is converted for these when it is loaded, which takes some seconds.
 
     Attributes:
-        arch, feat_dim, device, precision, height, width, interpolation, distance, flip_test: what is used.
+        arch, feat_dim, device, precision, height, width, interpolation, distance, flip_test: the values in use.
         digest: 16 hexadecimal digits that identify the weights and how they are used.
-        notes: lines on what was loaded and what was not.
+        notes: lines about what was loaded and what was not.
 
     Raises:
         UserError: the weights cannot be read or do not fit, or the device or its precision cannot be used.
@@ -105,7 +105,7 @@ class FeatureExtractor:
         if engine not in ('torch', *ENGINES):
             raise UserError(f'there is no engine {plain(engine)}: choose torch, {" or ".join(ENGINES)}')
         if compile and engine != 'torch':
-            raise UserError(f'--compile is done by torch, and --engine {engine} is not: choose one of them')
+            raise UserError(f'--compile uses torch, which --engine {engine} replaces: choose one of them')
         self.engine = 'compiled' if compile else engine
         if compile:
             self.network = source.compiled(self.device, self.batch)
@@ -114,7 +114,7 @@ class FeatureExtractor:
         else:
             self.network = self.model
         self.prepare = TestTransform(self.height, self.width, self.model.normalisation, self.interpolation)
-        self.lock = Lock()  # on a GPU: TF32 is a setting of the process
+        self.lock = Lock()  # for GPUs, as TF32 is a setting of the whole process
 
     def __call__(self, images: Any, boxes: Any = None, *, bgr: bool = False) -> Tensor:
         """Features (N, D) of images, or of the boxes in a frame.
@@ -124,22 +124,22 @@ class FeatureExtractor:
         - a path, or a PIL image of any mode with 8 bits;
         - an array (H, W, 3), uint8, RGB, or BGR if `bgr`, as OpenCV reads it;
         - a tensor (3, H, W), RGB (BGR if `bgr`), uint8, or floating-point numbers from 0 to 1, which are rounded to 8
-          bits. It is not normalised: that is done here.
+          bits. It must not be normalised yet.
 
-        Each has its own size. Several are a list of any of these, an array (N, H, W, 3) or a tensor (N, 3, H, W).
+        Several images are a list of these, which may differ in size, an array (N, H, W, 3) or a tensor (N, 3, H, W).
 
         Args:
-            boxes: (N, 4), or more columns, which are ignored: left, top, right and bottom in pixels of the only image,
-                the frame. They are rounded to whole pixels and clipped to the frame.
+            boxes: (N, 4): left, top, right and bottom in pixels of the only image, the frame; further columns are
+                ignored. Boxes are rounded to whole pixels and clipped to the frame.
 
         Raises:
-            UserError: an image cannot be read or has another form; boxes are empty or outside the frame, and the
-                message names their rows; or features are not finite.
+            UserError: an image cannot be read or has another form; boxes are empty or outside the frame (the message
+                gives their rows); or features are not finite.
         """
         given = listed(images)
         if boxes is not None:
             if len(given) != 1:
-                raise UserError(f'boxes belong to one frame, not to {len(given)} images: give a frame at a time')
+                raise UserError(f'boxes belong to one frame, not to {len(given)} images: give one frame at a time')
             given, bgr = cut(pixels_of(given[0], bgr, 'the frame'), boxes), False
         features = torch.empty(len(given), self.feat_dim)  # (N, D)
         done = 0
@@ -148,7 +148,7 @@ class FeatureExtractor:
         return features
 
     def stream(self, images: Sequence[Any], bgr: bool = False) -> Iterator[Tensor]:
-        """The features of each batch of images, (b, D) on the CPU; those of a call for images that are listed."""
+        """The features of each batch of images, (b, D) on the CPU, equal to those of a call with the whole list."""
         if self.workers and len(images) > self.batch and all(isinstance(image, str | os.PathLike) for image in images):
             files = ImageDataset([(image, 0, 0) for image in images])
             batches: Iterator[list[Group]] = (
@@ -166,7 +166,7 @@ class FeatureExtractor:
     def stream_tracklets(self, tracklets: Sequence[tuple[str, ...]], frames: int = FRAMES) -> Iterator[Tensor]:
         """The features (b, D) of tracklets, given as the paths of their frames in order.
 
-        As in a test each is the mean, or for weights trained with --pool max the maximum, over `frames` of its frames.
+        As in a test, a feature is the mean over `frames` frames, or the maximum for weights trained with --pool max.
         """
         how = 'max' if self.trained.options.get('pool') == 'max' else 'avg'
         dataset = VideoDataset([(tracklet, 0, 0) for tracklet in tracklets], frames, 'evenly')
@@ -197,7 +197,7 @@ class FeatureExtractor:
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """The precision of the extractor; on a GPU one thread at a time has it."""
+        """Context with the precision of the extractor; on a GPU, for one thread at a time."""
         with contextlib.ExitStack() as stack:
             if self.device.type != 'cpu':
                 stack.enter_context(self.lock)
@@ -207,12 +207,12 @@ class FeatureExtractor:
 
     @property
     def mirrors(self) -> bool:
-        """Whether mirror images are made here: they are averaged with, and the network does not do it."""
+        """Whether the extractor averages the features of mirror images: it should, and the network does not."""
         return self.flip_test and not self.source.flips
 
     @property
     def description(self) -> dict[str, object]:
-        """What the features are, for JSON."""
+        """A description of the features, for JSON."""
         names = 'digest', 'arch', 'feat_dim', 'height', 'width', 'interpolation', 'distance', 'precision', 'flip_test'
         return {name: getattr(self, name) for name in names}
 
@@ -222,17 +222,17 @@ class FeatureExtractor:
 
 
 def check(features: Tensor, start: int) -> None:
-    """Raise UserError if features (b, D), of images from number `start` on, are not finite."""
+    """Raise UserError if features (b, D) are not finite; `start` is the index of their first image."""
     wrong = (~features.isfinite().all(1)).nonzero().flatten().tolist()
     if wrong:
         raise UserError(f'the features of image {start + wrong[0]} are not finite: use precision fp32')
 
 
 def device_of(name: str | torch.device) -> torch.device:
-    """'auto': the current GPU if there is one, else the CPU.
+    """The device of this name; 'auto' is the current GPU if there is one, otherwise the CPU.
 
     Raises:
-        UserError: there is no such device, or it cannot be used.
+        UserError: the device does not exist or cannot be used.
     """
     try:
         device = torch.device(('cuda' if cards.available() else 'cpu') if name == 'auto' else name)
@@ -253,15 +253,15 @@ def device_of(name: str | torch.device) -> torch.device:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Those of a FeatureExtractor."""
+    """Add the options of a FeatureExtractor."""
     parser.add_argument('--weights', type=values.path, metavar='PATH', help='checkpoint, or published weights')
     parser.add_argument('-a', '--arch', help='architecture of the weights (default: recognised)')
-    parser.add_argument('--assume', default='', metavar='NAME=VALUE,...', help='what their file does not record')
-    parser.add_argument('--height', type=values.positive_int, help='of images (default: as trained, or 256)')
-    parser.add_argument('--width', type=values.positive_int, help='of images (default: as trained, or 128)')
+    parser.add_argument('--assume', default='', metavar='NAME=VALUE,...', help='replaces assumptions about the file')
+    parser.add_argument('--height', type=values.positive_int, help='input height (default: as trained, or 256)')
+    parser.add_argument('--width', type=values.positive_int, help='input width (default: as trained, or 128)')
     parser.add_argument('--precision', choices=('auto', 'fp32', 'tf32', 'bf16'), default='auto', help='(default: fp32)')
     parser.add_argument('--batch', type=values.positive_int, help='images per batch (default: 32; on a GPU 256)')
-    parser.add_argument('-j', '--workers', type=values.nonnegative_int, default=4, help='decoders (default: 4)')
+    parser.add_argument('-j', '--workers', type=values.nonnegative_int, default=4, help='image decoders (default: 4)')
     parser.add_argument('--compile', action='store_true', help='compile the network (CPUs only; takes a minute)')
     parser.add_argument(
         '--engine', choices=('torch', *ENGINES), default='torch', help='what runs the network on a CPU (default: torch)'
@@ -271,7 +271,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def extractor_of(args: argparse.Namespace) -> FeatureExtractor:
-    """The extractor for these options; reports what was loaded on stderr."""
+    """The extractor with these options; what was loaded is reported on stderr."""
     if not args.weights:
         raise UserError('--weights is missing: give a checkpoint or published weights')
     device = 'cpu' if args.use_cpu else 'auto' if args.gpu_devices is None else f'cuda:{args.gpu_devices}'
@@ -286,7 +286,7 @@ def extractor_of(args: argparse.Namespace) -> FeatureExtractor:
 
 
 def main() -> None:
-    parser = commands.Parser(description='Write the features of images to a folder, as --save-features does.')
+    parser = commands.Parser(description='Write the features of images to a folder, in the files of --save-features.')
     text = "files, folders, patterns such as 'cam*/*.jpg', or - for a list on stdin"
     parser.add_argument('images', nargs='+', type=values.path, metavar='IMAGES', help=text)
     parser.add_argument('-o', '--out', type=values.path, required=True, help='folder to write; it must not exist yet')
@@ -303,7 +303,7 @@ def main() -> None:
     what = {'weights': args.weights, **extractor.description, 'seq_len': args.seq_len if args.tracklets else None}
     with Draft(args.out, items, extractor.feat_dim, what, batch) as draft:
         if draft.done:
-            print(f'Continuing behind {draft.done} of {len(items)}')
+            print(f'Resuming after {draft.done} of {len(items)} items')
         rest: Any = items[draft.done :]
         stream = extractor.stream_tracklets(rest, args.seq_len) if args.tracklets else extractor.stream(rest)
         with tqdm(total=len(items), initial=draft.done, unit='item', leave=False, disable=None) as bar:

@@ -1,4 +1,4 @@
-"""The losses that the experiments minimise: label smoothing, batch-hard triplets, distances to centers.
+"""The losses of the experiments: label smoothing, batch-hard triplets, distances to centers.
 
 Each loss is a mean over the batch and depends only on its arguments. Triplets compare images with each other, so with
 several processes the triplet loss needs the features and pids of the whole batch; the other two do not. No loss waits
@@ -19,7 +19,7 @@ class CrossEntropyLabelSmooth(nn.Module):
     Szegedy et al., Rethinking the Inception Architecture for Computer Vision, CVPR 2016, arXiv:1512.00567.
 
     Args:
-        num_classes: number of training identities. With a single one the loss is zero.
+        num_classes: number of training identities. With a single identity the loss is zero.
         epsilon: fraction of the label that is distributed evenly over all identities, 0 to 1; 0 is plain cross entropy.
     """
 
@@ -56,19 +56,20 @@ class TripletLoss(nn.Module):
     Hermans et al., In Defense of the Triplet Loss for Person Re-Identification, 2017, arXiv:1703.07737.
 
     Distances are Euclidean, between features that are not normalised, and at least 1e-6. Corner cases: identical
-    features have a zero gradient; if a whole batch is identical (a collapsed network) the loss is the margin and all
-    triplets are active; an anchor without another image of its identity is its own positive, as in the original; a
-    batch without a triplet (one identity, or one image per identity) gives a differentiable zero.
+    features have a zero gradient; if all features of a batch are identical (a collapsed network), the loss is the
+    margin and all triplets are active; an anchor without another image of its identity is its own positive, as in the
+    original; a batch without a triplet (one identity, or one image per identity) gives a differentiable zero.
 
     Args:
         margin: how much farther a negative must be than a positive, in units of the features. None is the paper's soft
-            margin, log(1 + exp(positive - negative)), which never stops pulling; a collapsed network then has log 2.
+            margin, log(1 + exp(positive - negative)), whose gradient never vanishes; its value is log 2 for a collapsed
+            network.
 
     Attributes:
         active: fraction of the anchors in the last call whose triplet violates the margin, or with a soft margin whose
-            positive is farther than its negative; a detached 0-dim tensor on the device of the features. Only reading
+            positive is farther than the negative; a detached 0-dim tensor on the device of the features. Only reading
             it waits for the device.
-        collapsed: as returned by `collapsed`, and also 1 if all triplets are active and the loss is near the margin.
+        collapsed: as returned by `collapsed`, but also 1 if all triplets are active and the loss is near the margin.
 
     Raises:
         ValueError: the margin is negative.
@@ -95,7 +96,7 @@ class TripletLoss(nn.Module):
             distances = torch.cdist(features, features, compute_mode='donot_use_mm_for_euclid_dist')  # (B, B)
             positives = distances.masked_fill(~same, -1).argmax(dim=1)  # (B,), the farthest of the same identity
             negatives = distances.masked_fill(same, torch.inf).argmin(dim=1)  # (B,), the nearest of another identity
-            holds_triplet = (same.sum(dim=1) > 1).any() & ~same.all()  # (), two of one identity, and two identities
+            holds_triplet = (same.sum(dim=1) > 1).any() & ~same.all()  # (), a positive and a negative exist
 
         to_positive = _squared_distance(features, features[positives]).clamp(min=SMALLEST_SQUARE).sqrt()  # (B,)
         to_negative = _squared_distance(features, features[negatives]).clamp(min=SMALLEST_SQUARE).sqrt()  # (B,)
@@ -115,16 +116,16 @@ class TripletLoss(nn.Module):
 class CenterLoss(nn.Module):
     """Squared distance of each feature to the center of its own identity, clamped to [1e-12, 1e12].
 
-    Wen et al., A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016. The paper uses half of
-    the square and its own update rule for the centers; here, as in the original, the centers have their own optimizer.
+    Wen et al., A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016. The paper uses half the
+    square and a special update rule for the centers; here, as in the original, the centers have their own optimizer.
 
     Args:
         num_classes: number of training identities.
         feat_dim: length of a feature, D.
 
     Attributes:
-        centers: parameter (num_classes, feat_dim), standard normal, drawn from torch's global CPU generator, so it
-            depends on the seed and not on the device.
+        centers: parameter (num_classes, feat_dim), standard normal, drawn from torch's global CPU generator, so that it
+            depends on the seed but not on the device.
     """
 
     def __init__(self, num_classes: int, feat_dim: int) -> None:
@@ -151,7 +152,7 @@ def _squared_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _float(x: Tensor) -> Tensor:
-    """At least float32: with 8 bits of precision, distances that differ by the margin would be equal."""
+    """Convert to at least float32: with 8 bits of precision, distances that differ by the margin would be equal."""
     return x if x.dtype == torch.float64 else x.float()
 
 

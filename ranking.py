@@ -1,14 +1,14 @@
 """Features, pids and camids -> the exact ranks of the matches, computed in blocks; k-reciprocal re-ranking.
 
-Nothing of the size queries x gallery is held in memory. Ties are broken by gallery index, so the ranks are those of a
+No array of size queries x gallery is held in memory. Ties are broken by gallery index, so the ranks are those of a
 stable sort of the whole distance matrix. First, `measure` computes the distances between each query and the items of
-its own identity (its matches, and the items that it drops). Then `count` goes through the gallery and counts the items
+its own identity (its matches and the items that it drops). Then `count` goes through the gallery and counts the items
 that precede them. Both accept any ascending part of the gallery, so several processes can each process a part and add
-up the results: distances first, then tallies.
+up the results: first the distances, then the tallies.
 
     python ranking.py log/features/query log/features/gallery
 
-ranks features that --save-features wrote to disk, in bounded memory regardless of their number; --rerank copies them.
+ranks features written to disk by --save-features, in bounded memory regardless of their number; --rerank copies them.
 """
 
 from dataclasses import dataclass
@@ -58,14 +58,14 @@ if TYPE_CHECKING:
     from eval_metrics import Ids
 
 NEAREST = 10  # gallery items listed for each query
-OWN = 64  # queries, sorted by pid, whose distances to the gallery items of all their pids are computed together
+OWN = 64  # queries, sorted by pid, whose distances to all gallery items of their pids are computed together
 BINS = 1 << 15  # of the histograms: the upper half of a positive float32, 128 bins for each doubling of the distance
 INFINITY = 0x7F80  # the bin of infinity
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts over (a part of) the gallery, without the query's own identity. Tallies of parts can be added."""
+    """Counts over (a part of) the gallery, excluding the query's own identity. Tallies of parts can be added."""
 
     counts: np.ndarray  # (P,) int64, number of items that precede the item of each pair
     nearest: np.ndarray  # (Q, k) int64, the keys of the nearest items, ascending
@@ -76,12 +76,12 @@ class Tally:
 class Ranking(Matches):
     """The matches, the nearest items, and histograms of the distances (squared Euclidean, cosine, or re-ranked).
 
-    Items that a query drops appear nowhere. A skipped query has nearest items and is counted in the histograms.
+    Items dropped by a query do not appear. A skipped query has nearest items and is counted in the histograms.
     """
 
     nearest: np.ndarray  # (Q, 10) int64, gallery indices of the nearest items, -1 if there are fewer
     nearest_distances: np.ndarray  # (Q, 10) float32, NaN if there are fewer
-    edges: np.ndarray  # (H + 1,) float32, of bins less than 1% wide; the first one includes all below 0
+    edges: np.ndarray  # (H + 1,) float32, of bins less than 1% wide; the first bin includes negative values
     match_histogram: np.ndarray  # (H,) int64
     other_histogram: np.ndarray  # (H,) int64, distances between different identities
 
@@ -101,7 +101,7 @@ def rank(
     Args:
         q_features: (Q, D), tensor or array of any float type.
         g_features: (G, D); the products are computed on its device.
-        q_pids: (Q,); like g_pids (G,), q_camids (Q,) and g_camids (G,), anything array-like.
+        q_pids: (Q,); like g_pids (G,), q_camids (Q,) and g_camids (G,), any array-like.
         tile: numbers of queries and gallery items per product. It does not affect the ranks.
         distance: 'euclidean', which is squared, or 'cosine'.
 
@@ -127,7 +127,7 @@ def rerank(
     lambda_value: float = 0.3,
     distance: str = 'euclidean',
 ) -> Ranking:
-    """Rank the gallery for each query by the distances of `reranked`; otherwise like `rank`."""
+    """Like `rank`, by the distances of `reranked`."""
     ids = check_ids(q_pids, g_pids, q_camids, g_camids)
     queries, gallery = points(q_features, g_features, len(ids[0]), len(ids[1]), distance)
     pairs, places = same_identity(*ids), np.arange(len(gallery))
@@ -155,9 +155,9 @@ def measure(queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, 
     """(P,) float32: squared distances of the pairs; 0 for pairs whose gallery item is not in this part of the gallery.
 
     `places` (G,), ascending, are the indices of the items of `gallery` in the whole gallery, to which `pairs` refers.
-    On the CPU the distances are bit-for-bit those in the tiles of `count`, because products are summed in one order
-    (see `_products`); a GPU guarantees no order. Items of the query's own pid are excluded from a tile by index, so a
-    match is never compared with itself.
+    On the CPU the distances equal those in the tiles of `count` bit for bit, because products are summed in the same
+    order (see `runtime.tiles.products`); a GPU does not guarantee an order. Items of the query's own pid are excluded
+    from a tile by index, so a match is never compared with itself.
     """
     distances = np.zeros(len(pairs.places), np.float32)
     _, width = tile or tile_of(gallery.features.device)
@@ -175,7 +175,7 @@ def measure(queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, 
         items, columns = np.unique(items[present], return_inverse=True)
         for left in range(0, len(items), width):
             part = items[left : left + width]
-            part = np.pad(part, (0, -len(part) % 64), 'edge')  # each new width compiles a product
+            part = np.pad(part, (0, -len(part) % 64), 'edge')  # a product is compiled for each new width
             found = squared_distances(queries[torch.from_numpy(block)], gallery[torch.from_numpy(part)])  # (B, W)
             here = np.flatnonzero((columns >= left) & (columns < left + width))
             distances[own[here]] = found.cpu().numpy()[rows[here], columns[here] - left]
@@ -187,7 +187,7 @@ def measure(queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, 
 def count(
     queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, distances: np.ndarray, tile: Tile | None = None
 ) -> Tally:
-    """Count the items of the gallery, or of its part at `places`, that precede each pair at its `distances` (P,)."""
+    """Count the items of the gallery, or of its part at `places`, that precede each pair, at `distances` (P,)."""
     tally = _no_tally(len(pairs.places), len(queries), NEAREST)
     device = gallery.features.device
     tally_block = _tally_host if is_host(device) else _tally_device
@@ -242,7 +242,7 @@ def _tally_host(
     Args:
         block: (B, W) tensor or array, distances of B queries to the gallery items with indices places (W,).
         rows, own_places, distances: (p,) the pairs of these queries.
-        nearest: (B, k) keys of the nearest items found so far.
+        nearest: (B, k) keys of the nearest items so far.
     """
     block = np.asarray(block)
     columns, present = find(places, own_places)
@@ -266,7 +266,7 @@ def _tally_device(
     distances: np.ndarray,
     nearest: np.ndarray,
 ) -> Tally:
-    """The same for GPUs, where sorting is expensive and comparing is cheap."""
+    """The same for GPUs, on which sorting is expensive and comparing is cheap."""
     columns, present = find(places, own_places)
     at_row, at_column, is_here, own_distance, own_place, place = (
         torch.from_numpy(x).to(block.device) for x in (rows, columns, present, distances, own_places, places)
@@ -298,7 +298,7 @@ NO_FILES = "Any camera: matches from the query's own camera count too; no file i
 def show(result: Ranking, any_camera: bool = False) -> None:
     """Print the same figures as the original.
 
-    any_camera: the camids were numbers of files
+    any_camera: the camids are file numbers
     """
     result.check_valid(any_camera)
     cmc = result.cmc(max(PRINTED_RANKS))

@@ -1,4 +1,4 @@
-"""A page of HTML about a tested run, made only from the files in its --save-dir.
+"""Writes an HTML page about a tested run, made only from the files in its --save-dir.
 
     python report.py log/demo                           # writes log/demo/report.html
     python report.py log/a log/b --out a_and_b.html     # compares two or more runs

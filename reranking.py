@@ -36,7 +36,7 @@ def reranked(
 
     Zhong et al., Re-ranking Person Re-identification with k-reciprocal Encoding, CVPR 2017, arXiv 1701.08398, as in
     their published evaluation: lambda * squared Euclidean distance, divided by the query's largest distance to any
-    query or gallery item, + (1 - lambda) * Jaccard distance of the expanded k-reciprocal neighbourhoods. Nothing of the
+    query or gallery item, + (1 - lambda) * Jaccard distance of the expanded k-reciprocal neighbourhoods. No array of
     size N x N, N = Q + G, is held in memory, only a copy of the features and about a hundred neighbours per item.
 
     Args:
@@ -69,7 +69,7 @@ def reranked(
 
     def distances(rows: slice) -> np.ndarray:
         some, width = of_queries[rows], len(gallery)
-        # Sum of the minima of two rows of weights: each weight of a query is paired with the items that have it too.
+        # Sum of the minima of two rows of weights: each weight of a query is paired with the items that also have it.
         first, last = of_items.indptr[some.indices], of_items.indptr[some.indices + 1]
         meetings = np.concatenate([[0], np.cumsum(last - first, dtype=np.int64)])
         mine = rows_of(meetings)  # (n,) of the weights of the queries
@@ -88,7 +88,7 @@ def reranked(
 
 
 def neighbours(everyone: Points, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each of N points, the keys (N, min(k, N)) of the nearest, itself included, and the largest distance (N,)."""
+    """For each of N points, the keys (N, min(k, N)) of the nearest, including itself, and the largest distance (N,)."""
     number, device = len(everyone), everyone.features.device
     keys = np.full((number, min(k, number)), NONE)
     farthest = np.zeros(number, np.float32)

@@ -1,8 +1,8 @@
-"""Which images make a batch, and the random draws that go with each.
+"""Selects the images of each batch, and draws the random numbers for each image.
 
 Every random number of an epoch is a function of (seed, epoch, position in the epoch): workers draw nothing, and no
-generator has a state that must be saved. Runs with any number of workers or processes, and runs resumed in the middle
-of an epoch, see the same batches and the same augmentation.
+generator has a state to be saved. Runs with any number of workers or processes, and runs resumed in the middle of an
+epoch, get the same batches and the same augmentation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ def generator(stream: int, seed: int, epoch: int, *position: int) -> np.random.G
 
 
 class EpochSampler(Sampler):
-    """What the samplers share: an epoch is a list of indices, cut into full batches; a remainder is left out.
+    """Base class of the samplers: an epoch is a list of indices, cut into full batches; a remainder is left out.
 
     This project's loader uses `draw(epoch)`. Iterating, after `set_epoch`, yields single indices including the
     remainder, so that `DataLoader(dataset, batch_size, sampler=sampler, drop_last=True)` makes the same batches.
@@ -69,21 +69,21 @@ class EpochSampler(Sampler):
         shape = self.num_batches, self.batch_size
         used = self.num_batches * self.batch_size
         indices = self.order(epoch)[:used]  # (used,)
-        draws = np.concatenate(  # (used, DRAWS); each stream row by row, so that more positions change none before them
+        draws = np.concatenate(  # (used, DRAWS); each stream row by row, so more positions do not change earlier draws
             [generator(stream, self.seed, epoch).random((used, columns)) for stream, columns in COLUMNS.items()], axis=1
         )
         return torch.from_numpy(indices).view(shape), torch.from_numpy(draws).view(*shape, DRAWS)
 
 
 def in_turn(groups: np.ndarray, count: int, batch: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` items in batches of `batch`, in equal shares of their groups: the indices of the items, int64 (count,).
+    """Indices int64 (count,) of `count` items in batches of `batch`, with equal shares of the groups.
 
     groups: (N,), the group of each item, any integers
 
-    The groups take turns, in random order. So the shares of two groups in a batch, and in the whole, differ by 1 at
-    most; in a batch that is smaller than the number of groups, each item is of another one. The items of a group come
-    in random order, all of them before any comes again, and none is twice in a batch unless its group has fewer items
-    than its share of that batch. Within a batch the order is random.
+    The groups take turns, in random order, so the shares of two groups, in a batch and in total, differ by at most 1;
+    in a batch that is smaller than the number of groups, all items are from different groups. The items of a group are
+    used in random order, all of them before any is repeated, and none is twice in a batch unless its group has fewer
+    items than its share of that batch. Within a batch the order is random.
     """
     items = split_by(groups)
     chosen = np.empty(count, dtype=np.int64)
@@ -96,23 +96,23 @@ def in_turn(groups: np.ndarray, count: int, batch: int, rng: np.random.Generator
 
 
 def repeated(items: np.ndarray, batches: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Items in random order, all of them before any comes again, as many as there are `batches`: (n,).
+    """Items in random order, all of them before any is repeated, one for each element of `batches`: (n,).
 
-    batches: (n,), ascending: the batch that each belongs to. It has no item twice, unless there are too few of them.
+    batches: (n,), ascending: the batch of each. No item is twice in a batch, unless there are too few items.
     """
     rounds, count = [rng.permutation(items)], len(items)
     while count < len(batches):
         begin, end = np.searchsorted(batches, batches[count], 'left'), np.searchsorted(batches, batches[count], 'right')
-        before = rounds[-1][begin - count :] if begin < count else rounds[-1][:0]  # in the batch that goes on
+        before = rounds[-1][begin - count :] if begin < count else rounds[-1][:0]  # earlier in this batch
         more = rng.permutation(items)
-        first = np.flatnonzero(~np.isin(more, before))[: end - count]  # to fill that batch
+        first = np.flatnonzero(~np.isin(more, before))[: end - count]  # that complete this batch
         rounds.append(np.concatenate([more[first], np.delete(more, first)]))
         count += len(items)
     return np.concatenate(rounds)[: len(batches)]
 
 
 def split_by(values: np.ndarray) -> list[np.ndarray]:
-    """The indices of each of the different values (N,), in ascending order of these."""
+    """The indices of each distinct value of `values` (N,), in ascending order of the values."""
     by_value = np.argsort(values, kind='stable')  # (N,)
     _, starts = np.unique(values[by_value], return_index=True)
     return np.split(by_value, starts[1:])
@@ -121,15 +121,15 @@ def split_by(values: np.ndarray) -> list[np.ndarray]:
 class RandomSampler(EpochSampler):
     """Every image once per epoch, in random order, in batches of `batch_size`; the remainder of an epoch is left out.
 
-    With `groups`, an epoch has the same length, and every batch has equal shares of the groups, see `in_turn`: not all
-    images of a large group are in an epoch, and those of a small one come several times.
+    With `groups`, an epoch has the same length, and every batch has equal shares of the groups, see `in_turn`: an epoch
+    contains only some images of a large group, and repeats those of a small one.
 
     Args:
         data_source: list of (anything, pid, camid).
         groups: (N,), the group of each item, such as its camera.
 
     Raises:
-        UserError: the data do not fill a batch.
+        UserError: there are too few images for a batch.
     """
 
     def __init__(self, data_source: Sequence, batch_size: int, seed: int = 0, groups: Groups = None):
@@ -161,16 +161,16 @@ class RandomIdentitySampler(EpochSampler):
     The K images of an identity are drawn without replacement, or with replacement if it has fewer than K. P is
     batch_size / K; identities that do not fill a last batch are left out of that epoch.
 
-    With `groups` there are two cases. If all images of each identity are of one group, as with data sets, an epoch has
-    the same length, and the identities of a batch are drawn in equal shares from the groups, see `in_turn`; all images
-    of an identity that comes several times are drawn before any is drawn again. Otherwise, as with cameras, every
-    identity comes once, and its K images are of as many groups as it has; if it has fewer than K images, all of them
-    are among the K.
+    With `groups` there are two cases. If all images of each identity belong to one group, as with data sets, an epoch
+    has the same length, and the identities of a batch are drawn in equal shares from the groups, see `in_turn`; if an
+    identity is repeated, all its images are drawn before any is drawn again. Otherwise, as with cameras, every identity
+    is used once, and its K images are from as many of its groups as possible; if it has fewer than K images, all of
+    them are among the K.
 
     Args:
         data_source: list of (anything, pid, camid).
         num_instances: K.
-        batch_size: P * K, over all processes; needed for `draw`, not for iterating.
+        batch_size: P * K, over all processes; needed for `draw` but not for iterating.
         groups: (N,), the group of each item, such as its data set or camera.
 
     Raises:
@@ -185,8 +185,8 @@ class RandomIdentitySampler(EpochSampler):
         super().__init__(data_source, batch_size, seed, groups)
         self.num_instances = num_instances
         pids = np.array([pid for _, pid, _ in data_source], dtype=np.int64)  # (N,)
-        self.pids, self.images = np.unique(pids), split_by(pids)  # identities; for each the indices of its images
-        self.group_of: np.ndarray | None = None  # (identities,), if each is of one group
+        self.pids, self.images = np.unique(pids), split_by(pids)  # identities, and the indices of their images
+        self.group_of: np.ndarray | None = None  # (identities,), if each belongs to one group
         if self.groups is not None and all(len(np.unique(self.groups[own])) == 1 for own in self.images):
             self.group_of = np.array([self.groups[own[0]] for own in self.images])
         self._check()
@@ -236,7 +236,7 @@ class RandomIdentitySampler(EpochSampler):
         return chosen[generator(ORDER, self.seed, epoch).permutation(len(chosen))].ravel()  # (identities * K,)
 
     def in_places(self, identities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """K images for each place of an identity, (places,) -> (places * K,)."""
+        """K images for each of `identities` (places,), which may be repeated: (places * K,)."""
         k = self.num_instances
         chosen = np.empty((len(identities), k), dtype=np.int64)
         present, places = np.unique(identities), split_by(identities)
@@ -245,10 +245,10 @@ class RandomIdentitySampler(EpochSampler):
         return chosen.ravel()
 
     def spread(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Images in random order, but one of each group first, then a second one of each, and so on: (n,)."""
+        """Images in random order, but first one of each group, then a second one of each, and so on: (n,)."""
         assert self.groups is not None
         images = rng.permutation(images)
-        rank = np.empty(len(images), dtype=np.int64)  # among those of its group
+        rank = np.empty(len(images), dtype=np.int64)  # of an image within its group
         for places in split_by(self.groups[images]):
             rank[places] = np.arange(len(places))
         return images[np.argsort(rank, kind='stable')]
@@ -257,19 +257,19 @@ class RandomIdentitySampler(EpochSampler):
 class AllImagesSampler(RandomIdentitySampler):
     """Every image once per epoch, in batches of P identities with K images each.
 
-    The images of an identity are shuffled and cut into pieces of K; other images of it, drawn at random, fill the last
-    piece. Pieces are dealt to the batches so that the P identities of a batch are distinct. Which pieces meet, and
-    their order, is random. Left out of an epoch are: pieces that do not fill a last batch, and pieces of an identity
-    that has more of them than there are batches.
+    The images of an identity are shuffled and cut into pieces of K; the last piece is filled with other images of the
+    identity, drawn at random. Pieces are distributed over the batches so that the P identities of a batch are distinct.
+    The combination and order of pieces is random. Pieces that do not fill a last batch, and surplus pieces of an
+    identity that has more of them than there are batches, are left out of the epoch.
 
-    Reid baselines since Luo et al., CVPRW 2019, arXiv:1903.07071, draw such batches one after the other, until fewer
-    than P identities are left; an epoch is then shorter by a number of batches that varies.
+    Re-ID baselines since Luo et al., CVPRW 2019, arXiv:1903.07071, draw such batches one by one until fewer than P
+    identities are left; an epoch is then shorter by a varying number of batches.
 
     With `groups` an epoch has the same length, and there are the two cases of RandomIdentitySampler. If each identity
-    is of one group, the groups have equal shares of the pieces of a batch, to within one piece. Then some pieces of a
-    large group are left out of an epoch, others each time, and those of a small group come again, composed anew, when
-    all have come; an identity is twice in a batch only if its group has fewer identities than its share of the batch.
-    Otherwise the pieces of an identity have images of as many different groups as possible.
+    belongs to one group, the groups have equal shares of the pieces of a batch, to within one piece. An epoch then
+    leaves out some pieces of a large group, different ones each time, and repeats those of a small group, recomposed
+    after each round; an identity is twice in a batch only if its group has fewer identities than its share of the
+    batch. Otherwise each piece of an identity has images from as many different groups as possible.
 
     Arguments and errors as for RandomIdentitySampler.
     """
@@ -294,7 +294,7 @@ class AllImagesSampler(RandomIdentitySampler):
         identities, numbers = order.permutation(len(self.images)), self.pieces
         if self.group_of is not None:
             identities, numbers = self.in_shares(identities, order)
-        dealt = []  # all pieces, those of an identity one after the other
+        dealt = []  # all pieces, grouped by identity
         for identity in identities:
             own, number = self.images[identity], numbers[identity]
             if self.group_of is not None:
@@ -304,19 +304,19 @@ class AllImagesSampler(RandomIdentitySampler):
             else:
                 own = instances.permutation(own)
                 missing = -len(own) % k
-                others = own[: len(own) - len(own) % k] if len(own) >= k else own  # none of the last piece, if possible
+                others = own[: len(own) - len(own) % k] if len(own) >= k else own  # not of the last piece, if possible
                 more = instances.choice(others, missing, replace=len(own) < k)
                 dealt.append(np.concatenate([own, more]).reshape(-1, k)[:number])  # (pieces, K)
         pieces = np.concatenate(dealt)  # (all, K)
         surplus = len(pieces) - self.batches * (self.batch_size // k)
         pieces = np.delete(pieces, order.choice(len(pieces), surplus, replace=False), axis=0)
         batches = pieces.reshape(-1, self.batches, k).transpose(1, 0, 2)  # (batches, P, K), as cards are dealt
-        if self.group_of is not None:  # the pieces of a batch are in the order of their groups
+        if self.group_of is not None:  # shuffle, as the pieces of a batch are in the order of their groups
             batches = batches[np.arange(self.batches)[:, None], np.argsort(order.random(batches.shape[:2]), axis=1)]
         return order.permutation(batches).ravel()
 
     def in_shares(self, identities: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """The identities ordered by their groups, and how many pieces of each are in an epoch: (identities,) both."""
+        """The identities ordered by group, and the number of pieces of each in an epoch: (identities,) each."""
         assert self.group_of is not None
         members, numbers = split_by(self.group_of[identities]), np.zeros_like(self.pieces)
         total, ordered = self.batches * (self.batch_size // self.num_instances), []
@@ -325,14 +325,14 @@ class AllImagesSampler(RandomIdentitySampler):
             share = len(range(turn, total, len(members)))
             most = max(self.batches, -(-share // len(own)))  # of an identity: once in each batch, if possible
             while left := share - numbers[own].sum():
-                more = np.minimum(self.pieces[own], most - numbers[own])  # all pieces once more
+                more = np.minimum(self.pieces[own], most - numbers[own])  # another round of all pieces
                 surplus = rng.choice(np.repeat(np.arange(len(own)), more), max(more.sum() - left, 0), replace=False)
                 numbers[own] += more - np.bincount(surplus, minlength=len(own))
             ordered.append(own)
         return np.concatenate(ordered), numbers
 
     def mixed(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Pieces (n / K, K) of the images of an identity, each of as many groups as possible."""
+        """Pieces (n / K, K) of the images of an identity, each from as many groups as possible."""
         assert self.groups is not None
         k, number = self.num_instances, -(-len(images) // self.num_instances)
         images = rng.permutation(images)
@@ -340,7 +340,7 @@ class AllImagesSampler(RandomIdentitySampler):
         images = images[np.concatenate([parts[part] for part in rng.permutation(len(parts))])]  # group by group
         pieces = [images[piece::number].tolist() for piece in range(number)]  # as cards are dealt
         for piece in pieces:
-            while len(piece) < k:  # what it lacks is an image that it has not, of a group that it has not, if possible
+            while len(piece) < k:  # add an image, if possible a new one from a new group
                 others = rng.permutation(images)
                 there = [np.isin(others, piece), np.isin(self.groups[others], self.groups[piece])]
                 piece.append(int(others[np.lexsort(there[::-1])[0]]))

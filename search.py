@@ -1,10 +1,10 @@
-"""Search for persons in one's own pictures: the nearest images of a gallery to each query.
+"""Finds the images in a gallery that are nearest to each query.
 
     python search.py --weights log/demo/best_model.pth.tar --gallery pictures --query person.jpg
 
-The features of the gallery are kept in an index, by default in the user's cache folder, and brought up to date file by
-file. `--calibrate -d market1501` measures on labelled data which distance means another person; `--false-match-rate`
-then calls a query unknown whose nearest image is farther.
+The features of the gallery are kept in an index, by default in the user's cache folder; only new and changed files are
+computed. `--calibrate -d market1501` measures distances on labelled data; with `--false-match-rate`, a query is then
+reported as unknown if its nearest image is farther than the threshold for this rate.
 """
 
 import argparse
@@ -34,17 +34,17 @@ from runtime import commands, notices, values
 from runtime.errors import UserError, plain
 from runtime.testset import check_items
 
-AT_ONCE = 8  # batches whose features are added to the index together
+AT_ONCE = 8  # batches per transaction of the index
 RATES = (1e-2, 1e-3, 1e-4, 1e-5)  # that --calibrate prints
-FEW = 30  # false matches, below which a threshold is uncertain by more than a third (Doddington's rule of 30)
+FEW = 30  # with fewer false matches a threshold is uncertain by more than a third (Doddington's rule of 30)
 
 
 def refresh(
     place: index.Index, extractor: FeatureExtractor, files: Sequence[str], folders: Sequence[str]
 ) -> dict[str, str]:
-    """Bring the index up to date with the files of a gallery; returns why some of them could not be read.
+    """Update the index with the files of a gallery; return why some of them could not be read.
 
-    folders: those that were searched for the files; the index forgets what has gone from them
+    folders: those that were searched; files that are no longer in them are removed from the index
     """
     stale, unread = place.stale(files), dict[str, str]()
     names = list(stale)
@@ -62,7 +62,7 @@ def refresh(
 def _features(
     extractor: FeatureExtractor, files: Sequence[str], unread: dict[str, str]
 ) -> tuple[Sequence[str], Tensor]:
-    """The files that can be read, and their features; why the others cannot is added to `unread`."""
+    """The readable files and their features; the reasons why the others cannot be read are added to `unread`."""
     try:
         return files, extractor(files)
     except UserError as problem:
@@ -74,17 +74,18 @@ def _features(
 
 
 def calibrate(extractor: FeatureExtractor, name: str, data_dir: str) -> dict[str, Any]:
-    """How far the features of one person, and of two, are apart in a labelled data set, as histograms for JSON.
+    """Histograms, for JSON, of the distances between features of the same person and of different persons.
 
-    The pairs are those of the test: each query and each item of the gallery, without those of one person and camera,
-    or if the cameras are unknown of one file. Persons of a folder are drawn for the test as when the weights were
-    trained on it. Prints on stderr how the data differ from those of the training.
+    The pairs are those of a test on the labelled data set: each query with each gallery item, except for pairs of one
+    person in one camera, or, if the cameras are unknown, of one file. If the weights were trained on a folder, its test
+    persons are drawn as in that training. Differences between the data and those of the training are reported on
+    stderr.
 
     Raises:
-        UserError: the data set has tracklets, cannot be read, or no query has a match.
+        UserError: the data set has tracklets or cannot be read, or no query has a match.
     """
     if data_manager.kind_of(name) == 'video':
-        raise UserError(f'-d {plain(name, 500)}: it has tracklets, and thresholds are of images; choose one of images')
+        raise UserError(f'-d {plain(name, 500)}: it has tracklets, but thresholds are for images; choose another')
     trained = extractor.trained
     dataset = data_manager.init_dataset(name, data_dir, train=False, **drawn_in(trained.options, name))
     for notice in [] if trained.of_imagenet else notices.of_data(trained, dataset, name):
@@ -112,7 +113,7 @@ def calibrate(extractor: FeatureExtractor, name: str, data_dir: str) -> dict[str
 
 
 def drawn_in(options: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """How training on the data set `name` drew its test persons, as arguments of `init_dataset`; {} if unknown."""
+    """The arguments of `init_dataset` with which training on `name` drew its test persons; {} if unknown."""
     share, seed = options.get('test_share'), options.get('seed')
     if (
         name not in data_manager.names_of(str(options.get('dataset')))
@@ -125,17 +126,17 @@ def drawn_in(options: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def threshold_of(calibration: dict[str, Any], rate: float) -> dict[str, Any]:
-    """The largest distance below which at most `rate` of the pairs of two persons are, as far as bins resolve it.
+    """The largest threshold below which at most `rate` of the distances between two persons lie, rounded to a bin.
 
-    Returns it with what it rests on: `pairs` of two persons, `false_matches` among them that are nearer, and `missed`,
-    the fraction of the pairs of one person that are not nearer, None without such pairs.
+    Returns it with its statistics: the number of `pairs` of two persons, `false_matches`, those below the threshold,
+    and `missed`, the fraction of the pairs of one person that are not below it; None if there are no such pairs.
 
     Raises:
-        UserError: fewer than one pair would be nearer.
+        UserError: the rate corresponds to less than one pair.
     """
     edges, same, others = (np.array(calibration[name]) for name in ('edges', 'same', 'others'))
     nearer, pairs = others.cumsum(), int(others.sum())
-    bins = int((nearer <= rate * pairs).sum())  # that are below the threshold
+    bins = int((nearer <= rate * pairs).sum())  # below the threshold
     if rate * pairs < 1 or not bins or not nearer[bins - 1]:
         raise UserError(
             f'--false-match-rate {rate:g} cannot be measured with {pairs} pairs of two persons in '
@@ -153,10 +154,10 @@ def threshold_of(calibration: dict[str, Any], rate: float) -> dict[str, Any]:
 
 
 def words_of(limit: dict[str, Any]) -> str:
-    """A threshold and what it rests on, in a sentence."""
+    """A threshold and its statistics, in words."""
     if 'pairs' not in limit:
         return f'distance below {limit["threshold"]:g}'
-    few = ', which are few: other data would give another threshold' if limit['false_matches'] < FEW else ''
+    few = ', too few for an accurate threshold' if limit['false_matches'] < FEW else ''
     number = limit['pairs_of_one_person']
     return (
         f'distance below {limit["threshold"]:.6g}: false match rate {limit["false_match_rate"]:g} in '
@@ -169,12 +170,12 @@ def search(
     queries: Sequence[Sequence[str]], features: Tensor, gallery: index.Gallery, k: int, distance: str,
     threshold: float | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The k nearest images of each query, without the query's own files, for JSON and for the page.
+    """The k nearest images of each query, excluding the query's own files, for JSON and for the page.
 
     queries: the files of each query; features: (Q, D)
     """
     files = [{file_id(path) for path in query} for query in queries]
-    most = min(len(gallery.paths), k + 2 * max(map(len, queries)))  # more of them, as links, would shorten the list
+    most = min(len(gallery.paths), k + 2 * max(map(len, queries)))  # more links to a query's files shorten the list
     places, distances = gallery.nearest(features, most, distance)
     results = []
     for query, own, row, far in zip(queries, files, places.tolist(), distances.tolist(), strict=True):
@@ -209,23 +210,23 @@ def show(results: Sequence[dict[str, Any]], limit: dict[str, Any] | None) -> Non
 
 
 def parse() -> argparse.Namespace:
-    parser = commands.Parser(description='Search for persons in images.')
+    parser = commands.Parser(description='Find the images in a gallery that are nearest to each query.')
     text = "files, folders, patterns such as 'cam*/*.jpg', or - for a list on stdin"
     parser.add_argument('--gallery', nargs='+', default=[], type=values.path, metavar='IMAGES', help=text)
     parser.add_argument('--query', nargs='+', default=[], type=values.path, metavar='IMAGES', help='the same')
-    parser.add_argument('-k', type=values.positive_int, default=10, help='images to find (default: 10)')
+    parser.add_argument('-k', type=values.positive_int, default=10, help='images listed for each query (default: 10)')
     parser.add_argument('--fuse', action='store_true', help='all queries are pictures of one person: use their mean')
     parser.add_argument(
         '--threshold', type=values.positive_float, help='images at this distance or farther do not match'
     )
     parser.add_argument('--false-match-rate', type=values.fraction, metavar='R', help='the same, from a calibration')
-    parser.add_argument('--calibrate', action='store_true', help='measure the distances of -d, and keep them')
+    parser.add_argument('--calibrate', action='store_true', help='measure distances on -d, and store them')
     parser.add_argument('-d', '--dataset', help=f'to calibrate on: {", ".join(data_manager.get_names())}')
     parser.add_argument('--data-dir', type=values.path, default='data', help='where the data sets are (default: data)')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     parser.add_argument('--page', type=values.path, metavar='FILE', help='write a page that shows the images')
     parser.add_argument('--index', type=values.path, default=index.default_root(), help='(default: %(default)s)')
-    parser.add_argument('--forget', action='store_true', help='remove the index of --weights, or without it all')
+    parser.add_argument('--forget', action='store_true', help='remove the index of --weights, or all indices')
     add_options(parser)
     args = parser.parse_args()
     if bool(args.gallery) != bool(args.query) or not (args.gallery or args.calibrate or args.forget):
@@ -242,14 +243,14 @@ def parse() -> argparse.Namespace:
 
 
 def limit_of(args: argparse.Namespace, place: index.Index, distance: str) -> dict[str, Any] | None:
-    """The threshold that the options ask for; None if they ask for none."""
+    """The threshold that the options request; None if they request none."""
     if args.threshold is not None:
         return {'threshold': args.threshold}
     if args.false_match_rate is None:
         return None
     calibration = place.fact('calibration')
     if not calibration or calibration['distance'] != distance:
-        raise UserError('--false-match-rate: nothing is known of these weights; measure it with --calibrate -d DATASET')
+        raise UserError('--false-match-rate: these weights are not calibrated; run --calibrate -d DATASET')
     return threshold_of(calibration, args.false_match_rate)
 
 

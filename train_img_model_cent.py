@@ -1,7 +1,7 @@
 """Train an image re-ID model with cross entropy and center loss (Wen et al., ECCV 2016).
 
 Center loss pulls the feature of an image towards the center of its identity. The centers are learned together with the
-model, by SGD with their own learning rate. In an epoch every training image is seen once.
+model, by SGD with a separate learning rate. Every training image is used once per epoch.
 """
 
 from torch.optim import SGD, Adam
@@ -28,15 +28,15 @@ parser.add_argument('--weight-cent', type=arguments.positive_float, default=0.00
 
 
 def main(args: arguments.Arguments, run: Run) -> None:
-    dataset = data_manager.init_datasets(args.data)  # to train on; its targets are those that are tested
+    dataset = data_manager.init_datasets(args.data)  # the training set; its targets are tested
     size = args.height, args.width
     model = models.init_model(args.arch, dataset.num_train_pids, loss={'xent', 'cent'}, size=size)
     weights.pretrain(model, args.pretrained)
     model = run.place(model)
 
     test = Test(dataset, args.test, run)
-    if args.evaluate:  # nothing below is needed, nor is the training set
-        test(Checkpoint(dataset, args.save, run, model=model).model)  # that of --resume
+    if args.evaluate:  # needs neither the training set nor what follows
+        test(Checkpoint(dataset, args.save, run, model=model).model)  # the model of --resume
         return
 
     sampler = RandomSampler(dataset.train, args.train_batch, args.seed, dataset.groups(args.balance))
@@ -79,11 +79,11 @@ def main(args: arguments.Arguments, run: Run) -> None:
             optimizer.step()
             optimizer_cent.step()
             meter.update(loss=loss, xent=xent, cent=cent, collapsed=collapsed(features))
-            checkpoint.after_step(epoch, meter)  # saves now and then, and stops when asked to
+            checkpoint.after_step(epoch, meter)  # saves regularly, and stops the run on a signal
         scheduler.step()
         if test.is_due(epoch):
             checkpoint.tested(epoch, test(model), meter)
-    checkpoint.last_test(test, meter)  # of a run with --validate: best_model.pth.tar on the test set, for the only time
+    checkpoint.last_test(test, meter)  # with --validate: tests best_model.pth.tar on the test set, once
 
 
 if __name__ == '__main__':

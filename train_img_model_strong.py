@@ -2,8 +2,8 @@
 
 Cross entropy with label smoothing, batch-hard triplet loss and center loss; BNNeck, last stride 1, random erasing, and
 a warm-up of the learning rate. A batch contains P identities with K images each, and an epoch contains all images. The
-triplet and center loss use the feature before the neck; the classifier and the test, by cosine distance, use that
-behind it.
+triplet and center loss use the feature before the neck; the classifier and the test, with cosine distance, use the
+feature behind it.
 """
 
 from torch.optim import SGD, Adam
@@ -38,15 +38,15 @@ parser.require(
 
 
 def main(args: arguments.Arguments, run: Run) -> None:
-    dataset = data_manager.init_datasets(args.data)  # to train on; its targets are those that are tested
+    dataset = data_manager.init_datasets(args.data)  # the training set; its targets are tested
     num_classes, size, loss = dataset.num_train_pids, (args.height, args.width), {'xent', 'htri', 'cent'}
     model = models.init_model(args.arch, num_classes, loss, last_stride=1, neck=True, size=size)
     weights.pretrain(model, args.pretrained)
     model = run.place(model)
 
     test = Test(dataset, args.test, run)
-    if args.evaluate:  # nothing below is needed, nor is the training set
-        test(Checkpoint(dataset, args.save, run, model=model).model)  # that of --resume
+    if args.evaluate:  # needs neither the training set nor what follows
+        test(Checkpoint(dataset, args.save, run, model=model).model)  # the model of --resume
         return
 
     groups = dataset.groups(args.balance)
@@ -59,7 +59,7 @@ def main(args: arguments.Arguments, run: Run) -> None:
     criterion_cent = run.place(CenterLoss(num_classes, model.feat_dim))
     optimizer = Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     optimizer_cent = SGD(criterion_cent.parameters(), args.lr_cent, fused=True)
-    scheduler = LambdaLR(  # epochs from 0: --lr is reached linearly, and multiplied by --gamma at each of --decays
+    scheduler = LambdaLR(  # epochs from 0: a linear warm-up to --lr, then a factor of --gamma at each of --decays
         optimizer,
         lambda epoch: min((epoch + 1) / (args.warmup or 1), 1) * args.gamma ** sum(epoch >= at for at in args.decays),
     )
@@ -89,11 +89,11 @@ def main(args: arguments.Arguments, run: Run) -> None:
             optimizer_cent.step()
             active, collapsed = criterion_htri.active, criterion_htri.collapsed
             meter.update(loss=loss, xent=xent, htri=htri, cent=cent, active=active, collapsed=collapsed)
-            checkpoint.after_step(epoch, meter)  # saves now and then, and stops when asked to
+            checkpoint.after_step(epoch, meter)  # saves regularly, and stops the run on a signal
         scheduler.step()
         if test.is_due(epoch):
             checkpoint.tested(epoch, test(model), meter)
-    checkpoint.last_test(test, meter)  # of a run with --validate: best_model.pth.tar on the test set, for the only time
+    checkpoint.last_test(test, meter)  # with --validate: tests best_model.pth.tar on the test set, once
 
 
 if __name__ == '__main__':

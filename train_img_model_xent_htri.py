@@ -32,15 +32,15 @@ parser.require(
 
 
 def main(args: arguments.Arguments, run: Run) -> None:
-    dataset = data_manager.init_datasets(args.data)  # to train on; its targets are those that are tested
+    dataset = data_manager.init_datasets(args.data)  # the training set; its targets are tested
     size = args.height, args.width
     model = models.init_model(args.arch, dataset.num_train_pids, loss={'xent', 'htri'}, size=size)
     weights.pretrain(model, args.pretrained)
     model = run.place(model)
 
     test = Test(dataset, args.test, run)
-    if args.evaluate:  # nothing below is needed, nor is the training set
-        test(Checkpoint(dataset, args.save, run, model=model).model)  # that of --resume
+    if args.evaluate:  # needs neither the training set nor what follows
+        test(Checkpoint(dataset, args.save, run, model=model).model)  # the model of --resume
         return
 
     groups = dataset.groups(args.balance)
@@ -72,11 +72,11 @@ def main(args: arguments.Arguments, run: Run) -> None:
             meter.update(
                 loss=loss, xent=xent, htri=htri, active=criterion_htri.active, collapsed=criterion_htri.collapsed
             )
-            checkpoint.after_step(epoch, meter)  # saves now and then, and stops when asked to
+            checkpoint.after_step(epoch, meter)  # saves regularly, and stops the run on a signal
         scheduler.step()
         if test.is_due(epoch):
             checkpoint.tested(epoch, test(model), meter)
-    checkpoint.last_test(test, meter)  # of a run with --validate: best_model.pth.tar on the test set, for the only time
+    checkpoint.last_test(test, meter)  # with --validate: tests best_model.pth.tar on the test set, once
 
 
 if __name__ == '__main__':

@@ -1,12 +1,12 @@
-"""Pixels: training augmentation and test preparation of a whole uint8 batch, on its device.
+"""Training augmentation and test preparation of the pixels of a whole uint8 batch, on its device.
 
-Both use Pillow's bilinear or bicubic resize. The preparation, and on a GPU also the augmentation, follows Pillow's own
+Both use Pillow's bilinear or bicubic resize. The preparation, and on a GPU also the augmentation, reproduces Pillow's
 arithmetic: weights are 22-bit integers, the horizontal pass comes first, and each pass is rounded to 8 bits. Integer
 arithmetic is exact on every device, so every pixel equals that of the per-image pipeline. (From version 12.3 Pillow
 starts with the vertical pass if that is less work, for sources that are proportionally taller than the target; single
 pixels then differ by 1/255. The published weights were trained and tested with the horizontal pass first.) On a CPU the
-augmentation uses torch, whose weights have 15 bits: it is twice as fast, and pixels differ by at most 2/255, most of
-them not at all.
+augmentation uses torch, whose weights have 15 bits: it is twice as fast; most pixels are equal, the others differ by at
+most 2/255.
 
 Images arrive as groups of equal size, a list of (positions in the batch int64 (n,), pixels uint8 (n, H, W, 3)), which
 together form a batch of B. Images of one size form one group, in order.
@@ -71,9 +71,9 @@ class TrainTransform:
 
     By default as in the original: Random2DTranslation and horizontal flip, both with p = 0.5.
 
-    padding:        pixels of black that are added on each side after resizing; a random (height, width) crop is then
-                    taken instead of Random2DTranslation
-    random_erasing: probability with which a rectangle of an image is replaced by the mean colour, see `erased`
+    padding:        black pixels added on each side after resizing; a random (height, width) crop is then taken instead
+                    of Random2DTranslation
+    random_erasing: probability of replacing a rectangle of an image by the mean colour, see `erased`
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class TrainTransform:
         Args:
             draws: (B, DRAWS), uniform in [0, 1), float64, see `samplers`: an image is translated if column 0 is >= 0.5,
                 by the fractions of the available margin in columns 1 (down) and 2 (right), and mirrored if column 3 is
-                < 0.5. With padding it is always translated. The other columns are those of `erased`.
+                < 0.5. With padding it is always translated. The other columns are passed to `erased`.
         """
         if (prepared := _prepared(images)) is not None:
             return prepared
@@ -118,7 +118,7 @@ class TrainTransform:
         return batch
 
     def _anywhere(self, images: Images, enlarge: Tensor, top: Tensor, left: Tensor, mirror: Tensor) -> Tensor:
-        """In Pillow's arithmetic, without host synchronisation: crop and flip are a choice of rows and columns."""
+        """Pillow's arithmetic, without host synchronisation: crop and flip select rows and columns."""
         rows = top[:, None] + _range(self.height, top)  # (B, h)
         columns = left[:, None] + _range(self.width, left)  # (B, w)
         columns = torch.where(mirror[:, None], columns.flip(1), columns)
@@ -135,7 +135,7 @@ class TrainTransform:
         return batch
 
     def _on_cpu(self, images: Images, enlarge: Tensor, top: Tensor, left: Tensor, mirror: Tensor) -> Tensor:
-        """With torch's uint8 resize, image by image, so that an image is still in the cache when it is normalised."""
+        """torch's uint8 resize, image by image, so that an image is still in the cache when it is normalised."""
         scale, shift = _affine(self.normalisation, self.width, enlarge.device)
         batch = torch.empty(len(enlarge), self.height, self.width, 3)  # (B, h, w, 3)
         places = list(zip(top.tolist(), left.tolist(), mirror.tolist(), strict=True))
@@ -166,11 +166,11 @@ DRAWS_OF_ERASING = 3 + 2 * TRIES
 
 
 def erased(draws: Tensor, height: int, width: int, p: float) -> Tensor:
-    """Random erasing: the rectangle of each image that is erased, bool (B, height, width).
+    """Random erasing: a mask with the rectangle to erase in each image, bool (B, height, width).
 
     Zhong et al., Random Erasing Data Augmentation, AAAI 2020, arXiv:1708.04896: with probability p, a rectangle of 2 to
-    40% of the area with an aspect (height / width) of 0.3 to 1 / 0.3, both uniform, at a uniform place. Rectangles as
-    high or wide as the image are drawn anew.
+    40% of the area with an aspect (height / width) of 0.3 to 1 / 0.3, both uniform, at a uniform position. Rectangles
+    as high or wide as the image are drawn again.
 
     draws: (B, DRAWS_OF_ERASING), uniform in [0, 1): erase?, down, right, and area and aspect of each try
     """
@@ -218,7 +218,7 @@ def _range(size: int, like: Tensor) -> Tensor:
 def _prepared(images: Images) -> Tensor | None:
     """The batch (B, 3, h, w) if the data set returned float images, which are already prepared."""
     _, pixels = images[0]
-    return pixels.permute(0, 3, 1, 2) if pixels.is_floating_point() else None  # of one size, so in order
+    return pixels.permute(0, 3, 1, 2) if pixels.is_floating_point() else None  # all of one size, so in order
 
 
 def _render(
@@ -230,7 +230,7 @@ def _render(
     normalisation: Normalisation,
     interpolation: str,
 ) -> Tensor:
-    """Keeps `rows` (B, h) and `columns` (B, w) of each image resized to all of `heights` and `widths`; normalises."""
+    """Resizes each image to all of `heights` and `widths`, keeps its `rows` (B, h) and `columns` (B, w), normalises."""
     device, height, width = rows.device, rows.shape[1], columns.shape[1]
     if mixed := len(images) > 1:
         order = torch.cat([positions for positions, _ in images]).to(device, non_blocking=True)  # (B,)
@@ -261,7 +261,7 @@ def _render(
 def _pass(pixels: Tensor, taps: Tensor, weights: Tensor, work: Tensor, clamp: bool) -> Tensor:
     """One pass of the resize, along axis 1: (n, L, M, 3), with taps and weights (K, n, l), -> int32 (n, l, M, 3).
 
-    Large intermediates and the result are written into the three rows of `work`, because memory traffic is slower than
+    Large intermediates and the result are written to the three rows of `work`, because memory traffic is slower than
     arithmetic.
     """
     n, length, width, _ = pixels.shape
@@ -293,12 +293,12 @@ def _cubic(x: np.ndarray) -> np.ndarray:
     return np.where(x < 1, inner, np.where(x < 2, outer, 0))
 
 
-KERNELS = {'bilinear': (_triangle, 1.0), 'bicubic': (_cubic, 2.0)}  # and the distance at which they become 0
+KERNELS = {'bilinear': (_triangle, 1.0), 'bicubic': (_cubic, 2.0)}  # kernel, and the distance from which it is 0
 
 
 @functools.lru_cache(maxsize=16)
 def _affine(normalisation: Normalisation, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Factor and addend for pixels 0..255, (w, 3) each: many times faster than broadcasting three numbers."""
+    """Factor and addend for pixels 0..255, (w, 3) each, many times faster than broadcasting three numbers."""
     mean, std = torch.tensor(normalisation, dtype=torch.float64)  # (3,) each
     table = torch.stack([1 / (255 * std), -mean / std]).float()  # (2, 3)
     return tuple(table[:, None].expand(2, width, 3).contiguous().to(device))
@@ -306,7 +306,7 @@ def _affine(normalisation: Normalisation, width: int, device: torch.device) -> t
 
 @functools.lru_cache(maxsize=1024)
 def _taps(source: int, targets: tuple[int, ...], interpolation: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pillow's bilinear or bicubic resize of `source` pixels to each of `targets` pixels, one after the other.
+    """The coefficients of Pillow's resize of `source` pixels to each of `targets` pixels, concatenated.
 
     Returns the source pixels of each output pixel, int64 (K, sum(targets)), and their weights, int32 of the same shape,
     which add up to about 2^22. K is the largest number of source pixels; unused ones have weight 0.

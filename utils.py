@@ -1,4 +1,4 @@
-"""The few helpers known from the original: a running mean, a log file, JSON, and saving a checkpoint."""
+"""Helpers known from the original: a running mean, a log file, JSON, and saving a checkpoint."""
 
 import contextlib
 import json
@@ -45,7 +45,7 @@ class Logger(Console):
     def __exit__(self, *_: object) -> None:
         self.flush()
         sys.stdout = self.before
-        with contextlib.suppress(OSError):  # what a full disk did not accept
+        with contextlib.suppress(OSError):  # the rest does not fit on a full disk
             self.file.close()
 
     def write(self, text: str) -> None:
@@ -81,7 +81,7 @@ def write_json(obj: object, fpath: str | Path) -> None:
 
 
 def save_checkpoint(state: dict, is_best: bool, fpath: str | Path) -> None:
-    """Write `state` to `fpath`, completely or not at all; the best is `best_model.pth.tar` in its folder, too."""
+    """Write `state` to `fpath`, completely or not at all; if `is_best`, also to best_model.pth.tar in its folder."""
 
     def write(path: Path) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Weight files: any published or foreign file -> weights under this project's names, and a description of it.
+"""Reads weight files of this and other projects: translates them to this project's names, and describes them.
 
 python weights.py FILE            # what it is, what it does not record, and how it will be tested
 python weights.py FILE OUT        # the same weights in this project's layout, OUT.pth.tar or OUT.safetensors
@@ -24,7 +24,7 @@ from runtime import commands, values
 from runtime.errors import UserError, plain
 
 FORMAT = 'deep-person-reid 1'  # the entry 'format' of the checkpoints written here
-LICENCE = 'unknown'  # unless the file names it
+LICENCE = 'unknown'  # unless the file gives it
 
 
 @dataclass
@@ -33,14 +33,14 @@ class Weights:
 
     state_dict: this project's parameter names -> tensors on the CPU
     layout:     the kind of file and what was renamed, in one line
-    trained:    what is known of the training of the weights, and how their project tests them
+    trained:    what is known about the training of the weights, and how their project tests them
     rank1:      best Rank-1 as a fraction, None if the file does not contain it
-    epoch:      of the last finished epoch, None if the file does not contain it; the original and this project count
-                from 0, torchreid from 1
+    epoch:      the last finished epoch, None if the file does not contain it; the original and this project count from
+                0, torchreid from 1
     state:      the complete checkpoint if this project wrote it, for resuming; None for any other file
-    made:       the arguments of `models.assemble` that their network needs, as far as they are known
+    made:       the arguments of `models.assemble` that the network needs, as far as they are known
     assumed:    what the file does not record, as NAME=VALUE of `models.layouts.ASSUMPTIONS`
-    licence:    of the weights, as the file names it
+    licence:    the licence of the weights, as given in the file
     """
 
     state_dict: dict[str, Tensor]
@@ -57,15 +57,15 @@ class Weights:
 def read(path: str | os.PathLike, assume: str = '', own: Container[str] = ()) -> Weights:
     """Reads a checkpoint or a bare state dict without running any code in it (`files.unpickling`).
 
-    Supported are the checkpoints of this project; those of the original, by PyTorch 0.3 under Python 2 or later; state
-    dicts of any PyTorch since 0.1, bare or under 'state_dict' or 'model'; safetensors; the prefixes `module.` and
-    `_orig_mod.`; and the layouts that the models' classes list as `published`.
+    Supported are checkpoints of this project; checkpoints of the original, written by PyTorch 0.3 under Python 2 or
+    later; state dicts of any PyTorch since 0.1, bare or under 'state_dict' or 'model'; safetensors; the prefixes
+    `module.` and `_orig_mod.`; and the layouts that the models' classes list as `published`.
 
-    assume: NAME=VALUE, separated by commas, instead of what the file's layout assumes
-    own:    the names of the weights of the network that they are for; a file of such names is not translated
+    assume: NAME=VALUE, separated by commas, to replace assumptions of the file's layout
+    own:    the names of the weights of the target network; a file with these names is not translated
 
-    Raises UserError, in one line, for a file that cannot be read safely, contains no weights, or mixes the names of two
-    projects, and for an assumption that it leaves no choice of.
+    Raises UserError for a file that cannot be read safely, contains no weights, or mixes the names of two projects, and
+    for an assumption that does not apply to the file.
     """
     where = plain(os.fspath(path), 500)
     if safetensors.recognised(path):
@@ -77,7 +77,7 @@ def read(path: str | os.PathLike, assume: str = '', own: Container[str] = ()) ->
 
 
 def _understand(loaded: Any, kind: str, where: str, chosen: Mapping[str, str], own: Container[str]) -> Weights:
-    """The object that was loaded -> Weights."""
+    """The contents of a file -> Weights."""
     checkpoint, found = {}, loaded
     entry = 'state_dict'
     if isinstance(loaded, dict) and 'state_dict' not in loaded and isinstance(loaded.get('model'), dict):
@@ -126,7 +126,7 @@ def _understand(loaded: Any, kind: str, where: str, chosen: Mapping[str, str], o
 
 
 def _training(checkpoint: dict, state_dict: Mapping[str, Tensor], foreign: bool, where: str) -> Training:
-    """What a file records of its training; of an altered checkpoint, what is left of that."""
+    """What a file records about its training; invalid entries of an altered checkpoint are ignored."""
     options, provenance = (checkpoint.get(name) for name in ('arguments', 'provenance'))
     mark = provenance.get('dataset_fingerprint') if isinstance(provenance, dict) else None
     classifier = state_dict.get('classifier.weight')
@@ -142,14 +142,14 @@ def _training(checkpoint: dict, state_dict: Mapping[str, Tensor], foreign: bool,
 
 
 def build(loaded: Weights, arch: str | None, where: str, report: Callable[[str], object] = print) -> Network:
-    """The network that weights were trained with, holding them, in eval mode; prints what of them was left out.
+    """The network that the weights were trained with, with these weights, in eval mode; prints which were left out.
 
-    Architecture and arguments of `init_model` are those that a file of this project records. Of other files the
-    architecture is recognised by names and shapes, and so are neck, pooling and the other parts; what they do not show
-    is assumed (`Weights.assumed`). The network's normalisation and interpolation are those of the weights' project.
+    A file of this project records the architecture and the arguments of `init_model`. For other files, the
+    architecture, the neck, the pooling and the other parts are recognised by names and shapes, and the rest is assumed
+    (`Weights.assumed`). Normalisation and interpolation are those of the weights' project.
 
     arch:   None to recognise it
-    report: receives the lines that are otherwise printed
+    report: called with each line, in place of print
 
     Raises:
         UserError: the architecture cannot be recognised, or the weights do not fit.
@@ -171,13 +171,13 @@ def build(loaded: Weights, arch: str | None, where: str, report: Callable[[str],
 
 
 def _size(loaded: Weights) -> tuple[int, int] | None:
-    """Height and width of the images of a run of this project, None if they are unknown."""
+    """The image size (height, width) of a run of this project, None if unknown."""
     height, width = (loaded.trained.options.get(name) for name in ('height', 'width'))
     return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
 
 def _prepared(model: Network, loaded: Weights, report: Callable[[str], object] = print) -> Network:
-    """Images are normalised and resized as the project of the weights does it."""
+    """Set the network's normalisation and interpolation to those of the weights' project."""
     for name in ('normalisation', 'interpolation'):
         setattr(model, name, loaded.trained.test.get(name, getattr(model, name)))
     if 'normalisation' in loaded.trained.test:
@@ -186,9 +186,9 @@ def _prepared(model: Network, loaded: Weights, report: Callable[[str], object] =
 
 
 def rebuilt(model: Network, loaded: Weights, keep_arch: bool) -> Network:
-    """The network in which weights are tested: `model`, or one of their architecture and with their parts.
+    """The network for testing the weights: `model`, or a new one with the architecture and parts of the weights.
 
-    keep_arch: the architecture is that of `model`, which the user chose
+    keep_arch: keep the architecture of `model`, which the user chose
     """
     recorded = loaded.trained.options.get('arch')
     arch = '' if keep_arch else loaded.trained.arch or (recorded if isinstance(recorded, str) else '')
@@ -205,20 +205,20 @@ def rebuilt(model: Network, loaded: Weights, keep_arch: bool) -> Network:
     return _prepared(model, loaded)
 
 
-HEAD = ('bottleneck.', 'pool.', 'embedding', 'non_local.')  # the parts that weights of a backbone lack
+HEAD = ('bottleneck.', 'pool.', 'embedding', 'non_local.')  # parts that are missing in weights of a backbone
 
 
 def pretrain(model: Network, pretrained: str) -> None:
     """Initialises a model's weights; prints what was loaded and what was not.
 
-    pretrained: 'none' leaves the model unchanged; 'imagenet' loads torchvision's weights, downloaded once into its
-                cache; anything else is the path of a file that `read` supports
+    pretrained: 'none' leaves the model unchanged; 'imagenet' loads torchvision's weights, which are downloaded once to
+                its cache; anything else is the path of a file that `read` supports
 
-    The classifier stays random, and so do neck, pooling and the parameters that a model's `fresh` lists if the weights
-    do not contain them. ImageNet's weights, recognised in a file by foreign names and 1000 classes, initialise a
-    network of this project: its `options` do not change.
+    The classifier remains random, and so do neck, pooling and the parameters listed in a model's `fresh` if the weights
+    do not contain them. ImageNet weights, recognised in a file by another project's names and 1000 classes, do not
+    change the `options` of the network.
 
-    Raises UserError for weights that cannot be downloaded or read, or that do not fit.
+    Raises UserError if the weights cannot be downloaded or read, or do not fit.
     """
     if pretrained == 'none':
         return
@@ -244,7 +244,7 @@ def pretrain(model: Network, pretrained: str) -> None:
     random = ('classifier.', *(part for part in fresh_parts if not any(key.startswith(part) for key in taken)))
     fresh = {key: value for key, value in own.items() if key.startswith(random)}
     loading.load_into(model, taken | fresh, allow_other_classifier=False, where=where)
-    trained = replace(trained, project='', test={})  # the network is the script's, and so is its test
+    trained = replace(trained, project='', test={})  # network and test are those of the script
     model.trained = replace(trained, random=listed(key for key in fresh if not key.startswith('classifier.')))
     print(f'Loaded pretrained weights from {where} ({layout})')
     if assumed:
@@ -255,10 +255,10 @@ def pretrain(model: Network, pretrained: str) -> None:
 
 
 def describe(path: str, assume: str) -> Iterator[str]:
-    """What a file is and how it will be tested, line by line.
+    """A description of a file and its test, line by line.
 
     Raises:
-        UserError: it cannot be read, or is of an architecture of this project but does not fit it.
+        UserError: it cannot be read, or has an architecture of this project but does not fit it.
     """
     loaded, where = read(path, assume), plain(path, 500)
     arch, parts, test = loaded.trained.arch, loading.parts(loaded.state_dict), loaded.trained.test
@@ -289,10 +289,10 @@ def describe(path: str, assume: str) -> Iterator[str]:
 
 
 def convert(path: str, out: str, assume: str) -> None:
-    """Writes the weights of a file in this project's layout: what it records, what is assumed, and how it is tested.
+    """Writes the weights of a file in this project's layout, with its records, the assumptions and the test options.
 
     Raises:
-        UserError: `out` exists, has another suffix or cannot be written, or the weights fit no network.
+        UserError: `out` exists, has an unknown suffix or cannot be written, or the weights do not fit any network.
     """
     loaded, where, target = read(path, assume), plain(path, 500), plain(out, 500)
     if not out.endswith(('.pth.tar', '.pth', '.pt', '.safetensors')):
@@ -314,12 +314,12 @@ def convert(path: str, out: str, assume: str) -> None:
 
 
 def main() -> None:
-    parser = commands.Parser(description='Say what a weight file is, or write it in the layout of this project.')
+    parser = commands.Parser(description='Describe a weight file, or write it in the layout of this project.')
     parser.add_argument('file', type=values.path, metavar='FILE', help='weights of any project')
     parser.add_argument(
-        'out', type=values.path, nargs='?', metavar='OUT', help='a new file, .pth.tar or .safetensors, for the weights'
+        'out', type=values.path, nargs='?', metavar='OUT', help='new file for the weights, .pth.tar or .safetensors'
     )
-    parser.add_argument('--assume', default='', metavar='NAME=VALUE,...', help='what FILE does not record')
+    parser.add_argument('--assume', default='', metavar='NAME=VALUE,...', help='replaces assumptions about FILE')
     args = parser.parse_args()
     for line in describe(args.file, args.assume):
         print(line)

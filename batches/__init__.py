@@ -1,1 +1,1 @@
-"""The way of a batch: decoded by workers, kept in a cache, copied to the device."""
+"""Batches: decoded by workers, cached, and copied to the device."""

@@ -1,4 +1,4 @@
-"""The training images decoded once and kept, in RAM or on the device (--cache)."""
+"""Training images that are decoded once and kept in RAM or on the device (--cache)."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -30,7 +30,7 @@ class Resident:
 
 
 class Cache:
-    """All items of a data set, decoded once by `workers`; yields the same blocks as they do.
+    """All items of a data set, decoded once by `workers`; yields the same blocks as the workers.
 
     Args:
         size: bytes of all images, estimated from a sample.
@@ -51,7 +51,7 @@ class Cache:
         if run.rank == 0:
             print(plan)
         chunks = [list(range(number)[at : at + CHUNK]) for at in range(0, number, CHUNK)]
-        self.items: list[tuple] = []  # (image, pid, camid, more ...), the image a tensor (3, H, W) at home
+        self.items: list[tuple] = []  # (image, pid, camid, more ...), image: (3, H, W) where it is kept
         for block in workers.blocks(Task(chunk, chunk) for chunk in chunks):
             images: dict[int, Tensor] = {}
             for positions, pixels in block.images(self.home):
@@ -67,7 +67,7 @@ class Cache:
 
 
 def resident(items: list[tuple]) -> Resident:
-    """Items whose images (3, H, W) are on the device, as a block."""
+    """A block of items whose images (3, H, W) are on the device."""
     by_size: dict[tuple[int, ...], list[int]] = {}
     for position, (image, *_) in enumerate(items):
         by_size.setdefault(tuple(image.shape), []).append(position)
@@ -79,12 +79,12 @@ def resident(items: list[tuple]) -> Resident:
 
 
 def free_memory(device: torch.device) -> int:
-    """Free memory in bytes for this process group (a container or batch job may have less than the machine)."""
+    """Free memory in bytes, within the limit of the container or batch job if there is one."""
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[0]
     try:
         free = _numbers('/proc/meminfo')['MemAvailable'] * 1024
-    except OSError:  # a system other than Linux
+    except OSError:  # not Linux
         return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2
     try:
         group = Path('/sys/fs/cgroup') / Path('/proc/self/cgroup').read_text().rpartition('::')[2].strip().lstrip('/')

@@ -1,4 +1,4 @@
-"""Reads image files, and rejects files that are not images."""
+"""Reads image files and rejects files that are not images."""
 
 import os
 import stat
@@ -10,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from files.kinds import HEAD, PICTURES, recognised
 from runtime.errors import UserError
 
-FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'PPM', 'TIFF', 'WEBP')  # none of them runs another program
+FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'PPM', 'TIFF', 'WEBP')  # Pillow reads these without running another program
 SUFFIXES = (  # of files in FORMATS, in lower case
     *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.apng', '.bmp', '.gif'),
     *('.ppm', '.pgm', '.pbm', '.pnm', '.tif', '.tiff', '.webp'),
@@ -21,19 +21,19 @@ TRIES, PAUSE = 3, 0.1  # attempts to read an image; seconds between them, in whi
 def read_image(path: str | os.PathLike) -> Image.Image:
     """An image file as RGB with 8 bits per channel, at its own size. Reading is tried three times.
 
-    Grey, palette and CMYK images are converted; transparency is dropped; of 16 bits per channel the upper 8 are kept,
-    and of an animation the first frame. A rotation in EXIF is not applied: boxes were drawn on the pixels as stored.
+    Grey, palette and CMYK images are converted; transparency is dropped; 16-bit channels are reduced to their upper 8
+    bits, animations to their first frame. A rotation in EXIF is not applied: boxes refer to the pixels as stored.
 
     Raises:
-        UserError: the file is missing, in none of FORMATS, truncated, has pixels that are not of 8 or 16 bits, or
-            declares more pixels than Pillow considers safe (`PIL.Image.MAX_IMAGE_PIXELS`). The message names the path.
+        UserError: the file is missing, truncated, in none of FORMATS, has pixels of neither 8 nor 16 bits, or declares
+            more pixels than Pillow considers safe (`PIL.Image.MAX_IMAGE_PIXELS`). The message names the path.
     """
     for attempt in range(TRIES):
         if attempt:
             time.sleep(PAUSE)
         try:
             return _decode(path)
-        except MemoryError:  # no fault of the image
+        except MemoryError:  # not the image's fault
             raise
         except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error and more
             failure = error

@@ -16,9 +16,9 @@ Arrived = tuple[list[Group], Tensor, list[int], list[Any]]  # images, pids (b,),
 
 
 class Feed:
-    """The blocks of an epoch, one by one, on the device. The next one is copied to a GPU while this one is processed.
+    """The blocks of an epoch, one by one, on the device. On a GPU the next one is copied while this one is processed.
 
-    `waited`: seconds spent waiting for blocks, without the first one
+    `waited`: seconds spent waiting for blocks, excluding the first one
     """
 
     def __init__(self, blocks: Iterable[Block | Resident], device: torch.device, stream: 'torch.cuda.Stream | None'):
@@ -37,7 +37,7 @@ class Feed:
             computing = torch.cuda.current_stream(self.device)
             computing.wait_stream(self.stream)
             for tensor in _tensors(arrived):
-                tensor.record_stream(computing)  # its memory is not reused before the computation has ended
+                tensor.record_stream(computing)  # its memory must not be reused before the computation has ended
             self.coming = self._send()
         return arrived
 

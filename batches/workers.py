@@ -122,19 +122,19 @@ def _channels_last(image: Any) -> np.ndarray:
 class Workers:
     """Processes that run `work` on tasks ahead of the run, each on one task at a time.
 
-    They are forked when first needed, and end on `close` or with the run, however it ends. They ignore the
-    signals that ask a run to stop: the run saves its state first, then ends them.
+    They are forked when first needed, and end on `close` or when the run ends for any reason. They ignore the signals
+    that ask a run to stop: the run saves its state first, then ends them.
     """
 
     def __init__(self, number: int, work: Callable[[Task], Block], pin: bool):
         self.number, self.work, self.pin = number, work, pin
         self.workers: list[Worker] = []
-        self.busy: deque[Worker] = deque()  # have yet to send a block to the newest iteration
+        self.busy: deque[Worker] = deque()  # those that have yet to send a block to the newest iteration
         end = weakref.finalize(self, _end_all, self.workers, os.getpid())
         atexit.register(end)  # runs before the handler of multiprocessing, which would wait for them to end
 
     def blocks(self, tasks: Iterable[Task]) -> Iterator[Block]:
-        """The blocks of the tasks, in order. With `number` 0 the run does the work itself.
+        """The blocks of the tasks, in order. If `number` is 0, the run does the work itself.
 
         Abandoning an iteration ends the workers, and so does starting one before another is finished, because the
         blocks that they would still send are not needed.
@@ -183,7 +183,7 @@ class Workers:
             ) from problem
 
     def close(self) -> None:
-        """End the workers, also one that hangs in a read."""
+        """End the workers, even if one hangs in a read."""
         self.busy = deque()
         _end_all(self.workers, os.getpid())
 
@@ -203,7 +203,7 @@ class Worker:
         context = multiprocessing.get_context('fork')  # the data set is neither pickled nor copied
         tasks, self.tasks = context.Pipe(duplex=False)
         self.blocks, blocks = context.Pipe(duplex=False)
-        with contextlib.suppress(OSError, AttributeError):  # a limit of the system, or a system other than Linux
+        with contextlib.suppress(OSError, AttributeError):  # above the system's limit, or not Linux
             fcntl.fcntl(blocks.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         inherited = [self.tasks, self.blocks, *(end for other in others for end in (other.tasks, other.blocks))]
         self.ends = tasks, blocks  # the worker's ends
@@ -237,7 +237,7 @@ class Worker:
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        """If the pipe closes at its other end, possibly in the middle of a block, the worker is lost."""
+        """Report the worker as lost if the other end of a pipe closes, possibly in the middle of a block."""
         try:
             yield
         except (EOFError, OSError) as problem:
@@ -269,7 +269,7 @@ def _serve(work: Callable[[Task], Block], tasks: Connection, blocks: Connection,
 
 
 def _answer(work: Callable[[Task], Block], task: Task) -> tuple[bytes, memoryview]:
-    """The reply to a task: its block without pixels, their dtype and number, then the pixels; or an exception."""
+    """The reply to a task: its block without the pixels, their dtype and number, then the pixels; or an exception."""
     try:
         block = work(task)
         pixels, block.pixels = block.pixels, torch.empty(0)
@@ -291,7 +291,7 @@ def _pickled(answer: object) -> bytes:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles a tensor's bytes, ten times faster than torch; multiprocessing would use /dev/shm."""
+    """Pickles the bytes of tensors, ten times as fast as torch; multiprocessing would use /dev/shm."""
 
     def reducer_override(self, value: object) -> Any:
         if type(value) is Tensor:

@@ -1,1 +1,1 @@
-"""What computes the features of images: a network of this project, compiled, or exported to another program."""
+"""Feature extraction by a network of this project: as it is, compiled, or exported to another program."""

@@ -1,4 +1,4 @@
-"""The check of a network in another program: are its features, and their neighbours, those that are expected?"""
+"""Checks that a network in another program gives the expected features and nearest neighbours."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,14 +12,14 @@ from extraction.programs import Run
 
 TOLERANCE = 1e-3  # largest relative error of a feature that passes
 NEAREST = 10
-MOST = 1000  # images that are checked: each is compared with each
+MOST = 1000  # images that are checked: all pairs are compared
 BATCHES = (1, 2, 5, 3, 8)  # images that are checked at a time
-SIZES = ((256, 128), (128, 64), (97, 41), (40, 60), (331, 182), (17, 9))  # of the images that are drawn
+SIZES = ((256, 128), (128, 64), (97, 41), (40, 60), (331, 182), (17, 9))  # (height, width) of the drawn images
 
 
 class Outcome(NamedTuple):
-    """Of a check: images and sizes of them, the largest relative error of a feature, and the number of neighbours that
-    changed their places although their distances differ by more than TOLERANCE."""
+    """The outcome of a check: number of images and of their sizes, largest relative error of a feature, and number of
+    neighbours that changed places although their distances differ by more than TOLERANCE."""
 
     images: int
     sizes: int
@@ -32,7 +32,8 @@ class Outcome(NamedTuple):
 
 
 def report(run: Run, engine: str, images: Sequence[np.ndarray], expected: Tensor, distance: str) -> bool:
-    """Check a program against the features (N, D) of these images (H, W, 3); print the outcome; whether it passed."""
+    """Check a program against the expected features (N, D) of images (H, W, 3), print the outcome, and return whether
+    it passed."""
     outcome = check(run, images, expected, distance)
     nearest = min(NEAREST, len(images) - 1)
     words = f'the {nearest} nearest agree' if nearest else 'no neighbours were compared'
@@ -43,7 +44,7 @@ def report(run: Run, engine: str, images: Sequence[np.ndarray], expected: Tensor
         f'relative error {outcome.error:.1e}, {words}'
     )
     if not outcome.passed:
-        print(f'error: nothing is written: an error above {TOLERANCE:g}, or other neighbours', file=sys.stderr)
+        print(f'error: not written: relative error above {TOLERANCE:g}, or nearest neighbours differ', file=sys.stderr)
     return outcome.passed
 
 
@@ -52,7 +53,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def check(run: Run, images: Sequence[np.ndarray], expected: Tensor, distance: str) -> Outcome:
-    """Compare the features of a program with those that are `expected` (N, D), of images (H, W, 3).
+    """Compare a program's features of images (H, W, 3) with the `expected` ones (N, D).
 
     The error of a feature is the length of the difference, divided by the length of the feature.
     """
@@ -67,7 +68,7 @@ def check(run: Run, images: Sequence[np.ndarray], expected: Tensor, distance: st
 
 
 def batches(places: Sequence[int]) -> Iterator[list[int]]:
-    """Batches of several sizes, one after the other."""
+    """Split `places` into consecutive batches, whose sizes cycle through BATCHES."""
     start, turn = 0, 0
     while start < len(places):
         yield list(places[start : (start := start + BATCHES[turn % len(BATCHES)])])
@@ -75,18 +76,18 @@ def batches(places: Sequence[int]) -> Iterator[list[int]]:
 
 
 def exchanged(expected: Tensor, found: Tensor, distance: str) -> int:
-    """How many of the NEAREST neighbours of each feature (N, D) are others in `found`, unless their distances agree.
+    """The number of NEAREST neighbours of all features (N, D) that differ in `found` and whose distances do not agree.
 
     Two distances agree if they differ by at most TOLERANCE of the larger one.
     """
     (one, other), nearest = (distances(each, distance) for each in (expected, found)), min(NEAREST, len(expected) - 1)
     ours, theirs = (each.sort(dim=1, stable=True).indices[:, :nearest] for each in (one, other))  # (N, nearest) each
-    near, far = one.gather(1, ours), one.gather(1, theirs)  # as the features that are expected have them
+    near, far = one.gather(1, ours), one.gather(1, theirs)  # distances of the expected features
     return int(((near - far).abs() > TOLERANCE * torch.maximum(near, far)).sum())
 
 
 def distances(features: Tensor, distance: str) -> Tensor:
-    """(N, N) float64, of each feature to the others; that to itself is infinite."""
+    """(N, N) float64: the distances between all features; that of a feature to itself is infinite."""
     points = features.double()
     if distance == 'cosine':
         points = torch.nn.functional.normalize(points)
@@ -95,7 +96,7 @@ def distances(features: Tensor, distance: str) -> Tensor:
 
 
 def evenly(paths: Sequence[str]) -> list[str]:
-    """At most MOST of them, at equal distances."""
+    """At most MOST of the paths, evenly spaced."""
     number = min(MOST, len(paths))
     return [paths[place * len(paths) // number] for place in range(number)]
 

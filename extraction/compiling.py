@@ -1,4 +1,4 @@
-"""Networks that torch compiles for a CPU, and what the compiler needs on this machine."""
+"""Networks that torch compiles for a CPU, and a check of what the compiler needs."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from runtime.errors import UserError, plain
 
 
 class Sized(nn.Module):
-    """A network for images of one size, which the compiler then takes as constants; the batch remains dynamic."""
+    """A network for images of one size, which the compiler treats as constant; only the batch size is dynamic."""
 
     def __init__(self, network: Network, height: int, width: int):
         super().__init__()
@@ -34,11 +34,11 @@ class Compiled(Network):
     """A network in eval mode, compiled when it is first called: (B, 3, height, width) -> (B, feat_dim).
 
     Its weights become constants of the code, with BatchNorm folded into convolutions whose weights are stored in the
-    order that the CPU's kernels read: whatever changes the weights later changes nothing here. It is compiled once for
-    all batches of two or more images. A single image is computed twice, side by side, unless `batch`, the size of the
-    largest one, is 1: code for single images would have to be compiled, too.
+    order that the CPU's kernels read. Later changes to the weights have no effect. The network is compiled once for all
+    batches of two or more images. A single image is duplicated to a batch of two, which avoids compiling code for
+    single images, unless `batch`, the largest batch size, is 1.
 
-    To be called under `torch.inference_mode` or `torch.no_grad`: otherwise weights are no constants.
+    Call it under `torch.inference_mode` or `torch.no_grad`: otherwise the weights do not become constants.
 
     Raises:
         UserError: the compiler fails.
@@ -53,7 +53,7 @@ class Compiled(Network):
         )  # fmt: skip
         options: dict[str, Any] = {'freezing': True}
         if skip := getattr(torch.compiler, 'skip_guard_on_all_nn_modules_unsafe', None):  # torch 2.8 and newer
-            options['guard_filter_fn'] = skip  # the network never changes; else each call checks each of its modules
+            options['guard_filter_fn'] = skip  # otherwise each call checks whether any module has changed
         self.compiled = torch.compile(Sized(network, height, width), dynamic=True, options=options)
         self.batch, self.single, self.works = batch, False, False
         self.eval()
@@ -62,7 +62,7 @@ class Compiled(Network):
         self.single = self.single or (self.batch == len(x) == 1 and not self.works)
         if len(x) == 1 and not self.single:
             return self.forward(torch.cat((x, x)))[:1]
-        # torch looks up in this private place, too, whether weights are constants: by the option alone they are not.
+        # The option alone is not enough: torch also reads this private setting before it treats weights as constants.
         frozen = contextlib.nullcontext() if self.works else torch._inductor.config.patch(freezing=True)
         try:
             with frozen:
@@ -77,7 +77,7 @@ class Compiled(Network):
 
 
 def check(what: str) -> None:
-    """Raise UserError, in one line about the option `what`, unless there is what a compilation for the CPU needs."""
+    """Raise UserError, a line about the option `what`, unless a C++ compiler and Python's header files are found."""
     compiler = os.environ.get('CXX')  # torch uses CXX as it is, else g++, on macOS clang++
     usual = 'clang++' if sys.platform == 'darwin' else 'g++'
     if compiler is not None and not shutil.which(compiler):
@@ -105,7 +105,7 @@ def check_headers(what: str, variables: tuple[str, ...]) -> None:
 
 
 def include_folders(variables: tuple[str, ...]) -> list[Path]:
-    """The folders in which a compiler finds Python.h: first Python's own, then those of these environment variables."""
+    """The folders in which a compiler looks for Python.h: Python's own, then those in these environment variables."""
     scheme = sysconfig.get_default_scheme()
     own = sysconfig.get_paths('posix_prefix' if scheme == 'posix_local' else scheme)['include']  # as triton does
     more = [os.environ.get(name, '') for name in variables]

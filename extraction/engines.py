@@ -1,4 +1,4 @@
-"""Networks that onnxruntime or OpenVINO runs on the CPU: of any weights, converted in memory when they are loaded."""
+"""Networks run by onnxruntime or OpenVINO on the CPU, converted in memory from any weights that can be loaded."""
 
 from collections.abc import Callable
 from threading import Lock
@@ -14,7 +14,7 @@ from extraction.programs import obstacle, onnx_of, quiet
 from models.network import Network
 from runtime.errors import UserError
 
-ENGINES = {  # and the packages that each needs
+ENGINES = {  # engine -> the packages that it needs
     'onnxruntime': ['onnx', 'onnxscript', 'onnxruntime'],
     'openvino': ['onnx', 'onnxscript', 'openvino'],
 }
@@ -22,7 +22,7 @@ Run = Callable[[np.ndarray], np.ndarray]  # float32 (B, h, w, 3) -> float32 (B, 
 
 
 class ChannelsLast(nn.Module):
-    """A network for images as `TestTransform` lays them out, (B, h, w, 3), so that an engine need not copy them."""
+    """A network that takes images in the memory layout of `TestTransform`, (B, h, w, 3), so they are not copied."""
 
     def __init__(self, network: Network):
         super().__init__()
@@ -36,11 +36,11 @@ class ChannelsLast(nn.Module):
 class Converted(Network):
     """A network in eval mode that another engine runs: (B, 3, height, width) -> (B, feat_dim), float32.
 
-    Whatever changes the weights later changes nothing here. It may be called by several threads.
+    Later changes to the weights have no effect. Several threads may call it at once.
 
     Args:
         precision: 'fp32', or 'bf16', which only OpenVINO has.
-        batch: the number of images of most calls.
+        batch: the usual batch size.
 
     Raises:
         UserError: an operator of the network has no counterpart in ONNX.
@@ -63,7 +63,7 @@ class Converted(Network):
 
 
 def converted(network: Network, height: int, width: int, what: str) -> bytes:
-    """The network as an ONNX file: images (B, height, width, 3) of any number, already normalised, to its features."""
+    """The network as an ONNX file: any number of normalised images (B, height, width, 3) -> features (B, D)."""
     example = torch.zeros(2, height, width, 3)
     try:
         with quiet(), torch.no_grad():
@@ -86,10 +86,10 @@ def run_by_onnxruntime(contents: bytes) -> Run:
 
 
 class OpenVINO:
-    """An ONNX file in OpenVINO, on the CPU, with as many threads as torch has now.
+    """An ONNX file run by OpenVINO on the CPU, with the number of threads that torch uses at this moment.
 
-    It is compiled, in less than a second, for each of these: batches of `batch` images, single images, and the others.
-    A program for a fixed number of images is up to a fifth faster than one for any number.
+    It is compiled up to three times, each in less than a second: for batches of `batch` images, for single images, and
+    for any other number. A program for a fixed number of images is up to a fifth faster than one for any number.
     """
 
     def __init__(self, contents: bytes, precision: str, batch: int):
@@ -97,7 +97,7 @@ class OpenVINO:
 
         self.core = openvino.Core()
         self.contents, self.sizes, self.lock = contents, (batch, 1), Lock()
-        self.requests: dict[int, Any] = {}  # by the number of images, -1 for the others
+        self.requests: dict[int, Any] = {}  # by batch size; -1: any other
         self.how: dict[str, Any] = {
             'INFERENCE_PRECISION_HINT': {'fp32': 'f32', 'bf16': 'bf16'}[precision],
             'INFERENCE_NUM_THREADS': torch.get_num_threads(),

@@ -1,11 +1,10 @@
-"""The network as one graph from pixels to features, for other programs: any size of images, resized inside.
+"""A network as one graph from pixels to features, for other programs; it resizes images of any size.
 
 The resize is Pillow's, as in `transforms`: weights of 22 bits, the horizontal pass first, each pass rounded to 8 bits.
-Here a pass is a product with a matrix that is computed from the size of the images, and everything is a plain tensor
-operation that other runtimes have. Weights are split into halves of 11 bits. Sums of such halves times 8-bit pixels
-are whole numbers below 2^24, which float32 holds exactly, so that pixels equal those of `transforms` bit for bit.
-(Where an output pixel has more than 32 source pixels, the sum of the lower halves may be rounded, far below what
-decides a pixel.)
+Here a pass is a product with a matrix that is computed from the size of the images, and every operation is one that
+other runtimes have. Weights are split into halves of 11 bits. Sums of these halves times 8-bit pixels are integers
+below 2^24, which float32 represents exactly, so pixels equal those of `transforms` bit for bit. (If an output pixel has
+more than 32 source pixels, the sum of the lower halves may be rounded, by far less than could change a pixel.)
 """
 
 import torch
@@ -17,9 +16,9 @@ HALF = 1 << 11  # two halves of 11 bits are the 22 bits of Pillow's weights
 
 
 class Graph(nn.Module):
-    """uint8 images (B, H, W, 3), RGB, of one size, any -> features (B, D), float32, as the test uses them.
+    """uint8 images (B, H, W, 3), RGB, all of one arbitrary size -> features (B, D), float32, as the test uses them.
 
-    flip_test: features are the mean of those of an image and its mirror image
+    flip_test: average the features of an image and its mirror image
     """
 
     scale: Tensor
@@ -54,7 +53,7 @@ def halves(source: int, target: int, interpolation: str) -> Tensor:
     """
     centers = 2 * torch.arange(source) + 1  # (S,) of the source pixels, in half pixels
     places = (2 * torch.arange(target) + 1)[:, None]  # (T, 1)
-    apart = (centers * target - places * source).abs()  # (T, S) whole numbers: they are exact where float64 is missing
+    apart = (centers * target - places * source).abs()  # (T, S) integers, exact also in runtimes without float64
     stretch = (centers[-1:] + 1).clamp(min=2 * target)  # (1,) the kernel is not narrowed when an image is enlarged
     x = apart.double() / stretch.double()  # (T, S)
     weights = (1 - x).clamp(min=0) if interpolation == 'bilinear' else cubic(x)
@@ -69,6 +68,6 @@ def cubic(x: Tensor) -> Tensor:
 
 
 def rounded(upper: Tensor, lower: Tensor) -> Tensor:
-    """Sums of products with the two halves of weights -> pixels 0..255 as whole numbers, rounded as Pillow does."""
-    total = upper + (lower / HALF).floor()  # what is left of the lower half cannot change the pixel
+    """Sums of products with the two halves of the weights -> integer pixels 0..255, rounded as Pillow does."""
+    total = upper + (lower / HALF).floor()  # the remainder of the lower half cannot change the pixel
     return ((total + HALF / 2) / HALF).floor().clamp(0, 255)

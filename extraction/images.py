@@ -1,4 +1,4 @@
-"""Images as callers have them, and the files that arguments of a command name."""
+"""Images in the forms that callers pass, and the image files named by command-line arguments."""
 
 import glob
 import os
@@ -24,10 +24,10 @@ def listed(images: Any) -> Sequence[Any]:
 
 
 def pixels_of(image: Any, bgr: bool, where: str) -> Tensor:
-    """An image in any of the forms that FeatureExtractor takes -> uint8 (3, H, W), RGB.
+    """An image in any of the forms that FeatureExtractor accepts -> uint8 (3, H, W), RGB.
 
     Raises:
-        UserError: it has another form, or cannot be read. `where` is its name in the message.
+        UserError: its form is not one of these, or it cannot be read. `where` is its name in the message.
     """
     if isinstance(image, str | os.PathLike):
         image = read_image(image)
@@ -54,10 +54,10 @@ def pixels_of(image: Any, bgr: bool, where: str) -> Tensor:
 
 
 def cut(frame: Tensor, boxes: Any) -> list[Tensor]:
-    """The boxes (N, 4 or more) of a frame, uint8 (3, H, W): left, top, right, bottom -> uint8 (3, h, w) each.
+    """Cut the boxes (N, 4 or more: left, top, right, bottom) out of a frame (3, H, W): uint8 (3, h, w) each.
 
     Raises:
-        UserError: boxes have another form, or some are empty, also after they were clipped to the frame.
+        UserError: the boxes have a different shape, or some are empty or lie outside the frame.
     """
     array = np.asarray(boxes.detach().cpu() if isinstance(boxes, Tensor) else boxes, np.float64)
     if not array.size:
@@ -67,7 +67,7 @@ def cut(frame: Tensor, boxes: Any) -> list[Tensor]:
     _, height, width = frame.shape
     edges = array[:, :4].round().clip(0, [width, height, width, height])  # (N, 4)
     left, top, right, bottom = edges.T  # (N,) each
-    empty = np.flatnonzero(~((left < right) & (top < bottom)))  # also those with NaN
+    empty = np.flatnonzero(~((left < right) & (top < bottom)))  # including those with NaN
     if len(empty):
         rows = ', '.join(map(str, empty[:10].tolist())) + (' ...' if len(empty) > 10 else '')
         raise UserError(
@@ -83,9 +83,9 @@ def _places(edges: np.ndarray) -> list[tuple[int, int, int, int]]:
 
 
 def files_of(names: Sequence[str], what: str = 'images') -> list[str]:
-    """The image files that arguments name: files, folders with all below them, patterns, or - for a list on stdin.
+    """The image files named by arguments: files, folders searched recursively, patterns, or - for a list on stdin.
 
-    Sorted within each folder and pattern; each file once; hidden files and folders are left out.
+    Files are sorted within each folder and pattern, and listed once; hidden files and folders are skipped.
 
     Raises:
         UserError: an argument names no image.
@@ -95,23 +95,23 @@ def files_of(names: Sequence[str], what: str = 'images') -> list[str]:
         some = _lines() if name == '-' else _matching(name)
         files = [file for path in some for file in (_below(path) if os.path.isdir(path) else [path])]
         if not files:
-            raise UserError(f'{plain(name, 500)}: no {what} there; give files, folders, a pattern, or - for stdin')
+            raise UserError(f'{plain(name, 500)}: no {what} found; give files, folders, a pattern, or - for stdin')
         found.update(dict.fromkeys(files))
     return list(found)
 
 
 def folders_of(names: Sequence[str]) -> list[str]:
-    """The folders that arguments name, by themselves or by patterns; not those of a list on stdin."""
+    """The folders named by arguments, directly or by a pattern; folders in a list on stdin are not included."""
     return [path for name in names if name != '-' for path in _matching(name) if os.path.isdir(path)]
 
 
 def _matching(name: str) -> list[str]:
-    """The path of this name, or else those that it matches as a pattern."""
+    """`name` itself if it exists, otherwise the paths that it matches as a pattern."""
     return [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
 
 
 def _lines() -> list[str]:
-    """The paths on stdin: one a line, or ended by NULs, as find -print0 writes them."""
+    """The paths on stdin: one per line, or separated by NULs, as written by find -print0."""
     data = sys.stdin.buffer.read()
     return [os.fsdecode(line) for line in data.split(b'\0' if b'\0' in data else b'\n') if line]
 
@@ -126,7 +126,7 @@ def _below(folder: str) -> list[str]:
 
 
 def tracklets_of(files: Sequence[str]) -> list[tuple[str, ...]]:
-    """Files -> a tracklet of the files of each folder, in the natural order of their names: f2 before f10."""
+    """Group files into one tracklet per folder, its frames in natural order of their names: f2 before f10."""
     folders: dict[str, list[str]] = {}
     for file in files:
         folders.setdefault(os.path.dirname(file), []).append(file)

@@ -1,6 +1,6 @@
-"""Files that `export.py` wrote: their metadata, and an ONNX file as a network.
+"""Files written by `export.py`: their metadata, and an ONNX file as a network.
 
-The metadata are strings under names of their own, which any program can read; `trained` is JSON for `search.py`.
+The metadata are strings, one per name, which any program can read; `trained` is JSON for `search.py`.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ from transforms import Normalisation
 FORMAT = 'deep-person-reid export 1'
 LAYOUT = 'uint8 (batch, height, width, 3), RGB -> float32 (batch, feat_dim)'
 INPUT, OUTPUT = 'images', 'features'
-# Options of the training that `search.py --calibrate` and the notices need; the others may name the user's folders
+# The training options that `search.py --calibrate` and the notices need; the others may contain the user's paths
 KEPT = ('dataset', 'combine', 'validate', 'test_share', 'seed', 'height', 'width', 'pool')
 PIXELS: Normalisation = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # leaves pixels as they are, 0 to 255
 
 
 class Facts(NamedTuple):
-    """What the metadata of a file say. `digest` is that of the weights and how they were used before the export."""
+    """The metadata of a file. `digest` identifies the weights and how they were used before the export."""
 
     arch: str
     feat_dim: int
@@ -44,7 +44,7 @@ class Facts(NamedTuple):
 
 
 def metadata(facts: Facts) -> dict[str, str]:
-    """The facts as strings. Names of the user's own data sets, which contain their places, are left out."""
+    """The facts as strings, without the names of the user's own data sets, which contain their paths."""
     mean, std = facts.normalisation
     trained = asdict(facts.trained)
     options = {name: value for name, value in trained['options'].items() if name in KEPT}
@@ -109,7 +109,7 @@ def need(packages: Sequence[str], what: str) -> None:
 
 
 def session_of(contents: bytes, where: str) -> Any:
-    """An ONNX file in onnxruntime, on the CPU, with as many threads as torch has now.
+    """An ONNX file loaded by onnxruntime on the CPU, with the number of threads that torch uses at this moment.
 
     Raises:
         UserError: it cannot be loaded.
@@ -128,11 +128,11 @@ def session_of(contents: bytes, where: str) -> Any:
 
 
 class Session:
-    """A file that `export.py` wrote, in onnxruntime.
+    """A file written by `export.py`, run by onnxruntime.
 
     Attributes:
-        metadata: of the file.
-        digest: of all bytes of the file, 16 hexadecimal digits: whoever changes the graph changes it.
+        metadata: the metadata of the file.
+        digest: 16 hexadecimal digits, computed from all bytes of the file; any change to the graph changes it.
 
     Raises:
         UserError: onnxruntime is not installed, or the file cannot be read.
@@ -158,10 +158,10 @@ class Session:
 
 
 class OnnxNetwork(Network):
-    """The network of an ONNX file: images of its own size, pixels 0..255 (B, 3, h, w) -> features (B, feat_dim).
+    """The network of an ONNX file: images of the network's size, pixels 0..255 (B, 3, h, w) -> features (B, feat_dim).
 
-    It resizes and normalises by itself. `normalisation` leaves pixels as they are, so that `TestTransform` only brings
-    images of all sizes into one batch.
+    The graph resizes and normalises. `normalisation` leaves pixels unchanged, so `TestTransform` only brings images of
+    different sizes into one batch.
     """
 
     normalisation = PIXELS
@@ -178,10 +178,10 @@ class OnnxNetwork(Network):
 
 
 def open_onnx(path: str | os.PathLike) -> tuple[OnnxNetwork, Facts]:
-    """The network of a file that `export.py` wrote. onnxruntime reads it; nothing in it is run as Python code.
+    """The network of a file written by `export.py`. onnxruntime reads it; no Python code in it is run.
 
     Raises:
-        UserError: see `Session` and `facts_of`; or the graph is not that of the metadata.
+        UserError: see `Session` and `facts_of`; or the graph does not fit the metadata.
     """
     where, session = plain(os.fspath(path), 500), Session(path)
     facts = facts_of(session.metadata, where)

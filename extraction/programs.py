@@ -1,4 +1,4 @@
-"""A network as a program of ONNX or torch.export: traced, written to a file, and opened again."""
+"""Traces a network, writes it as a program of ONNX or torch.export, and opens the file."""
 
 import contextlib
 import io
@@ -18,16 +18,16 @@ from extraction.graph import Graph
 from extraction.onnx_network import INPUT, OUTPUT, Session
 from runtime.errors import UserError, plain
 
-FORMATS = {'onnx': ['onnx', 'onnxscript', 'onnxruntime'], 'pt2': []}  # and the packages that each needs
+FORMATS = {'onnx': ['onnx', 'onnxscript', 'onnxruntime'], 'pt2': []}  # format -> the packages that it needs
 ENTRY = 'deep-person-reid.json'  # the metadata in a .pt2 file
-AXES = {0: 'batch', 1: 'height', 2: 'width'}  # of the images, of any size
+AXES = {0: 'batch', 1: 'height', 2: 'width'}  # the dynamic axes of the images
 OPSET = 18  # of ONNX: the one for which torch writes graphs without converting them
 
 Run = Callable[[np.ndarray], np.ndarray]  # uint8 (B, H, W, 3) -> float32 (B, D)
 
 
 def program_of(graph: Graph, what: str) -> ExportedProgram:
-    """The graph as torch.export traces it; batch, height and width of the images are dynamic.
+    """The graph traced by torch.export, with dynamic batch size, height and width of the images.
 
     Raises:
         UserError: an operator cannot be traced.
@@ -51,7 +51,7 @@ def write(program: ExportedProgram, path: Path, kind: str, metadata: Mapping[str
     if kind == 'pt2':
         for module in program.graph_module.modules():
             for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-                node.meta.pop('stack_trace', None)  # which names the folders of this machine
+                node.meta.pop('stack_trace', None)  # it contains paths of this machine
         with quiet(), open(path, 'wb') as file:
             torch.export.save(program, file, extra_files={ENTRY: json.dumps(metadata)})
         return
@@ -61,11 +61,11 @@ def write(program: ExportedProgram, path: Path, kind: str, metadata: Mapping[str
 def onnx_of(
     program: ExportedProgram, axes: Mapping[int, str], metadata: Mapping[str, str], what: str, instead: str
 ) -> bytes:
-    """The program as an ONNX file; `axes` are the dynamic ones of its only input, and their names.
+    """The program as an ONNX file; `axes` are the dynamic axes of its only input, and their names.
 
     Raises:
         UserError: an operator has no counterpart in ONNX, or the file would be larger than ONNX allows. The message is
-            `what`, the reason, and what can be done `instead`.
+            made of `what`, the reason, and `instead`, the advice.
     """
     try:
         with quiet():
@@ -85,9 +85,9 @@ def onnx_of(
 
 
 def strip(part: Any) -> None:
-    """Remove the notes beside the graph from an ONNX model, a protobuf message, and from all that is in it.
+    """Remove all annotations from an ONNX model, a protobuf message, recursively.
 
-    Those of torch are the stack trace of every node, which names the folders of this machine.
+    torch annotates every node with a stack trace, which contains paths of this machine.
     """
     for field, value in part.ListFields():
         if field.name in ('metadata_props', 'doc_string'):
@@ -98,19 +98,19 @@ def strip(part: Any) -> None:
 
 
 def obstacle(problem: BaseException) -> str:
-    """The operator that an exporter names, or else the first line of the message that caused the others."""
+    """Why an export failed: the unsupported operator if the exporter names one, otherwise the original message."""
     reasons: list[str] = []
     cause: BaseException | None = problem
     while cause is not None:
         reasons.append(str(cause).strip() or type(cause).__name__)
         cause = cause.__cause__ or cause.__context__
     named = re.search(r"<OpOverload\(op='([^']+)'|target=torch\.ops\.([\w.]+)", '\n'.join(reversed(reasons)))
-    return f'the operator {plain(named[1] or named[2])} stands in the way' if named else plain(reasons[-1])
+    return f'the operator {plain(named[1] or named[2])} is not supported' if named else plain(reasons[-1])
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what torch prints and logs of a failure, pages of its graph, and its warnings about its own code."""
+    """Suppress what torch prints and logs on a failure (pages of its graph), and warnings about its own code."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -123,13 +123,13 @@ def quiet() -> Iterator[None]:
 
 
 def opened(path: Path, kind: str) -> tuple[Run, str]:
-    """The written file, ready to run, and by what: onnxruntime or torch."""
+    """The written file as a function, and the name and version of the program that runs it."""
     if kind == 'onnx':
         import onnxruntime
 
         return Session(path), f'onnxruntime {onnxruntime.__version__}'
     with open(path, 'rb') as file:
-        module = torch.export.load(file).module()  # our own file: that of a stranger may run code
+        module = torch.export.load(file).module()  # written by this process; a file from elsewhere could run code
 
     def run(images: np.ndarray) -> np.ndarray:
         with torch.no_grad():

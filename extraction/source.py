@@ -1,4 +1,4 @@
-"""What computes the features: a network from a file of weights or an exported file, and how it is used."""
+"""The network that computes the features, from a file of weights or an exported file, and how it is used."""
 
 import hashlib
 import os
@@ -23,26 +23,26 @@ from weights import arch_of, build
 from weights import read as read_weights
 
 ASSUMED = 'Assumed, because the file does not record: {}; --assume NAME=VALUE changes it'
-VERSION = 1  # of what a digest stands for
+VERSION = 1  # of the digest's definition
 
 
 class Usage(NamedTuple):
-    """How a network's features are made and compared."""
+    """How a network's features are computed and compared."""
 
     height: int
     width: int
-    interpolation: str  # '': that of the network
+    interpolation: str  # '': the network's own
     distance: str
-    flip_test: bool  # the mean of the features of an image and its mirror image
+    flip_test: bool  # average the features of an image and its mirror image
 
 
 @dataclass
 class Source:
     """A network in eval mode, the usage of its features, and what is known of its weights.
 
-    flips:  whether the network averages the features of mirror images by itself, if the usage says so
-    sealed: the digest of the file, if the network cannot be used in any other way than it says
-    notes:  lines on what was loaded
+    flips:  whether the network itself averages the features of mirror images if `usage.flip_test` is set
+    sealed: the digest of an exported file, whose usage is fixed; '' for weights
+    notes:  lines about what was loaded
     """
 
     model: Network
@@ -54,35 +54,35 @@ class Source:
     sealed: str = ''
 
     def precision_on(self, device: torch.device, wanted: str) -> str:
-        """The precision that is wanted; for auto fp32, as in a test.
+        """The precision that is wanted; auto is fp32, as in a test.
 
         Raises:
-            UserError: the network cannot have it, or cannot be on the device.
+            UserError: the network does not support the precision or the device.
         """
         if self.sealed and (device.type != 'cpu' or wanted not in ('auto', 'fp32')):
             raise UserError(
-                f'{self.trained.where}: an ONNX file is run on the CPU in fp32: choose these, or the weights'
+                f'{self.trained.where}: an ONNX file is run on the CPU in fp32: choose these, or give the weights'
             )
         if wanted == 'auto' or self.sealed:
             return 'fp32'
         return precision_of(RunOptions(arch=self.arch, width=self.usage.width, precision=wanted), device)
 
     def compiled(self, device: torch.device, batch: int) -> Network:
-        """The network, compiled for batches of at most so many images.
+        """The network, compiled for batches of at most `batch` images.
 
         Raises:
-            UserError: it is on a GPU, in an ONNX file, or there is no compiler.
+            UserError: it is on a GPU or in an ONNX file, or there is no compiler.
         """
         self._check_for_cpu('--compile', device)
         compiling.check('--compile')
         return compiling.Compiled(self.model, self.usage.height, self.usage.width, batch)
 
     def converted(self, device: torch.device, engine: str, precision: str, batch: int) -> Network:
-        """The network, run by another engine, one of ENGINES; most batches have so many images.
+        """The network, run by another engine, one of ENGINES; `batch` is the usual batch size.
 
         Raises:
-            UserError: it is on a GPU, in an ONNX file, or cannot be converted; or the engine is not installed or does
-                not have the precision.
+            UserError: it is on a GPU or in an ONNX file, or cannot be converted; or the engine is not installed or does
+                not support the precision.
         """
         self._check_for_cpu(f'--engine {engine}', device)
         if engine == 'onnxruntime' and precision == 'bf16':
@@ -98,8 +98,8 @@ class Source:
     def digest(self, precision: str, flip_test: bool, engine: str = 'torch') -> str:
         """16 hexadecimal digits that identify the weights and how they are used.
 
-        In bf16 it is another one for each engine, and for 'compiled', which round at other places; in fp32 features are
-        equal but for their last digits.
+        In bf16 the digest depends on the engine, or 'compiled', because they round differently; in fp32 their features
+        differ in the last digits only.
         """
         if self.sealed:
             return self.sealed
@@ -115,7 +115,7 @@ class Source:
 
 
 def usage_of(trained: Training) -> Usage:
-    """As the run or the project of the weights tests them; otherwise 256 x 128 pixels and the Euclidean distance."""
+    """The usage with which the run or project of the weights tests; by default 256 x 128 pixels, Euclidean distance."""
 
     def option(name: str, default: Any, fits: Callable[[Any], bool] = lambda _: True) -> Any:
         value = {**trained.options, **trained.test}.get(name)
@@ -134,7 +134,7 @@ def source_of(
     path: str | os.PathLike, arch: str | None = None, assume: str = '', height: int | None = None,
     width: int | None = None,
 ) -> Source:  # fmt: skip
-    """The source of a file: weights, or by its suffix an ONNX file that `export.py` wrote.
+    """The source of a file: weights, or, recognised by its suffix, an ONNX file written by `export.py`.
 
     Raises:
         UserError: the file cannot be read or does not fit the arguments.
@@ -142,8 +142,8 @@ def source_of(
     suffix, where = os.path.splitext(os.fspath(path))[1].lower(), plain(os.fspath(path), 500)
     if suffix == '.pt2':
         raise UserError(
-            f'{where}: torch.export.load, which would read it, is not safe for files of others; give the weights, or '
-            f'the same network as an .onnx file'
+            f'{where}: .pt2 files are read by torch.export.load, which is not safe for untrusted files; give the '
+            f'weights, or the same network as an .onnx file'
         )
     if suffix == '.onnx':
         return of_onnx(path, where, arch=arch, assume=assume, height=height, width=width)
@@ -156,17 +156,17 @@ def of_weights(
     """The network that the weights were trained with."""
     notes = list[str]()
     loaded = read_weights(path, assume)
-    shared = any(each.startswith('project=') for each in loaded.assumed)  # the names are those of two projects
+    shared = any(each.startswith('project=') for each in loaded.assumed)  # two projects use these names
     if shared and (arch or '').startswith(PREFIX) and 'project=' not in assume:
         loaded = read_weights(path, f'{assume},project=timm')
-        loaded.assumed.remove('project=timm')  # it is what the user says
+        loaded.assumed.remove('project=timm')  # the user has chosen it with `arch`
     if loaded.assumed:
         notes.append(ASSUMED.format(', '.join(loaded.assumed)))
     trained, usage = loaded.trained, usage_of(loaded.trained)
     height, width = height or usage.height, width or usage.width
-    size = {'height': height, 'width': width}  # of the only images that some networks take
+    size = {'height': height, 'width': width}  # some networks take images of one size only
     sized = replace(loaded, trained=replace(trained, options={**trained.options, **size}))
-    with torch.random.fork_rng(devices=[]):  # the initial weights, which are replaced, are random
+    with torch.random.fork_rng(devices=[]):  # initial weights, replaced at once, are random
         model = build(sized, arch, where, notes.append)
     if min(height, width) < model.smallest:
         raise UserError(

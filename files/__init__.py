@@ -1,1 +1,1 @@
-"""Files: written as a whole or not at all, foreign ones read safely, and those that hold features."""
+"""Files: writing them completely or not at all, reading untrusted ones safely, and storing features in them."""

@@ -1,4 +1,4 @@
-"""Published weights of a backbone: from the cache of torch.hub, or downloaded into it."""
+"""Published weights of a backbone, from the cache of torch.hub or downloaded into it."""
 
 import http.client
 import os
@@ -15,21 +15,21 @@ from runtime.errors import UserError, plain
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
 
-PATIENCE = 30  # seconds without data after which a download is given up
+PATIENCE = 30  # seconds without data before a download is abandoned
 
 
 def fetch(imagenet: 'WeightsEnum | WeightsFile', timeout: float = PATIENCE) -> dict[str, Tensor]:
     """The weights of a backbone under their published names.
 
-    timeout: seconds without data after which a download is given up
+    timeout: seconds without data before a download is abandoned
 
     Raises:
-        UserError: they can be neither downloaded nor read.
+        UserError: the weights cannot be downloaded, or the file in the cache is damaged.
     """
     path = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(imagenet.url))
     elsewise = 'use another file with --pretrained PATH, or start from random weights with --pretrained none'
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(timeout)  # torch.hub waits for ever
+    socket.setdefaulttimeout(timeout)  # torch.hub would wait forever
     try:
         state_dict: dict[str, Tensor] = imagenet.get_state_dict(
             progress=sys.stderr.isatty(), check_hash=True, weights_only=True, map_location='cpu'
@@ -39,7 +39,7 @@ def fetch(imagenet: 'WeightsEnum | WeightsFile', timeout: float = PATIENCE) -> d
         raise
     except Exception as error:
         network = isinstance(error, OSError | http.client.HTTPException)
-        if network or not os.path.exists(path):  # or a download that ended early or was altered
+        if network or not os.path.exists(path):  # no file: the download was incomplete or altered
             reason = plain(str(getattr(error, 'reason', error)) or type(error).__name__)
             raise UserError(
                 f'the ImageNet weights could not be downloaded ({reason}); download {imagenet.url} into '

@@ -1,4 +1,4 @@
-"""Features while they are written: an interrupted `python extract.py` continues, and its folder appears as a whole."""
+"""Writes features so that an interrupted `python extract.py` can resume and an incomplete folder is never visible."""
 
 import contextlib
 import io
@@ -17,24 +17,24 @@ from runtime.system import fcntl
 
 
 class Draft:
-    """Features that are written as they arrive, and again without what an interrupted call had written: a context.
+    """Context manager that writes features as they arrive and resumes after an interrupted call.
 
-    Until all have arrived they are in `.NAME.unfinished` beside the folder `out`, which then appears as a whole. The
-    draft of an earlier call is continued behind the items with which both lists begin, if it has the same `what`.
-    pids and camids, which nobody knows, are -1.
+    Until all have arrived they are in `.NAME.unfinished` beside the folder `out`, to which it is then renamed. If an
+    earlier call with the same `what` left such a folder, the features of the items at the beginning of both lists are
+    kept. pids and camids, which are unknown, are -1.
 
     Args:
         items: paths of N images or tracklets.
         feat_dim: D, length of a feature.
         what: describes the features; written to model.json.
-        batch: items at a time. What is kept of an earlier call are whole batches.
+        batch: batch size. Only whole batches of an earlier call are kept.
 
     Attributes:
         done: number of items whose features are written.
 
     Raises:
-        UserError: `out` exists, is being written by another process, or cannot be written; in the context also with
-            the hint that the call can be repeated.
+        UserError: `out` exists, is being written by another process, or cannot be written. A UserError raised in the
+            context gets the hint that the same command resumes.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Draft:
         return kept if kept == len(self.items) else kept // batch * batch
 
     def _header(self) -> bytes:
-        """That of features.npy; NumPy leaves room for any number of rows, so its length does not depend on them."""
+        """The header of features.npy. NumPy pads it, so its length does not depend on the number of rows."""
         header = io.BytesIO()
         shape = len(self.items), self.feat_dim
         np.lib.format.write_array_header_1_0(header, {'descr': '<f4', 'fortran_order': False, 'shape': shape})
@@ -95,7 +95,7 @@ class Draft:
     def __exit__(self, kind: type | None, problem: BaseException | None, _: object) -> None:
         with contextlib.closing(self.file), self._explained():
             if isinstance(problem, UserError):
-                raise UserError(f'{problem}; {self.done} of {len(self.items)} are done, and the same command continues')
+                raise UserError(f'{problem}; {self.done} of {len(self.items)} are done, and the same command resumes')
             if problem is None:
                 os.fsync(self.file.fileno())
                 number = len(self.items)

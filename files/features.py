@@ -1,6 +1,6 @@
-"""Features on disk, as --save-features and `python extract.py` write them and `python ranking.py` reads them.
+"""Features on disk, written by --save-features and `python extract.py` and read by `python ranking.py`.
 
-There is a folder for the queries and one for the gallery, each with
+Queries and gallery have a folder each, with
 - features.npy, (N, D) float32;
 - pids.npy and camids.npy, (N,);
 - counts.npy, (N,): how many items each feature is the mean of, 1 without --multi-query;
@@ -29,14 +29,14 @@ if TYPE_CHECKING:  # `python ranking.py` needs no device
 def create_features(
     save_dir: str, subset: str, items: Sequence[Item], feat_dim: int, run: 'Run', counts: np.ndarray | None = None
 ) -> np.ndarray:
-    """features.npy (N, feat_dim) in memory-mapped form, the other files next to it; in every process.
+    """Create features.npy (N, feat_dim), and the other files beside it; return it memory-mapped, in every process.
 
-    counts: (N,) integers, over how many items each feature is averaged; None if over none
+    counts: (N,) integers, the number of items over which each feature is averaged; None if features are not averaged
 
-    Until all are extracted they are in `.features`, so that a failure leaves the earlier ones intact.
+    Until all are extracted the files are in `.features`, so that a failure leaves those of an earlier test intact.
 
     Raises:
-        UserError: they cannot be written, or not every process sees them.
+        UserError: they cannot be written, or are not visible to every process.
     """
     folder = Path(save_dir) / '.features' / subset
     path = folder / 'features.npy'
@@ -62,8 +62,8 @@ def create_features(
 
 
 def keep_features(save_dir: str, run: 'Run') -> None:
-    """Replace the features of an earlier test by those that are now complete."""
-    run.sum(torch.zeros(1))  # every process has opened and filled the files
+    """Replace the features of an earlier test by the new ones, which are complete."""
+    run.sum(torch.zeros(1))  # wait until every process has filled its rows
     if run.rank == 0:
         folder = Path(save_dir) / '.features'
         for path in folder.glob('*/*'):
@@ -100,7 +100,7 @@ def read_files(
     """What `paths.same_files` returns for the items of two folders; None if one of them has no paths.
 
     Raises:
-        UserError: see `read_paths`; or the features of the queries are means, of items that no rule could drop.
+        UserError: see `read_paths`; or the features of the queries are means, whose items cannot be dropped.
     """
     if (Path(query) / 'counts.npy').exists() and (_array(Path(query), 'counts', 'iu') > 1).any():
         raise UserError(
@@ -112,10 +112,10 @@ def read_files(
 
 
 def read_paths(folder: str | Path, number: int) -> Iterator[paths.Paths] | None:
-    """The paths of the `number` items of a folder, one by one, exactly as they were; None if it has none.
+    """The paths of the `number` items of a folder, one by one, exactly as written; None if it has no paths.
 
     Raises:
-        UserError: they are damaged, or those of another number of items.
+        UserError: the file is damaged, or has a different number of items.
     """
     path = Path(folder) / 'paths.jsonl'
     return paths.read(path, number) if path.exists() else None

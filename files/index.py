@@ -1,12 +1,13 @@
-"""An index of features on disk: what one model makes of each image of any number of galleries.
+"""An index on disk of one model's features of the images in any number of galleries.
 
-A folder per model, of mode 0700, contains
-- rows-{generation}.f32: float32 features, one row after the other, which are appended and never changed;
-- index.sqlite: the row of each file, with the size and time of modification that it had, and facts such as thresholds.
+Each model has a folder of mode 0700, which contains
+- rows-{generation}.f32: float32 features, one row per image; rows are appended and never changed;
+- index.sqlite: for each file its row, and its size and modification time when it was read; and facts such as
+  thresholds.
 
-Rows are written in a transaction of the table and before it refers to them: a process that is killed leaves the table
-as it was, and what it had appended is overwritten. Several processes may use an index at once: a transaction takes
-milliseconds, and no two write at a time.
+A transaction writes the rows before the table refers to them. If the process is killed, the table is unchanged, and the
+appended rows are overwritten later. Several processes may use an index at once: a transaction takes milliseconds, and
+only one process writes at a time.
 """
 
 import contextlib
@@ -27,10 +28,10 @@ from runtime.errors import UserError, plain
 from runtime.tiles import NONE, Points, distances_of, in_threads, nearer, nearest_host, points, squared_distances
 
 WIDTH = 16384  # rows that are compared at a time: 32 MB of 512 dimensions
-WASTE = 1000  # rows that no file refers to may be so many more than the others
-PATIENCE = 60  # seconds after which a transaction of another process is taken to hang
+WASTE = 1000  # unused rows may exceed the used ones by at most this number
+PATIENCE = 60  # seconds to wait for a transaction of another process
 
-Stamp = tuple[int, int]  # size in bytes and time of modification in ns
+Stamp = tuple[int, int]  # size in bytes and modification time in ns
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, size INTEGER, modified INTEGER, row INTEGER) WITHOUT ROWID;
@@ -39,22 +40,23 @@ CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
 
 
 class Gallery(NamedTuple):
-    """Images that are searched: paths (G), the row (G,) of each, and all features of the index, memory-mapped."""
+    """The images to search: their paths (G) and rows (G,), and all features of the index, memory-mapped."""
 
     paths: list[str]
     rows: np.ndarray
     points: Points
 
     def nearest(self, features: Tensor, k: int, distance: str) -> tuple[np.ndarray, np.ndarray]:
-        """Places in the gallery and distances of the k nearest images of each query, (Q, k) int64 and float32.
+        """Gallery indices and distances of the k nearest images of each query, (Q, k) int64 and float32.
 
-        The search is exact: ranks and ties are those of `ranking.rank`, and `distance` is that of `gallery`. With fewer
-        than k images the last places are -1, and their distances NaN.
+        The search is exact: ranks and ties are those of `ranking.rank`. With fewer than k images the last indices are
+        -1, and their distances NaN.
 
-        features: (Q, D) of the queries
+        features: (Q, D), of the queries
+        distance: the one passed to `Index.gallery`
         """
         queries = points(features, self.points.features[:0], len(features), 0, distance)[0][:]
-        order = np.argsort(self.rows, kind='stable')  # (G,) as they are in the file
+        order = np.argsort(self.rows, kind='stable')  # (G,) in the order of the file
         keys = np.full((len(features), k), NONE)  # (Q, k)
         lock, spare = Lock(), list[Tensor]()
 
@@ -65,7 +67,7 @@ class Gallery(NamedTuple):
             some, scales = self.points.features[part], self.points.scales
             if scales is None:
                 block = squared_distances(queries, Points(some, self.points.norms[part]))  # (Q, W)
-            else:  # scaled into memory that is used again: fresh memory would take longer than the rest
+            else:  # into reused memory: allocating it would take longer than the rest
                 memory = spare.pop() if spare else torch.empty(WIDTH, some.size(1))
                 torch.mul(some, scales[part, None], out=memory[: len(rows)])
                 block = squared_distances(queries, Points(memory[: len(rows)], self.points.norms[part]))
@@ -82,7 +84,7 @@ class Gallery(NamedTuple):
 class Index:
     """The index of one model in the folder `root`.
 
-    digest:   identifies the model and how it is used; another model has another folder
+    digest:   identifies the model and how it is used; each digest has a folder of its own
     feat_dim: D, length of a feature
 
     Raises:
@@ -100,7 +102,7 @@ class Index:
             self.table.executescript(TABLES)
 
     def stale(self, paths: Iterable[str]) -> dict[str, Stamp]:
-        """The files among `paths` that are new or have changed since they were added, with their present stamps.
+        """The files among `paths` that are new or have changed since they were added, with their current stamps.
 
         A file that does not exist has the stamp (-1, -1).
         """
@@ -110,7 +112,7 @@ class Index:
         return {path: stamp for path, stamp in stamps.items() if known.get(os.fsencode(path)) != [*stamp]}
 
     def add(self, files: Mapping[str, Stamp], features: Tensor) -> None:
-        """Keep the features (N, D), float32, of files, with the stamps that these had before they were read."""
+        """Store the features (N, D), float32, of files, with the stamps that the files had before they were read."""
         with self._writing():
             first, path = self._fact('next', 0), self._rows_file()
             with open(path, 'r+b' if path.exists() else 'xb') as file:
@@ -125,7 +127,7 @@ class Index:
             self._put('next', first + len(files))
 
     def drop(self, folders: Iterable[str], present: Iterable[str]) -> int:
-        """Forget the files below `folders` that are not among `present`; returns how many these were."""
+        """Remove the files below `folders` that are not in `present` from the index; return their number."""
         kept, dropped = {*map(os.fsencode, present)}, 0
         with self._writing():
             for folder in {os.fsencode(folder).rstrip(b'/') for folder in folders}:
@@ -137,7 +139,7 @@ class Index:
         return dropped
 
     def tidy(self) -> None:
-        """Write the rows that files refer to into a new file if most rows are not: the old ones are then removed."""
+        """If most rows are unused, copy the used ones to a new file and remove the old file."""
         with self._writing():
             files = self.table.execute('SELECT row, path FROM files ORDER BY row').fetchall()
             number, path, generation = self._fact('next', 0), self._rows_file(), self._fact('generation', 0)
@@ -154,11 +156,11 @@ class Index:
                 self._put('next', len(files))
                 self._put('generation', generation + 1)
         if tidied:
-            for old in {*self.folder.glob('rows-*.f32')} - {path}:  # also one that a killed process left
+            for old in {*self.folder.glob('rows-*.f32')} - {path}:  # including files left by a killed process
                 old.unlink(missing_ok=True)
 
     def gallery(self, paths: Sequence[str], distance: str) -> Gallery:
-        """The files among `paths` that the index has, in this order, with their features and the norms of these.
+        """The files among `paths` that are in the index, in this order, with their features and the features' norms.
 
         Raises:
             UserError: features are not finite, or files of the index are damaged.
@@ -179,12 +181,12 @@ class Index:
         return Gallery(held, rows, points(whole[:0], whole, 0, len(whole), distance)[1])
 
     def fact(self, name: str) -> Any:
-        """What was kept under a name, None if nothing was."""
+        """The value stored under a name, None if there is none."""
         with self._reading():
             return self._fact(name, None)
 
     def keep(self, name: str, value: Any) -> None:
-        """Keep anything that JSON can express, under a name."""
+        """Store a value that JSON can express under a name."""
         with self._writing():
             self._put(name, value)
 
@@ -199,11 +201,11 @@ class Index:
         return self.folder / f'rows-{self._fact("generation", 0) if generation is None else generation}.f32'
 
     def _reading(self) -> contextlib.AbstractContextManager[None]:
-        """A transaction: what is read in it is of one moment, and no file of rows is removed meanwhile."""
+        """A transaction: all reads in it see one state, and no file of rows is removed meanwhile."""
         return self._transaction('BEGIN')
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
-        """A transaction, of one process at a time, that happens completely or not at all."""
+        """A write transaction: one process at a time, complete or without effect."""
         return self._transaction('BEGIN IMMEDIATE')
 
     @contextlib.contextmanager
@@ -244,9 +246,9 @@ def _stamp(path: str) -> Stamp:
 
 
 def forget(root: str | os.PathLike, digest: str = '') -> list[Path]:
-    """Remove the index of the model `digest` from the folder `root`, or all of them, and nothing else.
+    """Remove the index of the model `digest`, or by default all indices, from the folder `root`, and nothing else.
 
-    Returns the folders that were removed.
+    Returns the removed folders.
 
     Raises:
         UserError: one cannot be removed.
@@ -267,5 +269,5 @@ def forget(root: str | os.PathLike, digest: str = '') -> list[Path]:
 
 
 def default_root() -> Path:
-    """Where indices are kept by default: a folder in the user's cache."""
+    """The default folder of the indices, in the user's cache."""
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'deep-person-reid' / 'index'

@@ -1,4 +1,4 @@
-"""Kinds of files, and folders, that are given instead of the right one: what each is, and what to do."""
+"""Recognises files and folders that are passed by mistake: what each is, and what to do."""
 
 import os
 import re
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from runtime.errors import plain
 
-HEAD = 512  # bytes of a file that are looked at
+HEAD = 512  # bytes of a file that are examined
 TORCH = 'save model.state_dict() with torch.save in the program that wrote it'
-EXPORTED = 'give the weights that it was made of; extract.py and search.py also take the ONNX files of export.py'
+EXPORTED = 'give the weights from which it was made; extract.py and search.py also take the ONNX files of export.py'
 
-Kind = tuple[bytes, str, str]  # beginning, a regular expression; what it is; what to do
+Kind = tuple[bytes, str, str]  # regular expression for the beginning; what the file is; what to do
 
 DOWNLOADS: list[Kind] = [  # in place of any file
     (rb'version https://git-lfs', 'is a git-lfs pointer, not the file itself', 'run `git lfs pull` in its repository'),
@@ -30,7 +30,7 @@ DOWNLOADS: list[Kind] = [  # in place of any file
     (rb'7z\xbc\xaf\x27\x1c', 'is a 7z archive', 'unpack it with 7z x, and give the file in it'),
     (rb'Rar!\x1a\x07', 'is a rar archive', 'unpack it with unrar x, and give the file in it'),
     (rb'%PDF', 'is a PDF document', 'give the file itself'),
-    (rb'\x00\x05\x16\x07', 'is what macOS notes about a file (._NAME)', 'give the file itself, without ._'),
+    (rb'\x00\x05\x16\x07', 'is a metadata file of macOS (._NAME)', 'give the file itself, without ._'),
 ]
 MODELS: list[Kind] = [  # in place of weights
     (
@@ -54,9 +54,9 @@ WEIGHTS = ('.pth', '.pt', '.pkl', '.tar', '.ckpt', '.bin', '.model', '.weights',
 
 
 def recognised(head: bytes, *kinds: Kind) -> str:
-    """What a file with these first HEAD bytes is and what to do, as the end of a sentence; '' if it is unknown.
+    """What a file with these first HEAD bytes is and what to do, as the end of a sentence; '' if unknown.
 
-    kinds: those that are looked for before DOWNLOADS
+    kinds: tried before DOWNLOADS
     """
     for beginning, what, advice in (*kinds, *DOWNLOADS):
         if re.match(beginning, head, re.DOTALL | re.IGNORECASE):
@@ -65,7 +65,7 @@ def recognised(head: bytes, *kinds: Kind) -> str:
 
 
 def recognised_zip(names: Iterable[str]) -> str:
-    """The same for a zip file with these records."""
+    """Like `recognised`, for a zip file with these records."""
     names = list(names)
     inner = {name.partition('/')[2] for name in names}
     if {'constants.pkl', 'data.pkl'} <= inner:
@@ -87,9 +87,9 @@ def recognised_zip(names: Iterable[str]) -> str:
 
 
 def not_a_file(path: str | os.PathLike) -> str:
-    """Why `path`, which exists, is not a file with weights, and what to give, as the end of a sentence; '' if it is."""
+    """Why an existing `path` is not a regular file, and what to give instead, as the end of a sentence; '' if it is."""
     place = Path(path)
-    if os.path.isfile(place) or not os.path.exists(place):  # those of Path raise if the name is too long
+    if os.path.isfile(place) or not os.path.exists(place):  # the methods of Path raise if the name is too long
         return ''
     if not place.is_dir():
         return 'is not a regular file; give the path of a checkpoint'

@@ -1,4 +1,4 @@
-"""The files of items: how their paths are written and read back, and which items are the same file."""
+"""The files of items: writing and reading their paths, and finding items that are the same file."""
 
 import json
 import os
@@ -14,16 +14,16 @@ Paths = str | tuple[str, ...]  # of an image, or of the frames of a tracklet
 
 
 def write(path: Path, items: Iterable[Paths]) -> None:
-    """Write a line for each item: a JSON string, or for a tracklet a list of strings; ASCII, whatever the names are."""
+    """Write one line per item: a JSON string, or for a tracklet a list of strings, always in ASCII."""
     with open(path, 'w', encoding='ascii') as file:
         file.writelines(json.dumps(paths) + '\n' for paths in items)
 
 
 def read(path: Path, number: int) -> Iterator[Paths]:
-    """The paths of `number` items that `write` wrote, one by one.
+    """The paths of `number` items written by `write`, one by one.
 
     Raises:
-        UserError: the file cannot be read, or has another number of lines or other content.
+        UserError: the file cannot be read, has a different number of lines, or a line that is not a path or paths.
     """
     line = 0
     try:
@@ -48,11 +48,11 @@ def read(path: Path, number: int) -> Iterator[Paths]:
 def same_files(
     q_pids: np.ndarray, g_pids: np.ndarray, query: Iterable[Paths], gallery: Iterable[Paths]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(Q,) and (G,) int64: a query and a gallery item of one pid have equal numbers if they are the same file.
+    """(Q,) and (G,) int64: a query and a gallery item of the same pid have equal numbers if they are the same file.
 
-    Files are the same if a link, symbolic or hard, leads from one to the other; two tracklets, if their frames are, in
-    order. Copies are different files. Files that do not exist are compared by their names. Only items whose pid is in
-    both sets are looked up.
+    Two paths are the same file if a symbolic or hard link connects them; two tracklets are, if their frames are, in
+    order. Copies are different files. Files that do not exist are compared by name. Only items whose pid is in both
+    sets are looked up.
     """
     pids = np.concatenate([q_pids, g_pids])
     shared = np.isin(pids, np.intersect1d(q_pids, g_pids))  # (Q + G,)
@@ -71,7 +71,7 @@ def same_files(
 
 
 def file_id(path: str) -> Hashable:
-    """Equal for two paths of one file."""
+    """A key that is equal for two paths of the same file."""
     try:
         status = os.stat(path)
         return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)

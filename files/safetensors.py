@@ -1,8 +1,9 @@
-"""Reads and writes the format safetensors: a JSON header, then the tensors' bytes.
+"""Reads and writes the safetensors format: a JSON header, then the tensors' bytes.
 
-The header of a stranger's file is checked before anything is allocated: every tensor must have a known type, exactly
-the bytes of its shape, and a place of its own; together they fill the file. The format: 8 bytes, the length of the
-header, little-endian; the header, {name: {dtype, shape, data_offsets}}, and strings under `__metadata__`; the bytes.
+The header of an untrusted file is checked before anything is allocated: every tensor must have a known type and exactly
+the number of bytes of its shape; tensors must not overlap, and must fill the file. The format: the length of the
+header, 8 bytes, little-endian; the header, {name: {dtype, shape, data_offsets}}, with strings under `__metadata__`; the
+bytes.
 """
 
 import json
@@ -21,7 +22,7 @@ from runtime.errors import UserError, plain
 
 KIND = 'a safetensors file'
 BEGINNING = re.compile(rb'.{5}\x00\x00\x00\{', re.DOTALL)
-LONGEST = 100_000_000  # bytes of a header, as in the library
+LONGEST = 100_000_000  # bytes of a header, the limit of the library safetensors
 MOST = 100_000  # tensors; DenseNet121 has 727
 DTYPES = {
     'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64,
@@ -31,7 +32,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def recognised(path: str | os.PathLike) -> bool:
-    """Whether a file begins as one of this format. A file that cannot be opened does not."""
+    """Whether a file begins like one of this format; False if it cannot be opened."""
     try:
         if not os.path.isfile(path):  # opening a pipe would block
             return False
@@ -45,7 +46,7 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata.
 
     Raises:
-        UserError: the file cannot be read, is damaged or truncated, or claims what it does not hold; in one line.
+        UserError: the file cannot be read, is damaged or truncated, or its header does not fit its contents.
     """
     where = plain(os.fspath(path), 500)
     try:
@@ -62,16 +63,16 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: _tensor(entry, data) for name, entry in entries.items()}, metadata
     except OSError as error:
         raise UserError(f'{where} cannot be read ({error.strerror}); give the path of a checkpoint') from error
-    except Exception as error:  # any exception that untrusted bytes cause is the file's fault
+    except Exception as error:  # untrusted bytes may cause any exception
         reason = plain(str(error)) or type(error).__name__
         raise UserError(f'{where} is a damaged or truncated safetensors file ({reason}); get the file again') from error
 
 
-ENTRY = 'deep-person-reid'  # of the metadata, in files of this project
+ENTRY = 'deep-person-reid'  # the entry of the metadata in files of this project
 
 
 def contents(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The checkpoint, but for its weights, that a file of this project holds; the licence that any file names."""
+    """From a file of this project, the checkpoint without its weights; from any other file, its licence if given."""
     names = [metadata[name] for name in ('licence', 'license') if name in metadata]
     licence = {'licence': names[0]} if names else {}
     try:
@@ -82,7 +83,7 @@ def contents(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def metadata(contents: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata that hold a checkpoint, but for its weights: numbers, strings, and plain containers."""
+    """A checkpoint without its weights (numbers, strings and plain containers) as metadata."""
     return {'format': 'pt', ENTRY: json.dumps(contents, default=str)}
 
 
@@ -101,12 +102,12 @@ def _header(text: bytes) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        raise ValueError('its header has a name twice')
+        raise ValueError('its header contains a name twice')
     return table
 
 
 def _check(entries: Mapping[str, Any], size: int) -> None:
-    """Raise ValueError unless the tensors lie one behind the other in `size` bytes."""
+    """Raise ValueError unless the tensors fill `size` bytes without gaps or overlaps."""
     places = []
     for name, entry in entries.items():
         if not isinstance(entry, dict) or set(entry) != {'dtype', 'shape', 'data_offsets'}:
@@ -115,9 +116,9 @@ def _check(entries: Mapping[str, Any], size: int) -> None:
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f'its tensor {plain(name)} has the unknown type {plain(str(dtype))}')
         if not (_are_sizes(shape) and _are_sizes(place) and len(place) == 2 and len(shape) <= 8):
-            raise ValueError(f'its tensor {plain(name)} has no proper shape or place')
+            raise ValueError(f'its tensor {plain(name)} has an invalid shape or position')
         if place[1] - place[0] != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise ValueError(f'its tensor {plain(name)} has another size than its shape')
+            raise ValueError(f'its tensor {plain(name)} has a size that does not match its shape')
         places.append(place)
     end = 0
     for begin, after in sorted(places):
@@ -138,12 +139,12 @@ def _tensor(entry: Mapping[str, Any], data: bytearray) -> Tensor:
         return torch.empty(shape, dtype=dtype)
     piece = data[begin:end]  # a copy, which is aligned
     if dtype == torch.bool and max(piece) > 1:
-        raise ValueError('it has truth values other than 0 and 1')
+        raise ValueError('it has boolean values other than 0 and 1')
     return torch.frombuffer(piece, dtype=dtype).view(shape)
 
 
 def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata; the largest elements come first, so that all are aligned. Raises OSError."""
+    """Write tensors and metadata, tensors with the largest elements first, so all are aligned. Raises OSError."""
     ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {'__metadata__': dict(metadata)}
     end = 0

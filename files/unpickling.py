@@ -1,8 +1,8 @@
 """Reads untrusted PyTorch files safely.
 
 Before PyTorch reads it (always with `weights_only=True`), the instructions of its pickle are simulated with
-placeholders for all objects that they would create: only names that weights need are allowed, every tensor must lie
-inside its storage and every storage inside the file, and nesting depth and size are bounded.
+placeholders for the objects that they would create. Only names that weights need are allowed, every tensor must lie
+within its storage and every storage within the file, and nesting depth and size are bounded.
 """
 
 import io
@@ -22,10 +22,10 @@ from runtime.errors import UserError, plain
 
 
 def load(path: str | os.PathLike) -> tuple[Any, str]:
-    """The contents of a file, with tensors on the CPU, and the kind of file; no code in it is run.
+    """The contents of a file, with tensors on the CPU, and the kind of file. No code in the file is run.
 
-    Raises UserError, in one line, for a file that is missing, truncated, damaged, not a checkpoint, compressed, or that
-    refers to anything but weights.
+    Raises UserError if the file is missing, truncated, damaged, compressed or not a checkpoint, or refers to anything
+    but weights.
     """
     where = plain(os.fspath(path), 500)
     try:
@@ -40,7 +40,7 @@ def load(path: str | os.PathLike) -> tuple[Any, str]:
         raise UserError(f'{where} cannot be read ({reason}); give the path of a checkpoint') from error
     except Refused as refused:
         raise UserError(f'{where} {refused}') from refused
-    except Exception as error:  # any exception that untrusted bytes cause is the file's fault
+    except Exception as error:  # untrusted bytes may cause any exception
         reason = plain(f'{type(error).__name__}: {error}')
         raise UserError(f'{where} is damaged, truncated or not a checkpoint ({reason}); get the file again') from error
 
@@ -107,7 +107,7 @@ class Value:
 
 
 def inspect_file(file: BinaryIO) -> str:
-    """Checks a file without creating any of its objects; returns its kind. Raises Refused, or any error on the way."""
+    """Checks a file without creating any of its objects; returns its kind. Raises Refused, or any other exception."""
     size = os.fstat(file.fileno()).st_size
     head = file.read(4)
     file.seek(0)
@@ -124,7 +124,7 @@ def inspect_file(file: BinaryIO) -> str:
 
 
 def _inspect_zip(file: BinaryIO, size: int) -> None:
-    """Zip file, PyTorch 1.6 and later: NAME/data.pkl, and NAME/data/KEY for every storage."""
+    """A zip file, as written by PyTorch 1.6 and later: NAME/data.pkl, and NAME/data/KEY for every storage."""
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         if what := recognised_zip(record.filename for record in records):
@@ -155,8 +155,8 @@ def _inspect_zip(file: BinaryIO, size: int) -> None:
 
 
 def _inspect_legacy(file: BinaryIO, size: int) -> None:
-    """Legacy stream, PyTorch 0.1 to 1.5: five pickles (magic number, protocol, C's types, the object, the keys of its
-    storages), then for every storage its number of elements and its bytes."""
+    """A legacy stream, as written by PyTorch 0.1 to 1.5: five pickles (magic number, protocol, sizes of C types, the
+    object, the keys of its storages), then for every storage its number of elements and its bytes."""
     if _inspect(file, None) != MAGIC:
         raise Refused('is a pickle, but not a PyTorch file; save weights with torch.save(model.state_dict(), path)')
     _inspect(file, None)

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, and disks that fail."""
+"""Writes files completely or not at all, and reports writes that fail."""
 
 import contextlib
 import os
@@ -8,18 +8,17 @@ from pathlib import Path
 
 from runtime.errors import UserError, plain
 
-BLOCK = 1 << 24  # bytes that are written at once
+BLOCK = 1 << 24  # bytes per write
 
 
 def write_whole(fpath: str | Path, write: Callable[[Path], object], *also: str | Path) -> None:
     """Let `write` fill a temporary file beside `fpath`, then rename it: a file of that name is always complete.
 
-    The data reach the disk before the name does, and the name before this returns: a power failure leaves the old file
-    or the new one. Raises OSError if it cannot be written; the old file is then untouched.
+    The data are flushed to disk before the file is renamed, and the new name before this returns, so a power failure
+    leaves either the old file or the new one. Raises OSError if it cannot be written; the old file is then unchanged.
 
-    also: further names in the same folder, which get the same contents: hard links if the file system has them, copies
-          otherwise. They are replaced once nothing more has to be written, and before `fpath`: where `fpath` is new,
-          they are too.
+    also: further names in the same folder for the same contents: hard links if the file system supports them, else
+          copies. They are replaced after everything is written and before `fpath`, so if `fpath` is new, they are too.
     """
     paths = [Path(fpath), *map(Path, also)]
     temporaries = [path.with_name(f'.{path.name}.{os.getpid()}') for path in paths]
@@ -27,12 +26,12 @@ def write_whole(fpath: str | Path, write: Callable[[Path], object], *also: str |
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     try:
         for temporary in temporaries:
-            temporary.unlink(missing_ok=True)  # a killed process may have left a link to a file that is kept
+            temporary.unlink(missing_ok=True)  # a killed process may have left a link to a file in use
         write(first)
         for double in doubles:
             _double(first, double)
         for temporary in temporaries:
-            with open(temporary, 'r+b') as file:  # Windows flushes only what may be written
+            with open(temporary, 'r+b') as file:  # Windows flushes only files opened for writing
                 os.fsync(file.fileno())
         try:
             for double, path in zip(doubles, paths[1:], strict=True):
@@ -47,16 +46,17 @@ def write_whole(fpath: str | Path, write: Callable[[Path], object], *also: str |
 
 
 def check_new(fpath: str) -> None:
-    """Raise UserError if the file exists: known before the work that would fill it."""
+    """Raise UserError if the file exists, to fail before the work rather than after it."""
     if os.path.lexists(fpath):
         raise UserError(f'{plain(fpath, 500)} exists and is not overwritten; choose another name')
 
 
 @contextlib.contextmanager
 def new_file(fpath: str) -> Iterator[Path]:
-    """A temporary file beside `fpath` for the context to fill and to check; it gets the name when the context ends.
+    """A temporary file beside `fpath` for the context to fill and check; it is renamed when the context ends.
 
-    Whatever fails, and if the process is killed, there is no file of that name. One that others made meanwhile is kept.
+    If anything fails or the process is killed, `fpath` is not created. If another process creates it meanwhile, it is
+    kept.
 
     Raises:
         UserError: it exists, or cannot be written.
@@ -66,14 +66,14 @@ def new_file(fpath: str) -> Iterator[Path]:
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
         temporary.unlink(missing_ok=True)
-        temporary.touch()  # a place that cannot be written is known before the work
+        temporary.touch()  # fails now, not after the work, if the folder is not writable
         yield temporary
         with open(temporary, 'r+b') as file:
             os.fsync(file.fileno())
         _name(temporary, path)
         _sync(path.parent)
     except OSError as problem:
-        check_new(fpath)  # others may have made it meanwhile
+        check_new(fpath)  # another process may have created it meanwhile
         target = plain(fpath, 500)
         raise UserError(f'{target} cannot be written ({problem.strerror}); choose another place') from problem
     finally:
@@ -82,7 +82,7 @@ def new_file(fpath: str) -> Iterator[Path]:
 
 
 def _name(temporary: Path, path: Path) -> None:
-    """Rename a file, unless there is one of the new name: FileExistsError."""
+    """Rename a file; FileExistsError if the new name exists."""
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -93,10 +93,10 @@ def _name(temporary: Path, path: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Let the names in a folder reach the disk."""
+    """Flush the names in a folder to disk."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folder, and others none that may not be listed
+    except PermissionError:  # Windows cannot open folders; elsewhere it must be readable
         return
     try:
         os.fsync(descriptor)
@@ -105,7 +105,7 @@ def _sync(folder: Path) -> None:
 
 
 def _double(fpath: Path, double: Path) -> None:
-    """A second name of the file: later writes replace names, so that none changes the other's contents."""
+    """Give the file a second name. Later writes replace names, so neither changes the contents of the other."""
     try:
         os.link(fpath, double)
     except OSError:  # the file system has no hard links
@@ -113,7 +113,7 @@ def _double(fpath: Path, double: Path) -> None:
 
 
 def allocate(fpath: str | Path) -> None:
-    """Reserve the disk space of a file; writing into the memory map of a file on a full disk would raise SIGBUS.
+    """Reserve the disk space of a file, because writing to a memory map on a full disk would raise SIGBUS.
 
     Raises OSError if there is not enough.
     """
@@ -130,7 +130,7 @@ def allocate(fpath: str | Path) -> None:
 
 
 def free_space(folder: str | Path) -> int:
-    """Free bytes on the disk of `folder`; -1 if unknown: some network file systems report zeros."""
+    """Free bytes on the disk of `folder`; -1 if unknown, because some network file systems report zero."""
     with contextlib.suppress(OSError):
         usage = shutil.disk_usage(folder)
         return usage.free if usage.total else -1
@@ -138,11 +138,11 @@ def free_space(folder: str | Path) -> int:
 
 
 class Unwritten(list[str]):
-    """The files that could not be written although the run continued; they make its exit status 2."""
+    """The files that could not be written although the run continued; if there are any, its exit status is 2."""
 
     @contextlib.contextmanager
     def excuse(self, fpath: str | Path) -> Iterator[None]:
-        """A failure to write `fpath` in this context is reported, and the run continues."""
+        """Report a failure to write `fpath` in this context, and let the run continue."""
         try:
             yield
         except OSError as problem:

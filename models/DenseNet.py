@@ -40,13 +40,13 @@ FC512 = Layout(
 class DenseNet121(Network):
     """DenseNet121 without its classifier; the feature is the global average of the last normalisation.
 
-    Huang et al., Densely Connected Convolutional Networks, CVPR 2017, arXiv:1608.06993. The published weights were
+    Huang et al., Densely Connected Convolutional Networks, CVPR 2017, arXiv:1608.06993. The original's weights were
     trained without the ReLU that torchvision and torchreid apply after that normalisation, so features may be negative.
-    A model that loads weights of those projects applies it, and so do the files that it saves.
+    A model that loads weights of these projects applies the ReLU, and records this in the files that it saves.
     """
 
     feat_dim = 1024
-    smallest = 29  # least height and width in pixels: they are halved five times, the last three times rounding down
+    smallest = 29  # minimum height and width: they are halved five times, the last three times rounding down
     imagenet = DenseNet121_Weights.IMAGENET1K_V1
     signature = ('base.norm5.weight', (1024,))
     absent = ('base.denseblock4.denselayer17.norm1.weight',)
@@ -54,7 +54,7 @@ class DenseNet121(Network):
     options = (*Network.options, 'last_relu', 'last_pool_overlaps')
 
     last_relu: Tensor | None  # any tensor: ReLU after the last normalisation
-    last_pool_overlaps: Tensor | None  # any tensor: the pool of the last transition has the stride 1
+    last_pool_overlaps: Tensor | None  # any tensor: the pool of the last transition has stride 1
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__(num_classes, loss)

@@ -17,7 +17,7 @@ TORCHVISION = Layout(
 )
 # pytorch-mobilenet-v2 of October 2019: its blocks are not nested
 FLAT = {0: '0.0', 1: '0.1', 3: '1.0', 4: '1.1', 6: '2', 7: '3'}  # layer of a block -> its name in torchvision
-FIRST = {0: '0.0', 1: '0.1', 3: '1', 4: '2'}  # of the first one, which does not expand
+FIRST = {0: '0.0', 1: '0.1', 3: '1', 4: '2'}  # the same for the first block, which does not expand
 TONYLINS = Layout(
     'names of pytorch-mobilenet-v2 (tonylins) translated',
     (
@@ -51,4 +51,4 @@ class MobileNetV2(Network):
         return maps
 
     def keep_resolution(self) -> None:
-        self.base[14].conv[1][0].stride = (1, 1)  # the depthwise convolution with which the last stage begins
+        self.base[14].conv[1][0].stride = (1, 1)  # the first depthwise convolution of the last stage

@@ -1,4 +1,4 @@
-"""OSNet, with instance normalisation (IBN, AIN) or without."""
+"""OSNet, with or without instance normalisation (IBN, AIN)."""
 
 from collections.abc import Sequence, Set
 from dataclasses import replace
@@ -14,14 +14,14 @@ __all__ = [
 ]  # fmt: skip
 
 OF_IBN, OF_AIN = 'conv2.0.IN.weight', 'conv2.0.conv2.0.layers.0.conv1.weight'
-# torchreid, deep-person-reid v1.4.0, whose names are those here
+# torchreid (deep-person-reid v1.4.0), which has the same names
 TORCHREID = Layout("torchreid's names", marks=(r'^conv5\.conv\.weight$',), made={'last_stride': 2}, test=tested())
 TORCHREID_AIN = replace(TORCHREID, test=tested('cosine'))
-SCALES = 4  # of a block: streams of 1, 2, 3 and 4 convolutions, whose receptive fields are 3, 5, 7 and 9
+SCALES = 4  # streams of a block, of 1, 2, 3 and 4 convolutions, with receptive fields of 3, 5, 7 and 9
 
 
 class Convolution(nn.Module):
-    """Convolution, normalisation, ReLU. The names of its layers are those of the public weights."""
+    """Convolution, normalisation, ReLU. The layers are named as in the published weights."""
 
     def __init__(self, channels: int, out: int, size: int = 1, stride: int = 1, instance_norm: bool = False):
         super().__init__()
@@ -59,7 +59,7 @@ class Lite3x3(nn.Module):
 
 
 class Gate(nn.Module):
-    """Weights each channel by a sigmoid that depends on the global averages of all channels."""
+    """Multiplies each channel by a sigmoid that depends on the global averages of all channels."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -73,7 +73,7 @@ class Gate(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block of four streams, whose sum is weighted by one gate that they share.
+    """Residual block of four streams, which are weighted by a shared gate and summed.
 
     instance_norm: none; 'after' the addition of the residual (IBN); or 'inside' the residual (AIN)
     ain:           whether names and streams are those of the AIN networks
@@ -112,21 +112,21 @@ class Block(nn.Module):
 
 
 def halved(channels: int) -> nn.Sequential:
-    """A 1x1 convolution, then the average of each 2x2 pixels."""
+    """A 1x1 convolution, then 2x2 average pooling."""
     return nn.Sequential(Convolution(channels, channels), nn.AvgPool2d(2, 2))
 
 
 class OSNet(Network):
-    """OSNet x1.0; the feature is a linear layer, batch normalisation and ReLU on the global average of the maps.
+    """OSNet x1.0; the feature is the global average of the maps after a linear layer, batch normalisation and ReLU.
 
-    Zhou et al., Omni-Scale Feature Learning for Person Re-Identification, ICCV 2019, arXiv:1905.00953. Names of
-    parameters are those of the public weights. The resolution of the last stage is that of the stage before it.
+    Zhou et al., Omni-Scale Feature Learning for Person Re-Identification, ICCV 2019, arXiv:1905.00953. Parameters are
+    named as in the published weights. The last stage has the resolution of the stage before it.
 
     The feature contains a BatchNorm1d: a training batch needs at least 2 images.
     """
 
     channels: Sequence[int] = (64, 256, 384, 512)
-    norms: Sequence[Sequence[str]] = (('', ''), ('', ''), ('', ''))  # of the two blocks of each stage, see Block
+    norms: Sequence[Sequence[str]] = (('', ''), ('', ''), ('', ''))  # of the two blocks in each stage, see Block
     ain = False
     feat_dim = 512
     smallest = 13  # halved four times, the last two times rounding down

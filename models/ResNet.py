@@ -24,7 +24,7 @@ from models.network import Network, WeightsFile
 
 __all__ = ['ResNet18', 'ResNet34', 'ResNet50', 'ResNet50IBN', 'ResNet50M', 'ResNet101']
 
-# Networks of this project in the original's other files, and of torchreid v1.4.0 (the same since v0.5.0)
+# Networks of this project in other files of the original, and in those of torchreid v1.4.0 (unchanged since v0.5.0)
 SECOND_NAMES = Layout(
     "second names of ResNet50M's layers merged",
     (
@@ -68,8 +68,8 @@ def backbone(build: Callable[..., ResNet]) -> nn.Sequential:
 class NonLocal(nn.Module):
     """Non-local block whose pairwise function is the product of two embeddings, divided by the number of pixels.
 
-    Wang et al., Non-local Neural Networks, CVPR 2018, arXiv:1711.07971. The embeddings have one channel, as those of
-    fast-reid, whose names the layers have. It changes nothing until it is trained.
+    Wang et al., Non-local Neural Networks, CVPR 2018, arXiv:1711.07971. As in fast-reid, the embeddings have one
+    channel, and the layers have the same names. Before training it is the identity.
     """
 
     def __init__(self, channels: int):
@@ -85,7 +85,7 @@ class NonLocal(nn.Module):
         return attended
 
 
-# How many of the last blocks of each stage are followed by a non-local one
+# The number of blocks at the end of each stage that are followed by a non-local block
 ATTENDED = {'resnet50': (0, 2, 3, 0), 'resnet101': (0, 2, 9, 0)}
 
 
@@ -94,8 +94,8 @@ class ResNet50(Network):
 
     He et al., Deep Residual Learning for Image Recognition, CVPR 2016, arXiv:1512.03385.
 
-    Weights of networks that compute the stem differently set the options `stem_linear`: no ReLU behind the first
-    normalisation; and `stem_ceil`: the pool has no padding, and counts parts of windows (ceil_mode).
+    Weights of networks with a different stem set the options `stem_linear`: no ReLU after the first normalisation; and
+    `stem_ceil`: the pool has no padding and includes partial windows (ceil_mode).
     """
 
     build: Callable[..., ResNet] = staticmethod(resnet50)
@@ -141,7 +141,7 @@ class ResNet50(Network):
         return x  # (B, feat_dim, H/32, W/32)
 
     def add_attention(self) -> None:
-        """Non-local blocks behind the last blocks of the second and third stage, as in fast-reid's AGW.
+        """Add non-local blocks after the last blocks of the second and third stage, as in fast-reid's AGW.
 
         Ye et al., Deep Learning for Person Re-identification: A Survey and Outlook, TPAMI 2021, arXiv:2001.04193.
         """
@@ -224,13 +224,13 @@ class ResNet50IBN(ResNet50):
 
 
 class ResNet50M(Network):
-    """ResNet50 whose feature is that of the last stage's third block, followed by the fused features of the first two.
+    """ResNet50 whose feature is the output of the last stage's third block and the fused outputs of its first two.
 
     Yu et al., The Devil is in the Middle: Exploiting Mid-level Representations for Cross-Domain Instance Matching,
     arXiv:1711.08106.
 
-    torchreid's resnet50mid has the 1024 fused features first. When its weights are loaded, the columns of the
-    classifier are put in the order of this class: logits are equal, and the two parts of the features are exchanged.
+    In torchreid's resnet50mid the 1024 fused features come first. When its weights are loaded, the columns of the
+    classifier are reordered for this class: logits are equal, but the two parts of the features are swapped.
 
     `fc_fuse` contains a BatchNorm1d: a training batch needs at least 2 images.
     """

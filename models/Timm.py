@@ -1,4 +1,4 @@
-"""Networks of the library timm, as backbones."""
+"""Networks of the library timm as backbones."""
 
 import difflib
 import functools
@@ -27,7 +27,7 @@ class TimmWeights(WeightsFile):
     def get_state_dict(self, **_: Any) -> dict[str, Tensor]:
         try:
             base = build(self.name, self.size, pretrained=True)
-        except Exception as problem:  # of any type: another library looks for them on the network
+        except Exception as problem:  # of any type: another library downloads them
             reason = plain(' '.join(str(problem).split()), 300) or type(problem).__name__
             raise UserError(
                 f'timm could not get the weights of {self.name} ({reason}); where there is a network, download them '
@@ -38,9 +38,9 @@ class TimmWeights(WeightsFile):
 
 
 class Timm(Network):
-    """A network of timm. The feature is what its own classifier would receive, so it pools its maps itself.
+    """A network of timm. The feature is the input of timm's own classifier, so the network pools its maps itself.
 
-    A subclass for each network is made by `named`.
+    `named` creates a subclass for each network.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Timm(Network):
 
 @functools.cache
 def named(name: str, size: tuple[int, int] | None = None) -> type[Timm]:
-    """The class of a network of timm, for images of `size` (height, width), by default of the size of its weights.
+    """The class of a network of timm, for images of `size` (height, width), by default the size of its weights.
 
     Raises:
         UserError: timm is not installed, or has no such network.
@@ -77,7 +77,7 @@ def named(name: str, size: tuple[int, int] | None = None) -> type[Timm]:
         also = f', such as {", ".join(near)}' if near else ''
         raise UserError(f'timm {timm.__version__} has no model {plain(name)!r}; see timm.list_models(){also}')
     config = timm.get_pretrained_cfg(name)
-    assert config is not None  # only for models that are not registered
+    assert config is not None  # it is None only for unregistered models
     interpolation = config.interpolation if config.interpolation in ('bilinear', 'bicubic') else 'bilinear'
     height, width = size or config.input_size[1:]
     address = f'https://huggingface.co/{config.hf_hub_id}' if config.hf_hub_id else str(config.url or '')
@@ -94,7 +94,7 @@ def named(name: str, size: tuple[int, int] | None = None) -> type[Timm]:
 
 
 def build(name: str, size: tuple[int, int], pretrained: bool = False) -> nn.Module:
-    """timm's network without its classifier. `size` is given if the network has one."""
+    """timm's network without its classifier. `size` is passed on if the network has a fixed input size."""
     import timm
 
     how: dict[str, Any] = {'pretrained': pretrained, 'num_classes': 0}
@@ -112,7 +112,7 @@ def pooled(base: nn.Module, x: Tensor) -> Tensor:
 
 
 def feat_dim(base: nn.Module, size: tuple[int, int]) -> int:
-    """The length of a feature, from an image of zeros. Neither the network nor torch's generator changes."""
+    """The length of a feature, from an image of zeros. The network and torch's generator do not change."""
     was_training = base.training
     with torch.inference_mode():
         length = pooled(base.eval(), torch.zeros(1, 3, *size)).size(1)

@@ -43,14 +43,14 @@ factory: dict[str, type[Network]] = {
 
 
 def get_names() -> list[str]:
-    """The names that `init_model` accepts, beside timm:NAME for any network of the library timm."""
+    """The names that `init_model` accepts, besides timm:NAME for any network of the library timm."""
     return list(factory)
 
 
 def network_of(name: str, size: tuple[int, int] | None = None) -> type[Network]:
-    """The class of a model by its name.
+    """The class of a model, by its name.
 
-    size: height and width of the images; only networks of timm need it
+    size: height and width of the images; needed only for networks of timm
 
     Raises:
         UserError: there is no such model, or it needs timm, which is not installed.
@@ -78,17 +78,17 @@ def init_model(
     (B, num_classes), and, unless `loss` is {'xent'}, (logits, features).
 
     name:        one of `get_names()`, or timm:NAME
-    num_classes: number of training identities; 0, at a test without a training set, counts as 1
-    loss:        names of the losses that will be computed, any
+    num_classes: number of training identities; 0, in a test without a training set, counts as 1
+    loss:        names of the losses that will be computed, which may be any
     last_stride: 1 keeps the resolution in the last stage, see `Network.keep_resolution`
     neck:        add BNNeck, see `Network.add_neck`
     pooling:     of the maps: 'avg', 'max', or 'gem' (`models.network.GeM`)
     size:        height and width of the images, for networks of timm
-    report:      receives the lines that are otherwise printed
-    more:        of networks of other projects, see `assemble`
+    report:      called with each line, in place of print
+    more:        arguments for networks of other projects, see `assemble`
 
-    Prints the name and the number of parameters, in millions. Raises UserError for an unknown name, and for a pooling
-    if the network pools by itself.
+    Prints the name and the number of parameters, in millions. Raises UserError for an unknown name, or if a pooling is
+    given for a network that does its own pooling.
     """
     network = network_of(name, size)
     report(f'Initializing model: {name}')
@@ -101,21 +101,21 @@ def init_model(
     return model
 
 
-RECORDED = ('last_stride', 'neck', 'pooling')  # in every checkpoint; of the other parts only those that are there
+RECORDED = ('last_stride', 'neck', 'pooling')  # in every checkpoint; other parts only if the network has them
 PARTS = {
     'last_stride': 2, 'neck': False, 'pooling': 'avg', 'embedding': 0, 'non_local': False, 'neck_feature': 'after'
 }  # fmt: skip
 
 
 def assemble(network: type[Network], num_classes: int, loss: Set[str], **parts: Any) -> Network:
-    """A network of a class with the parts that `init_model` describes, and those of other projects:
+    """A network of a class with the parts described in `init_model`, and those of other projects:
 
-    embedding:    length of the feature behind a linear layer, see `Network.add_embedding`
+    embedding:    length of the feature after a linear layer, see `Network.add_embedding`
     non_local:    add non-local blocks, see `ResNet50.add_attention`
-    neck_feature: 'before', if what enters the neck is the feature at test
+    neck_feature: 'before' if the feature at test is the input of the neck
     """
     parts = {**PARTS, **parts}
-    model = network(max(num_classes, 1), loss)  # torch warns of a layer without outputs
+    model = network(max(num_classes, 1), loss)  # torch warns about layers without outputs
     model.made = {name: value for name, value in parts.items() if name in RECORDED or value != PARTS[name]}
     if parts['last_stride'] == 1:
         model.keep_resolution()

@@ -1,7 +1,7 @@
 """The layouts of weight files: how each project names its tensors, what its files do not record, and how it tests.
 
-A network's class lists the layouts in which it is published (`Network.published`). Equal names and shapes hide other
-strides, pools and activations, so each row follows the source of its project at the release that it names.
+A network's class lists the layouts in which it is published (`Network.published`). Names and shapes do not show
+strides, pools and activations, so each row follows the source code of its project at the release given.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -15,9 +15,9 @@ from transforms import IMAGENET
 
 Names = tuple[tuple[str, str], ...]  # regular expressions and their replacements, applied to a name one after another
 
-# What files of a layout do not record, and the values that it may have. `last_stride`, `pooling` and `neck_feature` are
-# arguments of `models.init_model`; `project` decides which layout it is; the others are properties of weights, kept
-# with them as a buffer (FLAGS).
+# What files of a layout do not record, and the possible values. `last_stride`, `pooling` and `neck_feature` are
+# arguments of `models.init_model`; `project` selects the layout; the others are properties of weights, which are saved
+# with them as buffers (FLAGS).
 ASSUMPTIONS: dict[str, tuple[str, ...]] = {
     'project': ('reid-strong-baseline', 'timm'),
     'last_stride': ('1', '2'),
@@ -30,7 +30,7 @@ FLAGS = {
     ('stem_pool', 'ceil'): 'stem_ceil',
     ('transition_stride', '1'): 'last_pool_overlaps',
 }  # (assumption, value) -> the buffer that is set
-OF_WEIGHTS = {'project', *(name for name, _ in FLAGS)}  # the assumptions that are no arguments of a network
+OF_WEIGHTS = {'project', *(name for name, _ in FLAGS)}  # the assumptions that are not arguments of a network
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class Layout:
     """The files of a project.
 
     note:    the project and what was changed, for messages
-    names:   how its names become those of this project
-    marks:   patterns of names; a file of this layout has a match of each
-    lacks:   patterns of names; it has a match of none
-    unused:  pattern of the names of tensors that its project's test does not use, which are left out; '' for none
-    adapt:   changes renamed weights in place where the project computes differently; returns options of the test that
-             the file contains
+    names:   replacements that turn its names into those of this project
+    marks:   patterns, each of which matches a name in every file of this layout
+    lacks:   patterns that match no name in a file of this layout
+    unused:  pattern of the names of tensors that the project's test does not use, which are left out; '' for none
+    adapt:   changes renamed weights in place where the project computes differently; returns test options contained in
+             the file
     made:    arguments of `models.init_model` that the project's networks always have, besides those seen in the names
     assumed: what its files do not record: a name of ASSUMPTIONS -> the value in the project's published configuration
-    test:    options of the project's test; none if its weights are not trained for re-ID
+    test:    options of the project's test; empty if its weights are not trained for re-ID
     """
 
     note: str
@@ -63,20 +63,20 @@ class Layout:
 def tested(
     distance: str = 'euclidean', interpolation: str = 'bilinear', height: int = 256, flip_test: bool = False
 ) -> dict[str, Any]:
-    """Options of a test; images are 128 pixels wide."""
+    """Options of a test with images 128 pixels wide."""
     return {
         'height': height, 'width': 128, 'interpolation': interpolation, 'distance': distance, 'flip_test': flip_test
     }  # fmt: skip
 
 
-# This project's own weights without the entry `model` of its checkpoints: a neck is trained with the last stride 1
+# This project's own weights without the entry `model` of its checkpoints; networks with a neck have last stride 1
 OWN_WITH_NECK = Layout("this project's", assumed={'last_stride': '1'})
 
-# The weights of `-a timm:NAME`, without the entry `arguments` of a checkpoint. Those of timm's plain ResNets have the
-# names and shapes of reid-strong-baseline's, which lacks a ReLU.
+# The weights of `-a timm:NAME` without the entry `arguments` of a checkpoint. timm's plain ResNets have the same names
+# and shapes as those of reid-strong-baseline, which have one ReLU less.
 OF_TIMM = Layout("this project's, of a network of timm, which -a timm:NAME names")
 
-# ResNets. All but the original have torchvision's names, many with a prefix.
+# ResNets. All projects except the original use torchvision's names, many with a prefix.
 
 RESNET: Names = (
     (r'^conv1\.', 'base.0.'),
@@ -114,8 +114,8 @@ def without_stem_relu(state_dict: dict[str, Tensor]) -> dict[str, Any]:
     return {}
 
 
-# reid-strong-baseline, April 2020 (the same since March 2019): its own ResNets have no ReLU behind the stem's bn1, its
-# ResNet50-IBN-a has one; that also has a `fc` that is not used. The published configurations test 256x128.
+# reid-strong-baseline, April 2020 (unchanged since March 2019): its ResNets have no ReLU after the stem's bn1, but its
+# ResNet50-IBN-a does, and also has an unused `fc`. The published configurations test with 256x128.
 STRONG: dict[str, Any] = {
     'names': ((r'^base\.', ''), *RESNET),
     'marks': (r'^base\.conv1\.weight$',),
@@ -131,7 +131,7 @@ STRONG_BASELINE_IBN = Layout("reid-strong-baseline's names translated", unused=r
 
 
 def own_normalisation(state_dict: dict[str, Tensor]) -> dict[str, Any]:
-    """Mean and standard deviation of pixels in 0..255, which releases before 1.3 save, unless they are ImageNet's."""
+    """Mean and standard deviation of pixels in 0..255, saved by releases before 1.3; {} if they are ImageNet's."""
     pair = [state_dict.pop(name, torch.tensor([])) for name in ('pixel_mean', 'pixel_std')]
     if not all(each.numel() == 3 and each.is_floating_point() for each in pair):
         return {}
@@ -162,9 +162,9 @@ def fastreid(kind: str, *marks: str, lacks: tuple[str, ...] = (), height: int = 
     )
 
 
-# fast-reid: v0.1 and v0.1.1 (May and July 2020) have heads.bnneck, a stem's pool with padding, and one GeM, whose
-# exponent is learnt, in both AGW and SBS. v1.0.0 and v1.3.0 have heads.bottleneck.0, a pool without padding in
-# ceil_mode, and in AGW a GeM with the fixed exponent 3. All test behind the neck, by cosine, bicubic.
+# fast-reid: v0.1 and v0.1.1 (May and July 2020) have heads.bnneck, a padded pool in the stem, and in both AGW and SBS a
+# GeM with a learned exponent. v1.0.0 and v1.3.0 have heads.bottleneck.0, a pool without padding in ceil_mode, and in
+# AGW a GeM with the fixed exponent 3. All test the feature behind the neck, with cosine distance and bicubic resizing.
 EARLY = r'^heads\.bnneck\.weight$'
 LATE = r'^heads\.bottleneck\.0\.weight$'
 FASTREID = (
@@ -181,9 +181,9 @@ def without_embedding_relu(state_dict: dict[str, Tensor]) -> dict[str, Any]:
     return {}
 
 
-# Person_reID_baseline_pytorch, v1.1.0 of May 2025 (the same since v1.0.1 of December 2021): a linear layer and a batch
-# normalisation, without a ReLU, are the feature; features of mirror images are added. Releases before that, whose
-# files look the same, may have had a LeakyReLU there.
+# Person_reID_baseline_pytorch, v1.1.0 of May 2025 (unchanged since v1.0.1 of December 2021): the feature is the output
+# of a linear layer and batch normalisation, without a ReLU; features of mirror images are added. Earlier releases,
+# whose files look the same, may have had a LeakyReLU there.
 FT_NET: dict[str, Any] = {
     'marks': (r'^model\.', r'^classifier\.add_block\.0\.weight$'),
     'adapt': without_embedding_relu,
@@ -209,7 +209,7 @@ FT_NET_DENSE = Layout(
     **FT_NET,
 )
 
-# MoCo's pre-training, and LUPerson's with the same program: the query encoder, without its projection
+# Pre-training with MoCo, and LUPerson's with the same program: the query encoder, without its projection
 MOCO = Layout(
     "MoCo's query encoder, not trained with identities, its names translated",
     ((r'^encoder_q\.', ''), *RESNET),
@@ -222,7 +222,7 @@ RESNETS_IBN = (TORCHVISION, TORCHREID, STRONG_BASELINE_IBN, *FASTREID, FT_NET_RE
 
 
 def written(test: Mapping[str, Any]) -> str:
-    """Options of a test as on a command line."""
+    """Options of a test in the form of a command line."""
     words = []
     for name, value in test.items():
         flag = f'--{name.replace("_", "-")}'
@@ -231,18 +231,18 @@ def written(test: Mapping[str, Any]) -> str:
 
 
 def chosen(assume: str) -> dict[str, str]:
-    """NAME=VALUE, separated by commas."""
+    """Parse NAME=VALUE, separated by commas."""
     pairs = [pair.partition('=') for pair in assume.split(',') if pair.strip()]
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def in_training(assumed: Sequence[str]) -> list[str]:
-    """Of assumptions NAME=VALUE, those that matter when the weights begin a training of any network."""
+    """The assumptions NAME=VALUE that matter when training starts from the weights."""
     return [each for each in assumed if each.partition('=')[0] in OF_WEIGHTS]
 
 
 def made_of(recorded: Any) -> dict[str, Any]:
-    """The arguments of `models.assemble` that a file of this project records and its weights' names do not show."""
+    """The arguments of `models.assemble` that a file of this project records and that its names do not show."""
     choices = {'last_stride': (1, 2), 'pooling': ASSUMPTIONS['pooling'], 'neck_feature': ASSUMPTIONS['neck_feature']}
     recorded = recorded if isinstance(recorded, dict) else {}
     return {
@@ -251,7 +251,7 @@ def made_of(recorded: Any) -> dict[str, Any]:
 
 
 def test_of(recorded: Any) -> dict[str, Any]:
-    """The options of a test that a converted file records, without those that are none."""
+    """The valid test options recorded in a converted file."""
     recorded = recorded if isinstance(recorded, dict) else {}
     choices: dict[str, Container] = {
         'height': range(1, 10_000), 'width': range(1, 10_000), 'interpolation': ('bilinear', 'bicubic'),

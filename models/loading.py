@@ -1,4 +1,4 @@
-"""Weights of any project -> weights under this project's names, and into a model."""
+"""Translates weights of any project to this project's names, and loads them into a model."""
 
 import math
 import re
@@ -20,8 +20,8 @@ class Named(NamedTuple):
     """Weights under this project's names.
 
     notes:  what was renamed, left out or changed
-    layout: that of the file; None if its names are those of this project, or of an unknown one
-    test:   options of the project's test, also those that only this file records
+    layout: the layout of the file; None if its names are those of this project or of an unknown one
+    test:   options of the project's test, including those recorded in this file only
     """
 
     state_dict: dict[str, Tensor]
@@ -32,13 +32,13 @@ class Named(NamedTuple):
 
 PREFIX = re.compile(r'^(?:module\.|_orig_mod\.)+')  # of nn.DataParallel and of torch.compile
 OF_THE_ORIGINAL = re.compile(r'(?:base|layers\d[abc]?|fc_fuse)\.')
-POSITIONS = re.compile(r'pos_embed|rel_pos|relative_position')  # of timm's transformers, as long as an image is large
+POSITIONS = re.compile(r'pos_embed|rel_pos|relative_position')  # of timm's transformers, for images of one size
 DOTTED = re.compile(r'(\.denselayer\d+\.(?:norm|conv))\.([12])\.')  # of DenseNet, up to PyTorch 0.3
 OF_OTHERS = re.compile(r'(?:conv1|bn1|layer\d|fc|fc_fusion|features)\.')
 
 
 def tensors_of(found: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
-    """What was loaded, if it is a state dict. Raises UserError for an entry that is no tensor with a name."""
+    """The loaded object, checked to be a state dict. Raises UserError for an entry that is not a named tensor."""
     for key, value in found.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             fault = f'a {type(value).__name__}, not a tensor' if isinstance(key, str) else 'not the name of a tensor'
@@ -50,12 +50,12 @@ def tensors_of(found: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
 
 
 def project_of(found: Mapping[str, Any], own: Container[str]) -> str:
-    """Of `project` in ASSUMPTIONS, the one whose modules a state dict names, '' if none.
+    """The `project` of ASSUMPTIONS whose module names are in a state dict, '' if none.
 
-    torch.save keeps the names of all modules, of those without weights too: timm's activations are named act1, and
-    reid-strong-baseline has a pool named gap. A file of which all names are those of the network at hand is its own.
+    torch.save stores the names of all modules, including those without weights: timm's activations are named act1, and
+    reid-strong-baseline has a pool named gap. If all names are those of the target network, the file belongs to it.
 
-    own: the names of that network's weights; none if there is no network yet
+    own: the names of the target network's weights; empty if there is no network yet
     """
     modules = getattr(found, '_metadata', None)
     names = {PREFIX.sub('', str(name)) for name in modules} if isinstance(modules, dict) else set()
@@ -65,15 +65,16 @@ def project_of(found: Mapping[str, Any], own: Container[str]) -> str:
 
 
 def normalised(state_dict: Mapping[str, Tensor], where: str, seen: str = '', asked: str = '') -> Named:
-    """Any names used by published models -> this project's names, and notes on what was renamed.
+    """Names used by any published model -> this project's names, and notes on what was renamed.
 
     A model's class lists the layouts in which it is published. Prefixes are always removed; other names are unchanged
     if no layout makes them fit one of the classes, or if they are those of a network of timm.
 
-    seen, asked: `project` of ASSUMPTIONS, as seen in the file and as the user says, who is believed; '' if unknown
+    seen, asked: `project` of ASSUMPTIONS, as found in the file and as given by the user, which has precedence; '' if
+        unknown
 
-    Raises UserError if a tensor is named twice with different values, or if the names of the original are mixed with
-    those of torchvision or torchreid: it is then unknown which network these weights belong to.
+    Raises UserError if a tensor occurs twice with different values, or if names of the original are mixed with those of
+    torchvision or torchreid, because the network of the weights is then unknown.
     """
     notes = []
     unprefixed = _renamed(state_dict, lambda key: PREFIX.sub('', key), where)
@@ -118,7 +119,7 @@ def _is_normalisation(mean: Iterable[float], std: Iterable[float]) -> bool:
 
 
 def _fits(layout: Layout, names: str) -> bool:
-    """names: one in each line"""
+    """names: one per line"""
     marked, lacking = (
         [re.search(pattern, names, re.MULTILINE) is not None for pattern in patterns]
         for patterns in (layout.marks, layout.lacks)
@@ -146,14 +147,14 @@ def _renamed(state_dict: Mapping[str, Tensor], rename: Callable[[str], str], whe
 def settled(
     named: Named, chosen: Mapping[str, str], where: str, recorded: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
-    """What a file does not record, as `chosen` or as its layout assumes it.
+    """Decide what a file does not record: as `chosen`, otherwise as its layout assumes.
 
-    recorded: it is a file of this project that contains the arguments of `models.init_model`
+    recorded: the file is of this project and contains the arguments of `models.init_model`
 
     Returns the weights, arguments of `models.init_model`, and the assumptions as NAME=VALUE.
 
     Raises:
-        UserError: an assumption is unknown, or the file leaves no choice.
+        UserError: an assumption is unknown, or does not apply to the file.
     """
     state_dict = dict(named.state_dict)
     own = OWN_WITH_NECK if 'bottleneck.weight' in state_dict and not recorded else Layout('')
@@ -165,7 +166,7 @@ def settled(
             raise UserError(f'--assume {plain(name)}={plain(value)}: must be one of {choices}')
         if name not in assumed:
             known = ', '.join(assumed) or 'nothing else'
-            raise UserError(f'--assume {name}: {where} leaves no choice of it; {known} may be assumed of it')
+            raise UserError(f'--assume {name}: it does not apply to {where}; {known} can be assumed')
     values = {**assumed, **chosen}
     made: dict[str, Any] = dict(layout.made)
     for name, value in values.items():
@@ -179,12 +180,12 @@ def settled(
 
 
 def _is_open(name: str, state_dict: Mapping[str, Tensor]) -> bool:
-    """Weights without a neck have no feature behind it."""
+    """Whether the weights leave the assumption `name` open; `neck_feature` needs a neck."""
     return name != 'neck_feature' or 'bottleneck.weight' in state_dict
 
 
 def parts(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments of `models.assemble` that are seen in names and shapes of weights."""
+    """The arguments of `models.assemble` that names and shapes of weights show."""
     embedding = state_dict.get('embedding.0.weight')
     seen: dict[str, Any] = {'neck': 'bottleneck.weight' in state_dict}
     if 'pool.p' in state_dict:
@@ -197,7 +198,7 @@ def parts(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def arch_of(state_dict: Mapping[str, Tensor]) -> str | None:
-    """The architecture that fits weights with these names and shapes, None if it is not one of this project's."""
+    """The architecture that fits the names and shapes of weights, None if it is not one of this project."""
     return next((arch for arch, network in models.factory.items() if _is_for(network, state_dict)), None)
 
 
@@ -214,15 +215,15 @@ def _is_for(network: type[Network], state_dict: Mapping[str, Tensor]) -> bool:
 def load_into(
     model: Network, state_dict: Mapping[str, Tensor], *, allow_other_classifier: bool, where: str
 ) -> list[str]:
-    """Copies weights into a model, all or none; returns notices, to be printed, of what was left out.
+    """Copies weights into a model, all or none; returns notices, to be printed, about what was left out.
 
-    Names, shapes and data types are compared before anything is copied. Missing `num_batches_tracked` are accepted:
-    PyTorch 0.3 had none, and a fixed momentum does not use them. A classifier of another size, or none, is accepted,
-    with a notice, if `allow_other_classifier`: the model keeps its own. Anything else that is missing, unexpected or of
-    another shape raises UserError, which lists it and guesses the architecture of the weights.
+    Names, shapes and data types are compared before anything is copied. Missing `num_batches_tracked` are accepted,
+    because PyTorch 0.3 had none, and a fixed momentum does not use them. With `allow_other_classifier`, a missing
+    classifier or one of a different size is accepted with a notice, and the model keeps its own. Anything else that is
+    missing, unexpected or of a different shape raises UserError, which lists it and guesses the weights' architecture.
 
-    A model's `options` are the names of buffers that are None, and therefore not saved, unless the network that the
-    weights come from computes differently; the weights determine whether one is set.
+    A model's `options` are the names of buffers that are None, and therefore not saved, unless the network of the
+    weights computes differently; the weights determine which of them are set.
 
     where: the file, for the messages
     """
@@ -256,7 +257,7 @@ def load_into(
             if 'base.conv1.weight' in unexpected:
                 guess = 'it may be of a network of timm: give its name, -a timm:NAME'
         elif 'stem_linear' in unexpected and 'base.conv1.weight' in missing:
-            guess = 'if it is of a network of timm, too, give --assume project=timm'
+            guess = 'if it is also of a network of timm, give --assume project=timm'
         elif arch == own_arch:
             guess = f"it looks like a {arch} that differs from this project's"
         else:
@@ -278,10 +279,10 @@ def load_into(
 
 
 def fit_classifier(model: Network, state_dict: Mapping[str, Tensor], where: str) -> None:
-    """Gives a model that will only be tested a classifier of the size that its weights have, and prints that it did.
+    """Gives a model that will only be tested a classifier of the size in the weights, and prints this.
 
-    That is not printed if the model's has one identity, for want of a training set. The classifier is not used at a
-    test. Nothing changes if the weights have no classifier, or one on other features.
+    It is not printed if the model's classifier has one identity because there is no training set. A test does not use
+    the classifier. The model is unchanged if the weights have no classifier, or one for different features.
     """
     own, weight, bias = model.classifier, state_dict.get('classifier.weight'), state_dict.get('classifier.bias')
     if not isinstance(own, torch.nn.Linear) or weight is None or (bias is None) != (own.bias is None):

@@ -22,7 +22,7 @@ class WeightsFile:
     url: str
 
     def get_state_dict(self, **how: Any) -> dict[str, Tensor]:
-        """Like that of torchvision's WeightsEnum."""
+        """Like the method of torchvision's WeightsEnum."""
         state_dict: dict[str, Tensor] = torch.hub.load_state_dict_from_url(self.url, **how)
         return state_dict
 
@@ -32,17 +32,17 @@ class WeightsFile:
 
 @dataclass(frozen=True)
 class Training:
-    """What is known of the training of weights.
+    """What is known about the training of weights.
 
-    where:       their file, or what they are, for messages
-    of_imagenet: they were trained to classify ImageNet, not for re-ID
-    options:     all options of the run that wrote the file, {} if it was not of this project
-    fingerprint: of its data set (`data_manager.fingerprint`), None if unknown
-    num_pids:    of its data set, None if the file has no classifier
-    random:      the parameters of features that are missing, '' if none is
-    arch:        that of the weights, '' if it is none of this project
+    where:       their file, or a description, for messages
+    of_imagenet: whether they were trained to classify ImageNet, not for re-ID
+    options:     all options of the run that wrote the file, {} for files of other projects
+    fingerprint: of the training data (`data_manager.fingerprint`), None if unknown
+    num_pids:    number of training persons, None if the file has no classifier
+    random:      missing parameters that features depend on, '' if there are none
+    arch:        architecture of the weights, '' if it is not one of this project
     project:     note on the layout of a file of another project, '' for files of this one
-    test:        options of the test of that project
+    test:        options of that project's test
     """
 
     where: str
@@ -61,26 +61,26 @@ class Network(nn.Module):
     the attributes that differ.
 
     (B, 3, H, W) -> eval: features (B, feat_dim); training: logits (B, num_classes), and features unless loss is
-    {'xent'}. With a neck (`add_neck`) the features at test, and those that are classified, are behind it, and those
-    that training returns are before it.
+    {'xent'}. With a neck (`add_neck`), tests and the classifier use the features behind it, and training returns those
+    before it.
 
     Attributes:
         feat_dim: length of a feature.
-        smallest: least height and width of an image, in pixels.
-        narrowest_bf16: least width, in pixels, for which bf16 gives correct results on CPUs.
-        faster_in_bf16: whether training on a CPU that multiplies bf16 in hardware gains from it.
-        normalisation: mean and standard deviation of RGB in [0, 1] with which images are normalised.
-        interpolation: bilinear or bicubic, with which images are resized.
+        smallest: minimum height and width of an image, in pixels.
+        narrowest_bf16: minimum width, in pixels, for which bf16 gives correct results on CPUs.
+        faster_in_bf16: whether bf16 makes training faster on a CPU that multiplies it in hardware.
+        normalisation: mean and standard deviation of RGB in [0, 1] for normalising images.
+        interpolation: bilinear or bicubic, for resizing images.
         pools_itself: whether `features` ignores `pool`.
         imagenet: ImageNet weights for the backbone, or None.
         fresh: prefixes of parameters that the ImageNet weights lack, besides the classifier, pooling and neck.
         signature: name and shape of a tensor by which weights for this class are recognised.
-        present: names of tensors that they have beside it, if related networks lack them.
+        present: names of further tensors in these weights that related networks lack.
         absent: names that only the weights of related networks have.
         published: the layouts of other projects' files, see `models.layouts`.
         notice: a line to be reported with the network, such as the licence of its weights.
-        options: buffers that are None, and therefore not saved, unless foreign weights need a different computation.
-        trained: what is known of the training of the weights that were loaded; None before any are.
+        options: buffers that are None, and so not saved, unless weights of other projects need another computation.
+        trained: what is known about the training of the loaded weights; None if none are loaded.
     """
 
     feat_dim: int
@@ -101,7 +101,7 @@ class Network(nn.Module):
     trained: Training | None = None
 
     classifier: nn.Module
-    embedding_linear: Tensor | None  # any tensor: no ReLU behind the embedding
+    embedding_linear: Tensor | None  # any tensor: no ReLU after the embedding
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__()
@@ -109,7 +109,7 @@ class Network(nn.Module):
         self.pool: Callable[[Tensor], Tensor] = average
         self.embedding: nn.Module | None = None
         self.bottleneck: nn.Module | None = None
-        self.neck_feature = 'after'  # the neck is the feature at test; 'before': what enters it
+        self.neck_feature = 'after'  # feature at test: the neck's output; 'before': its input
         self.register_buffer('embedding_linear', None)
         self.made: dict[str, Any] = {}  # the arguments of init_model that decide what the network computes
 
@@ -122,7 +122,7 @@ class Network(nn.Module):
         return self.pool(self.maps(x))
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        f = self.features(x)  # (B, feat_dim), or with an embedding what enters it
+        f = self.features(x)  # (B, feat_dim), or the input of the embedding
         if self.embedding is not None:
             f = self.embedding(f)  # (B, feat_dim)
             if self.embedding_linear is None:
@@ -137,29 +137,28 @@ class Network(nn.Module):
         """Set the last stride to 1, so that the last stage keeps the resolution of the stage before it and its maps are
         twice as high and wide. Sun et al., Beyond Part Models, ECCV 2018, arXiv:1711.09349.
 
-        Does nothing if the last stage does not reduce the resolution anyway.
+        Does nothing if the last stage does not reduce the resolution.
         """
 
     def add_embedding(self, length: int) -> None:
-        """A linear layer, batch normalisation and ReLU between the pooled maps and the classifier; `feat_dim` changes.
-
-        Weights of networks without that ReLU set the option `embedding_linear`.
+        """Add a linear layer, batch normalisation and ReLU between the pooled maps and the classifier; changes
+        `feat_dim`. Weights of networks without this ReLU set the option `embedding_linear`.
         """
         self.embedding = nn.Sequential(nn.Linear(self.feat_dim, length), nn.BatchNorm1d(length))
         self.feat_dim = length
         self.classifier = nn.Linear(length, self.num_classes)
 
     def add_attention(self) -> None:
-        """Non-local blocks, in the networks that have them."""
+        """Add non-local blocks, in the networks that support them."""
         raise UserError(f'{type(self).__name__} has no non-local blocks')
 
     def add_neck(self) -> None:
-        """BNNeck: batch normalisation without a shift between the feature and a classifier without a bias.
+        """Add BNNeck: batch normalisation without a shift between the feature and a classifier without a bias.
 
         Luo et al., Bag of Tricks and a Strong Baseline for Deep Person Re-identification, CVPRW 2019, arXiv:1903.07071.
         """
         self.bottleneck = nn.BatchNorm1d(self.feat_dim)
-        self.bottleneck.bias.requires_grad_(False)  # stays 0
+        self.bottleneck.bias.requires_grad_(False)  # remains 0
         self.classifier = nn.Linear(self.feat_dim, self.num_classes, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.001)
 

@@ -69,7 +69,7 @@ def _write(path: Path, drawn: Iterable[charts.Chart | None], **content: object) 
 
 
 def render(path: Path, name: str, **content: object) -> Path:
-    """Write the page that the template `name` makes of its variables, completely or not at all, and return its path.
+    """Render the template `name` with its variables to `path`, completely or not at all, and return the path.
 
     Raises:
         UserError: it cannot be written.

@@ -1,4 +1,4 @@
-"""Activation maps: the parts of an image that a network responds to."""
+"""Activation maps: the parts of an image to which a network responds."""
 
 import math
 from collections.abc import Sequence
@@ -19,20 +19,20 @@ def activations(
     width: int = 128,
     out: str | Path = 'activations.png',
 ) -> Path:
-    """Write a grid of images, each beside a copy overlaid with its activation map, and return its path.
+    """Write a grid of images, each next to a copy overlaid with its activation map, and return its path.
 
-    The map is the sum of the squared channels of the network's last stage, scaled from its minimum to its maximum in
-    each image, as torchreid's tools show it; after Zagoruyko and Komodakis, ICLR 2017, arXiv:1612.03928.
+    The map is the sum of the squared channels of the network's last stage, scaled to the range of each image, as in
+    torchreid's tools; after Zagoruyko and Komodakis, ICLR 2017, arXiv:1612.03928.
 
     Args:
-        arch: of the checkpoint; None to recognise it by its weights.
-        height, width: of the network's input, in pixels.
+        arch: architecture of the checkpoint; None to recognise it by the weights.
+        height, width: size of the network's input, in pixels.
 
     Raises:
         UserError: the checkpoint or an image cannot be read, the checkpoint does not fit the architecture, the network
         has no maps, or `out` cannot be written.
     """
-    import torch  # pages, which the command also writes, need no torch
+    import torch  # not needed for pages, which the command also writes
     from matplotlib import colormaps
     from torch.nn import functional as F
 
@@ -73,7 +73,7 @@ def activations(
 
 
 def _write_grid(cells: Sequence[tuple[str, np.ndarray, np.ndarray]], shape: float, path: Path) -> Path:
-    """Write the cells as one PNG: name, image (H, W, 3) in 0..1, and the image under its map. `shape` is H / W."""
+    """Write the cells (name, image (H, W, 3) in 0..1, the same with its map) as one PNG. `shape` is H / W."""
     from matplotlib import rc_context
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure

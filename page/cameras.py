@@ -8,11 +8,11 @@ import numpy as np
 from eval_metrics import Matches, average_precision
 from page.runs import TestedRun
 
-MOST = 32  # cameras of a table: each one costs a ranking, and nobody compares more than 32 x 32 cells
+MOST = 32  # cameras in a table: each needs a ranking, and a larger table would not be readable
 
 
 def too_many(q_camids: np.ndarray, g_camids: np.ndarray) -> str:
-    """Why there is no table, if there are more than MOST cameras; otherwise ''."""
+    """Why there is no table if there are more than MOST cameras, otherwise ''."""
     number = len(np.union1d(q_camids, g_camids))
     return f'{number} cameras, more than {MOST}' if number > MOST else ''
 
@@ -20,13 +20,13 @@ def too_many(q_camids: np.ndarray, g_camids: np.ndarray) -> str:
 def table(
     q_camids: np.ndarray, g_camids: np.ndarray, rank: Callable[[np.ndarray], Matches] | None
 ) -> dict[str, np.ndarray]:
-    """The arrays of the table, whatever integers the camids are; empty ones without `rank`.
+    """The arrays of the table, for any integers as camids; empty arrays without `rank`.
 
     camera_ids (C,), ascending; camera_map (C, C), the mAP of each camera's queries (row) in each camera's gallery
-    (column), NaN if no query has a match there; camera_queries (C, C), the number of queries that have one.
+    (column), NaN if no query has a match there; camera_queries (C, C), the number of queries with a match.
 
     Args:
-        rank: ranks all queries in the part of the gallery at these indices (n,).
+        rank: ranks all queries in a part of the gallery, given its indices (n,).
     """
     camids = np.union1d(q_camids, g_camids) if rank else np.zeros(0, np.int64)  # (C,)
     means, counts = np.full((len(camids), len(camids)), np.nan), np.zeros((len(camids), len(camids)), np.int64)
@@ -45,9 +45,9 @@ def table(
 
 
 def view(run: TestedRun) -> dict[str, Any] | None:
-    """What the page shows: mAP and number of queries by the camera of the query (row) and of the gallery (column).
+    """The data for the page: mAP and number of queries by the camera of the query (row) and the gallery (column).
 
-    `left_out` is the reason if there is no table. None if neither is known.
+    `left_out` is the reason if there is no table. Returns None if neither is known.
     """
     means, counts = run.arrays['camera_map'], run.arrays['camera_queries']  # (C, C) each
     camids = run.arrays.get('camera_ids', np.arange(len(means)))  # (C,)

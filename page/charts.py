@@ -18,15 +18,15 @@ if TYPE_CHECKING:  # matplotlib is slow to import
 
 RATES = (0.01, 0.001)  # false-match rates
 
-# matplotlib draws in Okabe and Ito's colours. In the SVG each becomes a CSS variable, which the page sets for its light
-# and dark themes, so that one drawing is legible in both.
+# Charts use Okabe and Ito's colours. In the SVG, each colour is replaced by a CSS variable, which the page sets for its
+# light and dark themes, so that one drawing is legible in both.
 INK, LINE = '#010203', '#040506'
 GREEN, VERMILLION = '#009e73', '#d55e00'  # match, non-match
 SERIES = ('#0072b2', VERMILLION, GREEN, '#cc79a7', '#e69f00', '#56b4e9')
 VARIABLES = dict(
     zip((INK, LINE, *SERIES), ('ink', 'line', 'blue', 'vermillion', 'green', 'purple', 'orange', 'sky'), strict=True)
 )
-DASHES = ('solid', (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1, 1.5)))  # for readers who cannot tell the colours apart
+DASHES = ('solid', (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1, 1.5)))  # for colour-blind readers
 SMALL: dict[str, Any] = {'s': 18, 'alpha': 0.55, 'linewidths': 0}  # a dot for a gallery item
 LARGE: dict[str, Any] = {'s': 42, 'edgecolors': INK, 'linewidths': 0.9}  # a dot for a query
 
@@ -34,7 +34,7 @@ Chart = dict[str, str]  # title, note and svg
 
 
 def _chart(title: str, note: str, xlabel: str, ylabel: str, draw: 'Draw') -> Chart:
-    """The chart drawn by `draw(axes)`, as an SVG that uses the page's font and colours."""
+    """The chart drawn by `draw(axes)`, as an SVG in the page's font and colours."""
     from markupsafe import Markup
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -61,7 +61,7 @@ def _chart(title: str, note: str, xlabel: str, ylabel: str, draw: 'Draw') -> Cha
     svg = svg[svg.index('<svg') :]
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f'var(--{variable})')
-    return {'title': title, 'note': note, 'svg': Markup(svg)}  # matplotlib has escaped the texts in it
+    return {'title': title, 'note': note, 'svg': Markup(svg)}  # matplotlib has escaped its texts
 
 
 def _line(number: int) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _line(number: int) -> dict[str, Any]:
 
 
 def history(runs: Sequence[TestedRun], losses: Sequence[str]) -> list[Chart | None]:
-    """The training curves; those of a single run include Rank-1."""
+    """The training curves; for a single run including Rank-1."""
 
     def logarithmic(axes: 'Axes') -> None:
         from matplotlib.ticker import LogLocator
@@ -110,7 +110,7 @@ def history(runs: Sequence[TestedRun], losses: Sequence[str]) -> list[Chart | No
 def _curves(
     runs: Sequence[TestedRun], title: str, note: str, ylabel: str, columns: Mapping[str, str | None], finish: 'Draw'
 ) -> Chart | None:
-    """Columns of metrics.csv, with their labels, over the epochs; None if no run has two points."""
+    """A chart of columns of metrics.csv, with their labels, over the epochs; None if no run has two points."""
     lines = [(run, column, *run.curve(column)) for run in runs for column in columns]
     if max((len(values) for *_, values in lines), default=0) < 2:
         return None
@@ -127,7 +127,7 @@ def _curves(
 
 
 def cmc(runs: Sequence[TestedRun]) -> Chart:
-    """The share of queries with a match at each rank up to 50 or better, with its interval."""
+    """The share of queries with a match at rank k or better, for k up to 50, with its interval."""
     ranks = np.arange(1, 51)
 
     def draw(axes: 'Axes') -> None:
@@ -148,8 +148,8 @@ def cmc(runs: Sequence[TestedRun]) -> Chart:
 def distances(run: TestedRun) -> Chart | None:
     """Histograms of the distances of matches and non-matches, and the threshold of each false-match rate.
 
-    A threshold is the largest edge of a bin below which the share of non-matches is at most the rate. None if there
-    are no matches or no non-matches.
+    A threshold is the largest bin edge below which the share of non-matches does not exceed the rate. None if there are
+    no matches or no non-matches.
     """
     histograms = run.arrays['match_histogram'], run.arrays['other_histogram']  # (H,) each
     if not all(histogram.sum() for histogram in histograms):
@@ -183,7 +183,7 @@ def distances(run: TestedRun) -> Chart | None:
 
 
 def embedding(run: TestedRun) -> Chart | None:
-    """PCA of the features of some identities, each in its own colour and shape; None for fewer than three features."""
+    """PCA of the features of some identities, each with its own colour and marker; None for fewer than 3 features."""
     features = run.arrays['embedding_features'].astype(np.float32)  # (n, D)
     pids, is_query = run.arrays['embedding_pids'], run.arrays['embedding_is_query']  # (n,) each
     if len(features) < 3:

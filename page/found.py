@@ -1,4 +1,4 @@
-"""The page of a search: each query with the images that are nearest to it."""
+"""The page of a search: each query with its nearest images."""
 
 import datetime
 import functools
@@ -10,16 +10,16 @@ from typing import Any
 import page
 from page.lists import thumbnail
 
-FRAMES = 8  # of the pictures of one query that are shown
+FRAMES = 8  # pictures shown of one query
 
 
 def write(path: Path, results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], limit: str) -> Path:
     """Write the page, completely or not at all, and return its path.
 
     Args:
-        results: for each query its files, whether it is unknown, and the images that were found.
-        facts: of the model and the gallery.
-        limit: what a match is, in words; '' if nothing decides that.
+        results: for each query its files, whether it is unknown, and its nearest images.
+        facts: facts about the model and the gallery.
+        limit: the definition of a match, in words; '' without a threshold.
 
     Raises:
         UserError: it cannot be written.

@@ -1,4 +1,4 @@
-"""Queries with images of their nearest gallery items: examples of one run, and differences between runs."""
+"""Queries with images of their nearest gallery items: examples from one run, and differences between runs."""
 
 import base64
 import functools
@@ -26,15 +26,15 @@ def examples(run: TestedRun) -> dict[str, Any]:
     groups = {'worst': order[:SHOWN], 'best': order[-SHOWN:], 'random': random}
     chosen = order[np.isin(order, np.concatenate([*groups.values()]))]
     shown = (
-        f'{len(chosen)} of the {len(order)} queries with a match are shown: the {len(groups["worst"])} of lowest '
-        f'average precision (AP), the {len(groups["best"])} of highest, and {len(random)} drawn at random (seed 0); '
-        f'a query may be in several of these groups. They are sorted by AP.'
+        f'{len(chosen)} of the {len(order)} queries with a match are shown: the {len(groups["worst"])} with the '
+        f'lowest average precision (AP), the {len(groups["best"])} with the highest, and {len(random)} drawn at random '
+        f'(seed 0); a query may be in several of these groups. They are sorted by AP.'
     )
     return _lists([run], chosen, groups, shown)
 
 
 def changes(runs: Sequence[TestedRun], valid: np.ndarray) -> dict[str, Any]:
-    """The queries whose AP differs most between any two of the runs, sorted from the largest difference.
+    """The queries whose AP differs most between any two of the runs, the largest difference first.
 
     Args:
         valid: (Q,) bool, the queries that have a match in every run.
@@ -46,8 +46,8 @@ def changes(runs: Sequence[TestedRun], valid: np.ndarray) -> dict[str, Any]:
     gain = ap[-1] - ap[0]  # (Q,)
     groups = {'better': chosen[gain[chosen] > 0], 'worse': chosen[gain[chosen] < 0]}
     shown = (
-        f'The {len(chosen)} queries are shown whose average precision (AP) differs most between the runs, the '
-        f'largest difference first. Better and worse compare the last run with the first.'
+        f'These are the {len(chosen)} queries whose average precision (AP) differs most between the runs, the largest '
+        f'difference first. Better and worse compare the last run with the first.'
     )
     return _lists(runs, chosen, groups, shown)
 
@@ -55,7 +55,7 @@ def changes(runs: Sequence[TestedRun], valid: np.ndarray) -> dict[str, Any]:
 def _lists(
     runs: Sequence[TestedRun], chosen: Iterable[int], groups: dict[str, np.ndarray], shown: str
 ) -> dict[str, Any]:
-    """The template's variables for showing the chosen queries with their nearest gallery items in each run."""
+    """The template's variables for the chosen queries with their nearest gallery items in each run."""
     first, missing = runs[0], set()
     small = functools.cache(thumbnail)
 
@@ -113,7 +113,7 @@ def _lists(
 
 
 def thumbnail(paths: tuple[str, ...], frames: int) -> str | None:
-    """A small JPEG as a data: URI, for a tracklet up to `frames` frames side by side; None if none can be read."""
+    """A small JPEG as a data: URI, for a tracklet of up to `frames` frames side by side; None if none can be read."""
     number = min(len(paths), frames)
     height = HEIGHT if len(paths) == 1 else STRIP_HEIGHT
     pictures = []
@@ -122,7 +122,7 @@ def thumbnail(paths: tuple[str, ...], frames: int) -> str | None:
             with Image.open(path) as image:
                 width = min(max(1, round(image.width * height / image.height)), 2 * height)
                 pictures.append(np.asarray(image.convert('RGB').resize((width, height), Image.Resampling.BOX)))
-        except Exception:  # the data may have moved, and Pillow's readers raise many kinds of errors
+        except Exception:  # the data may have been moved, and Pillow raises many kinds of exceptions
             continue
     if not pictures:
         return None

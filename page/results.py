@@ -21,7 +21,7 @@ from runtime.errors import UserError
 from utils import write_json
 
 FILES = ('results.json', 'results.csv', 'ranking.npz', 'report.html')
-FRAMES = 8  # per tracklet whose paths are written
+FRAMES = 8  # frames per tracklet whose paths are written
 KEPT = ('ranks', 'offsets', 'nearest', 'nearest_distances', 'edges', 'match_histogram', 'other_histogram')
 PAGE_PACKAGES = ('jinja2', 'matplotlib')
 
@@ -34,19 +34,19 @@ def write(
     more: dict[str, np.ndarray],
     unwritten: Unwritten,
 ) -> None:
-    """Write the files into `folder`. One that cannot be written is reported, and the run continues.
+    """Write the files to `folder`. A file that cannot be written is reported, and the run continues.
 
-    A metric is added if it is in METRICS and not in CLASSIC.
+    Added metrics are those in METRICS that are not in CLASSIC.
 
     - results.json: `summary`, and the mean of each added metric.
     - results.csv: for each query its path, pid, camid, AP, rank of the first match, number of matches, the pid of the
-      nearest item of another identity if that is among the ten nearest, its score by each added metric, and the path
-      of each of the ten nearest items and whether it is a match (1 or 0). Of a tracklet it is the path of the first
+      nearest item of another identity if that is among the ten nearest, its score by each added metric, and for each of
+      the ten nearest items its path and whether it is a match (1 or 0). The path of a tracklet is that of its first
       frame.
     - ranking.npz: the arrays KEPT of `result`, the paths, pids and camids of query and gallery, and `more`; if persons
       have names, the pids of the queries and their names.
 
-    In results.csv persons are named as in the data, and cameras that are unknown are left empty.
+    results.csv names persons as in the data, and leaves unknown cameras empty.
     """
     folder, query, gallery = Path(folder), dataset.query, dataset.gallery
     scores = {
@@ -72,7 +72,7 @@ def write(
     writers: dict[str, Callable[[Path], object]] = {
         'results.csv': lambda path: _write_table(path, dataset, result, arrays['g_pids'], scores),
         'ranking.npz': lambda path: _save_arrays(path, arrays),
-        'results.json': lambda path: write_json(summary | added, path),  # the last: where it is, the others are
+        'results.json': lambda path: write_json(summary | added, path),  # last, so if it exists, the others do
     }
     for name, writer in writers.items():
         with unwritten.excuse(folder / name):
@@ -130,7 +130,8 @@ def _shown(score: float) -> str:
 def _files(items: Sequence[tuple]) -> np.ndarray:
     """uint8: the path of each item, one per line; for a tracklet, up to FRAMES frames separated by tabs.
 
-    If a name contains one of these separators, a NUL, which no name contains, precedes each, and ends the text.
+    If a name contains one of these separators, each separator is preceded by a NUL, which cannot occur in names, and a
+    NUL ends the text.
     """
     rows = [frames[:: -(-len(frames) // FRAMES)] for frames in (_frames(paths) for paths, _, _ in items)]
     mark = '\0' if any('\n' in path or '\t' in path for frames in rows for path in frames) else ''
@@ -143,5 +144,5 @@ def _frames(paths: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    with open(path, 'wb') as file:  # given a name, numpy would append .npz to it
+    with open(path, 'wb') as file:  # numpy would append .npz to a name
         np.savez_compressed(file, **arrays)

@@ -16,12 +16,12 @@ import numpy as np
 import eval_metrics
 from runtime.errors import UserError, plain
 
-# In --save-dir: the folder with a folder for each tested data set but the first one, and that of the persons held out,
-# by whose name their columns of metrics.csv begin
+# Folders in --save-dir: one with a subfolder for each tested data set except the first one, and that of the validation,
+# whose name is also the prefix of its columns in metrics.csv
 TARGETS, VALIDATION = 'targets', 'validation'
-POINTS = 400  # of a curve; if there are more, neighbours are averaged
+POINTS = 400  # of a curve; more points are averaged in groups
 RESAMPLES = 1000  # of the bootstrap
-NEEDED = {  # in results.json and, from query_files on, in ranking.npz
+NEEDED = {  # in results.json or, from query_files on, in ranking.npz
     *('mAP', 'queries', 'gallery', 'dataset', 'arch', 'checkpoint', 'rerank', 'height', 'width', 'precision', 'date'),
     *('seed', 'device', 'versions', 'revision', 'command', 'dataset_fingerprint'),
     *('query_files', 'gallery_files', 'q_pids', 'g_pids', 'q_camids', 'g_camids', 'ranks', 'offsets', 'nearest'),
@@ -42,7 +42,7 @@ class TestedRun:
 
     @property
     def how(self) -> list[str]:
-        """What of the test differs from the usual one, in words."""
+        """How the test differs from the usual one, in words."""
         words = {
             'rerank': 're-ranked',
             'any_camera': 'any camera',
@@ -55,7 +55,7 @@ class TestedRun:
 
     @property
     def distance_name(self) -> str:
-        """Of the features."""
+        """The distance between features, in words."""
         return 'cosine distance' if self.summary.get('distance') == 'cosine' else 'squared Euclidean distance'
 
     @property
@@ -65,13 +65,13 @@ class TestedRun:
 
     @property
     def notices(self) -> list[str]:
-        """How the test differs from the training of its weights; none in the files of earlier versions."""
+        """How the test differs from the training of its weights; empty for files of earlier versions."""
         notices = self.summary.get('notices')
         return [str(notice) for notice in notices] if isinstance(notices, list) else []
 
     @functools.cached_property
     def decimals(self) -> int:
-        """Number of decimals of distances on the page: four significant digits of a typical distance to a near item."""
+        """Decimals of the distances on the page, for four significant digits of a typical distance to a near item."""
         usual = np.nanmedian(self.arrays['nearest_distances']).clip(min=1e-6)
         return max(0, 3 - math.floor(math.log10(usual)))
 
@@ -79,8 +79,8 @@ class TestedRun:
         return f'{value:.{self.decimals}f}'
 
     def curve(self, column: str) -> tuple[np.ndarray, np.ndarray]:
-        """Epochs trained (n,) and values (n,) of the rows that have the column; if there are many, means of
-        neighbouring rows."""
+        """Epochs trained (n,) and values (n,) of the rows that have the column; means of neighbouring rows if there are
+        many."""
         if not np.isfinite(self.metrics.get(column, np.nan)).any():
             return np.empty(0), np.empty(0)
         epochs, batches, values = (self.metrics[name] for name in ('epoch', 'batch', column))  # (N,) each
@@ -122,7 +122,7 @@ class TestedRun:
 
     @property
     def targets(self) -> list[tuple[str, str, list[float]]]:
-        """Of each data set that the same test tested, if there are several: name, page, and the figures of METRICS."""
+        """Name, page and METRICS figures of each data set in the same test, if there are several."""
         table = self.summary.get('targets')
         return [
             (name, f'{quote(row["folder"])}/report.html', [row[metric.name] for metric in eval_metrics.METRICS])
@@ -131,7 +131,7 @@ class TestedRun:
 
     @functools.cached_property
     def names(self) -> dict[int, str]:
-        """The name of each query's pid, if persons have names in the data."""
+        """The names of the queries' pids, if persons have names in the data."""
         if 'named_pids' not in self.arrays:
             return {}
         return dict(
@@ -148,13 +148,13 @@ class TestedRun:
 
     @functools.cached_property
     def queries(self) -> list[tuple[str, int, int]]:
-        """File name (the folder may have moved), pid and camid: two tests can be compared if these are equal."""
+        """File name (the folder may have been moved), pid and camid: tests can be compared if these are equal."""
         names = (Path(paths[0]).name for paths in self.files['query'])
         return list(zip(names, self.arrays['q_pids'].tolist(), self.arrays['q_camids'].tolist(), strict=True))
 
 
 def read(save_dir: str | Path) -> TestedRun:
-    """Read the files of a run. metrics.csv may be absent if nothing was trained.
+    """Read the files of a run. metrics.csv may be missing if nothing was trained.
 
     Raises:
         UserError: the folder contains no test results, or they are damaged or from two tests.
@@ -168,7 +168,7 @@ def read(save_dir: str | Path) -> TestedRun:
             raise ValueError(f'{min(lacking)} is missing in results.json or ranking.npz')
         place = folder.resolve().parent if summary.get('validation') else folder
         run = TestedRun(str(save_dir), summary, arrays, *_read_metrics(place / 'metrics.csv'))
-        _ = run.targets  # of the same form
+        _ = run.targets  # checks their form
         same = run.valid.any() and abs(run.ap[run.valid].mean() - summary['mAP']) < 1e-4
         complete = len(run.queries) == len(run.valid) and len(run.files['gallery']) == len(arrays['g_pids'])
     except OSError as problem:
@@ -185,7 +185,7 @@ def read(save_dir: str | Path) -> TestedRun:
 
 
 def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The columns of metrics.csv, its rows sorted by epoch and batch with tests last; and which columns are losses."""
+    """The columns of metrics.csv, with rows sorted by epoch and batch, tests last; and which columns are losses."""
     if not path.exists():
         return {}, []
     rows: dict[tuple[str, str], list[float]] = {}  # (epoch, batch) -> numbers
@@ -194,7 +194,7 @@ def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
         names = list(reader.fieldnames or ())
         for row in reader:
             key, values = (row['epoch'], row['batch']), [float(row[name] or 'nan') for name in names]
-            # After a resume some are repeated, and the last one counts; the last test has a row of its own.
+            # After a resume some rows are repeated, and the last one counts; the last test has its own row.
             before = rows.get(key, values)
             rows[key] = [old if math.isnan(new) else new for old, new in zip(before, values, strict=True)]
     table = np.array([*rows.values()], dtype=float).reshape(-1, len(names))  # (N, columns)
@@ -211,8 +211,8 @@ def _split(paths: np.ndarray) -> list[list[str]]:
 
 
 def settings(runs: Sequence[TestedRun]) -> list[str]:
-    """A notice for each setting in which tests differ although it affects their figures."""
-    mark = 'dataset' if any('test_fingerprint' not in run.summary for run in runs) else 'test'  # of older files
+    """A notice for each setting that affects the figures of tests and differs between runs."""
+    mark = 'dataset' if any('test_fingerprint' not in run.summary for run in runs) else 'test'  # in older files
     of: dict[str, Callable[[dict[str, Any]], str]] = {
         'input sizes': lambda summary: f'{summary["height"]} × {summary["width"]} pixels',
         'precisions': lambda summary: str(summary['precision']),
@@ -235,7 +235,7 @@ def settings(runs: Sequence[TestedRun]) -> list[str]:
 
 
 def _listed(values: object, what: str) -> str:
-    """`what` and the values of its options by name; '' if it was not used."""
+    """`what`, followed by its options and their values; '' if it was not used."""
     named = [f'{name} {value}' for name, value in values.items()] if isinstance(values, dict) else []
     return ', '.join([what, *named]) if values else ''
 

@@ -1,4 +1,4 @@
-"""A contact sheet: one picture of each person in each camera, to see at a glance what a data set holds."""
+"""A contact sheet: one picture of each person in each camera, as an overview of a data set."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from readers.tree import Dataset, Item, distractors, paths_of, train_items
 from runtime.errors import UserError, plain
 
 PRIVATE = 'a page of pictures of people: do not publish it'
-ENDING = 'sheet.html'  # of its name; git ignores it
+ENDING = 'sheet.html'  # of the file's name; git ignores such files
 PERSONS, CAMERAS = 400, 24  # rows and columns at the most
 FRAMES = 3  # of a tracklet
 
@@ -20,12 +20,12 @@ def write(dataset: Dataset, out: str | Path) -> Path:
     """Write the page, completely or not at all, and return its path.
 
     Rows are persons, in the order of their pids; distractors are left out, and their number is shown. Columns are
-    cameras, as the data name them, or one column if the cameras are unknown. A cell has the first picture of that
-    person in that camera, and how many there are. Of more than PERSONS persons, evenly spaced ones are shown, and of
-    more than CAMERAS cameras the first ones.
+    cameras, named as in the data; there is a single column if the cameras are unknown. A cell contains the first
+    picture of that person in that camera, and the number of pictures. Of more than PERSONS persons, evenly spaced ones
+    are shown, and of more than CAMERAS cameras the first ones.
 
     Raises:
-        UserError: the name does not end as git ignores it, there is no image, or the page cannot be written.
+        UserError: the name does not end in ENDING, there is no image, or the page cannot be written.
     """
     path = Path(out)
     if not path.name.endswith(ENDING):

@@ -1,4 +1,4 @@
-"""CUHK03 under the new protocol: folders like those of Market1501, or the authors' .mat file with lists of a split."""
+"""CUHK03 under the new protocol: folders like those of Market1501, or the authors' .mat file with the new split."""
 
 import os
 import re
@@ -19,8 +19,8 @@ PUBLISHED = {
     'labeled': {'train': (767, 7368), 'query': (700, 1400), 'gallery': (700, 5328)},
 }
 FOLDERS = ('cuhk03-np',)  # of the published form
-LARGEST = 2**26  # bytes of an image, which has some 50 kB: a damaged file must not fill the memory
-# Pair of cameras, person, camera of the two, number: what save_img.m of Zhong et al. makes of a name
+LARGEST = 2**26  # bytes of an image, usually about 50 kB: a damaged file must not fill the memory
+# Camera pair, person, camera within the pair, number: as save_img.m of Zhong et al. interprets a name
 NAME = re.compile(r'([1-5])_(\d{3})_([12])_(\d{2})\.png', re.ASCII)
 
 
@@ -28,23 +28,23 @@ def read(boxes: str, data_dir: str = 'data') -> Dataset:
     """CUHK03, images of 1467 persons in 5 pairs of cameras, split as Zhong et al. do (CVPR 2017, arXiv:1701.08398).
 
     Li et al., DeepReID, CVPR 2014. Each person is seen by two cameras. 767 persons are for training; for each of the
-    700 others one image of each camera is a query, and the rest is the gallery. Camids are 0 and 1.
+    700 others one image from each camera is a query, and the rest is the gallery. Camids are 0 and 1.
 
-    Read is the first of these that is there:
+    The first existing of these is read:
 
     - the published CUHK03-NP in `data_dir`/cuhk03-np, in any spelling: folders `detected` and `labeled`, each with
       bounding_box_train, query and bounding_box_test as in Market1501;
     - `data_dir`/cuhk03: the authors' cuhk03_release/cuhk-03.mat, and cuhk03_new_protocol_config_detected.mat and
-      ..._labeled.mat of Zhong et al. The images are taken out of the former once, into images_detected or
-      images_labeled, which needs the package h5py. Images that torchreid has taken out have the same names and place.
+      ..._labeled.mat of Zhong et al. The images are extracted once from the former, to images_detected or
+      images_labeled, which needs the package h5py. torchreid extracts images to the same folders and names.
 
     Sources: the split, its numbers of persons and images, the folders of CUHK03-NP and the .mat files of the split,
-    github.com/zhunzhong07/person-re-ranking (its CUHK03-NP/README.md, and save_img.m on what the names in the split
-    mean); the layout of cuhk-03.mat, its readme and torchreid.
+    github.com/zhunzhong07/person-re-ranking (its CUHK03-NP/README.md, and save_img.m for the meaning of the names in
+    the split); the layout of cuhk-03.mat, its readme and torchreid.
 
     boxes: 'detected' by a detector, or 'labeled' by hand
 
-    Raises UserError if there is neither, and for a file of the second form that is missing, damaged or does not fit.
+    Raises UserError if neither exists, or if a file of the second form is missing, damaged or inconsistent.
     """
     name, parts = f'cuhk03_{boxes}', {os.path.join(boxes, part): hint for part, hint in PARTS.items()}
     raw = _raw_folder(data_dir, boxes)
@@ -96,7 +96,7 @@ def _split_of(root: str, boxes: str) -> str:
 
 
 def _raw_folder(data_dir: str, boxes: str) -> str:
-    """The folder of the second form; '' if there is none."""
+    """The folder of the second form; '' if it does not exist."""
     places = [os.path.join(data_dir, 'cuhk03'), data_dir]
     return next((place for place in places if os.path.isfile(_split_of(place, boxes))), '')
 
@@ -125,9 +125,9 @@ def _read_split(path: str) -> dict[str, Any]:
 
 
 def _take_out(path: str, boxes: str, names: list[str], folder: str) -> None:
-    """Write the images of cuhk-03.mat that are named into `folder`, which is complete or absent.
+    """Extract the named images of cuhk-03.mat to `folder`, which is either complete or absent.
 
-    `boxes` is a cell of 5 pairs of cameras, each a cell of persons x 10 images, in HDF5: references, transposed.
+    `boxes` is a cell of 5 camera pairs, each a cell of persons x 10 images; in HDF5 these are transposed references.
     """
     if not os.path.isfile(path):
         raise UserError(f'there is no {path} to take images from; unpack cuhk03_release.zip there')
@@ -145,7 +145,7 @@ def _take_out(path: str, boxes: str, names: list[str], folder: str) -> None:
                 for name in names:
                     cell = file[_cell(pairs, name)]  # (3, W, H), not read yet: one image at a time is in memory
                     if cell.ndim != 3 or cell.shape[0] != 3 or cell.dtype != np.uint8 or cell.size > LARGEST:
-                        raise ValueError(f'{name} is no image but {cell.dtype} of shape {cell.shape}')
+                        raise ValueError(f'{name} is not an image but {cell.dtype} of shape {cell.shape}')
                     Picture.fromarray(np.ascontiguousarray(np.asarray(cell).T)).save(os.path.join(whole, name))
         except Exception as error:  # of any type: h5py parses untrusted bytes
             reason = plain(f'{type(error).__name__}: {error}')

@@ -1,4 +1,4 @@
-"""The check of a data set: faults, and notes that are merely worth knowing."""
+"""The check of a data set: faults, and notes, which need not be mistakes."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -10,12 +10,12 @@ Finding = tuple[bool, str, list[str]]  # whether it is a fault, what it is, and 
 
 
 def check(dataset: Dataset, why: str, jobs: int = 1) -> Iterable[Finding]:
-    """Faults of a data set, and notes that are merely worth knowing. Opens every image, in `jobs` processes.
+    """Faults of a data set, and notes, which need not be mistakes. Opens every image, in `jobs` processes.
 
     Faults are a training set that cannot be used (`why`), statistics that differ from the known ones, files that
     cannot be read, persons that are in both the training set and the test sets, byte-equal images of two persons, and
-    images of one grey. For MARS both protocols are examined, whichever was read. Persons are named as on disk;
-    distractors (pid 0) are not counted as persons.
+    images of one grey. For MARS both protocols are examined, regardless of which was read. Persons are named as on
+    disk; distractors (pid 0) do not count as persons.
     """
     train = train_items(dataset)
     queries, nobody = set(dataset.query), distractors(dataset)
@@ -61,7 +61,7 @@ def _unmatched(dataset: Dataset, others: list[Item]) -> Iterator[Finding]:
 
 
 def _of_images(dataset: Dataset, train: list[Item], test: list[Item], jobs: int) -> Iterator[Finding]:
-    """What opening all images shows."""
+    """The findings that need all images to be opened."""
     pids = {path: item[1] for item in train + test for path in paths_of(item)}
     nobody = distractors(dataset)
     of_nobody = {path for item in test if item[1] in nobody for path in paths_of(item)}
@@ -89,7 +89,7 @@ def _of_images(dataset: Dataset, train: list[Item], test: list[Item], jobs: int)
 
 
 def _near_duplicates(looks: Mapping[str, Look], train: list[str], test: list[str]) -> tuple[str, list[str]]:
-    """What they are, and the pairs, the most similar first."""
+    """The description of this finding, and the pairs, the most similar first."""
     what = 'near-duplicates in the training set and the test sets'
     if not pictures.can_hash():
         return f'{what} were not looked for', ['pip install imagehash, and check again'] if train and test else []

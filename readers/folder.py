@@ -1,4 +1,4 @@
-"""A folder for each person: images of one's own, or folders of frames. `-d folder:DIR`"""
+"""The user's own data: a folder for each person, with images or folders of frames. `-d folder:DIR`"""
 
 import os
 import re
@@ -11,27 +11,27 @@ from runtime.errors import UserError, plain
 
 SPLITS = ('train', 'query', 'gallery')
 CAMERA = re.compile(r'(?:^|_)c([0-9]{1,9})(?![0-9])')  # 0002_c1s1_000451_03.jpg, c3_17.png
-EXPECTED = 'it must hold a folder for each person with images, or train, query and gallery with such folders'
+EXPECTED = 'it must contain a folder of images for each person, or train, query and gallery with these folders'
 
 Found = tuple[str | tuple[str, ...], str, str]  # paths, person, camera or ''
 
 
 class Folder(Dataset):
-    """Images in a folder for each person, which is named as the person is; or tracklets, folders of frames in these.
+    """A folder for each person, named after the person, with images, or with tracklets, which are folders of frames.
 
-    If there is any of the folders train, query and gallery, they hold the folders of the persons. Otherwise persons
-    are drawn for the test: `test_share` of them, by `seed`. All images of these are the gallery. A query is one of
-    each person and camera, drawn too, and stays in the gallery, where it never is its own match. A person who is
-    added changes the place of few others.
+    The folders of the persons are in train, query and gallery if any of these exists. Otherwise a share of the persons,
+    `test_share`, is drawn for the test by `seed`. All images of these persons form the gallery. One image of each
+    person and camera, also drawn, is a query, which stays in the gallery but never counts as its own match. Adding a
+    person changes the assignment of few others.
 
-    Pids are names: any text, numbered as in a `readers.table.Table`; junk (-1, also as MARS's 00-1) is left out. A
-    camera is the number behind a c at the beginning of the name of an image (or of the folder of a tracklet) or behind
-    an underscore in it, as in Market1501. If any name has none, the cameras are unknown. Items are sorted by person
-    and name, frames by name, in natural order: a2 before a10. Hidden files, and files that are not images (SUFFIXES),
-    are passed over.
+    Pids are names: any text, numbered as in a `readers.table.Table`; junk (-1, or 00-1 as in MARS) is left out. The
+    camera is the number after a c, which is at the beginning of the name of an image (or of a tracklet's folder) or
+    after an underscore, as in Market1501. If any name has no such number, the cameras are unknown. Items are sorted by
+    person and name, frames by name, in natural order: a2 before a10. Hidden files, and files that are not images
+    (SUFFIXES), are skipped.
 
-    Raises UserError for a folder that is missing or holds no image of a person, for images beside folders of
-    frames, and for two spellings of one number.
+    Raises UserError if the folder is missing or contains no image of a person, if images and folders of frames are
+    mixed, and for two spellings of the same number.
     """
 
     def __init__(self, root: str, name: str = 'folder', test_share: float = 0.5, seed: int = 1) -> None:
@@ -43,10 +43,10 @@ class Folder(Dataset):
         found = {split: [item for item in items if pid_of[item[1]] != JUNK] for split, items in found.items()}
         everything = [item for items in found.values() for item in items]
         if not everything:
-            raise UserError(f'{plain(root, 500)} holds no image of a person; {EXPECTED}')
+            raise UserError(f'{plain(root, 500)} contains no image of a person; {EXPECTED}')
         if len({isinstance(paths, str) for paths, _, _ in everything}) > 1:
             raise UserError(
-                f'{plain(root, 500)} holds images of some persons, and folders of frames of others; {EXPECTED}'
+                f'{plain(root, 500)} contains images of some persons, and folders of frames of others; {EXPECTED}'
             )
         unknown = next((paths for paths, _, camera in everything if not camera), None)
         drawn = ''
@@ -76,11 +76,11 @@ class Folder(Dataset):
         known = sum(1 for _, _, camera in everything if camera)
         if unknown and known:
             first = plain(unknown if isinstance(unknown, str) else os.path.dirname(unknown[0]), 500)
-            print(f'{known} of {len(everything)} names hold a camera, as in c1_; the first without one is {first}')
+            print(f'{known} of {len(everything)} names contain a camera, as in c1_; the first without one is {first}')
 
 
 def kind_of(root: str) -> str:
-    """'image' or 'video', by the first folder of a person that holds something."""
+    """'image' or 'video', according to the first non-empty folder of a person."""
     for split in _splits(root) or ('',):
         for person in _folders(os.path.join(root, split), []):
             for entry in _entries(person.path):
@@ -94,12 +94,13 @@ def kind_of(root: str) -> str:
 
 def _splits(root: str) -> list[str]:
     if not os.path.isdir(root):
-        raise UserError(f'{plain(root, 500)} is {"no folder" if os.path.exists(root) else "not there"}; {EXPECTED}')
+        fault = 'is not a folder' if os.path.exists(root) else 'does not exist'
+        raise UserError(f'{plain(root, 500)} {fault}; {EXPECTED}')
     return [split for split in SPLITS if os.path.isdir(os.path.join(root, split))]
 
 
 def _entries(folder: str) -> list[os.DirEntry]:
-    """What a folder holds but for hidden files, in natural order."""
+    """The entries of a folder except hidden files, in natural order."""
     try:
         with os.scandir(folder) as entries:
             seen = {entry.name: entry for entry in entries if entry.name[0] != '.'}
@@ -109,7 +110,7 @@ def _entries(folder: str) -> list[os.DirEntry]:
 
 
 def _folders(folder: str, passed_over: list[str]) -> Iterator[os.DirEntry]:
-    """The folders in it; adds the rest to `passed_over`."""
+    """The folders in `folder`; adds the rest to `passed_over`."""
     for entry in _entries(folder):
         if entry.is_dir():
             yield entry
@@ -145,10 +146,10 @@ def _frames(folder: str, passed_over: list[str]) -> tuple[str, ...]:
 
 
 def _draw(items: Sequence[Found], share: float, seed: int, by_camera: bool) -> tuple[dict[str, list[Found]], str]:
-    """The split by identity, and how it was drawn, in a line.
+    """The split by identity, and a line that describes how it was drawn.
 
-    Whoever has the smallest digests of (seed, name) is for the test: at least one person if the share is more than 0,
-    and two are left for training if it is less than 1.
+    The persons with the smallest digests of (seed, name) are for the test: at least one if the share is above 0; at
+    least two are left for training if it is below 1.
     """
 
     persons = {person for _, person, _ in items}
@@ -171,6 +172,6 @@ def _draw(items: Sequence[Found], share: float, seed: int, by_camera: bool) -> t
 
 
 def _name(item: Found) -> str:
-    """Of an item: person and file, or the folder of a tracklet."""
+    """The name of an item: person and file, or person and folder of a tracklet."""
     paths, person, _ = item
     return f'{person}/{os.path.basename(paths if isinstance(paths, str) else os.path.dirname(paths[0]))}'

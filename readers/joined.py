@@ -1,4 +1,4 @@
-"""Data sets made of others: several as one, `-d A,B`, and training sets with query and gallery in them, `--combine`."""
+"""Data sets made from others: several joined, `-d A,B`; query and gallery added to the training set, `--combine`."""
 
 import os
 from collections.abc import Sequence
@@ -8,17 +8,17 @@ from runtime.errors import UserError, plain
 
 
 class Joined(Dataset):
-    """The items of several data sets, one after the other in each of train, query and gallery.
+    """The items of several data sets, concatenated in each of train, query and gallery.
 
-    Persons are numbered anew from 1, those of the second data set behind those of the first, each in the order that
-    they had; `names` has them as SET/PERSON, since equal numbers of two data sets mean two persons. Distractors keep
-    the pid 0. Cameras are numbered anew from 0 in the same way. If the cameras of one data set are unknown, those of
-    all are.
+    Persons are renumbered from 1: first those of the first data set, then those of the second, and so on, in their
+    original order. `names` contains them as SET/PERSON, because equal numbers in two data sets mean different persons.
+    Distractors keep pid 0. Cameras are renumbered from 0 in the same way. If the cameras of one data set are unknown,
+    all cameras count as unknown.
 
-    `set_of` is the number of the data set, from 0, of each training item.
+    `set_of` is the number, from 0, of the data set of each training item.
 
-    Raises UserError if a data set is given twice, if one has images and another one videos, and if two share files of
-    their training sets, whose persons would then have two labels.
+    Raises UserError if a data set is given twice, if images and videos are mixed, or if two training sets share files,
+    because their persons would then have two labels.
     """
 
     def __init__(self, datasets: Sequence[Dataset]) -> None:
@@ -58,10 +58,10 @@ class Joined(Dataset):
 
 
 def combined(dataset: Dataset) -> Dataset:
-    """The data set with its query, gallery and `extra` in the training set, and an empty query and gallery.
+    """The data set with query, gallery and `extra` moved to the training set; its query and gallery are empty.
 
-    Equal pids are one person. Distractors are left out, and what is listed twice, such as a query that is also in the
-    gallery, counts once.
+    Equal pids are one person. Distractors are left out, and items that are listed twice, such as a query that is also
+    in the gallery, count once.
     """
     ignored = distractors(dataset)
     persons = [item for item in dataset.gallery if item[1] not in ignored]

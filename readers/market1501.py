@@ -9,13 +9,13 @@ from readers.place import find
 from readers.tree import MAX_PID, Dataset, Image, Item, camids_of, listed, usable
 from runtime.errors import UserError, plain
 
-FOLDERS = ('market1501', 'Market-1501-v15.09.15')  # as the original's README renamed it, and as the archive unpacks
+FOLDERS = ('market1501', 'Market-1501-v15.09.15')  # the name in the original's README, and the archive's
 PARTS = {
     'bounding_box_train': '0002_c1s1_000451_03.jpg ...',
     'query': '0001_c1s1_001051_00.jpg ...',
     'bounding_box_test': '0001_c1s1_002301_00.jpg, -1_c1s1_000401_03.jpg ...',
 }
-TRAINING = ('bounding_box_train',)  # what only training needs
+TRAINING = ('bounding_box_train',)  # needed for training only
 PUBLISHED = {'train': (751, 12936), 'query': (750, 3368), 'gallery': (751, 15913)}
 NAME = re.compile(r'(-?\d+)_c(\d+)', re.ASCII)  # 0002_c1s1_000451_03.jpg: pid 2, camera 1
 
@@ -24,19 +24,19 @@ class Market(Dataset):
     """Images in the folders and with the names of Market1501, of any persons and cameras: `-d market:DIR`.
 
     Person and camera are read from the file name only. Junk (pid -1) is dropped, distractors (pid 0) stay in the
-    gallery; hidden files, folders and files that are not images (SUFFIXES) are passed over. Pids of query and gallery
-    are as on disk. Camids are camera - 1, which is 0..5; in a data set with cameras other than 1..6, all cameras are
-    numbered from 0 in ascending order. Items are sorted by file name.
+    gallery; hidden files, folders and files that are not images (SUFFIXES) are skipped. Pids of query and gallery are
+    as on disk. Camids are camera - 1, which is 0..5; if there are cameras other than 1..6, all cameras are numbered
+    from 0 in ascending order. Items are sorted by file name.
 
     Args:
-        root: the folder that holds bounding_box_train, query and bounding_box_test.
-        name: with which it was asked for.
-        untrainable: why nothing can be trained on it, if that is known already.
-        whole: whether it is a published data set. Otherwise any of the three folders may be missing, but not all.
+        root: the folder that contains bounding_box_train, query and bounding_box_test.
+        name: the name under which it was requested.
+        untrainable: why it cannot be trained on, if that is already known.
+        whole: whether it is a published data set. Otherwise some of the three folders may be missing.
         distractors: more folders whose images are part of the gallery.
 
     Raises UserError for a missing folder, a folder without images, an image whose name cannot be parsed, and a pid
-    below -1 or above MAX_PID. If only the training set has such a fault, it is empty, and `untrainable` is the
+    below -1 or above MAX_PID. If only the training set has such a fault, it is left empty, and `untrainable` is the
     message.
     """
 
@@ -75,8 +75,8 @@ class Market(Dataset):
     def multi_query(self) -> list[Item]:
         """The hand-drawn boxes in gt_bbox, of all persons and cameras.
 
-        Raises UserError if that folder is missing, and for the names in it as for those of the other folders. Data of
-        one's own need no such folder: the queries take its place.
+        Raises UserError if this folder is missing, and for invalid names in it, as in the other folders. The user's own
+        data need no such folder: the queries are used instead.
         """
         folder = os.path.join(self.root, 'gt_bbox')
         if not os.path.isdir(folder) or not os.listdir(folder):
@@ -93,8 +93,8 @@ class Market(Dataset):
 class Market1501(Market):
     """Market1501, images of 1501 persons in 6 cameras (Zheng et al., Scalable Person Re-identification, ICCV 2015).
 
-    Found in `data_dir` as market1501 or Market-1501-v15.09.15, in any spelling, also nested once, or as `data_dir`
-    itself. `name` is market1501 or toy_market1501. Read as `Market` reads any such folder, with all three parts.
+    It is found in `data_dir` as market1501 or Market-1501-v15.09.15, in any spelling, possibly nested once, or as
+    `data_dir` itself. `name` is market1501 or toy_market1501. It is read like any `Market`, with all three parts.
     """
 
     def __init__(self, data_dir: str = 'data', name: str = 'market1501') -> None:
@@ -105,7 +105,7 @@ class Market1501(Market):
 
 
 def _scan(folder: str, passed_over: list[str]) -> list[Image]:
-    """(path, pid, camera) of the images of one folder without junk, sorted by name; adds the rest to `passed_over`."""
+    """(path, pid, camera) of the images in a folder, without junk, sorted by name; adds the rest to `passed_over`."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -137,7 +137,7 @@ def _scan(folder: str, passed_over: list[str]) -> list[Image]:
 
 
 def _instead(folder: str, others: list[str], total: int) -> str:
-    """What a folder without images contains, and what to do, for the error message."""
+    """For the error message: what a folder without images contains instead, and what to do."""
     if not total:
         return '; it is empty: unzip the data set again, or put images there, such as 0002_c1s1_000451_03.jpg'
     if len(others) < total:

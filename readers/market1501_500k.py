@@ -1,4 +1,4 @@
-"""Market1501 with the distractors that its authors published beside it."""
+"""Market1501 with the additional distractors published by its authors."""
 
 from readers.market1501 import FOLDERS, PARTS, PUBLISHED, TRAINING, Market
 from readers.place import find
@@ -7,14 +7,14 @@ DISTRACTORS = 'images'
 
 
 class Market1501With500k(Market):
-    """Market1501, whose gallery also holds more than 500,000 images of other persons and of false detections.
+    """Market1501 with more than 500,000 images of other persons and of false detections added to the gallery.
 
-    Zheng et al., Scalable Person Re-identification: A Benchmark, ICCV 2015. Training set and queries are those of `-d
-    market1501`, and so is the place. The archive distractors_500k.zip of the authors' page is unzipped beside
-    bounding_box_test and gives a folder `images`: so the documentation of torchreid, which also reads its names as
-    those of bounding_box_test. Here they are read in the same way: person 0 is a distractor, -1 is junk.
+    Zheng et al., Scalable Person Re-identification: A Benchmark, ICCV 2015. Training set, queries and location are
+    those of `-d market1501`. The archive distractors_500k.zip from the authors' page, unzipped beside
+    bounding_box_test, creates a folder `images`, according to the documentation of torchreid, which reads its names
+    like those of bounding_box_test. They are read in the same way here: person 0 is a distractor, -1 is junk.
 
-    The exact number of distractors is in no source at hand, and is therefore not checked.
+    No available source gives the exact number of distractors, so it is not checked.
     """
 
     def __init__(self, data_dir: str = 'data') -> None:

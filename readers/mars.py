@@ -22,24 +22,24 @@ PARTS = {
     'info/tracks_test_info.mat': '',
     'info/query_IDX.mat': '',
 }
-TRAINING = ('bbox_train', 'info/train_name.txt', 'info/tracks_train_info.mat')  # what only training needs
+TRAINING = ('bbox_train', 'info/train_name.txt', 'info/tracks_train_info.mat')  # needed for training only
 PUBLISHED = {'train': (625, 8298), 'query': (626, 1980), 'gallery': (621, 9330)}  # under the original's protocol
 NAME = re.compile(  # 0001C1T0001F001.jpg: pid, camera, tracklet, frame
     rf'(?:\d+|00-1)C\d+T\d+F\d+(?i:{"|".join(map(re.escape, SUFFIXES))})', re.ASCII
 )
 AGAIN = 'correct it, or download info/ again if it is the published one'
 BOMS = {codecs.BOM_UTF8: 'utf-8-sig', codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
-LARGEST = 2**53  # up to which MATLAB's numbers are exact
-MOST_TRACKLETS = 20  # per frame, on average: 1 in MARS; a damaged table must not fill the memory
+LARGEST = 2**53  # MATLAB represents integers exactly up to this
+MOST_TRACKLETS = 20  # per frame, on average; 1 in MARS. A damaged table must not fill the memory
 
 
 class Mars(Dataset):
     """MARS, tracklets of 1261 persons in 6 cameras (Zheng et al., MARS: A Video Benchmark, ECCV 2016).
 
-    Found in `data_dir` as mars or MARS, also nested once, or as `data_dir` itself. The name files and .mat tables in
-    info/ define the frames, person and camera of each tracklet; items are (paths of the frames, pid, camid), in the
-    order of the tables. Pids of query and gallery are as on disk. Camids are camera - 1, which is 0..5; in a data set
-    with cameras other than 1..6, all cameras are numbered from 0 in ascending order.
+    It is found in `data_dir` as mars or MARS, possibly nested once, or as `data_dir` itself. The name files and .mat
+    tables in info/ define the frames, person and camera of each tracklet; items are (paths of the frames, pid, camid),
+    in the order of the tables. Pids of query and gallery are as on disk. Camids are camera - 1, which is 0..5; if there
+    are cameras other than 1..6, all cameras are numbered from 0 in ascending order.
 
     `official=False` is the original's protocol: queries are removed from the gallery, which leaves 140 of the 1980
     without a match. `official=True` is the data set's own protocol: queries stay in the gallery, and all 1980 are
@@ -47,10 +47,10 @@ class Mars(Dataset):
 
     Junk tracklets (pid -1) are dropped, distractors (pid 0) stay in the gallery. The number of ids is the number of
     pids in the list: 621 in the gallery under the original's protocol, where the original printed 622 because it
-    counted junk although it dropped the junk tracklets. The printed total counts every tracklet once under both
+    counted the pid of the junk tracklets that it dropped. The printed total counts every tracklet once under both
     protocols.
 
-    `name` is mars or toy_mars. Raises UserError for a missing folder, a table with another name, shape or type or with
+    `name` is mars or toy_mars. Raises UserError for a missing folder, a table of the wrong name, shape or type or with
     lines beyond the end of the name file, a name that cannot be parsed, a tracklet of two persons or two cameras, a
     negative camera, and an empty query or gallery. If only the training set has such a fault, is missing or empty, it
     is left empty, and `untrainable` is the message.
@@ -85,7 +85,7 @@ class Mars(Dataset):
 
 
 def _present(root: str, subset: str, tracklets: list[Tracklet | None]) -> list[Tracklet]:
-    """The tracklets without junk, of which there must be some."""
+    """The tracklets without junk; UserError if there are none."""
     persons = [tracklet for tracklet in tracklets if tracklet]
     if not persons:
         raise UserError(f'{root}/info: the {subset} set has no tracklet of a person; {AGAIN}')
@@ -111,7 +111,7 @@ def _read_tracklets(root: str, subset: str) -> list[Tracklet | None]:
 
 
 def _check_table(table: np.ndarray, path: str, num_names: int, names_path: str) -> None:
-    """Check that the rows are tracks of persons (first and last line of the name file, pid, camera), or junk."""
+    """Check that each row is the track of a person (first and last line of the name file, pid, camera), or junk."""
     if table.ndim != 2 or table.shape[1] != 4:
         raise UserError(f'{path} is a table of shape {table.shape}, but must have 4 columns; {AGAIN}')
     first, last, pids, cameras = table.T
@@ -130,7 +130,7 @@ def _check_table(table: np.ndarray, path: str, num_names: int, names_path: str) 
 
 
 def _check_frames(frames: list[str], track: str, names_path: str) -> None:
-    """Check that the frames of a track have valid names and show one person in one camera."""
+    """Check that the frames of a track have valid names, and that these contain one person and one camera."""
     if not all(map(NAME.fullmatch, frames)):
         name = next(name for name in frames if not NAME.fullmatch(name))
         raise UserError(
@@ -191,7 +191,7 @@ def _read_table(path: str, key: str) -> np.ndarray:
 
 
 def _recognised(path: str, key: str) -> str:
-    """What a file that scipy cannot read is, and what to do; '' if it is unknown."""
+    """The kind of a file that scipy cannot read, and what to do; '' if it is not recognised."""
     try:
         with open(path, 'rb') as file:
             head = file.read(HEAD)

@@ -1,4 +1,4 @@
-"""MSMT17: images listed in text files, with the person behind each path and the camera in its name."""
+"""MSMT17: images listed in text files, with the person after each path and the camera in the image's name."""
 
 import os
 import re
@@ -11,9 +11,9 @@ from runtime.errors import UserError, plain
 
 FOLDERS = ('msmt17', 'MSMT17_V1', 'MSMT17_V2')
 VERSIONS = {'MSMT17_V1': ('train', 'test'), 'MSMT17_V2': ('mask_train_v2', 'mask_test_v2')}  # folders of the images
-LISTS = ('list_train.txt', 'list_query.txt', 'list_gallery.txt')  # that are needed
+LISTS = ('list_train.txt', 'list_query.txt', 'list_gallery.txt')  # the required ones
 TRAIN_PERSONS, TEST_PERSONS, NUM_CAMERAS = 1041, 3060, 15
-PUBLISHED = {  # persons and images; those of query and gallery are the same persons
+PUBLISHED = {  # persons and images; query and gallery have the same persons
     'train and val': (TRAIN_PERSONS, 32621),
     'query and gallery': (TEST_PERSONS, 11659 + 82161),
 }
@@ -24,21 +24,21 @@ LINE = re.compile(r'((?:[^/]+/)*[^/_]+_[^/_]+_(\d{1,9})_[^/]*) (\d{1,9})', re.AS
 class Msmt17(Dataset):
     """MSMT17, images of 4101 persons in 15 cameras (Wei et al., Person Transfer GAN, CVPR 2018, arXiv:1711.08565).
 
-    Found in `data_dir` as msmt17, MSMT17_V1 or MSMT17_V2, in any spelling, also one in another, or as `data_dir`
-    itself. Version 1 has its images in train and test, version 2, whose faces are hidden, in mask_train_v2 and
-    mask_test_v2; if both are there, version 1 is read. Items are in the order of the lists.
+    It is found in `data_dir` as msmt17, MSMT17_V1 or MSMT17_V2, in any spelling, possibly nested, or as `data_dir`
+    itself. The images of version 1 are in train and test; those of version 2, with masked faces, in mask_train_v2 and
+    mask_test_v2. If both versions exist, version 1 is read. Items are in the order of the lists.
 
-    list_val.txt is left out of training, as torchreid leaves it out (TransReID does not); `val` holds its items, with
-    pids as in `train_pids`. Persons are numbered from 0 on disk, and anew for the test: here those of the training set
-    are 1 to 1041, and those of the test begin at 1042, so that no two share a number and none is 0, the number of
-    distractors. Camids are camera - 1, 0..14.
+    list_val.txt is left out of training, as in torchreid (but not in TransReID); `val` contains its items, with pids as
+    in `train_pids`. On disk, training and test persons are both numbered from 0. Here training persons are 1 to 1041
+    and test persons begin at 1042, so that no two share a number and none is 0, the pid of distractors. Camids are
+    camera - 1, 0..14.
 
-    Sources: the folders of both versions, the lists, and what a line of a list means (path, person, and the camera as
-    the third part of the name), torchreid and TransReID, which agree; the numbers of persons, images and cameras, the
-    paper as both quote it. Checked are these, which are those of train and val together: their parts are in no source.
+    Sources: torchreid and TransReID, which agree, for the folders of both versions, the lists, and the meaning of a
+    line (path, person, and the camera as the third part of the name); the paper, as both quote it, for the numbers of
+    persons, images and cameras. Only the totals of train and val together are checked: no source gives their parts.
 
     Raises UserError for a missing folder or list, a line that cannot be parsed, and an empty query or gallery. If only
-    list_train.txt has such a fault, the training set is empty, and `untrainable` is the message.
+    list_train.txt has such a fault, the training set is left empty, and `untrainable` is the message.
     """
 
     published, num_cameras, first_camera = PUBLISHED, NUM_CAMERAS, 1
@@ -69,7 +69,7 @@ class Msmt17(Dataset):
 
 
 def _find(data_dir: str) -> tuple[str, str, str]:
-    """The folder, its version, and '', or why nothing can be trained on it. Raises UserError if there is none."""
+    """The folder, its version, and why it cannot be trained on, '' if it can. Raises UserError if there is none."""
     faults = []
     for version, (train, test) in VERSIONS.items():
         parts = {train: '0000/0000_000_01_0303morning_0015_0.jpg ...', test: ''} | dict.fromkeys(LISTS, '')
@@ -78,11 +78,11 @@ def _find(data_dir: str) -> tuple[str, str, str]:
             return root, version, untrainable
         except UserError as fault:
             faults.append(fault)
-    raise min(faults, key=lambda fault: str(fault).count(' no '))  # of the version of which less is missing
+    raise min(faults, key=lambda fault: str(fault).count(' no '))  # of the more complete version
 
 
 def _read(path: str, folder: str, first: int, most: int) -> list[Image]:
-    """(path, pid, camera) of each line of a list; persons, `most` of them, are numbered from `first`."""
+    """(path, pid, camera) of each line of a list; its persons, at most `most`, are numbered from `first`."""
     try:
         with open(path, 'rb') as file:
             content = file.read()

@@ -1,4 +1,4 @@
-"""What opening an image tells: whether it can be read, equal and similar files, contrast and sharpness."""
+"""Properties of image files: whether they can be read, whether they are equal or similar, contrast and sharpness."""
 
 import hashlib
 import importlib.util
@@ -16,20 +16,21 @@ from batches.decoding import read_image
 from runtime.errors import UserError
 
 SIDE = 16  # of a perceptual hash, in bits
-# Bits of SIDE * SIDE in which near-duplicates may differ. Of 120 images of Market1501, saved as JPEG of quality 20,
-# halved, brightened or cropped by a pixel, all stayed within 34; any two of its training and test sets differ in 62.
+# Near-duplicates may differ in this number of SIDE * SIDE bits. When 120 images of Market1501 were saved as JPEG of
+# quality 20, halved, brightened or cropped by a pixel, at most 34 bits changed; any two images of its training and test
+# sets differ in at least 62.
 ALIKE = 40
-BLOCK = 2**24  # pairs of hashes that are compared at once, with 64 MB for a number each
-EMPTY = 4.0  # standard deviation of grey values, 0 to 255, below which an image shows nothing
-HEIGHT = 128  # pixels to which an image is reduced before its sharpness is measured, as a large image is smoother
-BLURRED = 20.0  # variance of the Laplacian below which an image is very blurred
+BLOCK = 2**24  # pairs of hashes compared at once; one float32 each is 64 MB
+EMPTY = 4.0  # an image with a smaller standard deviation of grey values (0 to 255) shows nothing
+HEIGHT = 128  # pixels; higher images, which are smoother, are reduced to it before sharpness is measured
+BLURRED = 20.0  # an image with a smaller variance of the Laplacian is very blurred
 
 
 class Look(NamedTuple):
-    """Of an image. `reason` is why it cannot be read; the rest is then empty."""
+    """The properties of an image. If it cannot be read, `reason` says why, and the rest is empty."""
 
     reason: str = ''
-    digest: bytes = b''  # of the file
+    digest: bytes = b''  # of the file's bytes
     bits: bytes = b''  # perceptual hash, SIDE * SIDE bits; b'' without the package imagehash
     contrast: float = np.inf  # standard deviation of grey values, 0 to 255
     sharpness: float = np.inf  # variance of the Laplacian of grey values
@@ -41,11 +42,11 @@ def look_at_all(paths: Sequence[str], jobs: int) -> Iterator[Look]:
     try:
         yield from tqdm(pool.map(look, paths, chunksize=64), total=len(paths), unit='image', leave=False, disable=None)
     finally:
-        pool.shutdown(cancel_futures=True)  # otherwise an interruption would wait for every image
+        pool.shutdown(cancel_futures=True)  # on an interruption, do not wait for the remaining images
 
 
 def look(path: str) -> Look:
-    """What an image file is like; sharpness as in Pech-Pacheco et al., Diatom autofocusing, ICPR 2000."""
+    """The properties of an image file; sharpness as in Pech-Pacheco et al., Diatom autofocusing, ICPR 2000."""
     try:
         os.stat(path)  # read_image would try three times to open a missing file
         image = read_image(path)
@@ -68,7 +69,7 @@ def look(path: str) -> Look:
 
 
 def sharpness(pixels: np.ndarray) -> float:
-    """The variance of the Laplacian (its four neighbours less four times each pixel) of grey values (H, W)."""
+    """The variance of the Laplacian (sum of the four neighbours minus four times the pixel) of grey values (H, W)."""
     if min(pixels.shape) < 3:
         return np.inf
     inner = pixels[1:-1, 1:-1]
@@ -94,6 +95,6 @@ def near_duplicates(one: Sequence[bytes], other: Sequence[bytes], most: int = AL
 
 
 def _signs(hashes: Sequence[bytes]) -> np.ndarray:
-    """(N, bits) float32 of 1 and -1, whose products count equal bits less different ones."""
+    """(N, bits) float32 of 1 and -1; the product of two rows counts equal bits minus different ones."""
     packed = np.frombuffer(b''.join(hashes), np.uint8).reshape(len(hashes), -1)
     return np.unpackbits(packed, axis=1).astype(np.float32) * 2 - 1

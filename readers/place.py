@@ -1,27 +1,27 @@
-"""Where a published data set is: the search for its folder."""
+"""Finds the folder of a published data set."""
 
 import os
 from collections.abc import Mapping, Sequence
 
 from runtime.errors import UserError, plain
 
-TOYS = ('market1501', 'mars')  # of which there is a toy
+TOYS = ('market1501', 'mars')  # the data sets with a toy version
 ARCHIVES = ('.zip', '.rar', '.7z', '.tar', '.tar.gz', '.tgz')
 
 
 def find(
     data_dir: str, name: str, folders: Sequence[str], parts: Mapping[str, str], training: Sequence[str]
 ) -> tuple[str, str]:
-    """The folder of a data set, and '', or the message about the parts that are missing for training.
+    """The folder of a data set, and a message about missing parts that training needs, '' if there are none.
 
-    Searched are data_dir/FOLDER, data_dir/FOLDER/FOLDER, for any of `folders` in any spelling (case, signs), and
+    Searches data_dir/FOLDER and data_dir/FOLDER/FOLDER, for any of `folders` in any spelling (case, signs), and
     data_dir itself; a folder with all parts is preferred.
 
-    parts: each with the hint that the error message gives for it
-    training: those that only training needs
+    parts: the required parts, each with a hint for the error message
+    training: the parts that are needed for training only
 
     Raises:
-        UserError: there is none; the message shows the expected folders.
+        UserError: no such folder is found; the message shows the expected folders.
     """
     places = [os.path.join(data_dir, folder) for folder in folders] + _spelled(data_dir, folders)
     places += [os.path.join(place, folder) for place in places for folder in folders]
@@ -55,7 +55,7 @@ def find(
 
 
 def _spelled(folder: str, names: Sequence[str], endings: Sequence[str] = ('',)) -> list[str]:
-    """The entries of a folder with one of `names`, in any case and with any signs between the letters and digits."""
+    """The entries of a folder that match one of `names`, ignoring case and signs between the letters and digits."""
     try:
         entries = sorted(os.listdir(folder))
     except OSError:

@@ -1,6 +1,6 @@
-"""Persons drawn by identity, for a test or a validation, and the queries among their items.
+"""Draws persons for a test or a validation, and the queries among their items.
 
-Everything is drawn by digests of (seed, name): a person or an item that is added changes the place of few others.
+Everything is drawn by digests of (seed, name), so adding a person or an item changes the assignment of few others.
 """
 
 import hashlib
@@ -34,16 +34,15 @@ def digest(text: str, seed: int) -> bytes:
 
 
 def hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset | None]:
-    """The data set without some persons of its training set, and a data set of these, to choose a model by.
+    """Hold out persons of the training set: returns the data set without them, and a validation set of these persons.
 
-    `share` (0..1) of the persons who can be a query are held out: those who are seen by two cameras, or of whom there
-    are two items if the cameras are unknown. The others stay in training. At least one person is held out, and at least
-    two are left. As in `readers.folder`, whoever has the smallest digests of (seed, name) is held out; all their items
-    are the gallery, and one of each person and camera is a query, which stays in the gallery, where it never is its own
-    match.
+    A share (0..1) of the persons that can form a query is held out: persons seen by two cameras or, if the cameras are
+    unknown, with two items. The others stay in training. At least one person is held out, and at least two are left. As
+    in `readers.folder`, the persons with the smallest digests of (seed, name) are held out; all their items form the
+    gallery, and one of each person and camera is a query, which stays in the gallery but never counts as its own match.
 
-    Returns the data set itself and None if nobody can be a query. Raises UserError if fewer than two persons would be
-    left to train on.
+    Returns the data set itself and None if no person can form a query. Raises UserError if fewer than two persons would
+    be left to train on.
     """
     items, name = train_items(dataset), plain(dataset.name, 500)
     seen: dict[int, set[Hashable]] = {}
@@ -101,6 +100,6 @@ def hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Datase
 
 
 def _file(item: Item) -> str:
-    """The name of the file; of a tracklet, whose frames may be named as those of others, its folder, too."""
+    """The name of the file; for a tracklet with its folder, because tracklets may have frames of the same name."""
     folder, name = os.path.split(paths_of(item)[0])
     return name if isinstance(item[0], str) else f'{os.path.basename(folder)}/{name}'

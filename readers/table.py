@@ -1,4 +1,4 @@
-"""A table of files, persons, cameras and splits: any data set as CSV, read and written. `-d csv:FILE`"""
+"""Reads and writes any data set as a CSV table of files, persons, cameras and splits. `-d csv:FILE`"""
 
 import codecs
 import csv
@@ -25,28 +25,28 @@ SHEETS: list[Kind] = [
 
 
 Row = tuple[int, tuple[str, ...]]  # number of the line, and the cells of COLUMNS, '' if there is no such column
-Subsets = dict[str, list]  # split -> items, whose pids and cameras are the places of their texts
-Found = tuple[Subsets, list[str], list[str]]  # the subsets, the texts of pids, those of cameras
+Subsets = dict[str, list]  # split -> items, whose pids and cameras are indices of their texts
+Found = tuple[Subsets, list[str], list[str]]  # the subsets, the texts of the pids, and those of the cameras
 
 
 class Table(Dataset):
-    """The images, or tracklets, that a CSV file lists.
+    """The images or tracklets listed in a CSV file.
 
-    Its first line names the columns, in any order: path, pid, camid, split; for videos also tracklet, and frame if
-    the rows are not in the order of time. Further columns are not read. Paths are relative to the file. Each split is
-    train, query or gallery, and may be missing.
+    The first line names the columns, in any order: path, pid, camid, split; for videos also tracklet, and frame if the
+    rows are not in temporal order. Other columns are ignored. Paths are relative to the file. A split is train, query
+    or gallery; not all of them need to be present.
 
-    pids and camids are any text. If all pids are integers, also padded with zeros, they are used as they are: 0 means
-    distractors and -1 junk, which is left out, as in Market1501. Otherwise they are numbered from 1 in natural order.
-    `names` has the texts. In the same way camids are integers, or numbered from 0. If all are empty, or there is
-    no such column, the cameras are unknown.
+    pids and camids are any text. If all pids are integers, possibly padded with zeros, these are the pids: 0 means
+    distractors and -1 junk, which is left out, as in Market1501. Otherwise they are numbered from 1 in natural order,
+    and `names` contains the texts. camids are treated in the same way, but numbered from 0. If all are empty, or the
+    column is missing, the cameras are unknown.
 
-    Rows are items, in their order. With a column tracklet, the rows of equal split, pid, camid and tracklet are one,
-    where its first row is; its frames are sorted by `frame` in natural order.
+    Each row is an item, in the order of the table. With a column tracklet, rows with equal split, pid, camid and
+    tracklet are one item, in the place of its first row; its frames are sorted by `frame` in natural order.
 
-    Raises UserError, with line and column, for a table that cannot be read, a missing column, a row of another
-    length, an empty cell, an unknown split, and a frame that a tracklet has twice; and for two
-    spellings of one number.
+    Raises UserError, with line and column, for a table that cannot be read, a missing column, a row of a different
+    length, an empty cell, an unknown split, and a frame that occurs twice in a tracklet; also for two spellings of the
+    same number.
     """
 
     def __init__(self, path: str, name: str = 'csv') -> None:
@@ -71,17 +71,18 @@ class Table(Dataset):
 
 
 def kind_of(path: str) -> str:
-    """'image' or 'video', by the header."""
+    """'image' or 'video', according to the header."""
     with _opened(path) as file:
         return 'video' if 'tracklet' in _rows(file, path)[0] else 'image'
 
 
 def _opened(path: str) -> TextIO:
-    """The file as text: UTF-8, whose other bytes are kept as they are, as in names of files; or UTF-16 with a mark."""
+    """The file as text: UTF-8, in which invalid bytes are kept, as in file names; or UTF-16 with a byte-order mark."""
     where = plain(path, 500)
     try:
         if not os.path.isfile(path):
-            raise UserError(f'{where} is {"no regular file" if os.path.exists(path) else "not there"}; give a CSV file')
+            fault = 'is not a regular file' if os.path.exists(path) else 'does not exist'
+            raise UserError(f'{where} {fault}; give a CSV file')
         with open(path, 'rb') as file:
             head = file.read(HEAD)
         if what := recognised(head, *SHEETS):
@@ -93,7 +94,7 @@ def _opened(path: str) -> TextIO:
 
 
 def _rows(file: TextIO, path: str) -> tuple[list[str], list[str], Iterator[Row]]:
-    """The names of the columns, those that are not read, and the rows."""
+    """The names of the columns, the ignored columns, and the rows."""
     where = plain(path, 500)
     first = _first_line(file, where)
     delimiter = max(DELIMITERS, key=first.count)  # a comma if there is none
@@ -115,7 +116,7 @@ def _first_line(file: TextIO, where: str) -> str:
 
 
 def _read(file: TextIO, where: str, header: list[str], delimiter: str) -> Iterator[Row]:
-    """The rows behind the header; no cell of a column that is needed is empty, nor is a tracklet if there are any."""
+    """The rows after the header; required cells are checked not to be empty, including tracklet if there is one."""
     places = [header.index(column) if column in header else len(header) for column in COLUMNS]
     cells, width, videos = itemgetter(*places), len(header), 'tracklet' in header
     reader = csv.reader(file, delimiter=delimiter, strict=True)
@@ -198,7 +199,7 @@ def _videos(rows: Iterator[Row], path: str) -> Found:
 
 
 def _check_cameras(blank: int, cameras: dict[str, int], path: str) -> None:
-    """Refuse a table of which some rows have a camera; `blank` is the first line without one."""
+    """Raise UserError if only some rows have a camera; `blank` is the first line without one."""
     if blank and len(cameras) > 1:
         raise UserError(
             f'{plain(path, 500)}, line {blank}: column camid is empty, but other lines have one; fill in all, or none '
@@ -207,13 +208,13 @@ def _check_cameras(blank: int, cameras: dict[str, int], path: str) -> None:
 
 
 def write(dataset: Dataset, path: str) -> int:
-    """Write a data set as such a table, complete or not at all; paths are relative to it. Returns the number of rows.
+    """Write a data set as a table, completely or not at all; paths are relative to it. Returns the number of rows.
 
-    Read again it is the same: the same items in the same order, and as many persons and cameras. Cameras that are
-    unknown stay so. Of a data set whose pids are not integers the names are written, and of cameras too.
+    Reading the table gives the same items in the same order, and the same numbers of persons and cameras. Unknown
+    cameras remain unknown. If persons or cameras have names, the names are written.
 
     Raises:
-        UserError: the file exists already, or cannot be written.
+        UserError: the file exists, or cannot be written.
     """
     where = plain(path, 500)
     if os.path.lexists(path):
@@ -239,7 +240,7 @@ def write(dataset: Dataset, path: str) -> int:
 
 def _as_rows(dataset: Dataset, folder: str) -> Iterator[list[tuple]]:
     """The rows of each item."""
-    folders: dict[str, str] = {}  # of files -> relative to the table
+    folders: dict[str, str] = {}  # folder of a file -> the same relative to the table
 
     def relative(name: str) -> str:
         head, tail = os.path.split(name)

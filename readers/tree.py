@@ -17,44 +17,44 @@ Item = tuple[str | tuple[str, ...], int, int]  # either
 AnyItem = TypeVar('AnyItem', Image, Tracklet)
 
 NUM_CAMERAS = 6  # of Market1501 and MARS, 1..6 on disk
-JUNK = -1  # the pid of what is left out; texts that are no integers are never numbered so
+JUNK = -1  # the pid of items that are left out; never assigned to names
 MAX_PID = 2**63 - 1  # pids are int64
 INTEGER = re.compile(r'0*-[0-9]{1,18}|[0-9]{1,18}')  # within int64; 00-1 is junk in MARS
 DIGITS = re.compile(r'([0-9]+)')
-LONG = 4000  # digits, of which Python converts no more than 4300
+LONG = 4000  # digits; Python converts at most 4300
 DROPPINGS = ('thumbs.db', 'desktop.ini')  # left by Windows in any folder
 
 
 class Dataset:
-    """Training items, queries and gallery, lists of (path, pid, camid), or (tuple of paths, pid, camid) of tracklets.
+    """Training items, queries and gallery: lists of (path, pid, camid), or for tracklets (tuple of paths, pid, camid).
 
     Args:
         train: with any integers as pids; they are relabelled 0..n-1 in ascending order.
         title: heading of the printed statistics; `name` by default.
         total: total number of items, if subsets share some.
-        lengths: frames of each tracklet.
-        untrainable: why nothing can be trained on it, in the words of an error message.
+        lengths: number of frames of each tracklet.
+        untrainable: why it cannot be trained on, as an error message.
         cameras: the cameras on disk, if they had to be renumbered.
         passed_over: files and folders that are not read.
-        names: the name of each pid that is not the number itself.
-        camera_names: the same of each camid.
+        names: the name of each pid, if it is not the number itself.
+        camera_names: the same for each camid.
         no_cameras: the cameras are unknown, and all camids are 0: a test counts matches from any camera.
-        drawn: how training and test persons were divided, if that was drawn.
-        extra: items that are published for training but left out of it, with pids as in `train_pids`.
-        brief: a line of counts is printed instead of the table, as for a part of a data set whose table was printed.
+        drawn: how the persons were split into training and test, if the split was drawn.
+        extra: items that are published for training but not used, with pids as in `train_pids`.
+        brief: print a line of counts instead of the table, as for a part of a data set whose table was printed.
 
     Attributes:
-        kind: 'image' or 'video', what the items are.
+        kind: 'image' or 'video', the kind of the items.
         train_pids: the original pid of each training label.
         num_train_pids, num_query_pids, num_gallery_pids: numbers of pids in the lists.
         untrainable: as above, also if there are fewer than two persons to train on; '' if it can be trained on.
-        targets: the data sets that a run tests, the first of which chooses the best model; by default this one alone.
-        validation: the data set of the persons held out of this training set, which then chooses it; None if there is
-            none.
-        set_of: the number of the data set of each training item, from 0: zeros, but for data sets that are joined.
+        targets: the data sets that a run tests, by default only this one; the first one selects the best model.
+        validation: the data set of the persons held out of this training set, which then selects the best model
+            instead; None if no persons are held out.
+        set_of: the number, from 0, of the data set of each training item; all zeros unless data sets are joined.
 
-    Prints the original's table of statistics; below it, what was passed over (except for hidden files and DROPPINGS),
-    and how the data set differs from the one that is published under its name.
+    Prints the original's table of statistics, then the skipped files (except hidden files and DROPPINGS), and how the
+    data set differs from the published one of its name.
     """
 
     published: Mapping[str, tuple[int, int]] = {}  # known numbers of persons and items of a subset
@@ -116,20 +116,20 @@ class Dataset:
         return [0] * len(self.train)
 
     def name_of(self, pid: int) -> str:
-        """The person's name, or number, in the data."""
+        """The person's name or number in the data."""
         return self.names.get(pid, str(pid))
 
     def camera_of(self, camid: int) -> str:
-        """The camera's name, or number, in the data."""
+        """The camera's name or number in the data."""
         number = self.cameras[camid] if 0 <= camid < len(self.cameras) else camid + self.first_camera
         return self.camera_names.get(camid, str(number))
 
     def groups(self, balance: str) -> np.ndarray | None:
-        """The group of each image to train on, for `samplers`: int64 (images,), or None if `balance` is 'none'.
+        """The group of each training image, for `samplers`: int64 (images,), or None if `balance` is 'none'.
 
-        balance: 'dataset' or 'camera', of which the groups are; all frames of a tracklet have its group
+        balance: 'dataset' or 'camera', which define the groups; all frames of a tracklet have its group
 
-        Raises UserError if there is one data set only, or one camera, or the cameras are unknown.
+        Raises UserError if there is only one data set or camera, or the cameras are unknown.
         """
         if balance == 'none':
             return None
@@ -145,7 +145,7 @@ class Dataset:
         return np.repeat(np.array(groups, np.int64), [len(paths_of(item)) for item in self.train])
 
     def multi_query(self) -> list[Item]:
-        """Images of the queries' persons in their cameras, over which --multi-query averages: here the queries."""
+        """Images of the queries' persons in their cameras, over which --multi-query averages; here the queries."""
         return self.query
 
     def _statistics(self, total: int, lengths: Sequence[int]) -> list[str]:
@@ -165,14 +165,14 @@ class Dataset:
         return [*table, line]
 
     def _counts(self) -> str:
-        """The persons and items to train on, or to test if there are none, in a few words."""
+        """A short text with the numbers of persons and items to train on, or to test if there are none."""
         unit = 'tracklets' if self.kind == 'video' else 'images'
         if self.train:
             return f'{self.num_train_pids} persons and {len(self.train)} {unit} to train on'
         return f'{self.num_query_pids} persons, {len(self.query)} queries and {len(self.gallery)} {unit} in the gallery'
 
     def _of_ones_own(self) -> list[str]:
-        """What was decided about data that have no published form, in a line each."""
+        """Lines on how the cameras and the split of unpublished data were interpreted."""
         lines = [self.drawn] if self.drawn else []
         if self.no_cameras:
             lines.append('The cameras are unknown: a test counts matches from any camera, as with --any-camera')
@@ -185,7 +185,7 @@ class Dataset:
         return lines
 
     def parts(self) -> Mapping[str, Sequence[Item]]:
-        """The items whose numbers are `published`. Queries that are also in the gallery are not counted there."""
+        """The subsets whose sizes are in `published`. Queries that are also in the gallery are not counted there."""
         queries = set(self.query)
         gallery = [item for item in self.gallery if item not in queries]
         return {'train': self.train, 'query': self.query, 'gallery': gallery}
@@ -193,7 +193,7 @@ class Dataset:
     def differences(self) -> list[str]:
         """How the data set differs from the published one in persons and items of a subset, and in cameras.
 
-        A training set that is missing is no difference.
+        A missing training set does not count as a difference.
         """
         if not self.published:
             return []
@@ -240,19 +240,19 @@ def train_items(dataset: Dataset) -> list[Item]:
 
 
 def cameras_of(dataset: Dataset, *subsets: Iterable[Item]) -> dict[int, str]:
-    """The name of each camera of the items, for a data set made of them; none if the cameras are unknown."""
+    """The name of each camera of the items, for a data set made from them; {} if the cameras are unknown."""
     camids = sorted({camid for items in subsets for _, _, camid in items})
     return {} if dataset.no_cameras else {camid: dataset.camera_of(camid) for camid in camids}
 
 
 def distractors(dataset: Dataset) -> set[int]:
-    """The pids in the gallery that are no person: 0, and what is named 0 in a table, unless a query has it."""
+    """The pids in the gallery that are not persons: 0, and a person named 0 in a table, unless a query has this pid."""
     queries = {pid for _, pid, _ in dataset.query}
     return {pid for _, pid, _ in dataset.gallery if pid not in queries and (pid == 0 or dataset.name_of(pid) == '0')}
 
 
 def usable(read: Callable[[], list[AnyItem]], untrainable: str) -> tuple[list[AnyItem], str]:
-    """What `read` returns and ''; or nothing and why: `untrainable`, or the message if it raises UserError."""
+    """What `read` returns, and ''; or [] and the reason: `untrainable`, or the message of a UserError of `read`."""
     if untrainable:
         return [], untrainable
     try:
@@ -264,10 +264,10 @@ def usable(read: Callable[[], list[AnyItem]], untrainable: str) -> tuple[list[An
 def numbered(texts: Iterable[str], first: int, what: str) -> tuple[dict[str, int], dict[int, str]]:
     """A number for each text, and the text of each number if that is not the number itself.
 
-    If all texts are integers of up to 18 digits, also padded with zeros (0002, or 00-1 as in MARS), these are their
-    numbers. Otherwise the numbers are the places of the texts in natural order, from `first`.
+    If all texts are integers of up to 18 digits, possibly padded with zeros (0002, or 00-1 as in MARS), these are the
+    numbers. Otherwise the texts are numbered from `first` in natural order.
 
-    Raises UserError, which begins with `what`, for two texts of one number, as 1 and 001.
+    Raises UserError, which begins with `what`, for two texts with the same number, such as 1 and 001.
     """
     different = sorted(set(texts), key=natural)
     if not all(map(INTEGER.fullmatch, different)):
@@ -282,7 +282,7 @@ def numbered(texts: Iterable[str], first: int, what: str) -> tuple[dict[str, int
 
 
 def natural(text: str) -> tuple[list[Any], str]:
-    """Sort key that compares runs of digits by their value: a2 before a10; texts of equal value as they are."""
+    """Sort key that compares runs of digits by value: a2 before a10; ties are broken by the text itself."""
     parts = DIGITS.split(text)  # digits are at odd places
     if len(text) < LONG:
         parts[1::2] = map(int, parts[1::2])
@@ -292,9 +292,9 @@ def natural(text: str) -> tuple[list[Any], str]:
 
 
 def camids_of(*subsets: Iterable[Item], most: int = NUM_CAMERAS) -> tuple[dict[int, int], list[int]]:
-    """The camid of each camera of the items: camera - 1 if all are 1..`most`, otherwise from 0 in ascending order.
+    """The camid of each camera of the items: camera - 1 if all are in 1..`most`, otherwise from 0 in ascending order.
 
-    Also returns the cameras, in ascending order, if they are not all 1..`most`.
+    Also returns the cameras, in ascending order, if they are not all in 1..`most`.
     """
     cameras = sorted({camera for items in subsets for _, _, camera in items})
     if all(1 <= camera <= most for camera in cameras):
@@ -303,7 +303,7 @@ def camids_of(*subsets: Iterable[Item], most: int = NUM_CAMERAS) -> tuple[dict[i
 
 
 def listed(paths: Sequence[str], root: str, most: int = 3) -> str:
-    """Files and folders as an enumeration: how many of each, and the first `most`, relative to `root`."""
+    """Files and folders as a text: how many of each, and the first `most`, relative to `root`."""
     parts = []
     folders = [path for path in paths if os.path.isdir(path)]
     files = sorted({*paths}.difference(folders))

@@ -1,1 +1,1 @@
-"""What every run needs and none is about: its processes, device, state, output and mistakes."""
+"""The infrastructure of a run: processes, device, state, output and error messages."""

@@ -1,4 +1,4 @@
-"""The model that a validation chose, and its only test, whose record is last_test.json in the folder of the run."""
+"""The model chosen by validation, and its single test, which is recorded in last_test.json in the run's folder."""
 
 import contextlib
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from runtime.errors import UserError
 from utils import read_json, write_json
 
 RECORD = 'last_test.json'
-KNOWN_BY = ('epoch', 'validation_mAP')  # the file may have been moved
+KNOWN_BY = ('epoch', 'validation_mAP')  # rather than by its path, as it may have been moved
 
 
 class LastTest(Protocol):
-    """The test of the model on the data sets that are tested; `more` is added to results.json."""
+    """The test of the model on the targets; `more` is added to results.json."""
 
     def last(self, model: Network, more: dict[str, object], /) -> dict[str, float]: ...
 
@@ -27,7 +27,7 @@ class LastTest(Protocol):
 class Best(NamedTuple):
     """The best model: its file, the epoch (from 1) after which it was chosen, and its mAP on the persons held out.
 
-    `tested`: whether its test was made before; `figures` are of that test, in the first process.
+    `tested`: whether it has already been tested; `figures` are those of that test, in the first process.
     """
 
     model: dict[str, Any]
@@ -36,21 +36,21 @@ class Best(NamedTuple):
 
 
 def load(model: Network, folders: Sequence[Path], run: Run) -> Best:
-    """Give the model, in all processes, the weights of best_model.pth.tar in the first of `folders` that has one.
+    """Load best_model.pth.tar, from the first of `folders` that has one, into the model, in all processes.
 
-    If the first folder has the record of its test, and results, it is not to be tested: the test set is used once.
+    If the first folder has the record of its test, and results, it must not be tested again: the test set is used once.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is no such file, or it cannot be read.
     """
-    run.sum(torch.zeros(1))  # the first process, which reads, has written it
+    run.sum(torch.zeros(1))  # wait until the first process, which also reads it, has written it
     best: dict[str, Any] = {'file': '', 'epoch': 1}
     figures: dict[str, float] | None = None
     if run.rank == 0:
         best = _load(model, folders)
         figures = _tested(folders[0], best)
     if run.sum(torch.tensor(int(figures is not None))):
-        print(f'{best["file"]} was tested, see {folders[0] / RECORD}: the test set is used once')
+        print(f'{best["file"]} was already tested, see {folders[0] / RECORD}: the test set is used once')
         return Best(best, True, figures or {})
     if run.rank == 0:
         print(
@@ -64,7 +64,7 @@ def load(model: Network, folders: Sequence[Path], run: Run) -> Best:
 
 
 def record(best: dict[str, Any], figures: dict[str, float], folder: Path) -> None:
-    """Write the record of the test of `best`. It outlives the results, which --evaluate replaces.
+    """Write the record of the test of `best`, which remains when --evaluate replaces the results.
 
     Raises OSError if it cannot be written.
     """
@@ -87,7 +87,7 @@ def _load(model: Network, folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def _tested(folder: Path, best: dict[str, Any]) -> dict[str, float] | None:
-    """The figures of the test of `best`; None if `folder` has no record of it, or no results."""
+    """The figures of the test of `best`; None if `folder` has no record of this test or no results."""
     with contextlib.suppress(OSError, ValueError):
         found = read_json(folder / RECORD)
         if isinstance(found, dict) and (folder / 'results.json').exists():

@@ -1,4 +1,4 @@
-"""The GPUs of the machine: whether this build of PyTorch can use them, and if not, why."""
+"""Checks whether this build of PyTorch can use the machine's GPUs, and if not, why."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ import torch
 
 from runtime.errors import UserError, plain
 
-DEVICES = Path('/dev')  # where the kernel lists what NVIDIA's driver serves
+DEVICES = Path('/dev')  # where NVIDIA's driver creates its devices
 DRIVER = Path('/proc/driver/nvidia/version')
 
 
@@ -19,7 +19,7 @@ def available() -> bool:
     """Whether CUDA can be used.
 
     Raises:
-        UserError: there is an NVIDIA GPU, which is not hidden, but its driver does not work with this PyTorch.
+        UserError: there is a visible NVIDIA GPU, but its driver does not work with this PyTorch.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
@@ -37,21 +37,21 @@ def available() -> bool:
 
 
 def _has_driver(failed: bool) -> bool:
-    """Whether the kernel has loaded NVIDIA's driver, and this container has a GPU, such as only the fourth.
+    """Whether NVIDIA's driver is loaded and this container has a GPU, which may be any, such as the fourth.
 
-    A container without one may have the control device, too, but initialising CUDA has not `failed` in it.
+    A container without a GPU may have the control device too, but in that case initialising CUDA has not `failed`.
     """
     return any(DEVICES.glob('nvidia[0-9]*')) or (failed and (DEVICES / 'nvidiactl').exists())
 
 
 def _are_hidden() -> bool:
-    """Whether CUDA_VISIBLE_DEVICES lists no device: CUDA reads it up to the first entry that is none."""
+    """Whether CUDA_VISIBLE_DEVICES hides all devices: CUDA reads it up to the first invalid entry."""
     first = os.environ.get('CUDA_VISIBLE_DEVICES', '0').split(',')[0].strip()
     return not re.match(r'\d|GPU-|MIG-', first)
 
 
 def _driver() -> str:
-    """Its version, such as ' 535.104.05', if it is known."""
+    """The driver's version, such as ' 535.104.05'; '' if unknown."""
     try:
         text = DRIVER.read_text(encoding='ascii', errors='replace')
     except OSError:
@@ -64,14 +64,14 @@ def check(device: torch.device) -> None:
     """Check that this PyTorch has kernels for a CUDA device, and that the device responds.
 
     Raises:
-        UserError: it has none, or the device cannot be used.
+        UserError: it has no kernels, or the device cannot be used.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # torch's own about this take many lines
+            warnings.simplefilter('ignore')  # torch's own warnings about this are many lines long
             capability = torch.cuda.get_device_capability(device)
             name = torch.cuda.get_device_name(device)
-    except RuntimeError as problem:  # another process has it alone, or it has failed
+    except RuntimeError as problem:  # used exclusively by another process, or failed
         raise UserError(
             f'GPU {device.index} cannot be used ({plain(str(problem))}); choose another with --gpu-devices, or pass '
             f'--use-cpu'
@@ -85,7 +85,7 @@ def check(device: torch.device) -> None:
 
 
 def has_kernels(capability: tuple[int, int], built: Sequence[str]) -> bool:
-    """Whether code that was built for architectures such as sm_80 or compute_90 runs on a device of a capability.
+    """Whether code built for architectures such as sm_80 or compute_90 runs on a device of this compute capability.
 
     Binaries (sm) run on devices of the same major and at least the same minor number, and PTX (compute) also on all
     newer ones. With the suffix a, code runs on exactly this device, and with f on its family, of the same major number
@@ -107,7 +107,7 @@ def unsupported() -> str:
     if torch.backends.mps.is_available():
         return 'mps'
     with contextlib.suppress(RuntimeError):  # torch 2.6 raises where later versions return None
-        device = torch.accelerator.current_accelerator()  # that PyTorch was built for
+        device = torch.accelerator.current_accelerator()  # of those that PyTorch was built for
         if device and device.type != 'cuda' and torch.accelerator.is_available():
             return device.type
     return ''

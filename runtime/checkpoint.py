@@ -29,7 +29,7 @@ from runtime.run_folder import BEST, OTHERS, PARTIAL, POSITIONS, TESTS, RunFolde
 from runtime.state import Stateful, advance, check, restore
 from utils import save_checkpoint
 
-HELD_OUT = f'{VALIDATION}/'  # how the names of the figures of a validation begin
+HELD_OUT = f'{VALIDATION}/'  # prefix of the names of validation figures
 
 
 class Checkpoint:
@@ -43,22 +43,22 @@ class Checkpoint:
             checkpoint.tested(epoch, test(model), meter)
         checkpoint.last_test(test, meter)
 
-    Everything that has a `state_dict` and changes during training is passed here: the `model`, optimizers, schedulers
-    and criteria with parameters. With `--resume` or `--auto-resume` their state is restored on construction. With
-    `--evaluate`, `model` is then the network of the file, which may be of another project.
+    Pass everything that has a `state_dict` and changes during training: the `model`, optimizers, schedulers and
+    criteria with parameters. With `--resume` or `--auto-resume` their state is restored on construction. With
+    `--evaluate`, `model` is then the network of the file, which may be from another project.
 
     A file is a dict of tensors, numbers, strings and plain containers. `state_dict`, `rank1` (Rank-1 in 0..1) and
-    `epoch` (index of the epoch just finished, from 0) mean what they mean in the original's files; `batch` is the
-    number of batches of the next epoch that are done as well, `state` holds the other parts, `best_rank1` is the best
-    Rank-1 so far, `arguments` holds every option, `model` the arguments of `init_model`, `recipe` those that a resumed
-    run must repeat, `labels` a digest of the person behind each training label, and `provenance` the origin of the
-    file. If a script gains options, they have their defaults in the files that it wrote before.
+    `epoch` (index of the last finished epoch, from 0) have the same meaning as in the original's files. `batch` is the
+    number of finished batches of the next epoch, `state` holds the other parts, `best_rank1` is the best Rank-1 so far,
+    `arguments` holds every option, `recipe` the options that a resumed run must repeat, `model` the arguments of
+    `init_model`, `labels` a digest of the person behind each training label, and `provenance` the origin of the file.
+    If a script gains options, their defaults are assumed for files written before.
 
-    With --validate the best model is chosen by the mAP on the persons held out: `best_rank1` is the best mAP then,
-    `rank1` is None, and `validation` holds the figures of these persons. If nothing is tested, `rank1` is None, too.
+    With --validate the best model is chosen by the mAP on the held-out persons: `best_rank1` is then the best mAP,
+    `rank1` is None, and `validation` holds the figures of these persons. If nothing is tested, `rank1` is None too.
 
     Raises:
-        UserError: the file cannot be read, does not fit the model, or has a different recipe or other labels.
+        UserError: the file cannot be read, does not fit the model, or has a different recipe or different labels.
     """
 
     def __init__(self, dataset: Dataset, options: SaveOptions, run: Run, *, model: Network, **parts: Stateful):
@@ -67,7 +67,7 @@ class Checkpoint:
         self.files = RunFolder(self.folder, [options.resume, options.arguments.get('pretrained')])
         self.provenance = {**provenance(run), 'dataset_fingerprint': fingerprint(dataset)}
         self.labels = digests(dataset)
-        self.epoch, self.start_batch, self.done = options.start_epoch, 0, 0  # the epoch, and how many of its batches
+        self.epoch, self.start_batch, self.done = options.start_epoch, 0, 0  # done: batches of this epoch
         self.best_rank1 = -1.0
         self.validated = dataset.validation is not None
         self.judged_by = 'validation mAP' if self.validated else 'Rank-1' if dataset.targets else ''
@@ -145,12 +145,12 @@ class Checkpoint:
         print(f'Continuing {where}{best}')
 
     def epochs(self, max_epoch: int) -> Iterator[int]:
-        """The epochs that are left, counted from 0; the first one may continue at batch `start_batch`.
+        """The remaining epochs, counted from 0; the first one may start at batch `start_batch`.
 
-        A run that starts from weights alone at `--start-epoch` has the learning rate of that epoch.
+        A run that starts from weights alone at `--start-epoch` starts with the learning rate of that epoch.
 
         Raises:
-            UserError: no epoch is left, or the disk has no space for a checkpoint.
+            UserError: no epochs remain, or the disk has no space for a checkpoint.
         """
         first = self.epoch
         if first >= max_epoch:
@@ -184,7 +184,7 @@ class Checkpoint:
         self.run.signals.release()
 
     def _check_room(self) -> None:
-        """Refuse, in every process, to start if each save would fail."""
+        """Raise UserError, in every process, if no checkpoint could be saved."""
         free = int(self.run.stack(torch.tensor(free_space(self.folder)))[0])  # in the first process, which saves
         needed = sum(tensor.nbytes for tensor in self.model.state_dict().values())
         if 0 <= free < needed:
@@ -196,8 +196,7 @@ class Checkpoint:
     def after_step(self, epoch: int, meter: LossMeter) -> None:
         """Save the state every --save-minutes, before a test, and when a signal stops the run.
 
-        An interrupted run then continues after this step. Between a test and the next epoch a signal ends the run at
-        once.
+        An interrupted run resumes after this step. Between a test and the next epoch a signal ends the run immediately.
         """
         self.done, self.position = meter.count, None
         last = self.done == meter.total
@@ -214,7 +213,7 @@ class Checkpoint:
             raise self.run.signals.stop(stop, self.rescue())
 
     def _begin(self, afresh: bool) -> None:
-        """Called after the first step: a run that fails at once must not delete anything of the previous one."""
+        """Called after the first step, so that a run that fails immediately deletes nothing of the previous one."""
         if self.run.rank or not self._is_finite():
             return
         if self.options.overwrite and (not self.options.resume or self.options.resume_weights_only):
@@ -224,9 +223,9 @@ class Checkpoint:
             self.files.clear(r'metrics\.csv')
 
     def rescue(self) -> Path | None:
-        """Save the state of a failing run unless it is saved already. Returns the file, or None if there is none.
+        """Save the state of a failing run unless it is already saved. Returns the file, or None if there is none.
 
-        Nothing is saved in the middle of a step: BatchNorm has seen its batch, and some weights may have changed.
+        Nothing is saved in the middle of a step, when BatchNorm has seen the batch and some weights may have changed.
         """
         if self.meter and self.meter.count == self.done and self.position is None:
             if self.run.world_size == 1:  # otherwise it needs the others
@@ -235,7 +234,7 @@ class Checkpoint:
         return self.position if self.position and self.position.exists() else None
 
     def _save_position(self) -> None:
-        """Write resume_{epoch}_{batch}.pth.tar, both counted from 1; then delete all but the newest --keep of them."""
+        """Write resume_{epoch}_{batch}.pth.tar, counted from 1, and delete all but the newest --keep of these files."""
         self.position = path = self.folder / f'resume_{self.epoch + 1}_{self.done}.pth.tar'
         if self.run.rank or not self._is_finite():
             return
@@ -245,7 +244,7 @@ class Checkpoint:
         self.saved = time.monotonic()
 
     def _write(self, path: Path, state: dict[str, Any], is_best: bool = False) -> bool:
-        """Whether the file was written; a failure is reported, and the run continues."""
+        """Write a file, and return whether this succeeded; a failure is reported, and the run continues."""
         failures = len(self.run.unwritten)
         with self.run.unwritten.excuse(path):
             save_checkpoint(state, is_best, path)
@@ -260,10 +259,10 @@ class Checkpoint:
     def tested(self, epoch: int, figures: dict[str, float], meter: LossMeter) -> None:
         """Write `checkpoint_ep{N}.pth.tar`, N counted from 1, and `best_model.pth.tar` if Rank-1 is the best so far.
 
-        With --validate the mAP on the persons held out takes the place of Rank-1; without figures, because nothing is
-        tested, every epoch is the best one. The best model is a link to the former file, if the file system has links;
-        with --keep-tests, old ones are then deleted. The first process writes. All processes hold the same state, and
-        any number of processes can continue from it.
+        With --validate the mAP on the held-out persons replaces Rank-1; if nothing is tested and there are no figures,
+        every epoch is the best one. best_model.pth.tar is a hard link to the checkpoint if the file system supports
+        links; with --keep-tests, old checkpoints are then deleted. The first process writes. All processes hold the
+        same state, and any number of processes can resume from it.
         """
         self.run.signals.hold()
         rank1 = figures.get('rank1')
@@ -284,7 +283,7 @@ class Checkpoint:
             raise UserError(f'weights are not finite after epoch {epoch + 1}; nothing was saved. Try a lower --lr')
         state = self._state(epoch, 0, rank1) | ({'validation': held_out} if held_out else {})
         if not self._write(path, state, is_best):
-            self.best_rank1 = earlier  # that of best_model.pth.tar, which was not replaced
+            self.best_rank1 = earlier  # as best_model.pth.tar was not replaced
         elif self.options.keep_tests:
             self.files.prune(TESTS, self.options.keep_tests, path)
         self.saved = time.monotonic()
@@ -294,18 +293,18 @@ class Checkpoint:
             results.write_page(self.folder / VALIDATION if held_out else self.folder, self.run.unwritten)
 
     def last_test(self, test: best_model.LastTest, meter: LossMeter) -> None:
-        """With --validate: test best_model.pth.tar on the data sets that are tested, once, after training.
+        """With --validate: test best_model.pth.tar on the targets, once, after training.
 
-        Nothing is done without --validate or without such a data set. A run that is resumed after its last epoch makes
-        up for a test that was interrupted; of one whose results are complete, recorded in last_test.json, it writes
-        the row of metrics.csv and the page if they are missing.
+        Does nothing without --validate or without targets. If a run is resumed after its last epoch, an interrupted
+        test is repeated; if the results are complete (recorded in last_test.json), only the row of metrics.csv and the
+        page are written if they are missing.
 
         Raises:
             UserError: there is no best_model.pth.tar, or the test fails.
         """
         if not self.validated or not self.has_targets:
             return
-        folders = [self.folder, *([Path(self.path).parent] if self.path else [])]  # of a run resumed in another folder
+        folders = [self.folder, *([Path(self.path).parent] if self.path else [])]  # if resumed elsewhere
         best, tested, figures = best_model.load(self.model, folders, self.run)
         failures = len(self.run.unwritten)
         if not tested:

@@ -1,4 +1,4 @@
-"""The checks of the options before anything starts; nothing of an earlier run is touched."""
+"""Checks of the options before anything starts; the files of an earlier run are not changed."""
 
 import argparse
 import importlib.util
@@ -21,7 +21,7 @@ from runtime.processes import of_environment
 
 
 class Reporter(Protocol):
-    """The parser: the kind of data, and how a mistake is reported."""
+    """The parser: it knows the kind of data and reports mistakes."""
 
     kind: str
 
@@ -29,7 +29,7 @@ class Reporter(Protocol):
 
 
 def check(parser: Reporter, args: argparse.Namespace) -> None:
-    """Report the first mistake, in one line, and exit."""
+    """Report the first mistake in one line and exit."""
     check_names(parser, args)
     check_batch(parser, args)
     check_test(parser, args)
@@ -41,14 +41,14 @@ def check(parser: Reporter, args: argparse.Namespace) -> None:
 def check_names(parser: Reporter, args: argparse.Namespace) -> None:
     trained, tested = data_manager.names_of(args.dataset), data_manager.names_of(args.targets or args.dataset)
     for flag, names in (('-d', trained), ('-t', tested)):
-        if flag == '-d' and args.evaluate and args.targets:  # is not read then
+        if flag == '-d' and args.evaluate and args.targets:  # -d is not read in this case
             continue
         for name in names if flag == '-d' or args.targets else ():
             check_name(parser, flag, name)
             if names.count(name) > 1:
                 parser.error(f'{flag}: {plain(name, 500)} is given twice; give each data set once')
     if args.validate == 1:
-        parser.error('--validate 1: nobody would be left to train on; give a share below 1')
+        parser.error('--validate 1: no person would be left to train on; give a share below 1')
     if args.select and args.validate and not args.evaluate:
         parser.error(
             '--select does not work with --validate, whose held-out persons choose best_model.pth.tar: remove one of '
@@ -75,7 +75,7 @@ def check_names(parser: Reporter, args: argparse.Namespace) -> None:
 
 
 def check_name(parser: Reporter, flag: str, name: str) -> None:
-    """Check that a data set exists, as far as its name shows, and that its items are those of the script."""
+    """Check that a data set of this name exists, and that its items (images or tracklets) are those of the script."""
     names, named = f'{", ".join(data_manager.get_names(parser.kind))}, {data_manager.OWN_NAMES}', plain(name, 500)
     try:
         kind = data_manager.kind_of(name)
@@ -95,13 +95,13 @@ def check_name(parser: Reporter, flag: str, name: str) -> None:
 
 
 def check_batch(parser: Reporter, args: argparse.Namespace) -> None:
-    """Check that every process gets the same number of images of a batch, at least the 2 that BatchNorm needs."""
+    """Check that a batch can be divided equally among the processes, with at least 2 images each, for BatchNorm."""
     if args.train_batch < 2 and not args.evaluate:
         parser.error(f'--train-batch {args.train_batch}: a batch needs at least 2 images, for BatchNorm')
     processes = number_of_processes(args)
     if args.evaluate or processes == 1 or (args.train_batch % processes == 0 and args.train_batch >= 2 * processes):
         return
-    step = math.lcm(processes, getattr(args, 'num_instances', 1))  # P x K batches must also hold whole identities
+    step = math.lcm(processes, getattr(args, 'num_instances', 1))  # P x K batches must contain whole identities
     least = -(-2 * processes // step) * step
     below = max(args.train_batch // step * step, least)
     parser.error(
@@ -111,7 +111,7 @@ def check_batch(parser: Reporter, args: argparse.Namespace) -> None:
 
 
 def number_of_processes(args: argparse.Namespace) -> int:
-    """The processes that torchrun has started, or that are about to be started here."""
+    """The number of processes that torchrun has started, or that this command will start."""
     ours = of_environment()
     listed = 1 if args.use_cpu else args.gpu_devices.count(',') + 1
     return ours.world_size if ours.started else listed
@@ -126,9 +126,9 @@ def check_test(parser: Reporter, args: argparse.Namespace) -> None:
 
 
 def check_compile(parser: Reporter, args: argparse.Namespace) -> None:
-    """Check what --compile needs on this machine: it fails at the first step, long after the data were read.
+    """Check what --compile needs on this machine, as it would fail only at the first step, after the data are read.
 
-    Training without a GPU is refused later (`runtime.device`). A test is compiled on a CPU only.
+    --compile in training without a GPU is refused later (`runtime.device`). A test is compiled only on a CPU.
     """
     try:
         if args.compile and not args.evaluate:
@@ -140,7 +140,7 @@ def check_compile(parser: Reporter, args: argparse.Namespace) -> None:
 
 
 def check_training(parser: Reporter, args: argparse.Namespace) -> None:
-    """Check what a compiled training needs."""
+    """Check what training with --compile needs."""
     processes = number_of_processes(args)
     if args.sync_bn:
         parser.error('--compile does not work with --sync-bn, which breaks the compiled graph: remove one of the two')
@@ -169,7 +169,7 @@ def check_training(parser: Reporter, args: argparse.Namespace) -> None:
 
 
 def check_resume(parser: Reporter, args: argparse.Namespace) -> None:
-    """Check that there is something to resume and something to train, and that no options contradict each other."""
+    """Check that there is a file to resume and an epoch to train, and that no options contradict each other."""
     processes = of_environment()
     if args.resume and not os.path.isfile(args.resume):
         reason = not_a_file(args.resume)
@@ -189,7 +189,7 @@ def check_resume(parser: Reporter, args: argparse.Namespace) -> None:
 
 
 def check_folder(parser: Reporter, args: argparse.Namespace) -> None:
-    """Check that --save-dir contains no run that would be mixed up with this one, and is writable."""
+    """Check that --save-dir is writable and contains no run with which this one would be mixed."""
     save_dir = Path(args.save_dir)
     held = sorted(save_dir.glob('*.pth.tar')) if os.path.isdir(save_dir) else []  # Path.is_dir raises if it is too long
     resumes = args.resume and not args.resume_weights_only

@@ -1,4 +1,4 @@
-"""Command lines: a mistake is reported in one line and ends the command with status 2."""
+"""Command lines: a mistake is reported in one line, and the command exits with status 2."""
 
 import argparse
 import signal
@@ -11,7 +11,7 @@ from runtime.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that reports a mistake without printing its usage."""
+    """An argparse parser that reports a mistake without printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         refuse(message.removeprefix('argument '))
@@ -26,7 +26,7 @@ def refuse(message: str, status: int = UserError.status) -> NoReturn:
 def status_of(main: Callable[[], int | None]) -> int:
     """The status that `main` returns or exits with, or that of its UserError, which is reported.
 
-    A console that cannot be written is a UserError too. Ctrl-C ends the command without a message.
+    A console that cannot be written counts as a UserError. Ctrl-C ends the command without a message.
     """
     with console.guarded():
         try:
@@ -53,5 +53,5 @@ def status_of(main: Callable[[], int | None]) -> int:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Exit with the status that `main` returns, or with its UserError."""
+    """Exit with the status that `main` returns, or with that of its UserError."""
     sys.exit(status_of(main))

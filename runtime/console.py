@@ -11,12 +11,12 @@ from runtime.errors import UserError
 
 
 class Console:
-    """A standard stream that drops what it cannot write, and calls `lost(problem)`, once, when that begins.
+    """A standard stream that drops what it cannot write, and calls `lost(problem)` once, at the first failure.
 
-    Characters that its encoding does not have are written as escapes.
+    Characters missing in its encoding are written as escape sequences.
 
     stream:  None if it was closed when Python started
-    problem: why it cannot be written, empty as long as it can
+    problem: why it cannot be written, '' as long as it can be
     """
 
     def __init__(self, stream: 'TextIO | Console | None', lost: Callable[[str], object] = lambda _: None):
@@ -45,7 +45,7 @@ class Console:
             if self.stream is None:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             act(self.stream)
-        except (OSError, ValueError) as problem:  # ValueError: somebody has closed it
+        except (OSError, ValueError) as problem:  # ValueError: it was closed
             self.problem = getattr(problem, 'strerror', None) or str(problem)
             _discard(self.stream)
             self.lost(self.problem)
@@ -59,9 +59,9 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 def _discard(stream: Any) -> None:
-    """Let the null device take what is left: otherwise Python tries again at its exit, and fails."""
+    """Redirect the unwritten rest to the null device: otherwise Python would try again on exit, and fail."""
     with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, 'wb') as nowhere:
-        os.dup2(nowhere.fileno(), stream.fileno())  # which a stream in memory does not have
+        os.dup2(nowhere.fileno(), stream.fileno())  # streams in memory have no fileno
 
 
 def end(problem: str) -> None:
@@ -71,7 +71,7 @@ def end(problem: str) -> None:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """In this context a failure of stdout is a UserError, and one of stderr nothing."""
+    """In this context a failure of stdout raises UserError, and a failure of stderr is ignored."""
     for file in range(3):  # a file that is opened later must not become stdin, stdout or stderr
         try:
             os.fstat(file)
@@ -89,6 +89,6 @@ def guarded() -> Iterator[None]:
 
 
 def report(text: str) -> None:
-    """Write to stderr, if that is possible."""
+    """Write to stderr if possible."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(text)

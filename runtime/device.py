@@ -1,6 +1,6 @@
 """Where and how an experiment runs: its device, precision and processes.
 
-Each process of a run computes its share of a batch; gradients, mined features and printed losses are those of the whole
+Each process of a run computes its share of a batch; gradients, mined triplets and printed losses are those of the whole
 batch.
 """
 
@@ -37,7 +37,7 @@ Module = TypeVar('Module', bound=nn.Module)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
-# One option with two names: broadcast_buffers in torch 2.6, forward_sync_buffers in the newest releases.
+# The same option under two names: broadcast_buffers in torch 2.6, forward_sync_buffers in the newest releases.
 SYNC_BUFFERS = next(
     name
     for name in ('forward_sync_buffers', 'broadcast_buffers')
@@ -54,11 +54,11 @@ class Step(NamedTuple):
 
 
 class Run:
-    """The run that this process belongs to, as process `rank` of `world_size`; the first one prints and writes files.
+    """The run, in which this is process `rank` of `world_size`; only the first process prints and writes files.
 
     precision:      of training: fp32, tf32 or bf16
     test_precision: of extraction: fp32 unless another is requested, so that published figures are reproduced
-    unwritten:      files that could not be written although the run continued
+    unwritten:      files that could not be written, although the run continued
     """
 
     def __init__(
@@ -87,9 +87,9 @@ class Run:
 
     @functools.cached_property
     def copying(self) -> 'torch.cuda.Stream | None':
-        """The stream on which all loaders copy batches to the GPU, each while the network processes the previous one.
+        """The stream on which all loaders copy a batch to the GPU while the network processes the previous one.
 
-        None on the CPU. Memory that a stream has freed is reused only by this stream, so one serves all.
+        None on the CPU. All loaders share it, because memory freed on a stream is reused only by the same stream.
         """
         return torch.cuda.Stream(self.device) if self.device.type == 'cuda' else None
 
@@ -107,9 +107,9 @@ class Run:
     def replicate(self, module: nn.Module) -> nn.Module:
         """The copy of `module` that is trained, compiled if --compile is given; `module` itself is saved and tested.
 
-        The gradients of a replica are means over all processes. Its BatchNorm computes its statistics over the images
-        of its own process, or with --sync-bn of all processes. Running statistics are not exchanged during training,
-        which does not read them: those of the first process are saved and used in tests (`unify`).
+        The gradients of a replica are means over all processes. BatchNorm computes its statistics over the images of
+        each process, or with --sync-bn of all processes. Running statistics are not exchanged during training, which
+        does not use them: those of the first process are saved and used in tests (`unify`).
         """
         replica = module
         if self.world_size > 1:
@@ -121,7 +121,7 @@ class Run:
         return torch.compile(replica, mode='reduce-overhead') if self.compiled else replica  # type: ignore[return-value]  # a module
 
     def for_test(self, network: Network, options: TestOptions) -> Network:
-        """The network with which a test extracts: compiled if --compile is given and a CPU computes it."""
+        """The network that a test uses for extraction: compiled if --compile is given and it runs on a CPU."""
         if not self.compiled or self.device.type != 'cpu':
             return network
         return Compiled(network, options.height, options.width, options.test_batch)
@@ -165,12 +165,12 @@ class Run:
     def skip_unless_finite(self, loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
         """Skip this and all later steps of the (fused) optimizers if `loss` is not finite in any process.
 
-        The decision stays on the device: the host does not wait for it. Weights and moments keep their values, nothing
-        more is saved (`is_healthy`), and the meter ends the run when it reads the loss. This collective, the only one
-        of a step, also exchanges whether a process was asked to stop (`stopping`).
+        The decision stays on the device, so the host does not wait for it. Weights and moments keep their values,
+        nothing more is saved (`is_healthy`), and the meter ends the run when it reads the loss. This collective, the
+        only one in a step, also exchanges whether a process was asked to stop (`stopping`).
 
         Raises:
-            UserError: an optimizer is not fused, so that it cannot skip a step on the device.
+            UserError: an optimizer is not fused, so it cannot skip a step on the device.
         """
         non_finite = (~torch.isfinite(loss.detach())).float()  # ()
         flags = torch.stack([non_finite, torch.full_like(non_finite, self.signals.waiting)])  # (2,)
@@ -186,7 +186,7 @@ class Run:
         for optimizer in optimizers:
             if not optimizer.defaults.get('fused'):
                 raise UserError(f'{type(optimizer).__name__} cannot skip a step on the device: give it fused=True')
-            optimizer.found_inf = flags[0]  # type: ignore[attr-defined]  # torch's own GradScaler sets it so
+            optimizer.found_inf = flags[0]  # type: ignore[attr-defined]  # as torch's GradScaler sets it
 
     def is_healthy(self) -> bool:
         """Whether the losses of all steps so far were finite, in every process. The host waits for the device."""
@@ -195,8 +195,8 @@ class Run:
     def stopping(self, last: bool = False) -> int:
         """The signal for which all processes stop after this step; 0 to continue.
 
-        Several processes read the flags exchanged in the previous step, so that none waits for a GPU that is still busy
-        with this one; after the `last` step of an epoch they read the flags of that step.
+        If there are several processes, they read the flags exchanged in the previous step, so none waits for a GPU that
+        is still busy with this one; after the `last` step of an epoch they read the flags of that step.
         """
         if self.world_size == 1:
             return self.signals.waiting
@@ -204,7 +204,7 @@ class Run:
             return 0
         step = self.steps[-1 if last else 0]
         if step.copied:
-            step.copied.synchronize()  # waits for that step only; reading the flags would wait for all queued work
+            step.copied.synchronize()  # waits only for that step; reading the flags would wait for all queued work
         return int(step.host[1])
 
 
@@ -235,7 +235,7 @@ def start(
 
     Raises:
         UserError: a GPU does not exist or cannot be used; the device does not support the precision; --sync-bn or
-        --compile is used on a CPU, in training.
+        --compile is used in training on a CPU.
     """
     group = group or Group(Processes())
     group.meet()
@@ -294,9 +294,9 @@ def _device(options: RunOptions, processes: Processes) -> torch.device:
 def keep_memory() -> None:
     """Let the process keep the memory that it frees, unless the user has tuned the allocator.
 
-    Otherwise the activations of each layer are returned to the kernel and requested again, and it clears them page by
-    page, which takes a third of the time of an extraction on a CPU. Training then needs up to a sixth more memory.
-    Blocks of more than 256 MB, of features and caches, are still returned (before glibc 2.35, of more than 32 MB).
+    By default the memory of each layer's activations is returned to the kernel, requested again, and cleared page by
+    page, which takes a third of the time of an extraction on a CPU. If it is kept, training needs up to a sixth more
+    memory. Blocks of more than 256 MB (features, caches) are still returned (before glibc 2.35, of more than 32 MB).
     """
     if any(name.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for name in os.environ):
         return
@@ -308,17 +308,17 @@ def keep_memory() -> None:
 
 
 def gpus(options: RunOptions, processes: int = 1) -> list[int]:
-    """The indices in --gpu-devices; if it has only one, as by default, and there are several processes, 0, 1, ...
+    """The indices in --gpu-devices; 0, 1, ... if it has only one, as by default, and there are several processes.
 
     Raises:
-        UserError: this machine has fewer, or its driver does not work.
+        UserError: the machine has fewer GPUs, or its driver does not work.
     """
     indices = [int(index) for index in options.gpu_devices.split(',')]
     if len(indices) == 1 < processes:
         indices = list(range(processes))
     missing = [str(index) for index in indices if index >= torch.cuda.device_count()]
     if missing:
-        cards.available()  # which knows the reason if there is none
+        cards.available()  # raises with the reason if there is no usable GPU
         raise UserError(
             f'--gpu-devices {options.gpu_devices}: this machine has {torch.cuda.device_count()} CUDA devices, '
             f'none with index {", ".join(missing)}; list fewer, or pass --use-cpu'
@@ -327,7 +327,7 @@ def gpus(options: RunOptions, processes: int = 1) -> list[int]:
 
 
 def precision_of(options: RunOptions, device: torch.device) -> str:
-    """fp32, tf32 or bf16: as --precision requests; for auto, what trains the network faster and correctly.
+    """fp32, tf32 or bf16: as requested by --precision; for auto, the faster one that gives correct results.
 
     Raises:
         UserError: the device does not support the precision, or the network gives wrong results in it.

@@ -1,4 +1,4 @@
-"""Mistakes that the user can correct are reported in one line; an error in the code keeps its traceback."""
+"""Errors that the user can correct, which are reported in one line; an error in the code keeps its traceback."""
 
 
 class UserError(Exception):
@@ -11,13 +11,13 @@ class UserError(Exception):
 
 
 class ProcessLost(UserError):
-    """A process that the run needs was killed: not a user's mistake, and --max-restarts may restart the run."""
+    """A process of the run was killed, which is not a user's mistake; --max-restarts may restart the run."""
 
     status = 1
 
 
 def plain(text: str, longest: int = 200) -> str:
-    """Foreign text in one line that cannot control a terminal: its first line, escaped if necessary, and truncated."""
+    """Untrusted text as one line that is safe to print: its first line, escaped if necessary, and truncated."""
     line = text.strip().split('\n', 1)[0]
     line = line if line.isprintable() else ascii(line)[1:-1]
     return line if len(line) <= longest else f'{line[:longest]}...'

@@ -33,10 +33,10 @@ def main(experiment: Experiment, parser: Parser) -> None:
     With several `--gpu-devices` this process only starts one process per GPU, with the same command. The first of these
     prints and logs.
 
-    A mistake of the user (`UserError`) is one line on stderr and exit status 2; an error in the code keeps its
-    traceback and exits with 1; a signal exits with 128 + its number. All are logged. If several processes fail, the
-    first reports its error and all exit with its status. If a file or the console could not be written during the run,
-    the exit status is 2.
+    A mistake of the user (`UserError`) is reported in one line on stderr, with exit status 2; an error in the code
+    keeps its traceback, with status 1; after a signal the status is 128 + its number. All are logged. If several
+    processes fail, only the first one reports its error, and all exit with its status. If a file or the console could
+    not be written during the run, the exit status is 2.
     """
     if status := commands.status_of(lambda: _main(experiment, parser)):
         processes.end(status)
@@ -87,23 +87,23 @@ def _run(experiment: Experiment, args: Arguments, group: Group, unwritten: Unwri
         except Stopped as stopped:
             if stopped.together:
                 print(stopped)
-                with contextlib.suppress(RuntimeError):  # another process ended before it could leave
+                with contextlib.suppress(RuntimeError):  # another process ended without leaving
                     group.leave()
-            else:  # in a test: the position was saved before; a second SIGINT does not wait for a save
+            else:  # in a test, before which the position was saved; or a second SIGINT, which does not wait for a save
                 saved = '' if signals.held else _rescue(run)
                 print(f'{stopped}; {saved}' if saved else stopped)
             return 128 + stopped.signal, ''
 
 
 def _end(problem: Exception, run: Run | None, group: Group, signals: Signals) -> End:
-    """The end of a run that raised an exception: its report, and where the run was saved."""
+    """Exit status and text for a run that raised an exception: its message, and where the run was saved."""
     saved = ''
     if processes.lost_another(problem):  # in the middle of a step, so nothing is saved
         end = time.monotonic() + processes.REPORT_SECONDS
         while not (group.has_failed() or signals.waiting) and time.monotonic() < end:
             time.sleep(0.01)
         if signals.waiting and not group.has_failed():
-            return 128 + signals.waiting, ''  # the launcher reports the one that was killed
+            return 128 + signals.waiting, ''  # the launcher reports the killed process
     else:
         saved = _rescue(run)
     if isinstance(problem, UserError):
@@ -113,15 +113,15 @@ def _end(problem: Exception, run: Run | None, group: Group, signals: Signals) ->
 
 
 def _rescue(run: Run | None) -> str:
-    """Save the state of the run unless it is saved already. Returns a message with the path, or an empty one."""
-    with contextlib.suppress(Exception):  # the device has failed, which is reported
+    """Save the state of the run unless it is already saved. Returns a message with the path, or ''."""
+    with contextlib.suppress(Exception):  # if the device has failed; that error is reported anyway
         if run and run.rescue and (path := run.rescue()):
             return f'saved {path}, from which --auto-resume continues'
     return ''
 
 
 def _supervise(options: RunOptions) -> End:
-    """Start one process per GPU, or a single one, and restart all after a failure, at most --max-restarts times."""
+    """Start one process per GPU, or a single one; after a failure restart all, at most --max-restarts times."""
     try:
         number = len(device.gpus(options)) if options.several_gpus else 1
     except UserError as mistake:
@@ -138,20 +138,20 @@ def _supervise(options: RunOptions) -> End:
 
 @contextlib.contextmanager
 def _alone_in(save_dir: str) -> Iterator[None]:
-    """Keep other training runs out of `save_dir`. The lock is released when the process ends, however it ends."""
+    """Lock `save_dir` against other training runs. The lock is released when the process ends for any reason."""
     mkdir_if_missing(save_dir)
     with open(Path(save_dir) / '.lock', 'a', encoding='ascii') as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers of a killed run would keep a flock
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which the workers of a killed run would keep
         except OSError as problem:
-            if problem.errno not in (errno.EACCES, errno.EAGAIN):  # otherwise that file system has no locks
+            if problem.errno not in (errno.EACCES, errno.EAGAIN):  # other errors: the file system has no locks
                 yield
                 return
             owner = Path(file.name).read_text(encoding='ascii') or 'on another host'
             raise UserError(
                 f'--save-dir {save_dir}: another training run is writing there (process {owner}); choose another folder'
             ) from None
-        with contextlib.suppress(OSError):  # a full disk; the lock works without the name of its owner
+        with contextlib.suppress(OSError):  # a full disk; the lock works without its owner's name
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f'{os.getpid()} on {platform.node()}'.encode('ascii', 'replace'))
         yield

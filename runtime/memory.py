@@ -1,4 +1,4 @@
-"""Memory that runs out: whose it was, and which options need less."""
+"""Running out of memory: on which device it happened, and which options need less."""
 
 import argparse
 import errno
@@ -6,30 +6,30 @@ import re
 
 from runtime.errors import UserError, plain
 
-# Of the GPU: torch.OutOfMemoryError, other calls of CUDA, and its libraries, which name it differently.
+# On the GPU: the messages of torch.OutOfMemoryError, of other CUDA calls, and of the CUDA libraries.
 OF_GPU = re.compile(r'out of memory|(?:CUBLAS|CUDNN|CUSOLVER)_STATUS_ALLOC_FAILED', re.IGNORECASE)
 OF_HOST = re.compile('DefaultCPUAllocator|DefaultHostAllocator')
 
 
 def exhausted(problem: BaseException) -> str:
-    """'GPU' or 'host' if an exception means that its memory ran out, '' otherwise."""
+    """'GPU' or 'host' if an exception means that the memory of the GPU or host ran out, '' otherwise."""
     if isinstance(problem, MemoryError) or (isinstance(problem, OSError) and problem.errno == errno.ENOMEM):
         return 'host'
-    if isinstance(problem, RuntimeError):  # torch's errors for both are of this kind
+    if isinstance(problem, RuntimeError):  # torch raises it for both
         return 'host' if OF_HOST.search(str(problem)) else 'GPU' if OF_GPU.search(str(problem)) else ''
     return ''
 
 
 def reason(problem: BaseException) -> str:
-    """The numbers in an error for memory that ran out, without torch's advice."""
+    """The first sentences of an out-of-memory error, which contain its numbers, without torch's advice."""
     text = str(problem).rpartition('DefaultCPUAllocator: ')[2]
     return plain('. '.join(text.split('. ')[:3])).rstrip('.') or 'no details are known'
 
 
 def explained(problem: Exception, args: argparse.Namespace, testing: bool, precision: str = '') -> Exception:
-    """A UserError with the options that need less, if memory ran out in training or in a test; else the problem.
+    """If memory ran out in training or a test, a UserError with the options that need less; otherwise `problem`.
 
-    precision: that in which the network computed, '' if it is not known yet
+    precision: that of the network, '' if it is not known yet
     """
     whose, options = exhausted(problem), vars(args)
     if not whose:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 HIDDEN = 'collapsed'  # not logged; triggers a warning
-BAR = '{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}'  # at 80 columns only losses are cut off
+BAR = '{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}'  # in 80 columns, only the losses are truncated
 
 
 class Loader(Protocol):
@@ -54,15 +54,15 @@ class LossMeter:
 
     The first name is the loss that is minimised. Values stay on the device until they are printed, so no step waits for
     the previous one or for another process; means over all processes are shown. `collapsed`, which is 1 if the features
-    of a batch are nearly equal, is not logged; it triggers a warning, once, if it is 1 for a whole epoch.
+    of a batch are nearly equal, is not logged; if it is 1 for a whole epoch, a warning is printed once.
 
-    On a terminal a progress bar replaces the lines, which then go to the log only; `quiet` keeps both off the screen.
-    metrics.csv has a row for each line, for the rest of an epoch, and for each test. The figures of a tested data set
-    other than the first one have columns of their own, as market1501/rank1, and so have those of the persons held out
-    for validation, as validation/rank1.
+    On a terminal a progress bar replaces the lines, which are then only logged; `quiet` prints neither. metrics.csv has
+    a row for each line, for the rest of an epoch, and for each test. Each tested data set except the first one has its
+    own columns for its figures, such as market1501/rank1, and so have the persons held out for validation, such as
+    validation/rank1.
 
     Attributes:
-        count, total: batches of the current epoch: the number started, and the total.
+        count, total: number of batches of the current epoch that were started, and in total.
 
     Raises:
         UserError: TensorBoard is requested but not installed.
@@ -76,7 +76,7 @@ class LossMeter:
         self.unrecorded: list[dict[str, float]] = []  # read, but not yet in metrics.csv
         self.means: dict[str, AverageMeter] = {}
         self.warned = False
-        self.began, self.waited, self.timed = time.perf_counter(), 0.0, 0  # for the batches since the last record
+        self.began, self.waited, self.timed = time.perf_counter(), 0.0, 0  # since the last record; timed: batches
         self.path = Path(options.save_dir) / 'metrics.csv'
         if options.tensorboard and not importlib.util.find_spec('tensorboard'):
             raise UserError('--tensorboard needs the package tensorboard: pip install tensorboard, or omit the option')
@@ -122,7 +122,7 @@ class LossMeter:
         """Read the losses since the last call from the device. Every process must call this.
 
         Raises:
-            UserError: a loss was not finite in some process. The message names epoch, batch and images. The weights are
+            UserError: a loss was not finite in some process. The message gives epoch, batch and images. The weights are
                 those before that batch; all later steps were skipped.
         """
         if not self.unread:
@@ -144,8 +144,8 @@ class LossMeter:
                 )
 
     def record(self) -> dict[str, str]:
-        """Append the losses since the last call to metrics.csv. Every process must call this. Returns what the progress
-        bar shows, by name.
+        """Append the losses since the last call to metrics.csv. Every process must call this. Returns the values shown
+        on the progress bar, by name.
 
         Raises UserError as `read` does.
         """
@@ -155,8 +155,8 @@ class LossMeter:
             return {}
         losses = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name != HIDDEN}
         now = time.perf_counter()
-        seconds = (now - self.began) / self.timed  # of a batch
-        wait = self.waited / (now - self.began)  # share of waiting for batches
+        seconds = (now - self.began) / self.timed  # per batch
+        wait = self.waited / (now - self.began)  # share of time spent waiting for batches
         self.began, self.waited, self.timed = now, 0.0, 0
         speed, lr = self.options.train_batch / seconds, self.optimizer.param_groups[0]['lr']
         row = {'epoch': self.epoch + 1, 'batch': self.count, 'lr': lr, 'images_per_s': speed, 'data_wait': wait}
@@ -166,7 +166,7 @@ class LossMeter:
         return shown | {name: f'{value:.3f}' for name, value in losses.items()}
 
     def tested(self, epoch: int, figures: dict[str, float]) -> None:
-        """Record the figures of the test after `epoch` (from 0); called in the first process."""
+        """Record the figures of the test after `epoch` (from 0); called only in the first process."""
         if figures:
             batches = self.total or self._batches()  # of an epoch
             self._record({'epoch': epoch + 1, **figures}, (epoch + 1) * batches, 'test')
@@ -177,7 +177,7 @@ class LossMeter:
         return any(all(other.get(name, text) == text for name, text in row.items()) for other in self._rows())
 
     def _batches(self) -> int:
-        """The batches of an epoch as metrics.csv has them, if this process trained none; 1 if it has no row of any."""
+        """Batches per epoch according to metrics.csv, for a process that has trained none; 1 if there is no row."""
         return max([int(row['batch']) for row in self._rows() if (row.get('batch') or '').isdecimal()], default=1)
 
     def _rows(self) -> list[dict[str, str]]:
@@ -207,12 +207,12 @@ class LossMeter:
         with self.run.unwritten.excuse(self.options.save_dir):
             for name, value in row.items():
                 if name not in ('epoch', 'batch'):
-                    held_out = name.startswith(f'{VALIDATION}/')  # which is no test
+                    held_out = name.startswith(f'{VALIDATION}/')  # a validation is not a test
                     self.board.add_scalar(name if held_out else f'{board}/{name}', value, step)
             self.board.flush()
 
     def _add(self, row: dict[str, float]) -> None:
-        """A row of metrics.csv. A resumed run appends its rows to the existing ones."""
+        """Add a row to metrics.csv. A resumed run appends its rows to the existing ones."""
         self._widen([name for name in row if '/' in name])
         with open(self.path, 'a+', newline='', encoding='utf-8') as file:
             file.seek(0)
@@ -226,7 +226,7 @@ class LossMeter:
             table.writerow(_as_text(row))
 
     def _widen(self, names: list[str]) -> None:
-        """Add columns to metrics.csv if it lacks them: which data sets are tested is known at the first test only."""
+        """Add missing columns to metrics.csv: which data sets are tested is not known before the first test."""
         if not names or not self.path.exists():
             return
         with open(self.path, newline='', encoding='utf-8') as file:

@@ -1,6 +1,6 @@
-"""What a reader of a test's figures has to know: how the test differs from the training of its weights.
+"""Notices about how a test differs from the training of its weights, for readers of its figures.
 
-None of it is a mistake: a network may well be tested at another size, or on a data set that it has not seen.
+Such differences are not mistakes: a network may be tested at another size, or on a data set that it has not seen.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from runtime.device import Run
 from runtime.errors import plain
 
 POOLING, RERANKING = ('seq_len', 'pool'), ('k1', 'k2', 'lambda_value')
-# The options of a test, apart from the recipe, that change its figures, and those that do not
+# The options of a test outside the recipe: those that change its figures, and those that do not
 CHANGING = (*POOLING, 'distance', 'flip_test', 'any_camera', 'multi_query', 'rerank', *RERANKING)
 UNCHANGING = (
     'test_batch', 'save_features', 'evaluate', 'eval_step', 'no_report', 'save_dir', 'resume', 'quiet', 'workers',
@@ -24,16 +24,16 @@ UNCHANGING = (
 
 
 def as_in_project(options: TestOptions, model: Network) -> TestOptions:
-    """The options of a test of another project's weights: as that project tests them, but for those that are given.
+    """The options with which the project of the weights tests them, except for those on the command line.
 
-    Prints both kinds. Nothing changes without --evaluate, for weights of this project, and if the project's test is
-    unknown.
+    Both kinds are printed. The options do not change without --evaluate, for weights of this project, or if the
+    project's test is unknown.
     """
     if not options.evaluate or not model.trained:
         return options
     trained = model.trained
     theirs = {name: value for name, value in trained.test.items() if hasattr(options, name)}
-    recorded = trained.options.get('arch')  # of timm:NAME, which is not seen in the names
+    recorded = trained.options.get('arch')  # needed for timm:NAME, which parameter names do not show
     if not theirs:
         known = trained.arch or (recorded if isinstance(recorded, str) and 'arch' not in options.given else '')
         return replace(options, arch=known or options.arch)
@@ -46,7 +46,7 @@ def as_in_project(options: TestOptions, model: Network) -> TestOptions:
 
 
 def of_test(model: Network, dataset: Dataset, options: TestOptions, run: Run) -> list[str]:
-    """One line for each difference between this test and the training of the weights, as far as that is known."""
+    """One line for each known difference between this test and the training of the weights."""
     trained = model.trained
     if trained is None:
         return ['neither --resume nor --pretrained gave weights, so the network is random']
@@ -57,15 +57,15 @@ def of_test(model: Network, dataset: Dataset, options: TestOptions, run: Run) ->
         pooling = POOLING if dataset.kind == 'video' else ()
         ours = {name: getattr(options, name) for name in pooling} | {'precision': run.test_precision}
         if _training_set(trained.options.get('dataset')) == _training_set(options.dataset):
-            ours['dataset'] = options.dataset  # perhaps another protocol
+            ours['dataset'] = options.dataset  # the protocols may differ
         if pair := _differences(trained.options, ours):
-            notices.append('{} was tested with {} while it was trained, and now with {}'.format(trained.where, *pair))
+            notices.append('{} was tested with {} during training, and now with {}'.format(trained.where, *pair))
         notices += of_data(trained, dataset, options.dataset)
     return notices
 
 
 def of_size(trained: Training, height: int, width: int) -> list[str]:
-    """The notices that need no data set: on the kind of weights, and on the size of the images."""
+    """The notices that need no data set: about the kind of weights and the size of the images."""
     if trained.of_imagenet:
         return [f'the network has ImageNet weights ({trained.where}) and was not trained for re-ID']
     if pair := _differences(trained.options, {'height': height, 'width': width}):
@@ -74,16 +74,16 @@ def of_size(trained: Training, height: int, width: int) -> list[str]:
 
 
 def of_data(trained: Training, dataset: Dataset, name: str) -> list[str]:
-    """At most one notice; of a file of another project only the number of persons is known.
+    """At most one notice about the data; for files of other projects only the number of persons is known.
 
-    Of a data set without a training set only the name is compared.
+    For a data set without a training set only the name is compared.
     """
     where, theirs = trained.where, trained.options.get('dataset')
     together = names_of(theirs) if isinstance(theirs, str) else []
     part = _training_set(name) in map(_training_set, together)
     if part and trained.options.get('combine') is True:
         return [f'{where} was trained on query and gallery of {name} too (--combine): its figures are of known persons']
-    if part and (len(together) > 1 or trained.options.get('validate')):  # it is not known what was trained on of each
+    if part and (len(together) > 1 or trained.options.get('validate')):  # it is unknown which part was trained on
         return []
     pair = _differences(trained.options, {'dataset': name} if name else {})
     if pair and _training_set(theirs) != _training_set(name):
@@ -99,14 +99,14 @@ def of_data(trained: Training, dataset: Dataset, name: str) -> list[str]:
 
 
 def _training_set(dataset: object) -> str:
-    """The name of a data set but for its protocol: mars and mars_official share a training set."""
+    """The name of a data set without its protocol: mars and mars_official share a training set."""
     return str(dataset).removesuffix('_official')
 
 
 def of_resumed(trained: Training, options: Mapping[str, Any]) -> list[str]:
-    """The notice that the tests of a run change when it resumes with these `options`, which its recipe allows."""
+    """A notice if the figures of a run's tests change when it resumes with these `options`, which its recipe allows."""
     known = {field.name: field.default for field in fields(TestOptions)} if trained.options else {}
-    theirs = {**known, **trained.options}  # an option that is newer than the file had its default
+    theirs = {**known, **trained.options}  # options newer than the file had their defaults
     reranks = options.get('rerank') or theirs.get('rerank')
     names = [name for name in ('precision', *CHANGING) if reranks or name not in RERANKING]
     ours = {name: options[name] for name in names if name in options}
@@ -119,9 +119,9 @@ def of_resumed(trained: Training, options: Mapping[str, Any]) -> list[str]:
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The options that differ, as on a command line with their values and with ours; None if none does.
+    """The options that differ, as on a command line, with their values and with ours; None if none differs.
 
-    An option that the file lacks, or that has another type there, is unknown.
+    An option that the file lacks, or stores with another type, is unknown and not compared.
     """
     pairs = {name: (_tested(name, theirs.get(name)), _tested(name, value)) for name, value in ours.items()}
     unlike = {name: pair for name, pair in pairs.items() if type(pair[0]) is type(pair[1]) and pair[0] != pair[1]}

@@ -1,4 +1,4 @@
-"""The precision in which a device multiplies."""
+"""The precision of a device's products."""
 
 import contextlib
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def has_bf16(device: torch.device) -> bool:
 def allow_tf32(allowed: bool) -> None:
     """Allow or forbid rounding float32 products and convolutions to TF32, on GPUs that support it.
 
-    The older names are used: if a part is set by the newer `fp32_precision`, torch raises when it reads the older ones.
+    Uses the older names: if any part is set through the newer `fp32_precision`, reading the older names raises.
     """
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
@@ -33,9 +33,9 @@ def allow_tf32(allowed: bool) -> None:
 
 @contextlib.contextmanager
 def tf32(allowed: bool, convolutions: bool = True) -> Iterator[None]:
-    """Products, and `convolutions` too, of float32 in TF32 or in full precision, whatever is allowed otherwise.
+    """In this context float32 products, and with `convolutions` also convolutions, use TF32 or full precision.
 
-    It is a setting of the whole process, which is restored at the end.
+    This is a setting of the whole process, which is restored at the end.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     parts: list[Any] = [matmul, cudnn]
@@ -56,5 +56,5 @@ def tf32(allowed: bool, convolutions: bool = True) -> Iterator[None]:
 
 
 def without_tf32() -> contextlib.AbstractContextManager[None]:
-    """float32 products in full precision, whatever is allowed otherwise."""
+    """In this context float32 products use full precision."""
     return tf32(False, convolutions=False)

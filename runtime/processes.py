@@ -1,6 +1,6 @@
-"""The processes of a run: the rank of this one, how a plain command starts several, and how they end together.
+"""The processes of a run: the rank of this process, starting several from a plain command, and ending them together.
 
-The only module that reads torchrun's environment variables.
+This is the only module that reads torchrun's environment variables.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ import torch.distributed as dist
 from runtime.errors import UserError
 
 ENVIRONMENT = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')  # set by torchrun
-RUN_ID = 'plain-command'  # run id of processes started by a plain command, for --gpu-devices or --max-restarts
-TIMEOUT = datetime.timedelta(hours=1)  # of NCCL: the first process may re-rank a large gallery while others wait
+RUN_ID = 'plain-command'  # run id of processes that a plain command starts, for --gpu-devices or --max-restarts
+TIMEOUT = datetime.timedelta(hours=1)  # for NCCL: others wait while the first process re-ranks a large gallery
 REPORT_SECONDS = 30  # more than a launcher needs to end the other processes after one has failed
 
 
@@ -33,7 +33,7 @@ class Processes:
     local_rank: int = 0  # on its host
     local_world_size: int = 1
     hosts: int = 1
-    started: bool = False  # by torchrun, or by a plain command in the same way
+    started: bool = False  # by torchrun, or in the same way by a plain command
     by_torchrun: bool = False
     restarts: int = 0  # number of restarts by torchrun
     may_restart: bool = False
@@ -45,7 +45,7 @@ class Processes:
 
 
 def of_environment() -> Processes:
-    """The variables that torchrun set, if it started this process.
+    """The processes according to torchrun's environment variables; a single one if torchrun did not start this process.
 
     Raises:
         UserError: the environment is incomplete or contradicts itself.
@@ -81,23 +81,23 @@ def of_environment() -> Processes:
 
 
 class Group:
-    """The group that a process belongs to: a store for starting and ending together, and collectives in between."""
+    """The group of a process: a store for starting and ending together, and collectives in between."""
 
     def __init__(self, processes: Processes):
         self.processes = processes
         self.store: dist.Store | None = None
 
     def meet(self) -> None:
-        """Find the store that all processes share; from now on only the first one that fails reports it.
+        """Connect to the store that all processes share; from now on, only the first process that fails reports this.
 
         Raises:
-            UserError: they cannot meet because the port is taken or the host is unknown.
+            UserError: they cannot connect, because the port is in use or the host is unknown.
         """
         if self.processes.world_size == 1 or self.store is not None:
             return
         try:
             self.store, *_ = next(dist.rendezvous('env://'))
-        except RuntimeError as problem:  # torch 2.6 has no DistError for it
+        except RuntimeError as problem:  # torch 2.6 has no DistError for this
             reason = str(problem).split('\n', 1)[0]
             address = ':'.join(os.environ[name] for name in ('MASTER_ADDR', 'MASTER_PORT'))
             raise UserError(
@@ -106,7 +106,7 @@ class Group:
             ) from problem
 
     def join(self, device: torch.device) -> None:
-        """Begin to exchange tensors with the others; every process must call this."""
+        """Prepare to exchange tensors with the other processes; every process must call this."""
         processes = self.processes
         if processes.world_size == 1:
             return
@@ -121,7 +121,7 @@ class Group:
         )
 
     def leave(self) -> None:
-        """Leave once every process has arrived here, so that none closes a connection that another still reads."""
+        """Leave once every process has called this, so that none closes a connection that another still reads."""
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
@@ -136,7 +136,7 @@ class Group:
     def agree(self, status: int, text: str) -> tuple[int, str]:
         """Exit status and text of a process that fails: the status of the first one that failed, and only its message.
 
-        The others fail because they lost that process, and report nothing.
+        The other processes fail because they lost the first one, and report nothing.
         """
         if self.store is None:
             return status, text
@@ -148,7 +148,7 @@ class Group:
 
 
 def lost_another(problem: BaseException) -> bool:
-    """Whether an exception means that another process of the group has ended, which the launcher reports."""
+    """Whether an exception means that another process of the group has ended; the launcher reports that process."""
     if not dist.is_initialized():
         return False
     named = isinstance(problem, RuntimeError) and any(backend in str(problem) for backend in ('gloo', 'NCCL'))
@@ -156,12 +156,12 @@ def lost_another(problem: BaseException) -> bool:
 
 
 def hangup_is_ignored() -> bool:
-    """Whether the program was started with nohup, and outlives its terminal."""
+    """Whether the program was started with nohup and continues without its terminal."""
     return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def start_all(number: int, more: Sequence[str]) -> tuple[int, str]:
-    """Run this command in `number` processes, as torchrun does. Returns the exit status and a message to report."""
+    """Run this command in `number` processes, like torchrun. Returns the exit status and a message to report."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -177,7 +177,7 @@ def start_all(number: int, more: Sequence[str]) -> tuple[int, str]:
         rdzv_endpoint='localhost:0',  # any free port
         max_restarts=0,
     )
-    if hangup_is_ignored() and hasattr(config, 'signals_to_handle'):  # which older versions of torch do not have
+    if hangup_is_ignored() and hasattr(config, 'signals_to_handle'):  # missing in older versions of torch
         config.signals_to_handle = 'SIGTERM,SIGINT,SIGQUIT'  # SIGHUP stays ignored, also in the processes
     try:
         elastic_launch(config, sys.executable)(*sys.orig_argv[1:], *more)
@@ -191,10 +191,10 @@ def start_all(number: int, more: Sequence[str]) -> tuple[int, str]:
 def _first_end(ends: Mapping[int, tuple[int, int]]) -> tuple[int, str]:
     """Exit status and message of a run, from the time (s) and exit code (-N if killed by signal N) of its processes.
 
-    The first one counts: the launcher then ends the others by SIGTERM, and by SIGKILL those that wait for a GPU.
+    The first process to end counts: the launcher then ends the others, by SIGKILL if SIGTERM is not enough.
     """
     own = {rank: end for rank, end in ends.items() if end[1] != -signal.SIGTERM} or ends
-    # In the same second: a mistake, whose loss others may not survive; then a killed process, which others report lost.
+    # Within one second: a mistake comes first, because others may fail when they lose that process; then a kill.
     rank, (_, code) = min(own.items(), key=lambda item: (item[1][0], item[1][1] != UserError.status, item[1][1]))
     if code >= 0 or code == -signal.SIGTERM:
         return (code if code >= 0 else 128 - code), ''
@@ -202,9 +202,10 @@ def _first_end(ends: Mapping[int, tuple[int, int]]) -> tuple[int, str]:
 
 
 def end(status: int) -> NoReturn:
-    """Exit with a status, also if the group was not left because a process has failed.
+    """Exit with a status, even if the group was not left because a process has failed.
 
-    NCCL would report that its group was not destroyed, and destroying it waits for collectives that never end.
+    A normal exit would let NCCL report that its group was not destroyed, but destroying it waits for collectives that
+    never end.
     """
     if dist.is_initialized() and dist.get_backend() == 'nccl':
         for stream in filter(None, (sys.stdout, sys.stderr)):

@@ -15,7 +15,7 @@ from runtime.device import Run
 
 
 def provenance(run: Run) -> dict[str, object]:
-    """Seed, device, versions, command, and the git revision of this code if there is one."""
+    """Seed, device, versions, command, and the git revision of this code if it has one."""
     return {
         'seed': run.seed,
         'device': torch.cuda.get_device_name(run.device) if run.device.type == 'cuda' else 'CPU',

@@ -1,6 +1,6 @@
-"""The ranking of features that several processes share: each counts in its part of the gallery.
+"""The ranking of features by several processes, each of which counts in its part of the gallery.
 
-No feature of the gallery leaves its process, except for a re-ranking and for those that a plot shows.
+Gallery features never leave their process, except for re-ranking and for the few that a plot shows.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ Extracted = tuple[Tensor, Tensor]  # features (n, D) of this process's items, an
 
 
 def mean_features(features: Tensor, indices: Tensor, several: Averaged, run: Run, file: np.ndarray | None) -> Extracted:
-    """The features of the queries, each the mean of those (N, D) of the items of its person in its camera.
+    """The features of the queries: for each, the mean of the features (N, D) of all items of its person in its camera.
 
-    As the field's evaluations do it, the features are averaged as the single-query test compares them: here without
-    being normalised before or after.
+    As is usual in the field, the features are averaged in the form that the single-query test compares: here, without
+    normalisation before or after.
     """
     groups, numbers = (torch.from_numpy(each) for each in (several.groups, several.of_queries))  # (N,), (Q,)
     sizes = groups.bincount()  # (P,)
@@ -48,7 +48,7 @@ def rank(
 
     ids: the pids of query and gallery, then their camids
 
-    All processes receive the features of all queries. The counts in their parts of the gallery add up to exact ranks.
+    Every process receives the features of all queries. The counts over all parts of the gallery add up to exact ranks.
     """
     features, places = gallery[0], gallery[1].numpy()  # (m, D), (m,)
     number = len(ids[0])
@@ -86,7 +86,7 @@ def sample(query: Extracted, gallery: Extracted, dataset: Dataset, run: Run) -> 
 def rerank(
     query: Extracted, gallery: Extracted, ids: Sequence[np.ndarray], options: TestOptions, run: Run
 ) -> ranking.Ranking | None:
-    """The re-ranked gallery, in the first process, which receives all features from the others; None in the others."""
+    """The re-ranked gallery in the first process, which receives all features; None in the others."""
     queries, items = (_collect(*each, len(pids), run) for each, pids in zip((query, gallery), ids[:2], strict=True))
     if run.rank:
         return None

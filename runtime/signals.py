@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP: a run that is asked to stop finishes its step, saves, and ends in an orderly way."""
+"""SIGTERM, SIGINT and SIGHUP: a run that is asked to stop finishes its step, saves its state, and exits."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from types import FrameType
 from runtime import system  # noqa: F401 (Windows has no SIGHUP)
 from runtime.processes import Processes, hangup_is_ignored
 
-# Sent by a batch system, by a terminal on Ctrl-C and when it is closed, to all processes of a run.
+# Sent to all processes of a run by a batch system, by a terminal on Ctrl-C, and by a terminal that is closed.
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -37,7 +37,7 @@ def how_to_continue(processes: Processes) -> str:
 
 
 class Signals:
-    """The signal that asked this run to stop, and whether it must wait for the end of a step."""
+    """The signal that asked this run to stop, and whether the run must first finish a step."""
 
     def __init__(self, processes: Processes):
         self.processes = processes
@@ -47,11 +47,11 @@ class Signals:
         self.ending = False  # `Stopped` was raised
 
     def hold(self) -> None:
-        """From now on a signal stays pending, in `waiting`, until `release`."""
+        """From now on a signal stays pending in `waiting` until `release`."""
         self.held = True
 
     def release(self) -> None:
-        """From now on a signal ends the run at once; a pending one does so here."""
+        """From now on a signal ends the run immediately; a pending one does so here."""
         self.held = False
         if self.waiting:
             self.ending = True
@@ -64,9 +64,10 @@ class Signals:
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
-        """Each of STOPS ends the run with `Stopped`, at once or later if held; a second SIGINT always at once.
+        """Each of STOPS ends the run with `Stopped`, immediately or, if held, later; a second SIGINT immediately.
 
-        Under a launcher the third one: the launcher forwards the first, which a terminal also sends to its processes.
+        Under a launcher it is the third SIGINT, because the launcher forwards the first one, which a terminal also
+        sends to the processes.
         """
         before = {}
         if threading.current_thread() is threading.main_thread():

@@ -1,4 +1,4 @@
-"""The state of a run as a file holds it: its checks against this run, and its restoration into the parts of the run."""
+"""The saved state of a run: checks it against the current run, and restores it into the parts of the run."""
 
 import warnings
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from arguments import SaveOptions
 from runtime.errors import UserError
 
-ENTRIES = {'recipe': dict, 'state': dict, 'epoch': int, 'best_rank1': int | float}  # what a run continues from
+ENTRIES = {'recipe': dict, 'state': dict, 'epoch': int, 'best_rank1': int | float}  # that a run needs to continue
 
 
 class Stateful(Protocol):
@@ -25,12 +25,12 @@ class Stateful(Protocol):
 def check(
     state: dict[str, Any], options: SaveOptions, provenance: object, labels: list[str], where: str | Path | None
 ) -> None:
-    """Refuse a file in this project's format that was altered, or whose run had a different recipe or other labels.
+    """Raise UserError if a file of this project was altered, or its run had a different recipe or different labels.
 
-    provenance: of this run
-    labels: of this run, the digest of the person behind each
+    provenance: of the current run
+    labels: of the current run: for each label the digest of the person behind it
 
-    Options that the script of the file gained later have their defaults.
+    Options that the script gained after the file was written have their defaults.
     """
     wrong = [repr(name) for name, kind in ENTRIES.items() if not isinstance(state.get(name), kind)]
     if wrong:
@@ -53,7 +53,7 @@ def _script(provenance: object) -> str | None:
 
 
 def _check_recipe(theirs: dict, ours: dict, where: str | Path | None) -> None:
-    """Refuse to continue with a learning rate, seed, data set ... other than those the run started with."""
+    """Raise UserError if the learning rate, seed, data set ... differ from those with which the run started."""
     differences = [
         f'--{name.replace("_", "-")} was {theirs.get(name, "not an option")}, is {ours.get(name, "not an option")}'
         for name in sorted({*theirs, *ours})
@@ -67,7 +67,7 @@ def _check_recipe(theirs: dict, ours: dict, where: str | Path | None) -> None:
 
 
 def _check_labels(theirs: object, ours: list[str], where: str | Path | None) -> None:
-    """Refuse to continue with labels that mean other persons: the classifier would take one for another."""
+    """Raise UserError if labels stand for different persons: the classifier would confuse them."""
     if theirs == ours:
         return
     known = theirs if isinstance(theirs, list) else []
@@ -82,7 +82,7 @@ def _check_labels(theirs: object, ours: list[str], where: str | Path | None) -> 
 
 
 def restore(part: Stateful, name: str, states: dict[str, Any], where: str | Path | None) -> None:
-    """Give a part of the run the state that it had; UserError if the file has none, or one that does not fit."""
+    """Restore the state of a part of the run; UserError if the file has no state for it, or one that does not fit."""
     if name not in states:
         raise UserError(f'--resume {where} has no state for {name!r}: it was written by a different script')
     try:
@@ -96,7 +96,7 @@ def restore(part: Stateful, name: str, states: dict[str, Any], where: str | Path
 
 
 def _match_strides(optimizer: torch.optim.Optimizer) -> None:
-    """Give the moments the memory layout of their parameter.
+    """Convert the moments to the memory layout of their parameters.
 
     A fused step treats both as flat memory, so moments from an NCHW file would silently be applied to the wrong
     elements of a channels_last weight.

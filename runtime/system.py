@@ -1,4 +1,4 @@
-"""The operating system: whoever needs one like Unix imports this first, and the program ends in one line without it."""
+"""Modules that need a Unix-like system import this first; elsewhere the program exits with a one-line message."""
 
 from runtime.commands import refuse
 

@@ -1,4 +1,4 @@
-"""Several data sets that a run tests: the folders of their results, and the table of their figures."""
+"""For a run that tests several data sets: the folders of their results, and the table of their figures."""
 
 import hashlib
 import os
@@ -15,12 +15,12 @@ LONGEST = 80  # characters of the name of a folder
 
 
 def folders(save_dir: str, names: Sequence[str]) -> list[str]:
-    """The folder of the results of each target: `save_dir` of the first one, for each other one a folder below it.
+    """The folder of the results of each target: `save_dir` for the first one, a folder below it for each other one.
 
-    It is named as the target is: csv_people.csv for csv:my tables/people.csv. If two targets would have one name, also
-    if one of them is the first, digits of a digest of the whole name follow, so that no folder depends on their order.
+    It is named after the target: csv_people.csv for csv:my tables/people.csv. If two targets (including the first one)
+    would get the same name, digits of a digest of the full name are appended, so folders do not depend on the order.
 
-    Raises UserError for two targets of one name, which only classes of one's own can have.
+    Raises UserError for two targets with the same name, which is possible only for user-defined data sets.
     """
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f'two data sets that are tested have the name {plain(twice[0], 500)}; give one another name')
@@ -41,7 +41,7 @@ def _digits(name: str) -> str:
 
 
 def named(figures: Mapping[str, Figures]) -> dict[str, float]:
-    """The figures of all targets by one name each: of the first one those of METRICS, of another one NAME/rank1 ..."""
+    """The figures of all targets in one dict: named as in METRICS for the first one, NAME/rank1 ... for the others."""
     return {
         name if number == 0 else f'{plain(target, 200)}/{name}': value
         for number, (target, some) in enumerate(figures.items())
@@ -50,7 +50,7 @@ def named(figures: Mapping[str, Figures]) -> dict[str, float]:
 
 
 def table(figures: Mapping[str, Figures], places: Sequence[str]) -> dict[str, dict[str, object]]:
-    """What results.json has of each target: its figures, and the folder of its results, seen from that of the first."""
+    """The entry of each target in results.json: its figures, and its folder relative to that of the first target."""
     rows = zip(figures.items(), places, strict=True)
     return {name: {**some, 'folder': os.path.relpath(place, places[0])} for (name, some), place in rows}
 

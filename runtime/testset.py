@@ -1,4 +1,4 @@
-"""Checks of the test before training: whether queries have matches, and whether the files exist."""
+"""Checks before training that a test will work: that queries have matches, and that the files exist."""
 
 import os
 import time
@@ -21,9 +21,9 @@ LOOK_UP_SECONDS = 2  # time limit, at the start of a run, for checking that the 
 
 
 def fitting(options: TestOptions, dataset: Dataset) -> TestOptions:
-    """The options of the test: with --any-camera if the cameras of the data set are unknown.
+    """The options of the test, with --any-camera if the cameras of the data set are unknown.
 
-    Raises UserError for --multi-query, which needs them.
+    In that case --multi-query, which needs cameras, raises UserError.
     """
     if dataset.no_cameras and options.multi_query:
         raise UserError(
@@ -34,7 +34,7 @@ def fitting(options: TestOptions, dataset: Dataset) -> TestOptions:
 
 
 def check_script(dataset: Dataset, options: TestOptions) -> None:
-    """Refuse an option that a script of one's own does not follow, as it reads its data by `init_dataset` alone."""
+    """Raise UserError for options that a user's script ignores because it reads its data with `init_dataset`."""
     alone = dataset.targets == [dataset] and dataset.name == options.dataset
     ignored = {
         '--validate': options.validate and not options.evaluate and dataset.validation is None,
@@ -49,13 +49,13 @@ def check_script(dataset: Dataset, options: TestOptions) -> None:
 
 
 def check_items(dataset: Dataset, any_camera: bool, run: Run) -> list[np.ndarray]:
-    """The ids by which the test ranks: the pids of query and gallery, then their camids.
+    """The ids that the test uses for ranking: the pids of query and gallery, then their camids.
 
-    With `any_camera` numbers of files take the place of the camids: a query then drops its own file and nothing else.
-    Apart from that no file is examined.
+    With `any_camera` file numbers replace the camids, so that a query drops only its own file. Otherwise no file is
+    examined.
 
     Raises:
-        UserError: there is no query, no gallery, or according to these ids no query has a match.
+        UserError: the query or gallery set is empty, or no query has a match.
     """
     for subset in ('query', 'gallery'):
         if not getattr(dataset, subset):
@@ -63,7 +63,7 @@ def check_items(dataset: Dataset, any_camera: bool, run: Run) -> list[np.ndarray
     q_pids, g_pids, q_camids, g_camids = ids_of(dataset.query, dataset.gallery)
     if any_camera:
         q_files, g_files = np.zeros(len(q_pids), np.int64), np.zeros(len(g_pids), np.int64)
-        if run.rank == 0:  # they are the same files for every process, whatever another host sees
+        if run.rank == 0:  # every process must use the same numbers, even if hosts see different files
             q_paths, g_paths = ([item[0] for item in items] for items in (dataset.query, dataset.gallery))
             q_files, g_files = same_files(q_pids, g_pids, q_paths, g_paths)
         q_camids, g_camids = (run.sum(torch.from_numpy(files)).numpy() for files in (q_files, g_files))
@@ -75,15 +75,15 @@ class Averaged(NamedTuple):
     """With --multi-query: the items over which the features of the queries are averaged."""
 
     items: list[Item]
-    groups: np.ndarray  # (N,) int64, number of the person and camera of each item, from 0
-    of_queries: np.ndarray  # (Q,) int64, the same of each query
+    groups: np.ndarray  # (N,) int64, the number, from 0, of each item's person and camera
+    of_queries: np.ndarray  # (Q,) int64, the same for each query
 
 
 def averaged(dataset: Dataset) -> Averaged:
     """All items of each query's person in its camera, by pid and camid.
 
     Raises:
-        UserError: the data set has none of a query, or just the queries, one of each person and camera.
+        UserError: there are no items for some query, or no items except one query for each person and camera.
     """
     numbers = {key: number for number, key in enumerate(dict.fromkeys(item[1:] for item in dataset.query))}
     items = [item for item in dataset.multi_query() if item[1:] in numbers]
@@ -106,7 +106,7 @@ def averaged(dataset: Dataset) -> Averaged:
 def check_files(paths: Sequence[str], run: Run) -> None:
     """Raise UserError, in every process, if a file of the test is missing.
 
-    The first process checks them in order for LOOK_UP_SECONDS; on a slow disk the rest is left to the test.
+    The first process checks them in order for at most LOOK_UP_SECONDS; on a slow disk the rest is left to the test.
     """
     missing = torch.zeros(len(paths), dtype=torch.uint8)
     if run.rank == 0:
@@ -123,7 +123,7 @@ def check_files(paths: Sequence[str], run: Run) -> None:
 
 
 def look_up(paths: Sequence[str], seconds: float) -> list[int]:
-    """The indices of `paths` that do not exist, as far as can be checked in `seconds`; at least one is checked."""
+    """The indices of missing `paths`, as far as they can be checked in `seconds`; at least one is checked."""
     missing, end = [], time.monotonic() + seconds
     for index, path in enumerate(paths):
         try:

@@ -1,4 +1,4 @@
-"""Distances in tiles: products on threads or on a GPU, and the nearest items of a tile as sortable keys."""
+"""Distances computed in tiles, in threads or on a GPU, and the nearest items of a tile as sortable keys."""
 
 import contextlib
 from collections.abc import Callable, Iterable
@@ -25,7 +25,7 @@ DISTANCES = 'euclidean', 'cosine'
 class Points:
     """Features (N, D) of any float type and their squared norms (N,) float32, on one device.
 
-    With `scales` (N,) the points are the features times these.
+    If `scales` (N,) are given, the points are the features multiplied by them.
     """
 
     features: Tensor
@@ -50,8 +50,8 @@ def points(
 ) -> tuple[Points, Points]:
     """Queries and gallery as checked `Points` on the gallery's device. Raises UserError like `rank`.
 
-    The cosine distance, 1 - the cosine, is the squared Euclidean distance of features that are scaled to the length
-    sqrt(1/2). A feature of zeros has the distance 1 from all others.
+    The cosine distance, 1 - cosine, is the squared Euclidean distance of features scaled to length sqrt(1/2). A zero
+    feature has distance 1 from all others.
     """
     gallery = torch.as_tensor(g_features).detach()
     queries = torch.as_tensor(q_features).detach().to(gallery.device)
@@ -108,8 +108,8 @@ def _squared_norms(features: Tensor) -> Tensor:
 def products(left: Tensor, right: Tensor) -> Tensor:
     """left (L, D) @ right (R, D) transposed, (L, R), on the CPU, computed as a 1 x 1 convolution.
 
-    oneDNN runs it, which on AMD processors is twice as fast as the library behind torch.mm, and sums each element in
-    the same order regardless of L and R. It copies `right`, so L should be the larger.
+    It is computed by oneDNN, which on AMD processors is twice as fast as the library behind torch.mm, and sums each
+    element in the same order regardless of L and R. It copies `right`, so L should be larger than R.
     """
     height = -(-len(left) // 16)  # 16 images of height x 1: with fewer, a single thread does not use oneDNN
     pixels = F.pad(left, (0, 0, 0, 16 * height - len(left))) if len(left) % 16 else left  # (16 h, D)
@@ -155,19 +155,19 @@ def keys_of(distances: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def keys_on_device(distances: Tensor, places: Tensor) -> Tensor:
-    """The same for tensors."""
+    """Like `keys_of`, for tensors."""
     bits = distances.view(torch.int32).long()
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32 | places
 
 
 def distances_of(keys: np.ndarray) -> np.ndarray:
-    """The float32 distances of such keys; NaN for NONE."""
+    """The float32 distances encoded in keys; NaN for NONE."""
     bits = (keys >> 32).astype(np.int32)
     return np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(np.float32)
 
 
 def find(places: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each of `wanted` (p,): how many of the ascending `places` (W,) are below it, and whether it is in them."""
+    """For each of `wanted` (p,): how many of the ascending `places` (W,) are smaller, and whether it is among them."""
     below = np.searchsorted(places, wanted)
     return below, places[np.minimum(below, len(places) - 1)] == wanted
 
@@ -198,7 +198,7 @@ def in_threads(work: Callable[..., object], tasks: Iterable[tuple], device: torc
         work(*task)
 
     with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_num_threads, threads)  # new threads use the number that was set last in any thread
+        stack.callback(torch.set_num_threads, threads)  # new threads use the number set last in any thread
         if not is_host(device):
             stack.enter_context(without_tf32())
         number = threads if is_host(device) else 1

@@ -1,4 +1,4 @@
-"""The types of option values: text of the command line -> a value, or one line that names what is expected."""
+"""The types of option values: text from the command line -> a value, or a one-line message with what is expected."""
 
 import argparse
 import math
@@ -21,7 +21,7 @@ def _number(text: str, kind: Callable[[str], Value], least: float, expected: str
 
 
 def path(text: str) -> str:
-    """A path; the shell leaves the `~` in `--save-dir=~/log` as it is."""
+    """A path, with `~` expanded, because the shell does not expand it in `--save-dir=~/log`."""
     return os.path.expanduser(text)
 
 
@@ -50,7 +50,7 @@ def fraction(text: str) -> float:
 
 
 def epochs_or_never(text: str) -> int | float:
-    """A number of epochs; infinite for 0 or less, and for inf, as it is then printed."""
+    """A number of epochs; infinite for 0 or less, and for inf, which is how infinity is printed."""
     if text == 'inf':
         return math.inf
     try:

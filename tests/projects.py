@@ -1,4 +1,4 @@
-"""Networks of other projects, for the tests: put together anew from torch's layers, with those projects' names.
+"""Networks of other projects, for the tests: rebuilt from torch's layers, with those projects' names.
 
 Each follows the source of the project at the release that its docstring names. `tested` is the feature of its test,
 `trained` are the logits and the feature of its training.

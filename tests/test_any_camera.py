@@ -32,7 +32,7 @@ def dataset(request, data_dir):
 
 @pytest.fixture
 def one_camera(dataset, tmp_path):
-    """All items in camera 0; some queries stand in the gallery too, under their own name or that of a link."""
+    """All items in camera 0; some queries are also in the gallery, under the same path or through a link."""
     dataset.query = [(paths, pid, 0) for paths, pid, _ in dataset.query]
     dataset.gallery = [(paths, pid, 0) for paths, pid, _ in dataset.gallery]
     for number, (paths, pid, _) in enumerate(dataset.query[:6]):

@@ -51,7 +51,7 @@ def test_the_measured_step_is_that_of_the_script(part, script):
 
 
 def test_both_sides_of_the_input_make_the_same_batches(data_dir):
-    """`compare` asserts it: it reads the draws in its own way."""
+    """`compare` asserts it, with an independent interpretation of the draws."""
     items = data_manager.init_dataset('market1501', str(data_dir)).train * 4
     rows = importlib.import_module('input').compare(items, turns=1)
     assert len(rows) == 3 and all(row.ours > 0 and row.times_plain > 0 for row in rows)

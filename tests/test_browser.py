@@ -1,8 +1,8 @@
-"""The page of a run in a real browser, against what numpy makes of the run's files.
+"""The page of a run in a real browser, compared with what numpy computes from the run's files.
 
 REPORT_RUN=log/demo REPORT_SCREENSHOT=report.png python -m pytest tests/test_browser.py -k screenshot
 
-makes the picture of a run's page that README shows.
+writes the screenshot of a run's page for README.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""GPUs that this build of PyTorch cannot use are named in one line, and accelerators of other kinds are mentioned."""
+"""GPUs that this build of PyTorch cannot use are reported in one line, and so are accelerators of other kinds."""
 
 import warnings
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Resuming bit for bit is tested with the scripts; here the parts."""
+"""The parts of resuming; resuming bit for bit is tested with the scripts."""
 
 import errno
 import os
@@ -166,7 +166,7 @@ def test_the_newest_checkpoints_of_tests_are_kept_and_the_best(number, kept, tmp
 
 @pytest.mark.parametrize('of_a_clock', [1, 2**32])
 def test_what_is_never_deleted(of_a_clock, tmp_path):
-    """The file just written, also if others come from the future; those that the command names; files of others."""
+    """Kept are the file just written, even if others have later times; files that the command names; foreign files."""
     _, path = saved(tmp_path)
     begun_with = tmp_path / 'checkpoint_ep2.pth.tar'
     spared = ['checkpoint_ep2_mine', 'checkpoint_ep', 'mine', 'resume_1_1_mine', 'resume_1_2']

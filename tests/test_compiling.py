@@ -1,4 +1,4 @@
-"""Networks compiled for the CPU: features are those of the others, and odd batches compile nothing anew."""
+"""Networks compiled for the CPU: features equal uncompiled ones, and odd batches cause no recompilation."""
 
 import argparse
 import json
@@ -45,7 +45,7 @@ def test_features_are_equal_and_odd_batches_compile_nothing_anew(file, mixed):
 
 
 def test_weights_become_constants(file, images):
-    """Otherwise BatchNorm is not folded into them, and they are not stored as the kernels read them."""
+    """Otherwise BatchNorm is not folded into the weights, and they are not stored in the kernels' layout."""
     files = [path for path, *_ in images]
     fast = FeatureExtractor(file, 'cpu', compile=True)
     features = fast(files)
@@ -56,7 +56,7 @@ def test_weights_become_constants(file, images):
 
 
 def test_in_bf16_the_digest_differs(file):
-    """Features are then rounded at other places: those of one index are all compiled or none."""
+    """Features are then rounded differently, so an index contains either compiled features or others."""
     eager, compiled = (FeatureExtractor(file, 'cpu', 'bf16', compile=each).digest for each in (False, True))
     assert eager != compiled
 
@@ -96,7 +96,7 @@ def compiled_forward(calls):
 
 
 def backend(monkeypatch, compile):
-    """Another compiler, which takes no time."""
+    """A fake compiler, which takes no time."""
     monkeypatch.setattr(torch, 'compile', lambda module, **_: compile(module))
 
 

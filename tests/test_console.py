@@ -1,4 +1,4 @@
-"""A console that cannot be written ends no training, and ends a command without a traceback."""
+"""A console that cannot be written does not stop training, and ends a command without a traceback."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""The examples of CONTRIBUTING.md, added to a copy of the project as its words say, do what it promises."""
+"""The examples of CONTRIBUTING.md, added to a copy of the project as described there, do what it says."""
 
 import csv
 import json
@@ -106,7 +106,7 @@ def inserted(path: Path, before: str, text: str) -> None:
 
 @pytest.fixture(scope='module')
 def project(tmp_path_factory) -> Path:
-    """A copy of the project with all examples in it, and a data set for that of a data set."""
+    """A copy of the project with all examples, and data for the example of a data set."""
     folder = tmp_path_factory.mktemp('project')
     for path in ROOT.iterdir():
         if path.suffix == '.py':
@@ -177,7 +177,7 @@ def ends(project) -> dict[str, tuple[int, str, str]]:
 
 @pytest.fixture
 def printed(ends):
-    """What a command printed, once it has ended well."""
+    """The output of a command, which must have succeeded."""
 
     def text(name: str) -> str:
         status, out, err = ends[name]

@@ -1,4 +1,4 @@
-"""python weights.py: what a file is, and the same weights in this project's layout, with the same figures."""
+"""python weights.py: describing a file, and writing its weights in this project's layout, with the same figures."""
 
 import importlib
 import json
@@ -86,7 +86,7 @@ def test_what_cannot_be_written(name, files, command, tmp_path):
 
 @pytest.fixture
 def tested(data_dir, monkeypatch, capsys):
-    """What a script prints that tests a file, given no more than what follows."""
+    """The output of a script that tests a file with these options only."""
 
     def run(name, path, folder, *options):
         module = importlib.import_module(name)
@@ -100,7 +100,7 @@ def tested(data_dir, monkeypatch, capsys):
 
 
 def test_what_a_converted_file_records_is_checked(tmp_path):
-    """It may come from a stranger."""
+    """The file is untrusted."""
     two = torch.ones(2)
     contents = {
         'format': weights.FORMAT,
@@ -151,7 +151,7 @@ def test_a_converted_file_has_the_same_test(suffix, files, command, tested, tmp_
 
 @pytest.mark.parametrize('name', ['train_img_model_xent', 'train_img_model_strong'])
 def test_a_test_as_its_project_does_it(name, tested, tmp_path):
-    """Options that are not given are the project's; those that are given win, even with a script's default."""
+    """Options that are not given are the project's; given ones take precedence, even a script's default."""
     torch.manual_seed(0)
     path = tmp_path / 'ain.pth'
     norms = ('residual', 'residual', '', 'residual', 'residual', '')

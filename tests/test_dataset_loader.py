@@ -1,4 +1,4 @@
-"""Tracklets, and loaders that give the same batches however they are run."""
+"""Tracklets, and loaders that give the same batches in all configurations."""
 
 import contextlib
 import gc
@@ -582,7 +582,7 @@ def copied(tmp_path, monkeypatch, script):
 
 
 def test_a_copied_script_with_a_data_set_of_its_own(copied):
-    """It trains to the same weights however its data are loaded; with `rng` they are others."""
+    """It trains to the same weights for all ways of loading its data; with `rng` they differ."""
     plain = copied({})
     cached = [
         copied(CHANGES, '--workers', workers, '--cache', cache)

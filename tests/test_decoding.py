@@ -1,4 +1,4 @@
-"""Reading images, right or refused; the workers that read them, however they end; and the cache."""
+"""Reading and refusing images; the workers that read them, and all the ways in which they end; and the cache."""
 
 import errno
 import gc
@@ -221,7 +221,7 @@ def test_images_that_would_be_misread_are_refused_in_one_line(images, what):
 
 
 def work(task: Task) -> Block:
-    """A block whose pixels say which items it is made of."""
+    """A block whose pixels show which items it contains."""
     return collate([(torch.full((3, 4, 2), item % 256, dtype=torch.uint8), item, 0) for item in task.items])
 
 
@@ -236,7 +236,7 @@ def pids_of(blocks) -> list[list[int]]:
 
 @pytest.fixture
 def decoders():
-    """Make workers, which end with the test."""
+    """Create workers, which end with the test."""
     made = []
 
     def make(number: int, work=work) -> Workers:
@@ -430,7 +430,7 @@ def test_a_worker_that_is_lost_between_two_epochs(decoders):
 
 
 def test_workers_that_cannot_be_started(decoders, monkeypatch):
-    """The third one, as where processes run out; the others end."""
+    """Starting the third process fails, as if there were too many; the others end."""
     start, before = multiprocessing.process.BaseProcess.start, len(multiprocessing.active_children())
 
     def refuse(process):

@@ -1,4 +1,4 @@
-"""Several processes on the CPU: the result of one, and no process that is left behind."""
+"""Several processes on the CPU give the result of one, and no process is left behind."""
 
 import importlib
 import re
@@ -32,7 +32,7 @@ def finished(command, env=ENV):
 
 @pytest.fixture(scope='module')
 def found(data_dir, tmp_path_factory):
-    """What each process of 1, 2 and 3 found, and the folder with what the scripts wrote."""
+    """The results of each process in runs of 1, 2 and 3, and the folder with the scripts' files."""
     folder = tmp_path_factory.mktemp('processes')
     found = {}
     for number in (1, 2, 3):
@@ -112,7 +112,7 @@ def test_all_frames_are_extracted_once(found, number):
 
 @several
 def test_figures_are_those_of_one_process(found, number):
-    """Whatever the other processes hold as running statistics."""
+    """The running statistics of the other processes have no effect."""
     one = found[1][1][0]['tests']
     assert one['printed'].count('mAP: ') == 4  # plain, re-ranked, --any-camera, --multi-query
     for process in found[1][number]:
@@ -172,7 +172,7 @@ def on_two_gpus(name, *options, act=''):
 
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_one_process_per_listed_gpu(name, data_dir, tmp_path, script, capsys):
-    """Two continue from where one stopped, and one from there; all that is printed and written is so once."""
+    """Two processes resume where one stopped, and one where they stopped; everything is printed and written once."""
     one, two, last = tmp_path / 'one', tmp_path / 'two', tmp_path / 'last'
     options = ['--eval-step', 1, '--data-dir', data_dir]
     assert script(name, *options, '--max-epoch', 1, '--save-dir', one) == 0
@@ -223,7 +223,7 @@ def test_two_processes_evaluate_as_one(data_dir, tmp_path, script, capsys):
     ],
 )
 def test_a_process_that_fails_ends_the_run(act, status, text, data_dir, tmp_path):
-    """With the first error once and its exit status."""
+    """The first error is printed once, and determines the exit status."""
     options = ['--data-dir', data_dir, '--save-dir', tmp_path]
     run = on_two_gpus('train_img_model_xent_htri', *options, act=f'{act} 2 1')
     assert run.returncode == status
@@ -250,7 +250,7 @@ def test_two_processes_report_at_once_a_file_that_is_missing(copied, tmp_path):
 
 
 def test_two_processes_continue_with_a_test_that_failed_in_one(copied, tmp_path):
-    """Whose message says where the first one saved."""
+    """Its message says where the first process saved the state."""
     data, image = copied
     content = image.read_bytes()
     image.write_bytes(content[:100])
@@ -273,7 +273,7 @@ def test_two_processes_continue_with_a_test_that_failed_in_one(copied, tmp_path)
 
 @pytest.mark.parametrize(('options', 'text'), [([], 'bounding_box_train'), (['--sync-bn'], '--sync-bn is for CUDA')])
 def test_a_mistake_of_all_processes_is_reported_once(options, text, tmp_path):
-    """Also one that each sees before they exchange anything."""
+    """Including a mistake that each process detects before they exchange anything."""
     run = on_two_gpus('train_img_model_xent', '--data-dir', tmp_path, '--save-dir', tmp_path, *options)
     assert run.returncode == 2
     assert run.stderr.startswith('error: ') and run.stderr.count(text) == 1

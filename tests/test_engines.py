@@ -1,4 +1,4 @@
-"""Networks that another engine runs: features are those of torch, in batches of any size, from any thread."""
+"""Networks run by another engine: features equal those of torch, in batches of any size, from any thread."""
 
 import argparse
 import importlib.util
@@ -69,7 +69,7 @@ def test_threads_share_one(engine, file, images):
 
 @NEED['openvino']
 def test_openvino_has_bf16(file, images):
-    """Features are rounded, by no more than those of torch in bf16 are, and belong to an index of their own."""
+    """Features are rounded by no more than in torch's bf16, and have an index of their own."""
     files = [path for path, *_ in images]
     exact, eager = FeatureExtractor(file, 'cpu')(files), FeatureExtractor(file, 'cpu', 'bf16')
     fast = FeatureExtractor(file, 'cpu', 'bf16', engine='openvino')
@@ -89,7 +89,7 @@ def test_the_option_of_the_commands(engine, file):
 @pytest.mark.parametrize(
     ('options', 'reason'),
     [
-        ({'engine': 'openvino', 'compile': True}, '--compile is done by torch, and --engine openvino is not'),
+        ({'engine': 'openvino', 'compile': True}, '--compile uses torch, which --engine openvino replaces'),
         ({'engine': 'onnxruntime', 'precision': 'bf16'}, '--engine onnxruntime has no convolutions in bf16'),
         ({'engine': 'tensorrt'}, 'there is no engine tensorrt: choose torch, onnxruntime or openvino'),
     ],

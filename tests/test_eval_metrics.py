@@ -37,7 +37,7 @@ def draw_ids(rng, num_queries, num_gallery, num_pids, num_camids):
 
 
 @pytest.mark.parametrize('dtype', [np.float32, np.float64, np.int32, np.float16])
-@pytest.mark.parametrize('levels', [1, 3, 1000])  # so many different distances: all tied, most, hardly any
+@pytest.mark.parametrize('levels', [1, 3, 1000])  # number of different distances: all tied, most, hardly any
 @pytest.mark.parametrize('num_camids', [1, 2, 6])
 def test_equals_the_textbook(levels, num_camids, dtype):
     rng = np.random.default_rng(levels)

@@ -256,7 +256,7 @@ def test_the_look_up_ends_with_its_time(tmp_path):
 
 
 def test_lists_of_frames_are_tracklets_too(data_dir, model, run, tmp_path):
-    """In the training part they are as good as tuples."""
+    """In the training set they work like tuples."""
     dataset = data_manager.init_dataset('mars', str(data_dir))
     figures = evaluation.Test(dataset, options(tmp_path), run)(model)
     for subset in ('query', 'gallery'):

@@ -1,4 +1,4 @@
-"""export.py: the file has the features of the weights, says what they are, and is refused or removed otherwise."""
+"""export.py: the file gives the features of the weights and describes them; otherwise it is refused or removed."""
 
 import functools
 import importlib.util
@@ -45,7 +45,7 @@ def put(path, network=Tiny, **options):
 
 
 def start(*args):
-    """Run a command in this process; gives the exit status."""
+    """Run a command in this process; returns the exit status."""
     before, sys.argv = sys.argv, [*map(str, args)]
     try:
         with pytest.raises(SystemExit) as end:
@@ -57,7 +57,7 @@ def start(*args):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """Weights, and beside them the files that were made of them."""
+    """A folder with weights and the files exported from them."""
     folder = tmp_path_factory.mktemp('weights')
     put(folder / 'tiny.pth.tar')
     for kind in ('onnx', 'pt2') if ONNX else ('pt2',):
@@ -102,7 +102,7 @@ def test_the_graph_normalises_and_averages_mirror_images(images):
 
 @pytest.mark.parametrize('kind', [pytest.param('onnx', marks=needs_onnx), 'pt2'])
 def test_a_file_has_the_features_of_its_weights(kind, folder, images):
-    """Of any size and number of images: one image of one pixel, too."""
+    """For any size and number of images, including a single image of one pixel."""
     images = [*images, np.full((1, 1, 3), 77, np.uint8)]
     expected = FeatureExtractor(folder / 'tiny.pth.tar', 'cpu')(images)
     run, engine = programs.opened(folder / f'tiny.{kind}', kind)
@@ -189,7 +189,7 @@ def test_of_many_images_some_are_checked(folder, tmp_path, monkeypatch, capsys):
     args = '--weights', folder / 'tiny.pth.tar', '--format', 'pt2', '-o', tmp_path / 'w.pt2', '--images', tmp_path
     assert start('export.py', *args) == 0
     chosen, checked, _ = capsys.readouterr().out.splitlines()
-    assert chosen == 'Of 7 images 3 are checked, at equal distances in their list'
+    assert chosen == 'Of 7 images 3 are checked, evenly spaced in their list'
     assert ' on 3 images of 1 size: ' in checked
 
 
@@ -210,7 +210,7 @@ def test_a_name_has_the_suffix_by_which_it_is_known(name, folder, tmp_path, caps
 
 
 def test_a_file_gets_its_name_once_it_is_checked(tmp_path, monkeypatch):
-    """Whatever ends the command before leaves none that would have to be removed."""
+    """If the command ends earlier for any reason, it leaves no file."""
     path, there = put(tmp_path / 'w.pth'), []
 
     def watched(whole, *args):
@@ -246,7 +246,7 @@ def test_a_file_that_others_made_meanwhile_is_kept(links, tmp_path, monkeypatch)
 def test_a_file_that_computes_something_else_is_not_kept(outcome, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(agreement, 'check', lambda *_: outcome)
     assert start('export.py', '--weights', put(tmp_path / 'w.pth'), '--format', 'pt2') == 1
-    assert 'nothing is written: an error above 0.001, or other neighbours' in capsys.readouterr().err
+    assert 'not written: relative error above 0.001, or nearest neighbours differ' in capsys.readouterr().err
     assert os.listdir(tmp_path) == ['w.pth']
 
 
@@ -267,7 +267,7 @@ def test_the_check_sees_what_is_wrong(images):
 
 @pytest.mark.parametrize('distance', ['euclidean', 'cosine'])
 def test_neighbours_may_change_places_if_their_distances_agree(distance):
-    """In a plain loop."""
+    """Computed in a plain loop."""
     torch.manual_seed(0)
     expected = torch.randn(30, 4)
     for noise in (0, 1e-6, 1e-2, 1):
@@ -295,14 +295,14 @@ def _(x):
 
 
 class Odd(Tiny):
-    """With an operator that ONNX does not have."""
+    """A network with an operator that ONNX does not have."""
 
     def maps(self, x):
         return odd(super().maps(x))
 
 
 class Fixed(Tiny):
-    """Whose trace would hold for one batch only."""
+    """A network whose trace is valid for one batch size only."""
 
     def maps(self, x):
         return torch.stack([*super().maps(x)])
@@ -312,7 +312,7 @@ class Fixed(Tiny):
     ('network', 'kind', 'message'),
     [
         pytest.param(
-            Odd, 'onnx', 'odd cannot be written as ONNX: the operator odd.plus_one stands in the way', marks=needs_onnx
+            Odd, 'onnx', 'odd cannot be written as ONNX: the operator odd.plus_one is not supported', marks=needs_onnx
         ),
         (Fixed, 'pt2', 'odd cannot be exported: Constraints violated (batch)!'),
     ],
@@ -430,7 +430,7 @@ def test_a_damaged_file(folder, tmp_path):
 
 
 def test_a_program_of_torch_is_not_loaded(folder):
-    with pytest.raises(UserError, match=r'tiny\.pt2: torch\.export\.load, which would read it, is not safe'):
+    with pytest.raises(UserError, match=r'tiny\.pt2: \.pt2 files are read by torch\.export\.load, which is not safe'):
         FeatureExtractor(folder / 'tiny.pt2')
 
 
@@ -438,20 +438,20 @@ def test_a_program_of_torch_is_not_loaded(folder):
 def test_an_exported_file_is_not_exported(folder, tmp_path, capsys):
     args = '--weights', folder / 'tiny.onnx', '--format', 'pt2', '-o', tmp_path / 'w.pt2'
     assert start('export.py', *args) == 2
-    assert 'is an exported file: give the weights that it was made of' in capsys.readouterr().err
+    assert 'is an exported file: give the weights from which it was made' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('kind', [pytest.param('onnx', marks=needs_onnx), 'pt2'])
 def test_an_exported_file_is_no_weights(kind, folder):
     """For `weights.py`, --pretrained and --resume."""
-    advice = r'not weights; give the weights that it was made of; extract\.py and search\.py also take the ONNX files'
+    advice = r'not weights; give the weights from which it was made; extract\.py and search\.py also take the ONNX'
     with pytest.raises(UserError, match=rf'tiny\.{kind} is an? .*{advice}'):
         weights.read(folder / f'tiny.{kind}')
 
 
 @needs_onnx
 def test_a_search_with_the_file(folder, mixed, tmp_path, capsys):
-    """Finds what the weights find, in an index of its own, and calibrates."""
+    """The exported file finds what the weights find, in a separate index, and calibrates."""
     files, results = [path for path, *_ in mixed], []
     for end in ('pth.tar', 'onnx'):
         how = '--weights', folder / f'tiny.{end}', '--use-cpu', '-j', 0, '--index', tmp_path / 'index', '--json'

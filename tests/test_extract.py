@@ -280,7 +280,7 @@ def test_tf32_is_restored(allowed):
 
 @pytest.fixture
 def command(file, monkeypatch, capsys):
-    """Run extract.py in this process; gives the exit status, and what was printed."""
+    """Run extract.py in this process; returns the exit status and what was printed."""
 
     def start(*args, stdin=b''):
         monkeypatch.setattr(
@@ -347,11 +347,11 @@ def test_an_interrupted_command_continues(command, files, tmp_path):
     assert (status, error.splitlines()[-1]) == (
         2,
         f'error: cannot read the image {broken}: it is not a JPEG, PNG, BMP, GIF, PPM, TIFF or WEBP file; 10 of '
-        f'{len(files) + 1} are done, and the same command continues',
+        f'{len(files) + 1} are done, and the same command resumes',
     )
     assert not (tmp_path / 'out').exists()
     status, out, _ = command(*files, *args)
-    assert status == 0 and out.startswith(f'Continuing behind 10 of {len(files)}\n')
+    assert status == 0 and out.startswith(f'Resuming after 10 of {len(files)} items\n')
     assert command(*files, '-o', tmp_path / 'other', '--batch', 5)[0] == 0
     assert np.array_equal(*(read(tmp_path / name)[0] for name in ('out', 'other')))
 
@@ -362,7 +362,7 @@ def test_a_draft_of_other_features_is_not_continued(args, command, files, tmp_pa
     broken.write_text('no image')
     assert command(*files, broken, '-o', tmp_path / 'out', '--batch', 5)[0] == 2
     status, out, _ = command(*files, '-o', tmp_path / 'out', *args)
-    assert status == 0 and 'Continuing' not in out
+    assert status == 0 and 'Resuming' not in out
 
 
 def test_nothing_is_overwritten(command, files, tmp_path):
@@ -376,8 +376,8 @@ def test_nothing_is_overwritten(command, files, tmp_path):
 @pytest.mark.parametrize(
     ('args', 'message'),
     [
-        (['nothing'], 'nothing: no images there; give files, folders, a pattern, or - for stdin'),
-        (['-'], '-: no images there'),
+        (['nothing'], 'nothing: no images found; give files, folders, a pattern, or - for stdin'),
+        (['-'], '-: no images found'),
     ],
 )
 def test_an_argument_without_images_is_named(args, message, command, tmp_path):

@@ -363,7 +363,7 @@ def test_a_step_of_a_real_network(name, gpu):
 def test_one_process_of_two(data_dir, tmp_path, monkeypatch):
     """What NCCL is given, by the first process beside another that does the same: dense tensors of the device.
 
-    In a step the host waits for one event only, which tells it whether to stop: that of the step before.
+    In a step the host waits for one event only, that of the previous step, to learn whether to stop.
     """
     given = Counter()
 

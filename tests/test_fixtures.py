@@ -1,4 +1,4 @@
-"""Files of earlier versions resume and are tested for ever: tests/fixtures/ keeps one of each kind.
+"""Files of all earlier versions can be resumed and tested: tests/fixtures/ contains one of each kind.
 
 They were written on tests/trees.py's Market1501 by
 

@@ -1,4 +1,4 @@
-"""A folder for each person: images and videos, the split that is there or drawn, and cameras in names."""
+"""A folder for each person: images and videos, a given or drawn split, and cameras in names."""
 
 import os
 import re
@@ -95,7 +95,7 @@ def test_unknown_cameras(tmp_path, capsys):
     assert len(dataset.query) == dataset.num_query_pids == 2  # one of each person
     printed = capsys.readouterr().out
     assert printed.count('The cameras are unknown') == 1 and 'one of each person is a query\n' in printed
-    assert f'1 of 7 names hold a camera, as in c1_; the first without one is {root}/a/1.jpg\n' in printed
+    assert f'1 of 7 names contain a camera, as in c1_; the first without one is {root}/a/1.jpg\n' in printed
 
 
 def test_videos(tmp_path):
@@ -112,10 +112,10 @@ def test_videos(tmp_path):
 @pytest.mark.parametrize(
     ('paths', 'fault'),
     [
-        ((), ' is not there; it must hold a folder for each person with images, or train, query and gallery'),
-        (('a.jpg', 'b/x.txt'), ' holds no image of a person; it must hold a folder for each person'),
-        (('train/a.jpg',), ' holds no image of a person; '),
-        (('a/1.jpg', 'b/t1/1.jpg'), ' holds images of some persons, and folders of frames of others; '),
+        ((), ' does not exist; it must contain a folder of images for each person, or train, query and gallery'),
+        (('a.jpg', 'b/x.txt'), ' contains no image of a person; it must contain a folder of images'),
+        (('train/a.jpg',), ' contains no image of a person; '),
+        (('a/1.jpg', 'b/t1/1.jpg'), ' contains images of some persons, and folders of frames of others; '),
     ],
 )
 def test_mistakes_are_one_line(paths, fault, tmp_path):
@@ -128,7 +128,7 @@ def test_mistakes_are_one_line(paths, fault, tmp_path):
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / 'x').touch()
-    with pytest.raises(UserError, match=r'x is no folder; it must hold'):
+    with pytest.raises(UserError, match=r'x is not a folder; it must contain'):
         folder.kind_of(str(tmp_path / 'x'))
 
 
@@ -232,5 +232,5 @@ def test_junk_is_no_person_however_it_is_padded(junk, tmp_path):
 
 
 def test_junk_alone_is_no_data_set(tmp_path):
-    with pytest.raises(UserError, match='holds no image of a person'):
+    with pytest.raises(UserError, match='contains no image of a person'):
         Folder(put(tmp_path / 'people', '00-1/c1.jpg'))

@@ -1,4 +1,4 @@
-"""What only a real GPU can show: that the project computes, waits and ends there as the other tests assume.
+"""Tests that need a real GPU: the project computes, waits and ends as the other tests assume.
 
 python -m pytest -m gpu               every test that needs a CUDA device, those of other files included
 GPU_TESTS=cpu pytest tests/test_gpu.py    the logic of these tests, on the CPU
@@ -310,7 +310,7 @@ def test_deterministic_runs_are_equal(name, data_dir, tmp_path):
 
 
 def test_a_deterministic_run_that_was_interrupted_ends_as_one_that_was_not(data_dir, tmp_path):
-    """In the second batch of a run, which is in the middle of an epoch."""
+    """Interrupted in the second batch of a run, in the middle of an epoch."""
     wholes, parts = (
         [
             Shell(name, data_dir, tmp_path / name / folder, '--deterministic', act=act)

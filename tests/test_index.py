@@ -1,4 +1,4 @@
-"""The index of features: what it knows, several processes, and processes that are killed."""
+"""The index of features: its contents, several processes, and processes that are killed."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ def open_index(folder):
 
 
 def put(place, names):
-    """Files without contents, each with a feature that its name gives."""
+    """Empty files, each with a feature derived from its name."""
     for name in names:
         with open(name, 'a'):
             pass
@@ -40,7 +40,7 @@ def names(tmp_path):
 
 
 def held(place, names):
-    """The names that the index has; asserts that each has its own feature."""
+    """The names in the index; asserts that each has its own feature."""
     gallery = place.gallery(names, 'euclidean')
     assert torch.equal(gallery.points.features[torch.from_numpy(gallery.rows)], feature_of(gallery.paths))
     return gallery.paths
@@ -133,7 +133,7 @@ def test_a_process_that_is_killed_leaves_an_index_that_works(lines, tmp_path, na
 
 
 def test_a_kill_does_kill(tmp_path, names):
-    """Else the test above would test nothing."""
+    """Otherwise the test above would test nothing."""
     child = FORK.Process(target=add_all, args=(tmp_path / 'index', names, 60))
     child.start()
     child.join()

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed, or fails continues to the very weights of one that was not interrupted."""
+"""A run that is stopped or killed, or fails, resumes to exactly the weights of an uninterrupted run."""
 
 import csv
 import errno
@@ -53,7 +53,7 @@ def at_batch(monkeypatch):
 
 @pytest.fixture(scope='module')
 def started():
-    """Start a script in a process of its own, or in two, with an `ACT` of tiny.py; what is left is ended at last."""
+    """Start a script in one or two separate processes, with an `ACT` of tiny.py; they are ended after the test."""
     runs = []
 
     def start(name, *options, processes=1, act='', stdout=subprocess.PIPE):
@@ -85,7 +85,7 @@ def end_of(run):
 
 
 def wait_for_stop(run):
-    """Until `run` has stopped itself."""
+    """Wait until `run` has stopped itself."""
     _, status = os.waitpid(run.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status), run.stderr.read()
 
@@ -128,7 +128,7 @@ def test_a_signal_before_the_first_step_or_in_an_evaluation_ends_at_once(script,
 
 @pytest.mark.parametrize('name', ['train_img_model_xent', 'train_img_model_xent_htri'])
 def test_metrics_csv_knows_every_batch_of_a_run_that_was_stopped(name, script, at_batch, tmp_path, capsys):
-    """Its rows are means since the row before, so the last batch of each row tells which ones it covers."""
+    """Its rows are means since the previous row, so the last batch of each row shows which batches it covers."""
     options = ['--max-epoch', 2, '--print-freq', 100, '--save-dir', tmp_path]
     at_batch(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert script(name, *options) == 143
@@ -239,7 +239,7 @@ def at_test(monkeypatch):
 
 @pytest.fixture(scope='session')
 def untouched(tmp_path_factory):
-    """The folders of runs that nothing interrupted, by script."""
+    """The folders of uninterrupted runs, by script."""
     return tmp_path_factory.mktemp('untouched')
 
 
@@ -252,7 +252,7 @@ def twice(name):
 
 
 def assert_it_continues_with_the_test(name, options, folder, untouched, script, capsys):
-    """After a failure in the first test, to the very weights, state and figures of a run without one."""
+    """After a failure in the first test, a run resumes to exactly the weights, state and figures of one without."""
     whole = untouched / name
     if not whole.exists():
         assert script(name, *twice(name), '--save-dir', whole) == 0
@@ -301,7 +301,7 @@ def test_each_script_continues_with_the_test_that_failed(name, script, at_test, 
 
 
 def test_a_test_continues_when_the_image_is_mended(script, untouched, data_dir, tmp_path, capsys):
-    """It fails again, and says so again, as long as the image is not."""
+    """It fails again, with the same message, until the image is restored."""
     folder = tmp_path / 'log'
     shutil.copytree(data_dir / 'market1501', tmp_path / 'market1501')
     image = min((tmp_path / 'market1501' / 'bounding_box_test').glob('0*'))
@@ -316,7 +316,7 @@ def test_a_test_continues_when_the_image_is_mended(script, untouched, data_dir, 
 
 
 def test_the_position_of_another_folder_is_named_too(script, at_test, tmp_path, capsys):
-    """Where a run with --auto-resume would find it again."""
+    """A run with --auto-resume would find it again."""
     at_test(bug)
     assert script('train_img_model_xent', *TWICE, '--save-dir', tmp_path / 'a') == 1
     (position,) = (tmp_path / 'a').glob('*.pth.tar')
@@ -360,7 +360,7 @@ def test_an_evaluation_whose_worker_is_killed_ends(script, at_test, tmp_path, ca
 
 
 def test_workers_that_cannot_be_started(script, tmp_path, monkeypatch, capsys):
-    """The third one, as where memory or the number of processes is limited; the others end too."""
+    """Starting the third process fails, as with limited memory or processes; the others end too."""
     start, count = multiprocessing.process.BaseProcess.start, itertools.count()
 
     def refuse(process):
@@ -396,7 +396,7 @@ def test_the_handlers_are_put_back(script, tmp_path):
 
 
 def kill_and_resume(started, data_dir, tmp_path, kills, seed):
-    """SIGKILL at random lines of a step, a save or a test; the final weights are those of a run left alone."""
+    """SIGKILL at random lines of a step, a save or a test; the final weights are those of an uninterrupted run."""
     rng = random.Random(seed)
     epochs = kills + 3  # of three batches
     options = ['--data-dir', data_dir, '--max-epoch', epochs, '--print-freq', 1, '--workers', 1, '--eval-step', 1]
@@ -432,7 +432,7 @@ TWO_EPOCHS = ['--max-epoch', 2, '--print-freq', 1]
 
 @pytest.fixture(scope='module')
 def left_alone(started, data_dir, tmp_path_factory):
-    """The folder of two processes that nobody stops."""
+    """The folder of an uninterrupted run of two processes."""
     folder = tmp_path_factory.mktemp('left_alone')
     options = [*TWO_EPOCHS, '--data-dir', data_dir, '--save-dir', folder]
     status, _, err = end_of(started('train_img_model_xent_htri', *options, processes=2))
@@ -442,7 +442,7 @@ def left_alone(started, data_dir, tmp_path_factory):
 
 @pytest.mark.parametrize('act', ['ignore 1 1; ask_launcher 4 0', 'ask_launcher 4 0; ask 4 0; ask 4 1'])
 def test_two_processes_stop_after_the_same_step(act, started, left_alone, data_dir, tmp_path):
-    """Whoever gets the signal: the launcher, which need not reach all in time (kill), or each process too (srun)."""
+    """The signal may reach only the launcher, perhaps too late for some processes (kill), or every process (srun)."""
     options = [*TWO_EPOCHS, '--data-dir', data_dir, '--save-dir', tmp_path]
     status, out, err = end_of(started('train_img_model_xent_htri', *options, processes=2, act=act))
     assert (status, err) == (143, '')
@@ -582,7 +582,7 @@ def test_a_file_that_the_command_names_is_there_when_it_is_restarted(name, scrip
 
 
 def test_a_disk_that_fails_ends_no_training(script, at_batch, tmp_path, capsys):
-    """Files larger than 10 kB cannot be written any more from the second epoch on."""
+    """From the second epoch on, files larger than 10 kB cannot be written."""
     options = ['--max-epoch', 3, '--eval-step', 1, '--save-dir', tmp_path]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     at_batch(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard)))

@@ -1,4 +1,4 @@
-"""Several data sets: trained on together, tested one by one, and written as one table."""
+"""Several data sets: joint training, separate tests, and one table."""
 
 import csv
 import json
@@ -285,7 +285,7 @@ def test_evaluate_on_others(places, tmp_path, script, capsys):
 
 
 def test_evaluate_where_one_of_two_can_be_tested(places, tmp_path, script, capsys):
-    """What is tested has its own name, and not that of both, which has other files."""
+    """The tested data set is compared by its own name, not by that of both, which has other files."""
     only = tmp_path / 'train.csv'
     (dataset,) = read(places, 'toy_market1501')
     dataset.query = []

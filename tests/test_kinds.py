@@ -1,4 +1,4 @@
-"""Files and folders that are given instead of the right ones: each is named, with what to do, in one line."""
+"""Files and folders passed by mistake: each is recognised and reported in one line, with what to do."""
 
 import bz2
 import gzip
@@ -34,7 +34,7 @@ def saved(thing=CHECKPOINT, **how):
 
 
 def written(write):
-    """The bytes of the file that `write(path)` makes."""
+    """The bytes of the file that `write(path)` writes."""
 
     def make(folder: Path) -> bytes:
         path = folder / 'made'
@@ -73,7 +73,7 @@ def exported(path):
 
 POINTER = b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 94512345\n'
 PAGE = b'\n<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title>'
-GIVE = 'give the weights that it was made of; extract.py and search.py also take the ONNX files of export.py'
+GIVE = 'give the weights from which it was made; extract.py and search.py also take the ONNX files of export.py'
 SAVE = 'save model.state_dict() with torch.save in the program that wrote it'
 WEIGHTS = {  # bytes, or a function of a folder that makes them; the end of the message
     'git-lfs pointer': (POINTER, 'is a git-lfs pointer, not the file itself; run `git lfs pull` in its repository'),
@@ -107,7 +107,7 @@ WEIGHTS = {  # bytes, or a function of a folder that makes them; the end of the 
     'npy': (written(lambda path: np.save(path.open('wb'), np.ones(3))), 'is a NumPy array; give'),
     'npz': (written(lambda path: np.savez(path.open('wb'), a=np.ones(3))), 'is a file of NumPy arrays (.npz); give'),
     'MATLAB': (b'MATLAB 5.0 MAT-file, Platform', 'is a .mat file of MATLAB'),
-    'AppleDouble': (b'\x00\x05\x16\x07\x00\x02', 'is what macOS notes about a file (._NAME); give the file itself'),
+    'AppleDouble': (b'\x00\x05\x16\x07\x00\x02', 'is a metadata file of macOS (._NAME); give the file itself'),
     'pickle of Python 3': (pickle.dumps({'a': 1}, 4), 'PyTorch writes; save it again, with torch.save('),
     'empty': (b'', 'is empty; get the checkpoint again'),
     'text': (b'a text', "is not a PyTorch file (it begins with b'a te'); give a checkpoint or a state dict"),

@@ -1,4 +1,4 @@
-"""Weights of other projects, held against those projects' own arithmetic: features and logits, in both modes.
+"""Weights of other projects, compared with these projects' own computation: features and logits, in both modes.
 
 Each network is put together here from torchvision's layers, as its project does it, and its own names make the file.
 Building a network takes longer than running it, so each is built once.
@@ -205,7 +205,7 @@ def images(seed=1):
 
 
 def drawn(network, seed=0):
-    """A network that has learnt something else in every channel: an exchange of any two shows."""
+    """A network with different values in every channel, so that swapping any two is detected."""
     torch.manual_seed(seed)
     theirs = network().train()
     norms = [layer for layer in theirs.modules() if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)]
@@ -358,7 +358,7 @@ def test_another_layer_before_the_classifier(arch, network, num_features, allow)
     ],
 )
 def test_half_translated_names(network, pattern, replacement, named):
-    """Nothing says in which order the features were, or whether there was a ReLU."""
+    """The file does not show the order of the features, or whether there was a ReLU."""
     with torch.device('meta'):
         state_dict = renamed(network().state_dict(), [(pattern, replacement)])
     with pytest.raises(UserError, match=f'x mixes the names of two projects, {named}, which compute differently; get'):
@@ -433,7 +433,7 @@ def test_a_run_from_a_foreign_file_keeps_its_classifier(network, arch, how, path
 
 
 def test_a_checkpoint_of_a_densenet121_holds_its_last_relu(path):
-    """However a run is begun with it."""
+    """For every way to start a run from it."""
     theirs = drawn(FeaturesDenseNet121)
     model = loaded(loading.normalised(named(theirs), 'x')[0], 'densenet121')
     bare = renamed(model.state_dict(), [], 'module._orig_mod.')  # of a replica, by a user's own code

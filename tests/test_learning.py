@@ -1,4 +1,4 @@
-"""Whether the experiments learn: trainings of the real network on the toy data, minutes each. `make soak` runs them."""
+"""Whether the experiments learn: training of the real network on toy data, for minutes each. `make soak` runs them."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Memory that runs out ends a run in one line with the options that need less, and is not tried again."""
+"""If memory runs out, a run ends with the options that need less, in one line, and is not restarted."""
 
 import argparse
 import errno

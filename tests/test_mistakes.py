@@ -1,4 +1,4 @@
-"""A mistake of the user is `error: what, where, what to do`, one line on stderr, exit status 2, and touches nothing."""
+"""A mistake of the user gives `error: what, where, what to do`, one line on stderr, status 2, and changes no file."""
 
 import hashlib
 import importlib
@@ -36,7 +36,7 @@ Make = Callable[[Path], object]  # puts the mistake into a folder that holds dat
 
 @dataclass
 class Mistake:
-    """One row: what is done, in a folder of its own, and what has to be said about it.
+    """A mistake: what is done, in a separate folder, and the expected message.
 
     logged:  the run has come as far as having a log file, where the message stands too
     drawn:   the message draws the tree that is missing, over several lines

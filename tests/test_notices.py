@@ -1,4 +1,4 @@
-"""A test that differs from the training of its weights has a notice: printed, in results.json and on the page."""
+"""A test that differs from the training of its weights gives a notice: printed, in results.json and on the page."""
 
 import dataclasses
 import re
@@ -89,14 +89,14 @@ def test_another_precision(noticed):
     wide = ['--height', 96, '--width', 48]  # narrower images are wrong in bf16 on some CPUs
     assert noticed(*wide, '--precision', 'bf16') == [
         'was trained with --height 32 --width 16, and is used with --height 96 --width 48',
-        'was tested with --precision fp32 while it was trained, and now with --precision bf16',
+        'was tested with --precision fp32 during training, and now with --precision bf16',
     ]
     assert noticed('--precision', 'auto') == []  # fp32, too
 
 
 def test_other_frames(noticed):
     frames = ['--seq-len', 2, '--pool', 'max']
-    expected = 'was tested with --seq-len 15 --pool avg while it was trained, and now with --seq-len 2 --pool max'
+    expected = 'was tested with --seq-len 15 --pool avg during training, and now with --seq-len 2 --pool max'
     assert noticed(*frames, name=VIDEOS) == [expected]
 
 
@@ -226,7 +226,7 @@ def test_without_a_training_set_nothing_about_it_is_compared(noticed, trained, s
 
 
 def test_the_protocols_of_mars_share_a_training_set(noticed, trained, script, tmp_path):
-    expected = 'was tested with -d mars while it was trained, and now with -d mars_official'
+    expected = 'was tested with -d mars during training, and now with -d mars_official'
     assert noticed('-d', 'mars_official', name=VIDEOS) == [expected]
     more = f'{expected.replace("-d mars ", "--pool avg -d mars ").replace("-d mars_", "--pool max -d mars_")}'
     assert noticed('-d', 'mars_official', '--pool', 'max', name=VIDEOS) == [more]
@@ -234,5 +234,5 @@ def test_the_protocols_of_mars_share_a_training_set(noticed, trained, script, tm
     changed = torch.load(trained(script, VIDEOS), weights_only=True)
     changed['arguments']['dataset'] = 'mars_official'
     torch.save(changed, path)
-    expected = 'was tested with -d mars_official while it was trained, and now with -d mars'
+    expected = 'was tested with -d mars_official during training, and now with -d mars'
     assert noticed(name=VIDEOS, path=path) == [expected]

@@ -1,4 +1,4 @@
-"""Training and tests on data of one's own: equal figures in each form, names, unknown cameras, labels that change."""
+"""Training and tests on the user's own data: equal figures in each form, names, unknown cameras, changed labels."""
 
 import csv
 import json
@@ -145,7 +145,7 @@ def test_a_drawn_split_is_recorded(people, tmp_path, script, capsys):
 
 
 def test_a_run_with_another_table_of_labels_does_not_resume(people, tmp_path, script, capsys):
-    """A person that takes another's place would be taken for that one."""
+    """A person with another's label would be mistaken for that person."""
     log, names = tmp_path / 'log', sorted(os.listdir(f'{people}/train'))
     command = [XENT, '-d', f'folder:{people}', '--save-dir', log, '--max-epoch']
     assert script(*command, 1) == 0

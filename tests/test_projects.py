@@ -1,4 +1,4 @@
-"""Files of other projects against the projects' own arithmetic (tests/projects.py): features at test, logits and
+"""Files of other projects against the projects' own computation (tests/projects.py): features at test, logits and
 features of training, and what the files do not record.
 """
 
@@ -107,7 +107,7 @@ def images(seed=1):
 
 
 def drawn(network, seed=0):
-    """A network with other values in every channel, in float64: an exchange of any two shows."""
+    """A network with different values in every channel, in float64, so that swapping any two is detected."""
     torch.manual_seed(seed)
     theirs = network().train()
     norms = [layer for layer in theirs.modules() if isinstance(layer, NORMS)]
@@ -215,9 +215,9 @@ def test_the_feature_before_the_neck(path):
         (projects.StrongBaseline, 'x=1', '--assume x=1: must be one of project=reid-strong-baseline|timm, '),
         (projects.StrongBaseline, 'last_stride=3', '--assume last_stride=3: must be one of '),
         (projects.StrongBaseline, 'pooling=gem',
-            '--assume pooling: x.pth leaves no choice of it; project, last_stride, neck_feature may be assumed of it'),
+            '--assume pooling: it does not apply to x.pth; project, last_stride, neck_feature can be assumed'),
         (functools.partial(projects.OmniScale, 0.25), 'last_stride=1',
-            '--assume last_stride: x.pth leaves no choice of it; nothing else may be assumed of it'),
+            '--assume last_stride: it does not apply to x.pth; nothing else can be assumed'),
     ],
 )  # fmt: skip
 def test_an_assumption_that_the_file_refutes(network, assume, message, path, monkeypatch):
@@ -310,7 +310,7 @@ class TorchreidResNet18(projects.Backbone):
     ],
 )
 def test_weights_of_imagenet(network, arch, layout, path, capsys):
-    """What a file is said to be, and a training that begins with it."""
+    """The description of a file, and training that starts from it."""
     torch.manual_seed(0)
     theirs = network()
     torch.save({'state_dict': {f'module.{name}': value for name, value in theirs.state_dict().items()}}, path)
@@ -476,7 +476,7 @@ def test_own_weights_of_timm_are_known_by_the_modules_that_torch_names(neck, pat
 
 @pytest.mark.parametrize('neck', [False, True])
 def test_names_that_reid_strong_baseline_and_timm_share(neck, path, capsys):
-    """The first one is assumed, and that is printed; --assume and -a say otherwise."""
+    """The first one is assumed, which is printed; --assume and -a override it."""
     model = timm_resnet(neck)
     torch.save(without_versions(model.state_dict()), path)
     loaded = weights.read(path)
@@ -489,7 +489,7 @@ def test_names_that_reid_strong_baseline_and_timm_share(neck, path, capsys):
     x = images().float()
     assert torch.equal(weights.build(loaded, 'timm:resnet18', 'x')(x), model(x))
 
-    with pytest.raises(UserError, match=r'of a network of timm, too, give --assume project=timm$'):
+    with pytest.raises(UserError, match=r'of a network of timm, give --assume project=timm$'):
         weights.build(weights.read(path), 'timm:resnet18', 'x', lambda _: None)
     source = source_of(path, 'timm:resnet18', '', 70, 38)
     assert torch.equal(source.model(x), model(x)) and not any('Assumed' in note for note in source.notes)

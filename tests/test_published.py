@@ -45,7 +45,7 @@ def test_msmt17(version, place, tmp_path, capsys):
 
 
 def test_msmt17_of_the_papers_size(tmp_path, capsys):
-    """Lists alone: no image is looked up."""
+    """Only lists are read: no image is looked up."""
     rng = np.random.default_rng(0)
     root = tmp_path / 'MSMT17_V1'
     for part in 'train', 'test':
@@ -227,7 +227,7 @@ def test_one_image_of_the_authors_file_is_in_memory_at_a_time(tmp_path, monkeypa
         cells = pair[:]
         cells[1, 0] = cell.ref
         pair[:] = cells
-    with pytest.raises(UserError, match=r'1_001_1_02.png is no image but uint8 of shape \(3, 1048576, 1048576\)'):
+    with pytest.raises(UserError, match=r'1_001_1_02.png is not an image but uint8 of shape \(3, 1048576, 1048576\)'):
         data_manager.init_dataset('cuhk03_detected', str(tmp_path))
 
 
@@ -246,7 +246,7 @@ def test_a_file_that_is_not_cuhk03s(tmp_path):
     path.write_bytes(whole)
     names, pids = ['1_001_1_01.png', '5_001_2_07.png', '5_001_2_08.png'], [1, 4, 4]
     put_split(root, names, pids)  # the first cell is empty, and there is no fifth pair
-    with pytest.raises(UserError, match=r'ValueError: 1_001_1_01.png is no image but float64 of shape \(2,\)'):
+    with pytest.raises(UserError, match=r'ValueError: 1_001_1_01.png is not an image but float64 of shape \(2,\)'):
         data_manager.init_dataset('cuhk03_detected', str(tmp_path))
     assert not (root / 'images_detected').exists()
     path.unlink()

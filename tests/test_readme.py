@@ -1,4 +1,4 @@
-"""The commands of README.md, CONTRIBUTING.md and docs/ are run, at tiny size, and what these texts refer to exists."""
+"""The commands in README.md, CONTRIBUTING.md and docs/ work at tiny size, and all that they refer to exists."""
 
 import ast
 import importlib.util
@@ -51,7 +51,7 @@ def put_own_data(words, data_dir):
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_a_command_runs(command, script, data_dir, places, tmp_path, monkeypatch, capsys):
-    """As written, but for the network, the number of epochs and the folder of the weights."""
+    """As written, except for the network, the number of epochs and the folder of the weights."""
     monkeypatch.chdir(tmp_path)
     name, *args = shlex.split(command)[1:]
     put_own_data(args, data_dir)

@@ -1,4 +1,4 @@
-"""The plan of the house: which room may import which. A new import is a decision, made here."""
+"""Which module may import which: the table of allowed imports, to which a new import must be added."""
 
 import ast
 
@@ -162,7 +162,7 @@ SCRIPTS = {name for name in FILES if name.startswith('train_')}
 
 
 def imports(name) -> set[str]:
-    """The rooms that a room imports, lazily or for a type alone or not."""
+    """The modules that a module imports, including lazy imports and those for type checking."""
     found = set()
     for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.Import):

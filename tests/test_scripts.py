@@ -1,4 +1,4 @@
-"""Each script from the outside: trained, resumed, evaluated; and what a copy of one can do."""
+"""Each script from the outside: training, resuming, evaluation; and modified copies of a script."""
 
 import json
 import shutil

@@ -49,7 +49,7 @@ def queries(data_dir):
 
 @pytest.fixture
 def command(file, tmp_path, monkeypatch, capsys):
-    """Run search.py in this process; gives the exit status, and what was printed."""
+    """Run search.py in this process; returns the exit status and what was printed."""
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
 
     def start(*args, path=file):
@@ -64,7 +64,7 @@ def command(file, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def found(command, gallery):
-    """What a search finds, from its JSON."""
+    """The results of a search, from its JSON."""
 
     def start(*args):
         status, out, _ = command('--gallery', gallery, '--json', *args)
@@ -75,7 +75,7 @@ def found(command, gallery):
 
 
 def nearest(file, gallery, query, k):
-    """By brute force: paths and distances."""
+    """Paths and distances by brute force."""
     extractor = FeatureExtractor(file, 'cpu')
     files = files_of([str(gallery)])
     distances = (extractor(files) - extractor([query])).double().square().sum(1)
@@ -110,7 +110,7 @@ def test_a_query_does_not_find_itself(found, gallery):
 
 
 def embedded(monkeypatch):
-    """How many images are embedded from now on."""
+    """Counts the images that are embedded from now on."""
     count, whole = [], Tiny.forward
 
     def forward(model, x):
@@ -195,7 +195,7 @@ def pairs_of(file, data_dir):
 
 def test_a_threshold_is_calibrated_on_labelled_data(command, found, file, data_dir, queries, gallery):
     status, _, error = command('--gallery', gallery, '--query', queries[0], '--false-match-rate', 0.1)
-    assert status == 2 and 'nothing is known of these weights; measure it with --calibrate -d DATASET' in error
+    assert status == 2 and 'these weights are not calibrated; run --calibrate -d DATASET' in error
     status, out, _ = command('--calibrate', '-d', 'market1501', '--data-dir', data_dir)
     same, others = pairs_of(file, data_dir)
     assert status == 0 and f'false match rate 0.01 in {len(others)} pairs of two persons of market1501' in out
@@ -211,7 +211,7 @@ def test_a_threshold_is_calibrated_on_labelled_data(command, found, file, data_d
 
 
 def test_pairs_of_unknown_cameras_are_counted(file, data_dir, tmp_path):
-    """All but a query and its own file; without that, no pair of one person would be left."""
+    """All pairs except a query with its own file; otherwise no pair of one person would be left."""
     lines = ['path,pid,split']
     for subset, folder in (('train', 'bounding_box_train'), ('query', 'query'), ('gallery', 'bounding_box_test')):
         for path in sorted((data_dir / 'market1501' / folder).glob('0*.jpg')):
@@ -293,7 +293,7 @@ def test_a_picture_that_is_gone_leaves_the_index_also_with_a_pattern(command, ga
 
 
 def test_files_without_numbers_are_told_apart_by_their_names(monkeypatch, gallery, queries):
-    """On some file systems all have the number 0."""
+    """On some file systems all files have the inode number 0."""
     plain = os.stat
 
     def stat(path, **how):
@@ -360,9 +360,9 @@ def test_names_cannot_change_the_page(command, gallery, queries, tmp_path):
         (['--calibrate', '-d', 'x', '--forget'], '--forget removes the index, and does nothing else'),
         (['--calibrate', '--threshold', '1', '--false-match-rate', '1'], '--calibrate: -d is missing'),
         (['--threshold', '1', '--false-match-rate', '1', '--gallery', 'x', '--query', 'x'], '--threshold and --false-'),
-        (['--gallery', 'none', '--query', 'none'], 'none: no images there; give files, folders, a pattern, or - for'),
+        (['--gallery', 'none', '--query', 'none'], 'none: no images found; give files, folders, a pattern, or - for'),
         (['--calibrate', '-d', 'x'], "there is no data set 'x'"),
-        (['--calibrate', '-d', 'toy_mars'], '-d toy_mars: it has tracklets, and thresholds are of images'),
+        (['--calibrate', '-d', 'toy_mars'], '-d toy_mars: it has tracklets, but thresholds are for images'),
         (['--calibrate', '-d', 'market:no_query'], 'market:no_query: the query set is empty'),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The contact sheet of a data set, and that it cannot be committed by accident."""
+"""The contact sheet of a data set, which cannot be committed by accident."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""On Windows the commands that cannot work there end in one line, and the others work."""
+"""On Windows, commands that cannot work end with a one-line message, and the others work."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Any data set as a CSV table: what is read, what is refused, and that a table that was written reads the same."""
+"""Any data set as a CSV table: what is read, what is refused, and that a written table reads the same."""
 
 import csv
 import os
@@ -68,7 +68,7 @@ def test_integers_are_used_as_they_are(tmp_path):
 
 
 def test_integers_may_be_padded(tmp_path, capsys):
-    """They are numbers all the same, also of junk and distractors, and are shown as they are written."""
+    """They are still numbers, including junk and distractors, and are shown as written."""
     rows = 'a.jpg,0002,01,train\nb.jpg,0010,2,train\nq.jpg,0001,01,query\ng.jpg,0000,2,gallery\nj.jpg,-1,2,gallery\n'
     dataset = Table(put(tmp_path, HEADER + rows + 'k.jpg,0001,2,gallery\n'))
     assert 'camids' not in capsys.readouterr().out
@@ -209,17 +209,17 @@ def test_a_home_folder_that_the_shell_left_alone(tmp_path, monkeypatch):
 
 
 def test_files_that_are_not_there(tmp_path):
-    assert refused(f'{tmp_path}/none.csv') == ' is not there; give a CSV file'
-    assert refused(str(tmp_path)) == ' is no regular file; give a CSV file'
+    assert refused(f'{tmp_path}/none.csv') == ' does not exist; give a CSV file'
+    assert refused(str(tmp_path)) == ' is not a regular file; give a CSV file'
     os.mkfifo(tmp_path / 'pipe')
-    assert refused(f'{tmp_path}/pipe') == ' is no regular file; give a CSV file'
+    assert refused(f'{tmp_path}/pipe') == ' is not a regular file; give a CSV file'
 
 
 # ---- videos ----
 
 
 def test_rows_of_one_tracklet_are_frames(tmp_path):
-    """A tracklet is told by split, pid, camid and tracklet, so that its number may begin anew in each camera."""
+    """A tracklet is identified by split, pid, camid and tracklet, so its number may start again in each camera."""
     head = 'path,pid,camid,split,tracklet,frame\n'
     rows = (
         'f10,a,1,train,1,10\nf2,a,1,train,1,2\ng1,a,2,train,1,1\nh1,b,1,train,1,1\nf1,a,1,train,1,1\nq,c,1,query,7,1\n'
@@ -241,7 +241,7 @@ def test_a_script_for_the_other_kind_is_named_before_anything_starts(tmp_path, s
         '-d csv:people.csv contains tracklets, but train_img_model_xent.py trains on images' in capsys.readouterr().err
     )
     assert script('train_img_model_xent', '-d', 'csv:none.csv') == 2
-    assert capsys.readouterr().err == 'error: -d csv:none.csv: none.csv is not there; give a CSV file\n'
+    assert capsys.readouterr().err == 'error: -d csv:none.csv: none.csv does not exist; give a CSV file\n'
     assert not (tmp_path / 'log').exists()
 
 

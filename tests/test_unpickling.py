@@ -1,4 +1,4 @@
-"""Files from strangers: what PyTorch writes is read, and nothing that anybody sends is run."""
+"""Untrusted files: what PyTorch writes is read, and no code in any file is run."""
 
 import copy
 import io
@@ -51,7 +51,7 @@ def renamed_record(name):
 
 
 def overlapping():
-    """Two records that name the same bytes."""
+    """Two records that refer to the same bytes."""
     with zipfile.ZipFile(io.BytesIO(zip_of(GOOD, {'archive/data/0': bytes(5000)}))) as archive:
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, 'w') as copied:
@@ -181,14 +181,14 @@ def test_strangers_files_are_refused_in_one_line(name, tmp_path, monkeypatch):
 
 
 def test_the_harmless_twin_is_read(tmp_path):
-    """The refusals above are not of the frame that they share."""
+    """The refusals above are not caused by the frame that they share."""
     for data in (legacy(GOOD_LEGACY), zipped(GOOD)):
         (tmp_path / 'x.pth').write_bytes(data)
         assert torch.equal(unpickling.load(tmp_path / 'x.pth')[0]['weight'], torch.tensor([[1.0, 2], [3, 4]]))
 
 
 def test_strangers_files_need_no_memory(tmp_path):
-    """All of them in a process that may take 256 MB more than PyTorch itself."""
+    """All of them, in a process that may use 256 MB more than PyTorch itself."""
     names = []
     for number_, (data, _) in enumerate(REFUSED.values()):
         names.append(f'{number_}.pth')

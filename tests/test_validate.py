@@ -1,4 +1,4 @@
-"""Training on query and gallery too, and persons held out of the training set, by whom the best model is chosen."""
+"""Training on query and gallery too; persons held out of the training set to choose the best model."""
 
 import os
 import re
@@ -122,7 +122,7 @@ def test_a_copy_of_what_is_trained_on_is_noticed(options, places, tmp_path, caps
 
 @pytest.mark.parametrize(('name', 'data'), [(XENT, 'market1501'), (VIDEO, 'mars')])
 def test_a_run_without_a_test(name, data, tmp_path, script, capsys):
-    """Ends with the last weights, resumes, and its weights are known to have seen the test set."""
+    """It ends with the last weights, resumes, and records that its weights were trained on the test set."""
     log = tmp_path / 'log'
     how = ['-d', data, '--combine', '--save-dir', log, '--save-minutes', 1e-9, '--keep', 99]
     assert script(name, *how, '--max-epoch', 2, '--eval-step', 1) == 0
@@ -243,7 +243,7 @@ def test_a_new_person_moves_few_others():
 
 
 def test_the_draw_of_a_folder_is_what_it_was(tmp_path):
-    """Whoever has the smallest digests; computed here for eight people by the rule alone."""
+    """The persons with the smallest digests are held out; computed here for eight persons by the rule alone."""
     import hashlib
 
     for person in range(8):
@@ -278,9 +278,9 @@ def test_of_several_sets_and_beside_combine(options, places, tmp_path, capsys):
     capsys.readouterr()
     dataset = data_manager.init_datasets(options(dataset=f'csv:{alone},market1501', validate=0.4))
     assert dataset.validation.name == 'validation of market1501' and dataset.num_train_pids == 3 + 4
-    text = f'Nobody of csv:{alone} is held out: no person is seen by two cameras\n'
+    text = f'No person of csv:{alone} is held out: none is seen by two cameras\n'
     assert text in capsys.readouterr().out
-    with pytest.raises(UserError, match=r'nobody can be held out of -d csv:.*, as no person is seen by two cameras'):
+    with pytest.raises(UserError, match=r'no person can be held out of -d csv:.*, as none is seen by two cameras'):
         data_manager.init_datasets(options(dataset=f'csv:{alone}', validate=0.4))
 
 
@@ -348,7 +348,7 @@ def test_an_interrupted_run_makes_up_for_its_last_test(validated, script, tmp_pa
 
 
 def test_a_last_test_that_is_killed_is_completed(places, script, tmp_path, monkeypatch, capsys):
-    """Whatever it was about to write; a further run changes nothing, also if --evaluate replaced the results."""
+    """Interrupted at each file that it writes; another run changes nothing, even if --evaluate replaced the results."""
     monkeypatch.setattr('conftest.TINY', [option for option in TINY if option != '--no-report'])
     monkeypatch.setattr(page, 'write', lambda folder: (Path(folder) / 'report.html').write_text(''))  # takes no time
     how = ['--validate', 0.4, '-t', BOTH, '--data-dir', places, '--max-epoch', 1, '--save-dir', tmp_path]
@@ -405,7 +405,7 @@ def test_the_pages_tell_them_apart(script, tmp_path, monkeypatch):
     assert script(XENT, '--validate', 0.4, '--max-epoch', 2, '--eval-step', 1, '--save-dir', log) == 0
     top, held = ((folder / 'report.html').read_text() for folder in (log, log / 'validation'))
     assert '<h1>market1501, tiny</h1>' in top and '<h1>validation of market1501, tiny</h1>' in held
-    assert 'Notice: these figures are of persons held out of the training set' in held and 'Notice' not in top
+    assert 'Notice: these figures are for persons held out of the training set' in held and 'Notice' not in top
     assert 'mAP on persons held out</b></li>' in top and 'persons held out</b></li>' not in held
     for html in (top, held):
         assert '<h3>Validation during training</h3>' in html and '<h3>Tests during training</h3>' not in html
@@ -428,7 +428,7 @@ def test_tensorboard_has_names_of_their_own(script, tmp_path, monkeypatch):
 
 
 def test_two_processes(places, tmp_path, script):
-    """Both test each data set with the weights that the first one reads, and as one process does."""
+    """Both processes test each data set with the weights read by the first one, with the figures of one process."""
     how = [*TINY, '--validate', 0.4, '--data-dir', places, '--pretrained', 'none', '--train-batch', 8, '--lr', 0.05]
     how += ['--max-epoch', 3, '--eval-step', 1, '-t', BOTH, '--save-dir', tmp_path]
     two = torchrun(2, ROOT / 'tests/tiny.py', f'{HTRI}.py', *how)
@@ -443,7 +443,7 @@ def test_two_processes(places, tmp_path, script):
 
 
 def test_videos_and_no_test_set(places, tmp_path, script, capsys):
-    """Nothing but training persons: they are validated on, and nothing is tested."""
+    """A data set with training persons only is validated on them, and nothing is tested."""
     only = tmp_path / 'only.csv'
     (dataset,) = read(places, 'mars')
     dataset.query, dataset.gallery = [], []
@@ -459,7 +459,7 @@ def test_videos_and_no_test_set(places, tmp_path, script, capsys):
 
 
 def test_a_validation_takes_single_queries(script, tmp_path):
-    """One of each person and camera is a query, so that there is nothing to average; the test does as it is told."""
+    """One item of each person and camera is a query, so the validation has nothing to average, unlike the test."""
     assert script(XENT, '--validate', 0.4, '--multi-query', '--max-epoch', 1, '--save-dir', tmp_path) == 0
     assert results(tmp_path)['multi_query']['items'] > 0 and results(tmp_path / 'validation')['multi_query'] is False
 
@@ -477,7 +477,7 @@ def test_a_best_model_that_is_gone_is_one_line(validated, script, capsys):
 )
 @pytest.mark.parametrize('evaluate', [False, True])
 def test_a_script_that_reads_one_data_set(options, flag, evaluate, places, script, tmp_path, monkeypatch, capsys):
-    """As copies of a script do that are older than these options: none is ignored in silence."""
+    """As in copies of scripts that are older than these options: no option is silently ignored."""
     text = (ROOT / f'{XENT}.py').read_text()
     text = re.sub(r'    checkpoint\.last_test.*\n', '', text)
     old = 'init_dataset(args.dataset, args.data_dir, not args.evaluate)'
@@ -494,7 +494,7 @@ def test_a_script_that_reads_one_data_set(options, flag, evaluate, places, scrip
 @pytest.mark.parametrize(
     ('options', 'text'),
     [
-        (['--validate', 1], '--validate 1: nobody would be left to train on; give a share below 1'),
+        (['--validate', 1], '--validate 1: no person would be left to train on; give a share below 1'),
         (['--validate', 1.5], '--validate: must be a number from 0 to 1'),
         (['--validate', 0.3, '--select', 'market1501'], '--select does not work with --validate'),
     ],

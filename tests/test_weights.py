@@ -1,4 +1,4 @@
-"""Weight files: every published layout is understood, and what does not fit a model is refused whole."""
+"""Weight files: every published layout is recognised, and weights that do not fit a model are refused completely."""
 
 import copy
 import multiprocessing
@@ -294,7 +294,7 @@ def test_without_a_classifier():
 
 
 def test_a_classifier_of_the_files_size(capsys):
-    """For a test. Weights without a classifier, or with one on other features, change nothing."""
+    """For a test. Weights without a classifier, or with one for other features, do not change the model."""
     state_dict = Tiny(7).state_dict()
     model = filled_with_sevens(Tiny(5)).double()
     loading.fit_classifier(model, state_dict, 'best.pth')

@@ -1,4 +1,4 @@
-"""Tiny data sets in the real formats, pixel by pixel the same for ever.
+"""Tiny data sets in the real formats, whose pixels never change.
 
 The files in tests/fixtures/ were trained on this Market1501, and both sides of tests/compare.py read these images. So
 nothing here may change, nor depend on the project, on a random generator or on a font: pixels are integer arithmetic.

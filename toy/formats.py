@@ -31,13 +31,13 @@ def draw_market1501(
     """Draw an image data set into `folder` in Market1501's format, unless the folder exists.
 
     Each of `num_train` persons has `num_images` images, two from each of several cameras. Each of `num_test` other
-    persons is seen by as many cameras, with one query image and two gallery images from each. The gallery also contains
-    `num_distractors` images of strangers (pid 0) and as many junk images (pid -1), with bodies out of the frame.
-    gt_bbox has a copy of each query and two more images of its person in its camera. If `hard`, the images show
-    the same persons with more occlusion and more changes of light (`views.harder`).
+    persons is seen by the same number of cameras, with one query image and two gallery images from each. The gallery
+    also contains `num_distractors` images of strangers (pid 0) and as many junk images (pid -1), in which bodies are
+    partly outside the frame. gt_bbox contains a copy of each query and two more images of its person in its camera. If
+    `hard`, the images show the same persons with more occlusion and more changes of light (`views.harder`).
 
-    The folder is either complete or absent: it is drawn under another name and then renamed, so several processes may
-    draw it at once. Equal arguments give equal images. Raises OSError if it cannot write.
+    The folder is either complete or absent: it is drawn under a temporary name and then renamed, so several processes
+    may draw it at once. Equal arguments give equal images. Raises OSError if it cannot be written.
     """
     rng = np.random.default_rng([seed, 1501])
     frames = count(25, 25)
@@ -46,7 +46,7 @@ def draw_market1501(
         cameras = [random_camera(kind, height, width, rng) for kind in range(NUM_CAMERAS)]
         for part in 'bounding_box_train', 'query', 'bounding_box_test', 'gt_bbox':
             (root / part).mkdir()
-        queries = []  # of the arguments of `shoot`
+        queries = []  # arguments of `shoot`
 
         def shoot(part: str, pid: int, person: Person, camera: int, view: View) -> None:
             begin = '-1' if pid < 0 else f'{pid:04d}'
@@ -90,12 +90,12 @@ def draw_mars(
     """Draw a video data set into `folder` in MARS's format, with its lists of names and .mat tables, unless it exists.
 
     Each of `num_train` persons has one tracklet in each of two to four cameras. Each of `num_test` others is seen by
-    three cameras, by two of them in two tracklets; the first tracklet in a camera is a query. Two more persons have
-    one tracklet in each of two cameras: when the queries are removed from the gallery, theirs have no match. The
-    gallery also contains `num_distractors` tracklets of strangers (pid 0) and as many of junk (pid -1). A tracklet
-    shows a person in smooth motion; `num_frames` are its smallest and largest number of frames.
+    three cameras, two of which have two tracklets; the first tracklet in a camera is a query. Two more persons have one
+    tracklet in each of two cameras, so their queries have no match when queries are removed from the gallery. The
+    gallery also contains `num_distractors` tracklets of strangers (pid 0) and as many junk tracklets (pid -1). A
+    tracklet shows a person in smooth motion; `num_frames` are its minimum and maximum number of frames.
 
-    Complete or absent, and equal for equal arguments, like `draw_market1501`. Raises OSError if it cannot write.
+    Complete or absent, and equal for equal arguments, like `draw_market1501`. Raises OSError if it cannot be written.
     """
     rng = np.random.default_rng([seed, 1261])
 
@@ -160,10 +160,10 @@ def draw_msmt17(
     """Draw an image data set into `folder` in MSMT17's format, of version 1 or 2, with its lists, unless it exists.
 
     Each person has `num_images` images, two from each of several cameras. Training persons and test persons are both
-    numbered from 0. One training image of each person is in list_val.txt, the others in list_train.txt; of a test
-    person the first image in each camera is a query.
+    numbered from 0. One training image of each person is in list_val.txt, the others are in list_train.txt. The first
+    image of a test person in each camera is a query.
 
-    Complete or absent, and equal for equal arguments, like `draw_market1501`. Raises OSError if it cannot write.
+    Complete or absent, and equal for equal arguments, like `draw_market1501`. Raises OSError if it cannot be written.
     """
     rng = np.random.default_rng([seed, 17])
 
@@ -199,10 +199,10 @@ def draw_cuhk03(
 ) -> None:
     """Draw an image data set into `folder` in the format of CUHK03-NP, unless it exists.
 
-    Each person has `num_images` images in each of two cameras, in `labeled` and, shifted, in `detected`. Of a test
-    person the first image in each camera is a query.
+    Each person has `num_images` images in each of two cameras, in `labeled` and, shifted, in `detected`. The first
+    image of a test person in each camera is a query.
 
-    Complete or absent, and equal for equal arguments, like `draw_market1501`. Raises OSError if it cannot write.
+    Complete or absent, and equal for equal arguments, like `draw_market1501`. Raises OSError if it cannot be written.
     """
     rng = np.random.default_rng([seed, 3])
 
@@ -226,7 +226,7 @@ def draw_cuhk03(
 
 
 def _once(folder: str | os.PathLike[str], draw: Callable[[Path], None]) -> None:
-    """Let `draw` fill `folder` unless it exists; no other process sees it before it is complete."""
+    """Fill `folder` by `draw` unless it exists; it is not visible to other processes before it is complete."""
     folder = Path(os.path.abspath(folder))
     if folder.is_dir():
         return

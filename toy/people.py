@@ -1,4 +1,4 @@
-"""Who is in the images: persons, how they are chosen to look different, and how one is drawn."""
+"""The persons in the images: choosing them so that they look different, and drawing them."""
 
 import math
 from collections.abc import Iterable
@@ -21,16 +21,16 @@ SHOES = (BLACK, WHITE, RED, (120, 84, 54))
 SKIN = ((236, 196, 168), (204, 156, 120), (146, 100, 72), (96, 64, 48))
 HAIR = ((34, 28, 26), (92, 60, 38), (196, 158, 92), (150, 146, 142))
 
-STOUT = 1.15  # figures are wider than people by this factor, so that 48 pixels show enough of them
+STOUT = 1.15  # figures are wider than real people by this factor, to be visible in 48 pixels
 LOOK_APART = 8  # any two persons differ in at least this many attributes
-PATIENCE = 300  # persons rejected in a row before one attribute fewer is enough
+PATIENCE = 300  # consecutive rejected persons before the required number is lowered by one
 
 
 @dataclass(frozen=True)
 class Person:
-    """What all images of a person have in common, each attribute with its choices.
+    """The attributes that all images of a person share, each with its choices.
 
-    A choice listed twice is twice as frequent. An attribute that does not show (a bald person's hair) is fixed.
+    A choice listed twice is twice as frequent. An invisible attribute (a bald person's hair) is fixed.
     """
 
     top: Annotated[Colour, CLOTHES]
@@ -55,7 +55,7 @@ CHOICES = {name: hint.__metadata__[0] for name, hint in get_type_hints(Person, i
 
 
 def random_persons(number: int, rng: Generator) -> list[Person]:
-    """`number` persons, any two of whom differ in at least LOOK_APART attributes; in fewer among many hundreds."""
+    """`number` persons, any two of whom differ in at least LOOK_APART attributes, or fewer among many hundreds."""
     persons: list[Person] = []
     apart, rejected = LOOK_APART, 0
     codes = np.empty((number, len(CHOICES)), dtype=np.int8)  # the index of each person's choices

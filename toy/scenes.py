@@ -1,4 +1,4 @@
-"""The cameras: the scene behind the person, what hides part of the person, and the image that is saved."""
+"""The cameras: the scene behind the person, objects in front of the person, and the saved image."""
 
 import math
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ SCENE = 3  # width of a camera's scene, in images
 
 @dataclass(frozen=True)
 class Camera:
-    """What all images of a camera have in common."""
+    """The properties that all images of a camera share."""
 
     scene: Image.Image  # RGB, oversampled; SCENE images wide and 1.25 images high
     gains: np.ndarray  # (3,) exposure and white balance
@@ -72,7 +72,7 @@ def _circle(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float, colour
 
 
 def _draw_screen(image: Image.Image, view: View) -> None:
-    """Draw what hides part of the person: a post, a hedge, a sign or a passer-by."""
+    """Draw an object that hides part of the person: a post, a hedge, a sign or a passer-by."""
     draw = ImageDraw.Draw(image)
     width, height = image.size
     rng = np.random.default_rng(int(view.screen * 2**32))

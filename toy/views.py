@@ -1,4 +1,4 @@
-"""What differs between two images of a person by the same camera: pose, position, light and occlusion."""
+"""Differences between two images of a person from the same camera: pose, position, light and occlusion."""
 
 import math
 from dataclasses import dataclass, replace
@@ -28,14 +28,14 @@ class View:
     scene_x: Annotated[float, 0, 1]  # which part of the camera's scene is the background
     scene_y: Annotated[float, 0, 1]
     screen: Annotated[float, 0, 1]  # above 1 - SCREENED something hides part of the person; the value decides what
-    screen_x: Annotated[float, -0.22, 0.22]  # position of what hides it, from the middle
+    screen_x: Annotated[float, -0.22, 0.22]  # position of the hiding object, from the middle
 
 
 RANGES = {name: hint.__metadata__ for name, hint in get_type_hints(View, include_extras=True).items()}
 
 
 def random_view(rng: Generator) -> View:
-    """A moment independent of any other."""
+    """A random moment, independent of all others."""
     return View(**{name: rng.uniform(low, high) for name, (low, high) in RANGES.items()})
 
 
