@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extraction.programs import Run
+from extraction.programs import Opened
 
 TOLERANCE = 1e-3  # largest relative error of a feature that passes
-NEAREST = 10
-MOST = 1000  # images that are checked: each is compared with each
-BATCHES = (1, 2, 5, 3, 8)  # images that are checked at a time
+NEIGHBOURS = 10
+MOST_IMAGES = 1000  # images that are checked: each is compared with each
+BATCH_SIZES = (1, 2, 5, 3, 8)  # images that are checked at a time
 SIZES = ((256, 128), (128, 64), (97, 41), (40, 60), (331, 182), (17, 9))  # of the images that are drawn
 
 
@@ -31,10 +31,10 @@ class Outcome(NamedTuple):
         return self.error <= TOLERANCE and not self.exchanged  # NaN does not pass
 
 
-def report(run: Run, engine: str, images: Sequence[np.ndarray], expected: Tensor, distance: str) -> bool:
+def report(run: Opened, engine: str, images: Sequence[np.ndarray], expected: Tensor, distance: str) -> bool:
     """Check a program against the features (N, D) of these images (H, W, 3); print the outcome; whether it passed."""
     outcome = check(run, images, expected, distance)
-    nearest = min(NEAREST, len(images) - 1)
+    nearest = min(NEIGHBOURS, len(images) - 1)
     words = f'the {nearest} nearest agree' if nearest else 'no neighbours were compared'
     if outcome.exchanged:
         words = f'{outcome.exchanged} of the {nearest} nearest of all images differ'
@@ -51,7 +51,7 @@ def counted(number: int, noun: str) -> str:
     return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
 
 
-def check(run: Run, images: Sequence[np.ndarray], expected: Tensor, distance: str) -> Outcome:
+def check(run: Opened, images: Sequence[np.ndarray], expected: Tensor, distance: str) -> Outcome:
     """Compare the features of a program with those that are `expected` (N, D), of images (H, W, 3).
 
     The error of a feature is the length of the difference, divided by the length of the feature.
@@ -70,16 +70,17 @@ def batches(places: Sequence[int]) -> Iterator[list[int]]:
     """Batches of several sizes, one after the other."""
     start, turn = 0, 0
     while start < len(places):
-        yield list(places[start : (start := start + BATCHES[turn % len(BATCHES)])])
+        yield list(places[start : (start := start + BATCH_SIZES[turn % len(BATCH_SIZES)])])
         turn += 1
 
 
 def exchanged(expected: Tensor, found: Tensor, distance: str) -> int:
-    """How many of the NEAREST neighbours of each feature (N, D) are others in `found`, unless their distances agree.
+    """How many of the nearest NEIGHBOURS of each feature (N, D) are others in `found`, unless their distances agree.
 
     Two distances agree if they differ by at most TOLERANCE of the larger one.
     """
-    (one, other), nearest = (distances(each, distance) for each in (expected, found)), min(NEAREST, len(expected) - 1)
+    nearest = min(NEIGHBOURS, len(expected) - 1)
+    one, other = (distances(each, distance) for each in (expected, found))  # (N, N) each
     ours, theirs = (each.sort(dim=1, stable=True).indices[:, :nearest] for each in (one, other))  # (N, nearest) each
     near, far = one.gather(1, ours), one.gather(1, theirs)  # as the features that are expected have them
     return int(((near - far).abs() > TOLERANCE * torch.maximum(near, far)).sum())
@@ -95,8 +96,8 @@ def distances(features: Tensor, distance: str) -> Tensor:
 
 
 def evenly(paths: Sequence[str]) -> list[str]:
-    """At most MOST of them, at equal distances."""
-    number = min(MOST, len(paths))
+    """At most MOST_IMAGES of them, at equal distances."""
+    number = min(MOST_IMAGES, len(paths))
     return [paths[place * len(paths) // number] for place in range(number)]
 
 

@@ -19,7 +19,7 @@ SIDE = 16  # of a perceptual hash, in bits
 # Bits of SIDE * SIDE in which near-duplicates may differ. Of 120 images of Market1501, saved as JPEG of quality 20,
 # halved, brightened or cropped by a pixel, all stayed within 34; any two of its training and test sets differ in 62.
 ALIKE = 40
-BLOCK = 2**24  # pairs of hashes that are compared at once, with 64 MB for a number each
+PAIRS_AT_ONCE = 2**24  # pairs of hashes that are compared at once, with 64 MB for a number each
 EMPTY = 4.0  # standard deviation of grey values, 0 to 255, below which an image shows nothing
 HEIGHT = 128  # pixels to which an image is reduced before its sharpness is measured, as a large image is smoother
 BLURRED = 20.0  # variance of the Laplacian below which an image is very blurred
@@ -86,7 +86,7 @@ def near_duplicates(one: Sequence[bytes], other: Sequence[bytes], most: int = AL
     if not one or not other:
         return
     left, right = (_signs(hashes) for hashes in (one, other))  # (N, bits), (M, bits)
-    step = max(1, BLOCK // len(right))
+    step = max(1, PAIRS_AT_ONCE // len(right))
     for begin in range(0, len(left), step):
         differing = (left.shape[1] - left[begin : begin + step] @ right.T) / 2  # (step, M)
         for row, column in zip(*np.nonzero(differing <= most), strict=True):
