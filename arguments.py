@@ -14,7 +14,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import data_manager
 import models
@@ -22,6 +22,7 @@ from runtime import commands
 from runtime.checks import check
 from runtime.processes import REPORT_SECONDS, of_environment
 from runtime.values import (
+    Value,
     epochs_or_never,
     fraction,
     gpu_list,
@@ -32,8 +33,6 @@ from runtime.values import (
     positive_int,
     seed,
 )  # fmt: skip
-
-Value = TypeVar('Value')
 
 FREE = ('max_epoch', 'pretrained')  # may change when a run resumes: its length and its initial weights
 
@@ -231,14 +230,17 @@ class Arguments(argparse.Namespace):
         return argparse.Namespace(**{name: value for name, value in sorted(vars(self).items()) if name not in ROOMS})
 
 
-class Parser(commands.Parser):
+class ExperimentParser(commands.Parser):
     """Parses the options, checks them against each other, and passes each module its group.
 
     kind: 'image' or 'video', the items of the experiment
     """
 
     def __init__(self, description: str | None, kind: str):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(
+            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, add_help=False
+        )
+        super().add_argument('-h', '--help', action='help', help='show this help message and exit')  # not of the recipe
         self.kind = kind
         self.recipe: list[argparse.Action] = []
         self.experiment = self.add_argument_group(
@@ -248,8 +250,6 @@ class Parser(commands.Parser):
 
     def add_argument(self, *names: str, **how: Any) -> argparse.Action:
         """Add an option of the experiment, as scripts do."""
-        if not hasattr(self, 'experiment'):  # -h, which argparse itself adds
-            return super().add_argument(*names, **how)
         self.recipe.append(self.experiment.add_argument(*names, **how))
         return self.recipe[-1]
 
@@ -267,11 +267,10 @@ class Parser(commands.Parser):
         self.requirements.append((holds, message))
 
     def parse_args(self, args: Sequence[str] | None = None) -> Arguments:  # type: ignore[override]  # no namespace
-        parsed = super().parse_args(args, Arguments())
-        if of_environment().restarts:  # by torchrun --max-restarts
-            parsed.auto_resume, parsed.overwrite = True, False
-        if parsed.resume:  # nothing is downloaded when weights are given
-            parsed.pretrained = 'none'
+        options = vars(super().parse_args(args))
+        restarted = {'auto_resume': True, 'overwrite': False} if of_environment().restarts else {}  # by torchrun
+        resumed = {'pretrained': 'none'} if options['resume'] else {}  # nothing is downloaded when weights are given
+        parsed = Arguments(**options | restarted | resumed)
         for holds, message in self.requirements:
             if not holds(parsed):
                 self.error(message.format(**vars(parsed)))
@@ -304,7 +303,7 @@ class Parser(commands.Parser):
         return action.type(action.default) if converted and callable(action.type) else action.default
 
 
-def parser(description: str | None, dataset: str, test_batch: int, without: Collection[str] = ()) -> Parser:
+def parser(description: str | None, dataset: str, test_batch: int, without: Collection[str] = ()) -> ExperimentParser:
     """The options of an experiment, on images or on tracklets depending on its default data set `dataset`.
 
     Args:
@@ -313,7 +312,7 @@ def parser(description: str | None, dataset: str, test_batch: int, without: Coll
         without: shared options that the experiment does not have.
     """
     kind = 'video' if dataset in data_manager.get_names('video') else 'image'
-    parser = Parser(description, kind)
+    parser = ExperimentParser(description, kind)
     words = {
         'datasets': ', '.join(data_manager.get_names(kind)),
         'own': data_manager.OWN_NAMES,

@@ -280,7 +280,7 @@ def digests(dataset: Dataset) -> list[str]:
 
 # ---- the commands ----
 
-MOST = 10  # listed cases of a note
+MOST_CASES = 10  # listed cases of a note
 
 
 def main() -> int:
@@ -307,7 +307,7 @@ def main() -> int:
         name: init_dataset(name, args.data_dir, False, args.test_share, args.seed) for name in names_of(args.dataset)
     }
     if not (args.write_csv or args.sheet):
-        return max(_check(dataset, name, args.jobs, started) for name, dataset in datasets.items())
+        return max(_report_faults(dataset, name, args.jobs, started) for name, dataset in datasets.items())
     dataset = Joined([*datasets.values()]) if len(datasets) > 1 else next(iter(datasets.values()))
     if args.write_csv:
         print(f'Wrote {plain(args.write_csv, 500)}: {table.write(dataset, args.write_csv)} rows')
@@ -318,14 +318,15 @@ def main() -> int:
     return 0
 
 
-def _check(dataset: Dataset, name: str, jobs: int, started: float) -> int:
+def _report_faults(dataset: Dataset, name: str, jobs: int, started: float) -> int:
     """Print faults and notes; 1 if there are faults, 0 otherwise."""
     faults = 0
     for is_fault, what, cases in check(dataset, _why(dataset), jobs):
         if not cases:
             continue
         faults += is_fault
-        listed = cases if is_fault or len(cases) <= MOST else [*cases[:MOST], f'and {len(cases) - MOST} more']
+        all_listed = is_fault or len(cases) <= MOST_CASES
+        listed = cases if all_listed else [*cases[:MOST_CASES], f'and {len(cases) - MOST_CASES} more']
         lines = [f'{"fault" if is_fault else "note"}: {what}: {len(cases)}', *(plain(case, 1000) for case in listed)]
         print('\n    '.join(lines))
     kinds = f'{faults} kind{"" if faults == 1 else "s"} of faults'

@@ -22,7 +22,7 @@ from arguments import DataOptions
 from batches.caching import ROOM, Cache, free_memory, gigabytes
 from batches.decoding import read_image
 from batches.feed import Feed
-from batches.workers import Block, Group, Items, Task, Workers, collate
+from batches.workers import Block, Items, SizeGroup, Task, Workers, collate
 from runtime.device import Run
 from runtime.errors import UserError
 from samplers import ITEMS, EpochSampler, generator
@@ -142,7 +142,7 @@ class TrainLoader:
     def __init__(self, dataset: Items, sampler: EpochSampler, options: DataOptions, run: Run):
         if len(sampler.data_source) != len(dataset):
             raise ValueError(f'the sampler draws from {len(sampler.data_source)} images, but there are {len(dataset)}')
-        if options.balance != 'none' and getattr(sampler, 'groups', None) is None:
+        if options.balance != 'none' and sampler.groups is None:
             raise UserError(
                 f"--balance {options.balance}: this script's sampler balances nothing; give it "
                 'dataset.groups(args.balance), or leave the option out'
@@ -228,7 +228,7 @@ class TestLoader:
     def __len__(self) -> int:
         return len(self.items)
 
-    def __iter__(self) -> Iterator[tuple[list[Group], Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[list[SizeGroup], Tensor, Tensor]]:
         workers = workers_for(self.dataset, self.workers, self.run.device)  # they end with the iteration
         feed = Feed(workers.blocks(map(Task, self.items, self.items)), self.run.device, self.run.copying)
         for (images, _, counts, _), items in zip(feed, self.items, strict=True):

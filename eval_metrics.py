@@ -297,8 +297,10 @@ def rows_of(offsets: np.ndarray) -> np.ndarray:
 
 def check_ids(q_pids: 'Ids', g_pids: 'Ids', q_camids: 'Ids', g_camids: 'Ids') -> list[np.ndarray]:
     """The four arguments as int64 arrays. Raises UserError if pids and camids differ in length."""
+    from torch import Tensor  # here: the page, which reads metrics too, needs no torch
+
     ids = [
-        np.asarray(each.cpu() if hasattr(each, 'cpu') else each).astype(np.int64).reshape(-1)
+        np.asarray(each.cpu() if isinstance(each, Tensor) else each).astype(np.int64).reshape(-1)
         for each in (q_pids, g_pids, q_camids, g_camids)
     ]
     for subset, pids, camids in (('query', ids[0], ids[2]), ('gallery', ids[1], ids[3])):

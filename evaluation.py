@@ -33,7 +33,7 @@ from runtime.testset import averaged, check_files, check_items, check_script, fi
 from transforms import TestTransform
 
 MAX_RANK = 50
-HELD_OUT = (
+HELD_OUT_NOTICE = (
     'these figures are for persons held out of the training set, by which best_model.pth.tar is chosen; they are not '
     'those of a test set'
 )
@@ -84,7 +84,7 @@ class Test:
             UserError: an image cannot be read, features are not finite, or --save-features cannot write them.
         """
         if self.validation:
-            more = {'validation': True, 'part_of_a_test': True, 'notices': [HELD_OUT]}
+            more = {'validation': True, 'part_of_a_test': True, 'notices': [HELD_OUT_NOTICE]}
             figures = self._test(model, [self.validation], '==> Validation, on persons held out of training', more)
             print('The figures above are of persons held out of training, not of a test set')
             return {f'{VALIDATION}/{name}': value for name, value in figures.items()}
@@ -188,7 +188,7 @@ class TargetTest:
         if self.options.any_camera:
             print(ranking.ANY_CAMERA)
         if self.options.rerank:
-            print(ranking.RERANKING.format(**vars(self.options)))
+            print(ranking.RERANKING_LINE.format(**vars(self.options)))
             return rerank(query, gallery, self.ids, self.options, self.run)
         result = rank(query, gallery, self.ids, self.run, self.options.distance)
         return None if self.run.rank else result

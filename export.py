@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 
-from extract import FeatureExtractor
+from extract import FeatureExtractor, add_network, add_weights
 from extraction import agreement, programs
 from extraction.graph import Graph
 from extraction.images import files_of, pixels_of
@@ -22,13 +22,13 @@ from files.writing import check_new, new_file
 from runtime import commands, values
 from runtime.errors import UserError, plain
 
-SUFFIXES = '.safetensors', '.tar', '.pth', '.pt'  # of weights
+WEIGHT_SUFFIXES = '.safetensors', '.tar', '.pth', '.pt'  # of weights
 
 
 def named(weights: str, kind: str) -> str:
     """The name of an exported file beside its weights: best_model.pth.tar -> best_model.onnx."""
     stem = weights
-    for suffix in SUFFIXES:
+    for suffix in WEIGHT_SUFFIXES:
         stem = stem.removesuffix(suffix)
     return f'{stem}.{kind}'
 
@@ -44,22 +44,17 @@ def images_of(names: list[str]) -> list[np.ndarray]:
 
 def main() -> None:
     parser = commands.Parser(description='Export a trained network to a file for other programs.')
+    add_weights(parser, required=True)
     parser.add_argument(
-        '--weights', type=values.path, required=True, metavar='PATH', help='checkpoint, or published weights'
-    )
-    parser.add_argument(
-        '--format', choices=[*programs.FORMATS], required=True, help='ONNX, or a program of torch.export'
+        '--format', choices=[*programs.EXPORT_FORMATS], required=True, help='ONNX, or a program of torch.export'
     )
     parser.add_argument('-o', '--out', type=values.path, metavar='FILE', help='new file (default: beside the weights)')
     parser.add_argument('--images', nargs='+', default=[], type=values.path, metavar='IMAGES',
         help='images for the check, files or folders (default: drawn images)')  # fmt: skip
-    parser.add_argument('-a', '--arch', help='architecture of the weights (default: recognised)')
-    parser.add_argument('--assume', default='', metavar='NAME=VALUE,...', help='replaces assumptions about the file')
-    parser.add_argument('--height', type=values.positive_int, help='input height (default: as trained, or 256)')
-    parser.add_argument('--width', type=values.positive_int, help='input width (default: as trained, or 128)')
+    add_network(parser)
     args = parser.parse_args()
     out, kind = args.out or named(args.weights, args.format), args.format
-    need(programs.FORMATS[kind], f'--format {kind}')
+    need(programs.EXPORT_FORMATS[kind], f'--format {kind}')
     if not out.lower().endswith(f'.{kind}'):
         raise UserError(f'--out {plain(out, 500)}: give a name that ends in .{kind}, by which other programs know it')
     check_new(out)

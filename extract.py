@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from batches.workers import Group, collate
+from batches.workers import SizeGroup, collate
 from dataset_loader import ImageDataset, VideoDataset, test_loader
 from evaluation import pool
 from extraction.engines import ENGINES
-from extraction.images import cut, files_of, listed, pixels_of, tracklets_of
+from extraction.images import IMAGES_HELP, cut, files_of, listed, pixels_of, tracklets_of
 from extraction.source import source_of
 from files.draft import Draft
 from files.paths import Paths
@@ -39,8 +39,8 @@ from runtime.errors import UserError, plain
 from runtime.precision import tf32
 from transforms import TestTransform
 
-BATCHES = {'cpu': 32, 'cuda': 256}  # images per batch: a GPU needs more to be fully used
-FRAMES = 15  # per tracklet, the default of --seq-len
+DEFAULT_BATCH = {'cpu': 32, 'cuda': 256}  # images per batch: a GPU needs more to be fully used
+SEQ_LEN = 15  # per tracklet, the default of --seq-len
 
 
 class FeatureExtractor:
@@ -101,7 +101,7 @@ class FeatureExtractor:
         self.run = Run(self.device, self.precision, self.precision)
         self.model = self.run.place(source.model)
         self.feat_dim = self.model.feat_dim
-        self.batch, self.workers = batch or BATCHES[self.device.type], workers
+        self.batch, self.workers = batch or DEFAULT_BATCH[self.device.type], workers
         if engine not in ('torch', *ENGINES):
             raise UserError(f'there is no engine {plain(engine)}: choose torch, {" or ".join(ENGINES)}')
         if compile and engine != 'torch':
@@ -151,7 +151,7 @@ class FeatureExtractor:
         """The features of each batch of images, (b, D) on the CPU, equal to those of a call with the whole list."""
         if self.workers and len(images) > self.batch and all(isinstance(image, str | os.PathLike) for image in images):
             files = ImageDataset([(image, 0, 0) for image in images])
-            batches: Iterator[list[Group]] = (
+            batches: Iterator[list[SizeGroup]] = (
                 groups for groups, _, _ in test_loader(files, self.batch, self.workers, self.run)
             )
         else:
@@ -159,11 +159,11 @@ class FeatureExtractor:
         done = 0
         for groups in batches:
             features = self._embed(groups)
-            check(features, done)
+            check_finite(features, done)
             yield features
             done += len(features)
 
-    def stream_tracklets(self, tracklets: Sequence[tuple[str, ...]], frames: int = FRAMES) -> Iterator[Tensor]:
+    def stream_tracklets(self, tracklets: Sequence[tuple[str, ...]], frames: int = SEQ_LEN) -> Iterator[Tensor]:
         """The features (b, D) of tracklets, given as the paths of their frames in order.
 
         As in a test, a feature is the mean over `frames` frames, or the maximum for weights trained with --pool max.
@@ -173,11 +173,11 @@ class FeatureExtractor:
         done = 0
         for groups, _, counts in test_loader(dataset, max(1, self.batch // frames), self.workers, self.run):
             features = pool(self._embed(groups), counts, how)
-            check(features, done)
+            check_finite(features, done)
             yield features
             done += len(features)
 
-    def _collated(self, images: Sequence[Any], bgr: bool) -> Iterator[list[Group]]:
+    def _collated(self, images: Sequence[Any], bgr: bool) -> Iterator[list[SizeGroup]]:
         """The batches of images, prepared by the calling thread, on the device."""
         for start in range(0, len(images), self.batch):
             part = enumerate(images[start : start + self.batch], start)
@@ -185,7 +185,7 @@ class FeatureExtractor:
             yield block.images(self.device)
 
     @torch.inference_mode()
-    def _embed(self, groups: list[Group]) -> Tensor:
+    def _embed(self, groups: list[SizeGroup]) -> Tensor:
         """(b, D) float32, on the CPU."""
         batch = self.prepare(groups)  # (b, 3, h, w)
         with self.arithmetic():
@@ -221,7 +221,7 @@ class FeatureExtractor:
         return self.source.digest(self.precision, self.flip_test, self.engine)
 
 
-def check(features: Tensor, start: int) -> None:
+def check_finite(features: Tensor, start: int) -> None:
     """Raise UserError if features (b, D) are not finite; `start` is the index of their first image."""
     wrong = (~features.isfinite().all(1)).nonzero().flatten().tolist()
     if wrong:
@@ -252,13 +252,25 @@ def device_of(name: str | torch.device) -> torch.device:
 # The command
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a FeatureExtractor."""
-    parser.add_argument('--weights', type=values.path, metavar='PATH', help='checkpoint, or published weights')
+def add_weights(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """Add the file of weights."""
+    parser.add_argument(
+        '--weights', type=values.path, required=required, metavar='PATH', help='checkpoint, or published weights'
+    )
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """Add what the file of weights may not record."""
     parser.add_argument('-a', '--arch', help='architecture of the weights (default: recognised)')
     parser.add_argument('--assume', default='', metavar='NAME=VALUE,...', help='replaces assumptions about the file')
     parser.add_argument('--height', type=values.positive_int, help='input height (default: as trained, or 256)')
     parser.add_argument('--width', type=values.positive_int, help='input width (default: as trained, or 128)')
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a FeatureExtractor."""
+    add_weights(parser)
+    add_network(parser)
     parser.add_argument('--precision', choices=('auto', 'fp32', 'tf32', 'bf16'), default='auto', help='(default: fp32)')
     parser.add_argument('--batch', type=values.positive_int, help='images per batch (default: 32; on a GPU 256)')
     parser.add_argument('-j', '--workers', type=values.nonnegative_int, default=4, help='image decoders (default: 4)')
@@ -287,12 +299,11 @@ def extractor_of(args: argparse.Namespace) -> FeatureExtractor:
 
 def main() -> None:
     parser = commands.Parser(description='Write the features of images to a folder, in the files of --save-features.')
-    text = "files, folders, patterns such as 'cam*/*.jpg', or - for a list on stdin"
-    parser.add_argument('images', nargs='+', type=values.path, metavar='IMAGES', help=text)
+    parser.add_argument('images', nargs='+', type=values.path, metavar='IMAGES', help=IMAGES_HELP)
     parser.add_argument('-o', '--out', type=values.path, required=True, help='folder to write; it must not exist yet')
     parser.add_argument('--tracklets', action='store_true', help='the images of a folder are frames of one tracklet')
     parser.add_argument(
-        '--seq-len', type=values.positive_int, default=FRAMES, help='frames taken of each (default: 15)'
+        '--seq-len', type=values.positive_int, default=SEQ_LEN, help='frames taken of each (default: 15)'
     )
     add_options(parser)
     args = parser.parse_args()

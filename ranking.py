@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from eval_metrics import Ids
 
 NEAREST = 10  # gallery items listed for each query
-OWN = 64  # queries, sorted by pid, whose distances to all gallery items of their pids are computed together
+QUERIES_AT_ONCE = 64  # sorted by pid, whose distances to all gallery items of their pids are computed together
 BINS = 1 << 15  # of the histograms: the upper half of a positive float32, 128 bins for each doubling of the distance
 INFINITY = 0x7F80  # the bin of infinity
 
@@ -166,7 +166,7 @@ def measure(queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, 
     order = order[np.argsort(pairs.places[pairs.offsets[order]], kind='stable')]  # by the pid's first gallery index
 
     def work(begin: int) -> None:
-        block = order[begin : begin + OWN]  # (B,)
+        block = order[begin : begin + QUERIES_AT_ONCE]  # (B,)
         offsets = np.concatenate([[0], np.cumsum(sizes[block])])
         rows = rows_of(offsets)  # (p,) of B
         own = pairs.offsets[block][rows] + np.arange(len(rows)) - offsets[rows]  # (p,) of P
@@ -180,7 +180,7 @@ def measure(queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, 
             here = np.flatnonzero((columns >= left) & (columns < left + width))
             distances[own[here]] = found.cpu().numpy()[rows[here], columns[here] - left]
 
-    in_threads(work, [(begin,) for begin in range(0, len(order), OWN)], gallery.features.device)
+    in_threads(work, [(begin,) for begin in range(0, len(order), QUERIES_AT_ONCE)], gallery.features.device)
     return distances
 
 
@@ -290,7 +290,7 @@ def _no_tally(num_pairs: int, num_queries: int, k: int) -> Tally:
 PRINTED_RANKS = (1, 5, 10, 20)
 
 
-RERANKING = 'Re-ranking with k1 {k1}, k2 {k2}, lambda {lambda_value}'
+RERANKING_LINE = 'Re-ranking with k1 {k1}, k2 {k2}, lambda {lambda_value}'
 ANY_CAMERA = "Any camera: matches from the query's own camera count too; only the query's own file is dropped"
 NO_FILES = "Any camera: matches from the query's own camera count too; no file is dropped, as there is no paths.jsonl"
 
@@ -338,7 +338,7 @@ def main() -> None:
         print(ANY_CAMERA if files else NO_FILES)
         q_camids, g_camids = files or (-1 - np.arange(len(q_pids)), np.arange(len(g_pids)))
     if args.rerank:
-        print(RERANKING.format(**vars(args)))
+        print(RERANKING_LINE.format(**vars(args)))
         how = args.k1, args.k2, args.lambda_value, args.distance
         result = rerank(queries, gallery, q_pids, g_pids, q_camids, g_camids, *how)
     else:

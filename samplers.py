@@ -17,8 +17,8 @@ from transforms import DRAWS_OF_ERASING
 
 ORDER, INSTANCES, AUGMENTATION, ITEMS, ERASING = range(5)  # independent streams of random numbers
 Groups = Sequence[int] | np.ndarray | None  # (N,), the group of each item, such as its data set or camera
-COLUMNS = {AUGMENTATION: 4, ERASING: DRAWS_OF_ERASING}  # of `draws`: translate?, down, right, mirror?; see `erased`
-DRAWS = sum(COLUMNS.values())
+WIDTHS = {AUGMENTATION: 4, ERASING: DRAWS_OF_ERASING}  # of `draws`: translate?, down, right, mirror?; see `erased`
+DRAWS = sum(WIDTHS.values())
 
 
 def generator(stream: int, seed: int, epoch: int, *position: int) -> np.random.Generator:
@@ -32,6 +32,8 @@ class EpochSampler(Sampler):
     This project's loader uses `draw(epoch)`. Iterating, after `set_epoch`, yields single indices including the
     remainder, so that `DataLoader(dataset, batch_size, sampler=sampler, drop_last=True)` makes the same batches.
     """
+
+    groups: np.ndarray | None = None  # also of a subclass that has an `__init__` of its own
 
     def __init__(self, data_source: Sequence, batch_size: int | None, seed: int, groups: Groups = None):
         if groups is not None and len(groups) != len(data_source):
@@ -70,7 +72,7 @@ class EpochSampler(Sampler):
         used = self.num_batches * self.batch_size
         indices = self.order(epoch)[:used]  # (used,)
         draws = np.concatenate(  # (used, DRAWS); each stream row by row, so more positions do not change earlier draws
-            [generator(stream, self.seed, epoch).random((used, columns)) for stream, columns in COLUMNS.items()], axis=1
+            [generator(stream, self.seed, epoch).random((used, columns)) for stream, columns in WIDTHS.items()], axis=1
         )
         return torch.from_numpy(indices).view(shape), torch.from_numpy(draws).view(*shape, DRAWS)
 
@@ -189,9 +191,9 @@ class RandomIdentitySampler(EpochSampler):
         self.group_of: np.ndarray | None = None  # (identities,), if each belongs to one group
         if self.groups is not None and all(len(np.unique(self.groups[own])) == 1 for own in self.images):
             self.group_of = np.array([self.groups[own[0]] for own in self.images])
-        self._check()
+        self._check_triplets()
 
-    def _check(self) -> None:
+    def _check_triplets(self) -> None:
         k, batch, identities = self.num_instances, self.batch_size, len(self.pids)
         if k < 2:
             raise UserError(f'--num-instances is {k}: a triplet needs at least 2 images of an identity in a batch')

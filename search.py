@@ -26,7 +26,7 @@ import evaluation
 import ranking
 from arguments import TestOptions
 from extract import FeatureExtractor, add_options, extractor_of
-from extraction.images import files_of, folders_of
+from extraction.images import IMAGES_HELP, files_of, folders_of
 from files import index
 from files.paths import file_id
 from page import found
@@ -34,8 +34,8 @@ from runtime import commands, notices, values
 from runtime.errors import UserError, plain
 from runtime.testset import check_items
 
-AT_ONCE = 8  # batches per transaction of the index
-RATES = (1e-2, 1e-3, 1e-4, 1e-5)  # that --calibrate prints
+BATCHES_AT_ONCE = 8  # batches per transaction of the index
+PRINTED_RATES = (1e-2, 1e-3, 1e-4, 1e-5)  # that --calibrate prints
 FEW = 30  # with fewer false matches a threshold is uncertain by more than a third (Doddington's rule of 30)
 
 
@@ -49,7 +49,7 @@ def refresh(
     stale, unread = place.stale(files), dict[str, str]()
     names = list(stale)
     with tqdm(total=len(names), desc='Indexing', unit='image', leave=False, disable=None) as bar:
-        step = AT_ONCE * extractor.batch
+        step = BATCHES_AT_ONCE * extractor.batch
         for some in (names[start : start + step] for start in range(0, len(names), step)):
             readable, features = _features(extractor, some, unread)
             place.add({name: stale[name] for name in readable}, features)
@@ -211,8 +211,7 @@ def show(results: Sequence[dict[str, Any]], limit: dict[str, Any] | None) -> Non
 
 def parse() -> argparse.Namespace:
     parser = commands.Parser(description='Find the images in a gallery that are nearest to each query.')
-    text = "files, folders, patterns such as 'cam*/*.jpg', or - for a list on stdin"
-    parser.add_argument('--gallery', nargs='+', default=[], type=values.path, metavar='IMAGES', help=text)
+    parser.add_argument('--gallery', nargs='+', default=[], type=values.path, metavar='IMAGES', help=IMAGES_HELP)
     parser.add_argument('--query', nargs='+', default=[], type=values.path, metavar='IMAGES', help='the same')
     parser.add_argument('-k', type=values.positive_int, default=10, help='images listed for each query (default: 10)')
     parser.add_argument('--fuse', action='store_true', help='all queries are pictures of one person: use their mean')
@@ -268,7 +267,7 @@ def main() -> None:
     if args.calibrate:
         calibration = calibrate(extractor, args.dataset, args.data_dir)
         place.keep('calibration', calibration)
-        for rate in RATES:
+        for rate in PRINTED_RATES:
             if rate * sum(calibration['others']) >= 1:
                 print(f'Match: {words_of(threshold_of(calibration, rate))}')
     if not queries:

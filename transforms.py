@@ -161,8 +161,8 @@ class TrainTransform:
         return _affine(self.normalisation, 1, device)[1][0][:, None, None]
 
 
-TRIES = 8  # rectangles drawn for an image, of which the first that fits is taken: one in 10^10 images of 2:1 has none
-DRAWS_OF_ERASING = 3 + 2 * TRIES
+RECTANGLES = 8  # drawn for an image, of which the first that fits is taken: one in 10^10 images of 2:1 has none
+DRAWS_OF_ERASING = 3 + 2 * RECTANGLES
 
 
 def erased(draws: Tensor, height: int, width: int, p: float) -> Tensor:
@@ -175,7 +175,7 @@ def erased(draws: Tensor, height: int, width: int, p: float) -> Tensor:
     draws: (B, DRAWS_OF_ERASING), uniform in [0, 1): erase?, down, right, and area and aspect of each try
     """
     erase, down, right = draws[:, :3].T[..., None]  # (B, 1) each
-    area, aspect = draws[:, 3:].unflatten(1, (TRIES, 2)).unbind(2)  # (B, T) each
+    area, aspect = draws[:, 3:].unflatten(1, (RECTANGLES, 2)).unbind(2)  # (B, T) each
     area = (0.02 + 0.38 * area) * (height * width)
     aspect = 0.3 + (1 / 0.3 - 0.3) * aspect
     tall, wide = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # (B, T)

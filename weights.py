@@ -112,11 +112,12 @@ def _understand(loaded: Any, kind: str, where: str, chosen: Mapping[str, str], o
     project = named.layout.note if named.layout else plain(origin, 500) if isinstance(origin, str) else ''
     trained = replace(trained, project=project, test={} if trained.of_imagenet else named.test)
     rank1, epoch, licence = (checkpoint.get(name) for name in ('rank1', 'epoch', 'licence'))
+    number = rank1 if isinstance(rank1, int | float | np.number) else np.inf
     return Weights(
         state_dict=state_dict,
         layout=layout,
         trained=trained,
-        rank1=float(rank1) if isinstance(rank1, int | float | np.number) and abs(rank1) < 2**31 else None,  # type: ignore[operator]  # abs() of numbers
+        rank1=float(number) if abs(number) < 2**31 else None,  # type: ignore[operator]  # abs() of numbers
         epoch=epoch if isinstance(epoch, int) else None,
         state=checkpoint if ours and not converted else None,
         made=made | recorded,
@@ -193,19 +194,19 @@ def rebuilt(model: Network, loaded: Weights, keep_arch: bool) -> Network:
     recorded = loaded.trained.options.get('arch')
     arch = '' if keep_arch else loaded.trained.arch or (recorded if isinstance(recorded, str) else '')
     network = models.network_of(arch, _size(loaded)) if arch else type(model)
-    before = {**models.PARTS, **model.made}
+    before = {**models.DEFAULT_PARTS, **model.made}
     made = {**before, **loaded.made, **loading.parts(loaded.state_dict)}
     if 'pool.p' not in loaded.state_dict and made['pooling'] == 'gem':
         made['pooling'] = 'avg'
     if network is not type(model) or made != before:
-        changes = ', '.join(f'{name}={value}' for name, value in made.items() if models.PARTS[name] != value)
+        changes = ', '.join(f'{name}={value}' for name, value in made.items() if models.DEFAULT_PARTS[name] != value)
         kind = arch or 'the same architecture'
         print(f'The network is that of {loaded.trained.where}: {kind}{f" with {changes}" if changes else ""}')
         model = models.assemble(network, model.num_classes, model.loss, **made)
     return _prepared(model, loaded)
 
 
-HEAD = ('bottleneck.', 'pool.', 'embedding', 'non_local.')  # parts that are missing in weights of a backbone
+HEAD_PARTS = ('bottleneck.', 'pool.', 'embedding', 'non_local.')  # parts that are missing in weights of a backbone
 
 
 def pretrain(model: Network, pretrained: str) -> None:
@@ -237,10 +238,10 @@ def pretrain(model: Network, pretrained: str) -> None:
     kept = model.options if trained.of_imagenet else ()
     dropped = [
         key for key in state_dict
-        if key.startswith('classifier.') or key in kept or (key.startswith(HEAD) and key not in own)
+        if key.startswith('classifier.') or key in kept or (key.startswith(HEAD_PARTS) and key not in own)
     ]  # fmt: skip
     taken = {key: value for key, value in state_dict.items() if key not in dropped}
-    fresh_parts = (*model.fresh, *HEAD)
+    fresh_parts = (*model.fresh, *HEAD_PARTS)
     random = ('classifier.', *(part for part in fresh_parts if not any(key.startswith(part) for key in taken)))
     fresh = {key: value for key, value in own.items() if key.startswith(random)}
     loading.load_into(model, taken | fresh, allow_other_classifier=False, where=where)
@@ -262,8 +263,8 @@ def describe(path: str, assume: str) -> Iterator[str]:
     """
     loaded, where = read(path, assume), plain(path, 500)
     arch, parts, test = loaded.trained.arch, loading.parts(loaded.state_dict), loaded.trained.test
-    made = {**models.PARTS, **loaded.made, **parts}
-    changes = ', '.join(f'{name}={value}' for name, value in made.items() if models.PARTS[name] != value)
+    made = {**models.DEFAULT_PARTS, **loaded.made, **parts}
+    changes = ', '.join(f'{name}={value}' for name, value in made.items() if models.DEFAULT_PARTS[name] != value)
     with open(path, 'rb') as file:
         digest = hashlib.file_digest(file, 'sha256').hexdigest()
     yield f'{where}: {loaded.layout}'

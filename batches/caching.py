@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from batches.workers import Block, Group, Task, Workers, collate
+from batches.workers import Block, SizeGroup, Task, Workers, collate
 from runtime.device import Run
 from runtime.errors import UserError
 
@@ -20,12 +20,12 @@ CHUNK = 64  # items that a worker decodes at a time to fill the cache
 class Resident:
     """A block whose images are already on the device."""
 
-    groups: list[Group]
+    groups: list[SizeGroup]
     counts: list[int]
     pids: list[int]
     more: list[tuple]
 
-    def images(self, _: torch.device) -> list[Group]:
+    def images(self, _: torch.device) -> list[SizeGroup]:
         return self.groups
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from batches.caching import Resident
-from batches.workers import Block, Group
+from batches.workers import Block, SizeGroup
 
-Arrived = tuple[list[Group], Tensor, list[int], list[Any]]  # images, pids (b,), images of each item, more
+Arrived = tuple[list[SizeGroup], Tensor, list[int], list[Any]]  # images, pids (b,), images of each item, more
 
 
 class Feed:

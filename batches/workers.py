@@ -42,7 +42,7 @@ RETURNS = (
 )
 
 # Positions in the batch (n,) and pixels (n, H, W, 3) of the images of one size: uint8, or float32 if prepared.
-Group = tuple[Tensor, Tensor]
+SizeGroup = tuple[Tensor, Tensor]
 
 
 class Items(Protocol):
@@ -71,7 +71,7 @@ class Block:
     pids: list[int]
     more: list[tuple]  # further values that the data set returns for each item, after (image, pid, camid)
 
-    def images(self, device: torch.device) -> list[Group]:
+    def images(self, device: torch.device) -> list[SizeGroup]:
         """The images on `device`; if they are pinned, the host does not wait for the copy."""
         parts = self.pixels.to(device, non_blocking=True).split([int(np.prod(shape)) for _, shape in self.groups])
         return [

@@ -133,7 +133,7 @@ def side(name: str, arch: str, precision: str, plan: Plan, batch: int, file: str
 
 
 def prepare(*args) -> None:
-    global _run
+    global _run  # the process of a side calls this once, and an initializer can keep its result nowhere else
     _run = side(*args)
 
 

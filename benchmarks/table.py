@@ -158,7 +158,7 @@ def _call(module: str, function: str, *args):
 
 
 def _prepare(*call) -> None:
-    global _work_here
+    global _work_here  # of this process, which calls this once: an initializer can keep its result nowhere else
     _work_here = _call(*call)
 
 

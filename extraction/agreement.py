@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extraction.programs import Run
+from extraction.programs import Opened
 
 TOLERANCE = 1e-3  # largest relative error of a feature that passes
-NEAREST = 10
-MOST = 1000  # images that are checked: all pairs are compared
-BATCHES = (1, 2, 5, 3, 8)  # images that are checked at a time
+NEIGHBOURS = 10
+MOST_IMAGES = 1000  # images that are checked: all pairs are compared
+BATCH_SIZES = (1, 2, 5, 3, 8)  # images that are checked at a time
 SIZES = ((256, 128), (128, 64), (97, 41), (40, 60), (331, 182), (17, 9))  # (height, width) of the drawn images
 
 
@@ -31,11 +31,11 @@ class Outcome(NamedTuple):
         return self.error <= TOLERANCE and not self.exchanged  # NaN does not pass
 
 
-def report(run: Run, engine: str, images: Sequence[np.ndarray], expected: Tensor, distance: str) -> bool:
+def report(run: Opened, engine: str, images: Sequence[np.ndarray], expected: Tensor, distance: str) -> bool:
     """Check a program against the expected features (N, D) of images (H, W, 3), print the outcome, and return whether
     it passed."""
     outcome = check(run, images, expected, distance)
-    nearest = min(NEAREST, len(images) - 1)
+    nearest = min(NEIGHBOURS, len(images) - 1)
     words = f'the {nearest} nearest agree' if nearest else 'no neighbours were compared'
     if outcome.exchanged:
         words = f'{outcome.exchanged} of the {nearest} nearest of all images differ'
@@ -52,7 +52,7 @@ def counted(number: int, noun: str) -> str:
     return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
 
 
-def check(run: Run, images: Sequence[np.ndarray], expected: Tensor, distance: str) -> Outcome:
+def check(run: Opened, images: Sequence[np.ndarray], expected: Tensor, distance: str) -> Outcome:
     """Compare a program's features of images (H, W, 3) with the `expected` ones (N, D).
 
     The error of a feature is the length of the difference, divided by the length of the feature.
@@ -71,16 +71,17 @@ def batches(places: Sequence[int]) -> Iterator[list[int]]:
     """Split `places` into consecutive batches, whose sizes cycle through BATCHES."""
     start, turn = 0, 0
     while start < len(places):
-        yield list(places[start : (start := start + BATCHES[turn % len(BATCHES)])])
+        yield list(places[start : (start := start + BATCH_SIZES[turn % len(BATCH_SIZES)])])
         turn += 1
 
 
 def exchanged(expected: Tensor, found: Tensor, distance: str) -> int:
-    """The number of NEAREST neighbours of all features (N, D) that differ in `found` and whose distances do not agree.
+    """The number of the NEIGHBOURS of all features (N, D) that differ in `found` and whose distances do not agree.
 
     Two distances agree if they differ by at most TOLERANCE of the larger one.
     """
-    (one, other), nearest = (distances(each, distance) for each in (expected, found)), min(NEAREST, len(expected) - 1)
+    nearest = min(NEIGHBOURS, len(expected) - 1)
+    one, other = (distances(each, distance) for each in (expected, found))  # (N, N) each
     ours, theirs = (each.sort(dim=1, stable=True).indices[:, :nearest] for each in (one, other))  # (N, nearest) each
     near, far = one.gather(1, ours), one.gather(1, theirs)  # distances of the expected features
     return int(((near - far).abs() > TOLERANCE * torch.maximum(near, far)).sum())
@@ -96,8 +97,8 @@ def distances(features: Tensor, distance: str) -> Tensor:
 
 
 def evenly(paths: Sequence[str]) -> list[str]:
-    """At most MOST of the paths, evenly spaced."""
-    number = min(MOST, len(paths))
+    """At most MOST_IMAGES of the paths, evenly spaced."""
+    number = min(MOST_IMAGES, len(paths))
     return [paths[place * len(paths) // number] for place in range(number)]
 
 

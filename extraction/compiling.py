@@ -12,7 +12,7 @@ import torch
 import torch._inductor.config
 from torch import Tensor, nn
 
-from models.network import Network
+from models.network import Network, Replacement
 from runtime.errors import UserError, plain
 
 
@@ -30,7 +30,7 @@ class Sized(nn.Module):
         return features
 
 
-class Compiled(Network):
+class Compiled(Replacement):
     """A network in eval mode, compiled when it is first called: (B, 3, height, width) -> (B, feat_dim).
 
     Its weights become constants of the code, with BatchNorm folded into convolutions whose weights are stored in the
@@ -44,13 +44,8 @@ class Compiled(Network):
         UserError: the compiler fails.
     """
 
-    pools_itself = True
-
     def __init__(self, network: Network, height: int, width: int, batch: int):
-        super().__init__(num_classes=1)
-        self.feat_dim, self.normalisation, self.interpolation = (
-            network.feat_dim, network.normalisation, network.interpolation,
-        )  # fmt: skip
+        super().__init__(network)
         options: dict[str, Any] = {'freezing': True}
         if skip := getattr(torch.compiler, 'skip_guard_on_all_nn_modules_unsafe', None):  # torch 2.8 and newer
             options['guard_filter_fn'] = skip  # otherwise each call checks whether any module has changed
@@ -76,7 +71,7 @@ class Compiled(Network):
         return features
 
 
-def check(what: str) -> None:
+def check_compiler(what: str) -> None:
     """Raise UserError, a line about the option `what`, unless a C++ compiler and Python's header files are found."""
     compiler = os.environ.get('CXX')  # torch uses CXX as it is, else g++, on macOS clang++
     usual = 'clang++' if sys.platform == 'darwin' else 'g++'

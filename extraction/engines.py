@@ -11,14 +11,13 @@ from torch.export import Dim
 
 from extraction.onnx_network import INPUT, OUTPUT, session_of
 from extraction.programs import obstacle, onnx_of, quiet
-from models.network import Network
+from models.network import Network, Replacement
 from runtime.errors import UserError
 
 ENGINES = {  # engine -> the packages that it needs
     'onnxruntime': ['onnx', 'onnxscript', 'onnxruntime'],
     'openvino': ['onnx', 'onnxscript', 'openvino'],
 }
-Run = Callable[[np.ndarray], np.ndarray]  # float32 (B, h, w, 3) -> float32 (B, D)
 
 
 class ChannelsLast(nn.Module):
@@ -33,7 +32,7 @@ class ChannelsLast(nn.Module):
         return features.float()
 
 
-class Converted(Network):
+class Converted(Replacement):
     """A network in eval mode that another engine runs: (B, 3, height, width) -> (B, feat_dim), float32.
 
     Later changes to the weights have no effect. Several threads may call it at once.
@@ -46,13 +45,8 @@ class Converted(Network):
         UserError: an operator of the network has no counterpart in ONNX.
     """
 
-    pools_itself = True
-
     def __init__(self, network: Network, height: int, width: int, engine: str, precision: str, batch: int):
-        super().__init__(num_classes=1)
-        self.feat_dim, self.normalisation, self.interpolation = (
-            network.feat_dim, network.normalisation, network.interpolation,
-        )  # fmt: skip
+        super().__init__(network)
         contents = converted(network, height, width, f'--engine {engine}: the network')
         self.run = run_by_onnxruntime(contents) if engine == 'onnxruntime' else OpenVINO(contents, precision, batch)
         self.eval()
@@ -75,7 +69,8 @@ def converted(network: Network, height: int, width: int, what: str) -> bytes:
     return onnx_of(program, {0: 'batch'}, {}, f'{what} cannot be converted', 'remove --engine')
 
 
-def run_by_onnxruntime(contents: bytes) -> Run:
+def run_by_onnxruntime(contents: bytes) -> Callable[[np.ndarray], np.ndarray]:
+    """What computes the features of images: float32 (B, h, w, 3) -> float32 (B, D)."""
     session = session_of(contents, 'the converted network')
 
     def run(images: np.ndarray) -> np.ndarray:

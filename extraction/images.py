@@ -82,6 +82,9 @@ def _places(edges: np.ndarray) -> list[tuple[int, int, int, int]]:
     return list(zip(left.tolist(), top.tolist(), (right - left).tolist(), (bottom - top).tolist(), strict=True))
 
 
+IMAGES_HELP = "files, folders, patterns such as 'cam*/*.jpg', or - for a list on stdin"  # as `files_of` reads them
+
+
 def files_of(names: Sequence[str], what: str = 'images') -> list[str]:
     """The image files named by arguments: files, folders searched recursively, patterns, or - for a list on stdin.
 

@@ -20,11 +20,11 @@ from models.network import Network, Training
 from runtime.errors import UserError, plain
 from transforms import Normalisation
 
-FORMAT = 'deep-person-reid export 1'
+EXPORT_FORMAT = 'deep-person-reid export 1'
 LAYOUT = 'uint8 (batch, height, width, 3), RGB -> float32 (batch, feat_dim)'
 INPUT, OUTPUT = 'images', 'features'
 # The training options that `search.py --calibrate` and the notices need; the others may contain the user's paths
-KEPT = ('dataset', 'combine', 'validate', 'test_share', 'seed', 'height', 'width', 'pool')
+KEPT_OPTIONS = ('dataset', 'combine', 'validate', 'test_share', 'seed', 'height', 'width', 'pool')
 PIXELS: Normalisation = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # leaves pixels as they are, 0 to 255
 
 
@@ -47,12 +47,12 @@ def metadata(facts: Facts) -> dict[str, str]:
     """The facts as strings, without the names of the user's own data sets, which contain their paths."""
     mean, std = facts.normalisation
     trained = asdict(facts.trained)
-    options = {name: value for name, value in trained['options'].items() if name in KEPT}
+    options = {name: value for name, value in trained['options'].items() if name in KEPT_OPTIONS}
     if not set(names_of(str(options.get('dataset')))) <= set(get_names()):
         options.pop('dataset', None)
     trained |= {'where': '', 'options': options, 'test': {}}
     return {
-        'format': FORMAT,
+        'format': EXPORT_FORMAT,
         'layout': LAYOUT,
         'arch': facts.arch,
         'feat_dim': str(facts.feat_dim),
@@ -75,9 +75,11 @@ def facts_of(metadata: Mapping[str, str], where: str) -> Facts:
         UserError: `export.py` did not write it, or its metadata were altered.
     """
     written = metadata.get('format', '')
-    if written != FORMAT:
-        if written.startswith(FORMAT.rstrip('0123456789')):
-            raise UserError(f'{where} has the format {plain(written)}, not {FORMAT}: use the version that wrote it')
+    if written != EXPORT_FORMAT:
+        if written.startswith(EXPORT_FORMAT.rstrip('0123456789')):
+            raise UserError(
+                f'{where} has the format {plain(written)}, not {EXPORT_FORMAT}: use the version that wrote it'
+            )
         raise UserError(
             f'{where} was not written by export.py, so its input and its features are unknown: export the weights with '
             f'python export.py --weights WEIGHTS --format onnx'

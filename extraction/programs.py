@@ -18,12 +18,12 @@ from extraction.graph import Graph
 from extraction.onnx_network import INPUT, OUTPUT, Session
 from runtime.errors import UserError, plain
 
-FORMATS = {'onnx': ['onnx', 'onnxscript', 'onnxruntime'], 'pt2': []}  # format -> the packages that it needs
-ENTRY = 'deep-person-reid.json'  # the metadata in a .pt2 file
+EXPORT_FORMATS = {'onnx': ['onnx', 'onnxscript', 'onnxruntime'], 'pt2': []}  # format -> the packages that it needs
+METADATA_FILE = 'deep-person-reid.json'  # the metadata in a .pt2 file
 AXES = {0: 'batch', 1: 'height', 2: 'width'}  # the dynamic axes of the images
 OPSET = 18  # of ONNX: the one for which torch writes graphs without converting them
 
-Run = Callable[[np.ndarray], np.ndarray]  # uint8 (B, H, W, 3) -> float32 (B, D)
+Opened = Callable[[np.ndarray], np.ndarray]  # uint8 (B, H, W, 3) -> float32 (B, D)
 
 
 def program_of(graph: Graph, what: str) -> ExportedProgram:
@@ -42,7 +42,7 @@ def program_of(graph: Graph, what: str) -> ExportedProgram:
 
 
 def write(program: ExportedProgram, path: Path, kind: str, metadata: Mapping[str, str], what: str) -> None:
-    """Write the file, in one of FORMATS.
+    """Write the file, in one of EXPORT_FORMATS.
 
     Raises:
         UserError: an operator has no counterpart in ONNX, or the file would be larger than ONNX allows.
@@ -53,7 +53,7 @@ def write(program: ExportedProgram, path: Path, kind: str, metadata: Mapping[str
             for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
                 node.meta.pop('stack_trace', None)  # it contains paths of this machine
         with quiet(), open(path, 'wb') as file:
-            torch.export.save(program, file, extra_files={ENTRY: json.dumps(metadata)})
+            torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata)})
         return
     path.write_bytes(onnx_of(program, AXES, metadata, f'{what} cannot be written as ONNX', '--format pt2 may work'))
 
@@ -89,11 +89,13 @@ def strip(part: Any) -> None:
 
     torch annotates every node with a stack trace, which contains paths of this machine.
     """
+    from google.protobuf.message import Message  # which onnx needs
+
     for field, value in part.ListFields():
         if field.name in ('metadata_props', 'doc_string'):
             part.ClearField(field.name)
         elif field.message_type is not None:
-            for inner in [value] if hasattr(value, 'ListFields') else value:
+            for inner in [value] if isinstance(value, Message) else value:
                 strip(inner)
 
 
@@ -111,7 +113,6 @@ def obstacle(problem: BaseException) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Suppress what torch prints and logs on a failure (pages of its graph), and warnings about its own code."""
-    before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         out = io.StringIO()
@@ -119,10 +120,10 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter('ignore')
             yield
     finally:
-        logging.disable(before)
+        logging.disable(logging.NOTSET)  # the default: what it was cannot be asked publicly
 
 
-def opened(path: Path, kind: str) -> tuple[Run, str]:
+def opened(path: Path, kind: str) -> tuple[Opened, str]:
     """The written file as a function, and the name and version of the program that runs it."""
     if kind == 'onnx':
         import onnxruntime

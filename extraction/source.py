@@ -74,7 +74,7 @@ class Source:
             UserError: it is on a GPU or in an ONNX file, or there is no compiler.
         """
         self._check_for_cpu('--compile', device)
-        compiling.check('--compile')
+        compiling.check_compiler('--compile')
         return compiling.Compiled(self.model, self.usage.height, self.usage.width, batch)
 
     def converted(self, device: torch.device, engine: str, precision: str, batch: int) -> Network:

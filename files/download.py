@@ -15,10 +15,10 @@ from runtime.errors import UserError, plain
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
 
-PATIENCE = 30  # seconds without data before a download is abandoned
+STALLED_SECONDS = 30  # seconds without data before a download is abandoned
 
 
-def fetch(imagenet: 'WeightsEnum | WeightsFile', timeout: float = PATIENCE) -> dict[str, Tensor]:
+def fetch(imagenet: 'WeightsEnum | WeightsFile', timeout: float = STALLED_SECONDS) -> dict[str, Tensor]:
     """The weights of a backbone under their published names.
 
     timeout: seconds without data before a download is abandoned

@@ -43,14 +43,14 @@ class Draft:
         self.out, self.items, self.feat_dim = Path(out).absolute(), items, feat_dim
         self.folder = self.out.with_name(f'.{self.out.name}.unfinished')
         with self._explained():
-            self._check()
+            self._check_new()
             self.folder.mkdir(parents=True, exist_ok=True)
             self.file = os.fdopen(os.open(self.folder / 'features.npy', os.O_RDWR | os.O_CREAT, 0o666), 'r+b')
             try:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise UserError(f'-o {plain(str(out), 500)} is being written by another process') from None
-            self._check()  # another process may just have finished it
+            self._check_new()  # another process may just have finished it
             self.done = self._kept(what, batch)
             self.file.truncate(len(self._header()) + self.done * feat_dim * 4)
             self.file.write(self._header())
@@ -58,7 +58,7 @@ class Draft:
             write_whole(self.folder / 'model.json', lambda path: path.write_text(json.dumps(what, indent=2) + '\n'))
             self.file.seek(0, os.SEEK_END)
 
-    def _check(self) -> None:
+    def _check_new(self) -> None:
         if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
             raise UserError(f'-o {plain(str(self.out), 500)} exists; remove it, or choose another folder')
 

@@ -29,7 +29,7 @@ from runtime.tiles import NONE, Points, distances_of, in_threads, nearer, neares
 
 WIDTH = 16384  # rows that are compared at a time: 32 MB of 512 dimensions
 WASTE = 1000  # unused rows may exceed the used ones by at most this number
-PATIENCE = 60  # seconds to wait for a transaction of another process
+LOCK_SECONDS = 60  # seconds to wait for a transaction of another process
 
 Stamp = tuple[int, int]  # size in bytes and modification time in ns
 
@@ -98,7 +98,7 @@ class Index:
                 if not folder.is_dir():
                     folder.mkdir(0o700, exist_ok=True)
             self.folder.chmod(0o700)
-            self.table = sqlite3.connect(self.folder / 'index.sqlite', PATIENCE, isolation_level=None)
+            self.table = sqlite3.connect(self.folder / 'index.sqlite', LOCK_SECONDS, isolation_level=None)
             self.table.executescript(TABLES)
 
     def stale(self, paths: Iterable[str]) -> dict[str, Stamp]:

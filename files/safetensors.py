@@ -22,8 +22,8 @@ from runtime.errors import UserError, plain
 
 KIND = 'a safetensors file'
 BEGINNING = re.compile(rb'.{5}\x00\x00\x00\{', re.DOTALL)
-LONGEST = 100_000_000  # bytes of a header, the limit of the library safetensors
-MOST = 100_000  # tensors; DenseNet121 has 727
+LONGEST_HEADER = 100_000_000  # bytes of a header, the limit of the library safetensors
+MOST_TENSORS = 100_000  # tensors; DenseNet121 has 727
 DTYPES = {
     'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64,
     'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8, 'BOOL': torch.bool,
@@ -53,10 +53,10 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
         size = os.path.getsize(path)
         with open(path, 'rb') as file:
             (length,) = struct.unpack('<Q', file.read(8))
-            if length > min(LONGEST, size - 8):
+            if length > min(LONGEST_HEADER, size - 8):
                 raise ValueError(f'its header would have {length} bytes, and the file has {size}')
             entries, metadata = _header(file.read(length))
-            _check(entries, size - 8 - length)
+            _check_places(entries, size - 8 - length)
             data = bytearray(size - 8 - length)
             if file.readinto(data) != len(data) or file.read(1):
                 raise ValueError('its size has changed')
@@ -94,7 +94,7 @@ def _header(text: bytes) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     metadata = header.pop('__metadata__', {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError('its metadata are not strings')
-    if len(header) > MOST:
+    if len(header) > MOST_TENSORS:
         raise ValueError(f'it has {len(header)} tensors')
     return header, metadata
 
@@ -106,7 +106,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _check(entries: Mapping[str, Any], size: int) -> None:
+def _check_places(entries: Mapping[str, Any], size: int) -> None:
     """Raise ValueError unless the tensors fill `size` bytes without gaps or overlaps."""
     places = []
     for name, entry in entries.items():

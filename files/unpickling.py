@@ -82,7 +82,7 @@ class Refused(Exception):
 
 
 @dataclass(slots=True, eq=False)
-class Value:
+class Placeholder:
     """A placeholder for a value, other than a number or a string, that an instruction would create."""
 
     kind: str  # tuple, list, dict, OrderedDict, storage, tensor, parameter, dtype, scalar, global
@@ -94,7 +94,7 @@ class Value:
     def place(self, values: list) -> None:
         """Records that values were put into this one; bounds the cost of traversing, hashing or printing it later."""
         for value in values:
-            if isinstance(value, Value):
+            if isinstance(value, Placeholder):
                 value.placed = True
                 self.depth = max(self.depth, value.depth + 1)
                 self.size += value.size
@@ -164,7 +164,7 @@ def _inspect_legacy(file: BinaryIO, size: int) -> None:
     storages: dict[str, tuple[str, int]] = {}
     _inspect(file, storages)
     keys = _inspect(file, None)
-    if not isinstance(keys, Value) or keys.kind != 'list' or sorted(keys.items) != sorted(storages):
+    if not isinstance(keys, Placeholder) or keys.kind != 'list' or sorted(keys.items) != sorted(storages):
         raise Refused('lists storages that differ from those of its tensors; get the file again')
     need = sum(8 + elements * ELEMENT_BYTES[kind] for kind, elements in storages.values())  # 8: element count
     held = size - file.tell()
@@ -173,7 +173,7 @@ def _inspect_legacy(file: BinaryIO, size: int) -> None:
 
 
 def _inspect(stream: BinaryIO, storages: dict[str, tuple[str, int]] | None) -> Any:
-    """Simulates one pickle with placeholders; returns its number, string or Value.
+    """Simulates one pickle with placeholders; returns its number, string or Placeholder.
 
     storages: filled with key -> (kind, number of elements); None if tensors are not allowed
     """
@@ -198,14 +198,14 @@ def _inspect(stream: BinaryIO, storages: dict[str, tuple[str, int]] | None) -> A
             case 'BININT' | 'BININT1' | 'BININT2' | 'LONG1' | 'BINFLOAT' | 'BINUNICODE' | 'SHORT_BINSTRING':
                 stack.append(argument)
             case 'EMPTY_TUPLE' | 'EMPTY_LIST' | 'EMPTY_DICT':
-                stack.append(Value(opcode.name.removeprefix('EMPTY_').lower()))
+                stack.append(Placeholder(opcode.name.removeprefix('EMPTY_').lower()))
             case 'MARK':
                 below.append(stack)
                 stack = []
             case 'TUPLE' | 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
                 length = opcode.name.removeprefix('TUPLE')
                 values = [stack.pop() for _ in range(int(length))][::-1] if length else since_mark()
-                stack.append(Value('tuple', values))
+                stack.append(Placeholder('tuple', values))
                 stack[-1].place(values)
             case 'APPEND' | 'APPENDS':
                 values = [stack.pop()] if opcode.name == 'APPEND' else since_mark()
@@ -226,7 +226,7 @@ def _inspect(stream: BinaryIO, storages: dict[str, tuple[str, int]] | None) -> A
                         f'refers to {plain(argument.replace(" ", ".", 1))}, which weights never need; no code was run; '
                         f'get it from a source that you trust, or save only a state dict in the program that wrote it'
                     )
-                stack.append(Value('global', [argument]))
+                stack.append(Placeholder('global', [argument]))
             case 'BINPERSID':
                 if storages is None:
                     raise Refused('has a tensor where none is allowed; no code was run; get the file again')
@@ -248,21 +248,21 @@ def _expect(holds: bool, otherwise: str) -> None:
 
 
 def _kind(value: Any) -> str:
-    return value.kind if isinstance(value, Value) else type(value).__name__
+    return value.kind if isinstance(value, Placeholder) else type(value).__name__
 
 
 def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _set_items(target: Value, keys: list, values: list) -> None:
+def _set_items(target: Placeholder, keys: list, values: list) -> None:
     _expect(len(keys) == len(values), 'has a key without a value')
     _expect(all(type(key) is str or (_is_size(key) and key < 2**31) for key in keys), 'has unsupported keys')
     target.place([*keys, *values])
     target.items.extend(keys)
 
 
-def _storage(identity: Any, storages: dict[str, tuple[str, int]]) -> Value:
+def _storage(identity: Any, storages: dict[str, tuple[str, int]]) -> Placeholder:
     """('storage', kind, key, device, elements), in a legacy stream also the view: None or (key, offset, elements)."""
     _expect(_kind(identity) == 'tuple' and len(identity.items) in (5, 6), 'has an unsupported storage')
     word, kind, key, device, elements, *view = identity.items
@@ -279,17 +279,17 @@ def _storage(identity: Any, storages: dict[str, tuple[str, int]]) -> Value:
         inside = _is_size(offset) and _is_size(length) and offset + length <= elements
         _expect(inside, 'has a view outside its storage')
         elements = length
-    return Value('storage', [elements])
+    return Placeholder('storage', [elements])
 
 
-def _call(function: Any, arguments: Any) -> Value | bytes:
+def _call(function: Any, arguments: Any) -> Placeholder | bytes:
     """The placeholder for the result of calling one of CALLABLES, after checking the arguments."""
     _expect(_kind(function) == 'global' and _kind(arguments) == 'tuple', 'calls something that is not callable')
     name, given = function.items[0], arguments.items
     kinds = [_kind(value) for value in given]
     match name:
         case 'collections OrderedDict':
-            made = Value('OrderedDict')
+            made = Placeholder('OrderedDict')
             if given:  # Python 2 passes a list of [key, value]
                 pairs: list = given[0].items if kinds == ['list'] else [None]
                 paired = all(_kind(pair) == 'list' and len(pair.items) == 2 for pair in pairs)
@@ -298,26 +298,26 @@ def _call(function: Any, arguments: Any) -> Value | bytes:
             return made
         case 'collections Counter':
             _expect(kinds == ['dict'], 'has an unsupported counter')
-            return Value('Counter', [], given[0].depth, given[0].size)
+            return Placeholder('Counter', [], given[0].depth, given[0].size)
         case 'torch._utils _rebuild_tensor' | 'torch._utils _rebuild_tensor_v2':
             _expect(kinds[:4] == ['storage', 'int', 'tuple', 'tuple'], 'has an unsupported tensor')
             _expect(kinds[4:5] in ([], ['bool']) and all(map(_no_hooks, given[5:])), 'has a tensor with hooks')
             _expect_inside(*given[:4])
-            return Value('tensor')
+            return Placeholder('tensor')
         case 'torch._utils _rebuild_parameter':
             _expect(kinds[:2] == ['tensor', 'bool'] and all(map(_no_hooks, given[2:])), 'has a parameter with hooks')
-            return Value('tensor')
+            return Placeholder('tensor')
         case 'torch.nn.parameter Parameter':
             _expect(kinds == ['tensor'], 'has an unsupported parameter')
-            return Value('parameter')
+            return Placeholder('parameter')
         case 'numpy dtype':
             is_float = kinds[:1] == ['str'] and given[0] in ('f4', 'f8') and given[1:] == [False, True]
             _expect(is_float, 'has a number that is not a float')
-            return Value('dtype', given[:1])
+            return Placeholder('dtype', given[:1])
         case 'numpy.core.multiarray scalar' | 'numpy._core.multiarray scalar':
             fits = kinds in (['dtype', 'str'], ['dtype', 'bytes']) and len(given[1]) == int(given[0].items[0][1])
             _expect(fits, 'has an unsupported number')
-            return Value('scalar')
+            return Placeholder('scalar')
         case '_codecs encode':
             _expect(kinds == ['str', 'str'] and given[1] == 'latin1', 'has unsupported bytes')
             return bytes(given[0], 'latin1')
@@ -328,7 +328,7 @@ def _no_hooks(hooks: Any) -> bool:
     return hooks is None or (_kind(hooks) == 'OrderedDict' and not hooks.items)
 
 
-def _expect_inside(storage: Value, offset: int, size: Value, stride: Value) -> None:
+def _expect_inside(storage: Placeholder, offset: int, size: Placeholder, stride: Placeholder) -> None:
     """A tensor must not be larger than its storage: a stride of 0 could make a huge tensor from a single number."""
     lengths, steps = size.items, stride.items
     known = len(lengths) == len(steps) <= 8 and all(map(_is_size, [offset, *lengths, *steps]))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from runtime.errors import UserError, plain
 
-BLOCK = 1 << 24  # bytes per write
+BYTES_AT_ONCE = 1 << 24  # bytes per write
 
 
 def write_whole(fpath: str | Path, write: Callable[[Path], object], *also: str | Path) -> None:
@@ -122,9 +122,9 @@ def allocate(fpath: str | Path) -> None:
         if hasattr(os, 'posix_fallocate'):
             os.posix_fallocate(file.fileno(), 0, size)
             return
-        for start in range(0, size, BLOCK):  # macOS
+        for start in range(0, size, BYTES_AT_ONCE):  # macOS
             file.seek(start)
-            block = file.read(BLOCK)
+            block = file.read(BYTES_AT_ONCE)
             file.seek(start)
             file.write(block)
 

@@ -10,7 +10,7 @@ from models.network import Network
 
 __all__ = ['MobileNetV2']
 
-TORCHVISION = Layout(
+TORCHVISION_MOBILENET = Layout(
     "torchvision's names translated",
     ((r'^features\.', 'base.'), (r'^classifier\.1\.', 'classifier.')),
     marks=(r'^features\.1\.conv\.0\.0\.',),
@@ -39,7 +39,7 @@ class MobileNetV2(Network):
     faster_in_bf16 = False  # depthwise convolutions
     imagenet = MobileNet_V2_Weights.IMAGENET1K_V1
     signature = ('base.18.0.weight', (1280, 320, 1, 1))
-    published = (TORCHVISION, TONYLINS)
+    published = (TORCHVISION_MOBILENET, TONYLINS)
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__(num_classes, loss)

@@ -13,10 +13,10 @@ __all__ = [
     'OSNet', 'OSNet025', 'OSNet050', 'OSNet075', 'OSNetAIN', 'OSNetAIN025', 'OSNetAIN050', 'OSNetAIN075', 'OSNetIBN',
 ]  # fmt: skip
 
-OF_IBN, OF_AIN = 'conv2.0.IN.weight', 'conv2.0.conv2.0.layers.0.conv1.weight'
+OF_OSNET_IBN, OF_OSNET_AIN = 'conv2.0.IN.weight', 'conv2.0.conv2.0.layers.0.conv1.weight'
 # torchreid (deep-person-reid v1.4.0), which has the same names
-TORCHREID = Layout("torchreid's names", marks=(r'^conv5\.conv\.weight$',), made={'last_stride': 2}, test=tested())
-TORCHREID_AIN = replace(TORCHREID, test=tested('cosine'))
+TORCHREID_OSNET = Layout("torchreid's names", marks=(r'^conv5\.conv\.weight$',), made={'last_stride': 2}, test=tested())
+TORCHREID_OSNET_AIN = replace(TORCHREID_OSNET, test=tested('cosine'))
 SCALES = 4  # streams of a block, of 1, 2, 3 and 4 convolutions, with receptive fields of 3, 5, 7 and 9
 
 
@@ -72,7 +72,7 @@ class Gate(nn.Module):
         return weighted
 
 
-class Block(nn.Module):
+class OSBlock(nn.Module):
     """Residual block of four streams, which are weighted by a shared gate and summed.
 
     instance_norm: none; 'after' the addition of the residual (IBN); or 'inside' the residual (AIN)
@@ -126,14 +126,14 @@ class OSNet(Network):
     """
 
     channels: Sequence[int] = (64, 256, 384, 512)
-    norms: Sequence[Sequence[str]] = (('', ''), ('', ''), ('', ''))  # of the two blocks in each stage, see Block
+    norms: Sequence[Sequence[str]] = (('', ''), ('', ''), ('', ''))  # of the two blocks in each stage, see OSBlock
     ain = False
     feat_dim = 512
     smallest = 13  # halved four times, the last two times rounding down
     faster_in_bf16 = False  # depthwise convolutions
     signature: tuple[str, tuple[int, ...]] = ('conv5.conv.weight', (512, 512, 1, 1))
-    absent: tuple[str, ...] = (OF_IBN, OF_AIN)
-    published = (TORCHREID,)
+    absent: tuple[str, ...] = (OF_OSNET_IBN, OF_OSNET_AIN)
+    published = (TORCHREID_OSNET,)
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__(num_classes, loss)
@@ -141,7 +141,7 @@ class OSNet(Network):
         self.conv1 = Convolution(3, stem, 7, 2, instance_norm=self.norms[0][0] != '')
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         self.conv2, self.conv3, self.conv4 = (
-            nn.Sequential(Block(before, out, norms[0], self.ain), Block(out, out, norms[1], self.ain))
+            nn.Sequential(OSBlock(before, out, norms[0], self.ain), OSBlock(out, out, norms[1], self.ain))
             for before, out, norms in zip(self.channels, widths, self.norms, strict=False)
         )
         if self.ain:
@@ -196,8 +196,8 @@ class OSNetIBN(OSNet):
     """OSNet-IBN x1.0: instance normalisation in the first layer and behind the blocks of the first stage."""
 
     norms = (('after', 'after'), ('', ''), ('', ''))
-    signature = (OF_IBN, (256,))
-    absent = (OF_AIN,)
+    signature = (OF_OSNET_IBN, (256,))
+    absent = (OF_OSNET_AIN,)
 
 
 class OSNetAIN(OSNet):
@@ -210,27 +210,27 @@ class OSNetAIN(OSNet):
     ain = True
     smallest = 29  # instance normalisation needs more than one pixel in the last stage
     norms = (('inside', 'inside'), ('', 'inside'), ('inside', ''))
-    signature = (OF_AIN, (64, 64, 1, 1))
+    signature = (OF_OSNET_AIN, (64, 64, 1, 1))
     absent = ()
-    published = (TORCHREID_AIN,)
+    published = (TORCHREID_OSNET_AIN,)
 
 
 class OSNetAIN075(OSNetAIN):
     """OSNet-AIN x0.75: three quarters of the channels."""
 
     channels = (48, 192, 288, 384)
-    signature = (OF_AIN, (48, 48, 1, 1))
+    signature = (OF_OSNET_AIN, (48, 48, 1, 1))
 
 
 class OSNetAIN050(OSNetAIN):
     """OSNet-AIN x0.5: half of the channels."""
 
     channels = (32, 128, 192, 256)
-    signature = (OF_AIN, (32, 32, 1, 1))
+    signature = (OF_OSNET_AIN, (32, 32, 1, 1))
 
 
 class OSNetAIN025(OSNetAIN):
     """OSNet-AIN x0.25: a quarter of the channels."""
 
     channels = (16, 64, 96, 128)
-    signature = (OF_AIN, (16, 16, 1, 1))
+    signature = (OF_OSNET_AIN, (16, 16, 1, 1))

@@ -57,7 +57,7 @@ FUSED_FIRST = Layout(
 
 LAST_OF_34 = 'base.7.2.conv1.weight'  # ResNet18 has two blocks in its last stage
 LAST_OF_101 = 'base.6.6.conv1.weight'  # ResNet50 has six blocks in its third stage
-OF_IBN = 'base.4.0.bn1.IN.weight'
+OF_RESNET_IBN = 'base.4.0.bn1.IN.weight'
 
 
 def backbone(build: Callable[..., ResNet]) -> nn.Sequential:
@@ -105,7 +105,7 @@ class ResNet50(Network):
     signature: tuple[str, tuple[int, ...]] = ('base.7.2.conv3.weight', (2048, 512, 1, 1))
     absent: tuple[str, ...] = (
         LAST_OF_101,
-        OF_IBN,
+        OF_RESNET_IBN,
         'fc_fuse.0.weight',
         'fc_fusion.0.weight',
     )  # the last two of ResNet50M, resnet50mid
@@ -168,7 +168,7 @@ class ResNet18(ResNet50):
     feat_dim = 512
     imagenet = ResNet18_Weights.IMAGENET1K_V1
     signature = ('base.7.1.conv2.weight', (512, 512, 3, 3))
-    absent = (LAST_OF_34, OF_IBN)
+    absent = (LAST_OF_34, OF_RESNET_IBN)
 
 
 class ResNet34(ResNet50):
@@ -178,7 +178,7 @@ class ResNet34(ResNet50):
     feat_dim = 512
     imagenet = ResNet34_Weights.IMAGENET1K_V1
     signature = ('base.7.2.conv2.weight', (512, 512, 3, 3))
-    absent = ('base.7.2.conv3.weight', OF_IBN)
+    absent = ('base.7.2.conv3.weight', OF_RESNET_IBN)
 
 
 class ResNet101(ResNet50):
@@ -187,7 +187,7 @@ class ResNet101(ResNet50):
     build = staticmethod(resnet101)
     imagenet = ResNet101_Weights.IMAGENET1K_V1
     signature = ('base.6.22.conv3.weight', (1024, 256, 1, 1))
-    absent = ('base.6.23.conv3.weight', OF_IBN)
+    absent = ('base.6.23.conv3.weight', OF_RESNET_IBN)
 
 
 class IBN(nn.Module):
@@ -211,7 +211,7 @@ class ResNet50IBN(ResNet50):
 
     smallest = 17  # instance normalisation needs more than one pixel in the third stage
     imagenet = WeightsFile('https://github.com/XingangPan/IBN-Net/releases/download/v1.0/resnet50_ibn_a-d9d0bb7b.pth')
-    signature = (OF_IBN, (32,))
+    signature = (OF_RESNET_IBN, (32,))
     present = ('base.7.2.conv3.weight',)  # unlike ResNet34-IBN-a
     absent = (LAST_OF_101, 'base.4.2.IN.weight')  # ResNet101-IBN-a, IBN-b
     published = RESNETS_IBN
@@ -240,7 +240,7 @@ class ResNet50M(Network):
     imagenet = ResNet50_Weights.IMAGENET1K_V1
     fresh = ('fc_fuse.',)
     signature = ('fc_fuse.0.weight', (1024, 4096))
-    absent = (LAST_OF_101, OF_IBN)
+    absent = (LAST_OF_101, OF_RESNET_IBN)
     published = (SECOND_NAMES, FUSED_FIRST)
 
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):

@@ -102,7 +102,7 @@ def init_model(
 
 
 RECORDED = ('last_stride', 'neck', 'pooling')  # in every checkpoint; other parts only if the network has them
-PARTS = {
+DEFAULT_PARTS = {
     'last_stride': 2, 'neck': False, 'pooling': 'avg', 'embedding': 0, 'non_local': False, 'neck_feature': 'after'
 }  # fmt: skip
 
@@ -114,9 +114,9 @@ def assemble(network: type[Network], num_classes: int, loss: Set[str], **parts: 
     non_local:    add non-local blocks, see `ResNet50.add_attention`
     neck_feature: 'before' if the feature at test is the input of the neck
     """
-    parts = {**PARTS, **parts}
+    parts = {**DEFAULT_PARTS, **parts}
     model = network(max(num_classes, 1), loss)  # torch warns about layers without outputs
-    model.made = {name: value for name, value in parts.items() if name in RECORDED or value != PARTS[name]}
+    model.made = {name: value for name, value in parts.items() if name in RECORDED or value != DEFAULT_PARTS[name]}
     if parts['last_stride'] == 1:
         model.keep_resolution()
     if parts['non_local']:

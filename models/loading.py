@@ -30,9 +30,9 @@ class Named(NamedTuple):
     test: Mapping[str, Any] = {}
 
 
-PREFIX = re.compile(r'^(?:module\.|_orig_mod\.)+')  # of nn.DataParallel and of torch.compile
+WRAPPER_PREFIX = re.compile(r'^(?:module\.|_orig_mod\.)+')  # of nn.DataParallel and of torch.compile
 OF_THE_ORIGINAL = re.compile(r'(?:base|layers\d[abc]?|fc_fuse)\.')
-POSITIONS = re.compile(r'pos_embed|rel_pos|relative_position')  # of timm's transformers, for images of one size
+OF_POSITIONS = re.compile(r'pos_embed|rel_pos|relative_position')  # of timm's transformers, for images of one size
 DOTTED = re.compile(r'(\.denselayer\d+\.(?:norm|conv))\.([12])\.')  # of DenseNet, up to PyTorch 0.3
 OF_OTHERS = re.compile(r'(?:conv1|bn1|layer\d|fc|fc_fusion|features)\.')
 
@@ -57,11 +57,13 @@ def project_of(found: Mapping[str, Any], own: Container[str]) -> str:
 
     own: the names of the target network's weights; empty if there is no network yet
     """
+    # torch's private place for the versions of modules, which it keeps in the file: only their names are read here. No
+    # public function returns them, and a file without this attribute merely leaves the question open.
     modules = getattr(found, '_metadata', None)
-    names = {PREFIX.sub('', str(name)) for name in modules} if isinstance(modules, dict) else set()
+    names = {WRAPPER_PREFIX.sub('', str(name)) for name in modules} if isinstance(modules, dict) else set()
     if 'gap' in names:
         return 'reid-strong-baseline'
-    return 'timm' if 'base.act1' in names or all(PREFIX.sub('', key) in own for key in found) else ''
+    return 'timm' if 'base.act1' in names or all(WRAPPER_PREFIX.sub('', key) in own for key in found) else ''
 
 
 def normalised(state_dict: Mapping[str, Tensor], where: str, seen: str = '', asked: str = '') -> Named:
@@ -77,7 +79,7 @@ def normalised(state_dict: Mapping[str, Tensor], where: str, seen: str = '', ask
     torchvision or torchreid, because the network of the weights is then unknown.
     """
     notes = []
-    unprefixed = _renamed(state_dict, lambda key: PREFIX.sub('', key), where)
+    unprefixed = _renamed(state_dict, lambda key: WRAPPER_PREFIX.sub('', key), where)
     if unprefixed.keys() != state_dict.keys():
         notes.append('prefix module. or _orig_mod. removed')
     original, other = (next(filter(names.match, unprefixed), None) for names in (OF_THE_ORIGINAL, OF_OTHERS))
@@ -250,7 +252,7 @@ def load_into(
         ]
         arch, own_arch = arch_of(state_dict), arch_of(own)
         larger = [key for key in unlike if key not in classifier]
-        if larger and not (missing or unexpected) and all(map(POSITIONS.search, larger)):
+        if larger and not (missing or unexpected) and all(map(OF_POSITIONS.search, larger)):
             guess = 'it was trained with images of another size: give its --height and --width'
         elif arch is None:
             guess = 'it does not look like an architecture of this project'

@@ -163,6 +163,17 @@ class Network(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.001)
 
 
+class Replacement(Network):
+    """A network that computes the features of another one in its own way, of images that are prepared as for it."""
+
+    pools_itself = True
+
+    def __init__(self, network: Network):
+        super().__init__(num_classes=1)
+        self.feat_dim, self.normalisation = network.feat_dim, network.normalisation
+        self.interpolation = network.interpolation
+
+
 def average(maps: Tensor) -> Tensor:
     """Global average pooling, (B, D, h, w) -> (B, D)."""
     return maps.mean((2, 3))

@@ -8,13 +8,13 @@ import numpy as np
 from eval_metrics import Matches, average_precision
 from page.runs import TestedRun
 
-MOST = 32  # cameras in a table: each needs a ranking, and a larger table would not be readable
+MOST_CAMERAS = 32  # cameras in a table: each needs a ranking, and a larger table would not be readable
 
 
 def too_many(q_camids: np.ndarray, g_camids: np.ndarray) -> str:
-    """Why there is no table if there are more than MOST cameras, otherwise ''."""
+    """Why there is no table if there are more than MOST_CAMERAS cameras, otherwise ''."""
     number = len(np.union1d(q_camids, g_camids))
-    return f'{number} cameras, more than {MOST}' if number > MOST else ''
+    return f'{number} cameras, more than {MOST_CAMERAS}' if number > MOST_CAMERAS else ''
 
 
 def table(

@@ -21,8 +21,8 @@ RATES = (0.01, 0.001)  # false-match rates
 # Charts use Okabe and Ito's colours. In the SVG, each colour is replaced by a CSS variable, which the page sets for its
 # light and dark themes, so that one drawing is legible in both.
 INK, LINE = '#010203', '#040506'
-GREEN, VERMILLION = '#009e73', '#d55e00'  # match, non-match
-SERIES = ('#0072b2', VERMILLION, GREEN, '#cc79a7', '#e69f00', '#56b4e9')
+BLUISH_GREEN, VERMILLION = '#009e73', '#d55e00'  # match, non-match
+SERIES = ('#0072b2', VERMILLION, BLUISH_GREEN, '#cc79a7', '#e69f00', '#56b4e9')
 VARIABLES = dict(
     zip((INK, LINE, *SERIES), ('ink', 'line', 'blue', 'vermillion', 'green', 'purple', 'orange', 'sky'), strict=True)
 )
@@ -163,7 +163,7 @@ def distances(run: TestedRun) -> Chart | None:
         used = np.flatnonzero(histograms[0] + histograms[1])
         last = min(used[-1] + 1, max(np.searchsorted(matches, 0.995), np.searchsorted(others, 0.995)))
         bins = np.linspace(edges[used[0]], edges[last], 81)  # of equal width: shares are interpolated between the edges
-        styles = (others, 'non-matches', VERMILLION, '--'), (matches, 'matches', GREEN, '-')
+        styles = (others, 'non-matches', VERMILLION, '--'), (matches, 'matches', BLUISH_GREEN, '-')
         for shares, label, colour, dash in styles:
             heights = 100 * np.diff(np.interp(bins, edges, shares))  # (80,)
             axes.stairs(heights, bins, fill=True, color=colour, alpha=0.22)

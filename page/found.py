@@ -10,7 +10,7 @@ from typing import Any
 import page
 from page.lists import thumbnail
 
-FRAMES = 8  # pictures shown of one query
+QUERY_PICTURES = 8  # pictures shown of one query
 
 
 def write(path: Path, results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], limit: str) -> Path:
@@ -36,7 +36,7 @@ def write(path: Path, results: Sequence[Mapping[str, Any]], facts: Mapping[str, 
     queries = [
         {
             **result,
-            'image': picture(tuple(result['query']), FRAMES),
+            'image': picture(tuple(result['query']), QUERY_PICTURES),
             'name': ', '.join(result['query']),
             'results': [shown(each) for each in result['results']],
         }

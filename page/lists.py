@@ -13,8 +13,8 @@ from PIL import Image
 from page.runs import TestedRun
 
 SHOWN = 20  # queries shown per group
-HEIGHT, STRIP_HEIGHT = 128, 80  # of an embedded image, and of each frame of a tracklet, in pixels
-FRAMES = {'query': 8, 'gallery': 4}  # of a tracklet
+IMAGE_HEIGHT, STRIP_HEIGHT = 128, 80  # of an embedded image, and of each frame of a tracklet, in pixels
+FRAMES_SHOWN = {'query': 8, 'gallery': 4}  # of a tracklet
 QUALITY = 75  # of the JPEGs
 
 
@@ -61,7 +61,7 @@ def _lists(
 
     def picture(run: TestedRun, subset: str, index: int) -> dict[str, Any]:
         paths = run.files[subset][index]
-        name, image = Path(paths[0]).name, small(tuple(paths), FRAMES[subset])
+        name, image = Path(paths[0]).name, small(tuple(paths), FRAMES_SHOWN[subset])
         if image is None:
             missing.add(name)
         return {'name': name, 'image': image}
@@ -115,7 +115,7 @@ def _lists(
 def thumbnail(paths: tuple[str, ...], frames: int) -> str | None:
     """A small JPEG as a data: URI, for a tracklet of up to `frames` frames side by side; None if none can be read."""
     number = min(len(paths), frames)
-    height = HEIGHT if len(paths) == 1 else STRIP_HEIGHT
+    height = IMAGE_HEIGHT if len(paths) == 1 else STRIP_HEIGHT
     pictures = []
     for path in (paths[i * len(paths) // number] for i in range(number)):
         try:

@@ -21,7 +21,7 @@ from runtime.errors import UserError
 from utils import write_json
 
 FILES = ('results.json', 'results.csv', 'ranking.npz', 'report.html')
-FRAMES = 8  # frames per tracklet whose paths are written
+FRAMES_WRITTEN = 8  # frames per tracklet whose paths are written
 KEPT = ('ranks', 'offsets', 'nearest', 'nearest_distances', 'edges', 'match_histogram', 'other_histogram')
 PAGE_PACKAGES = ('jinja2', 'matplotlib')
 
@@ -128,12 +128,12 @@ def _shown(score: float) -> str:
 
 
 def _files(items: Sequence[tuple]) -> np.ndarray:
-    """uint8: the path of each item, one per line; for a tracklet, up to FRAMES frames separated by tabs.
+    """uint8: the path of each item, one per line; for a tracklet, up to FRAMES_WRITTEN frames separated by tabs.
 
     If a name contains one of these separators, each separator is preceded by a NUL, which cannot occur in names, and a
     NUL ends the text.
     """
-    rows = [frames[:: -(-len(frames) // FRAMES)] for frames in (_frames(paths) for paths, _, _ in items)]
+    rows = [frames[:: -(-len(frames) // FRAMES_WRITTEN)] for frames in (_frames(paths) for paths, _, _ in items)]
     mark = '\0' if any('\n' in path or '\t' in path for frames in rows for path in frames) else ''
     text = f'{mark}\n'.join(f'{mark}\t'.join(frames) for frames in rows) + mark
     return np.frombuffer(text.encode('utf-8', 'surrogateescape'), np.uint8)

@@ -13,7 +13,7 @@ from runtime.errors import UserError, plain
 PRIVATE = 'a page of pictures of people: do not publish it'
 ENDING = 'sheet.html'  # of the file's name; git ignores such files
 PERSONS, CAMERAS = 400, 24  # rows and columns at the most
-FRAMES = 3  # of a tracklet
+FRAMES_ON_SHEET = 3  # of a tracklet
 
 
 def write(dataset: Dataset, out: str | Path) -> Path:
@@ -72,7 +72,7 @@ def _cell(items: Sequence[Item]) -> dict[str, object] | None:
     if not items:
         return None
     paths = tuple(paths_of(items[0]))
-    return {'image': thumbnail(paths, FRAMES), 'name': Path(paths[0]).name, 'number': len(set(items))}
+    return {'image': thumbnail(paths, FRAMES_ON_SHEET), 'name': Path(paths[0]).name, 'number': len(set(items))}
 
 
 def _spaced(pids: list[int], most: int) -> list[int]:

@@ -19,7 +19,7 @@ PUBLISHED = {
     'labeled': {'train': (767, 7368), 'query': (700, 1400), 'gallery': (700, 5328)},
 }
 FOLDERS = ('cuhk03-np',)  # of the published form
-LARGEST = 2**26  # bytes of an image, usually about 50 kB: a damaged file must not fill the memory
+LARGEST_IMAGE = 2**26  # bytes of an image, usually about 50 kB: a damaged file must not fill the memory
 # Camera pair, person, camera within the pair, number: as save_img.m of Zhong et al. interprets a name
 NAME = re.compile(r'([1-5])_(\d{3})_([12])_(\d{2})\.png', re.ASCII)
 
@@ -144,7 +144,7 @@ def _take_out(path: str, boxes: str, names: list[str], folder: str) -> None:
                 pairs = [np.asarray(file[pair]) for pair in np.asarray(file[boxes]).ravel()]  # (10, persons) each
                 for name in names:
                     cell = file[_cell(pairs, name)]  # (3, W, H), not read yet: one image at a time is in memory
-                    if cell.ndim != 3 or cell.shape[0] != 3 or cell.dtype != np.uint8 or cell.size > LARGEST:
+                    if cell.ndim != 3 or cell.shape[0] != 3 or cell.dtype != np.uint8 or cell.size > LARGEST_IMAGE:
                         raise ValueError(f'{name} is not an image but {cell.dtype} of shape {cell.shape}')
                     Picture.fromarray(np.ascontiguousarray(np.asarray(cell).T)).save(os.path.join(whole, name))
         except Exception as error:  # of any type: h5py parses untrusted bytes

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from batches.decoding import SUFFIXES
 from readers.split import one_of_each, smallest
-from readers.tree import JUNK, Dataset, Item, natural, numbered
+from readers.tree import JUNK, SPLITS, Dataset, Item, natural, numbered
 from runtime.errors import UserError, plain
 
-SPLITS = ('train', 'query', 'gallery')
 CAMERA = re.compile(r'(?:^|_)c([0-9]{1,9})(?![0-9])')  # 0002_c1s1_000451_03.jpg, c3_17.png
 EXPECTED = 'it must contain a folder of images for each person, or train, query and gallery with these folders'
 
-Found = tuple[str | tuple[str, ...], str, str]  # paths, person, camera or ''
+NamedItem = tuple[str | tuple[str, ...], str, str]  # paths, person, camera or ''
 
 
 class Folder(Dataset):
@@ -118,9 +117,9 @@ def _folders(folder: str, passed_over: list[str]) -> Iterator[os.DirEntry]:
             passed_over.append(entry.path)
 
 
-def _scan(folder: str, passed_over: list[str]) -> list[Found]:
+def _scan(folder: str, passed_over: list[str]) -> list[NamedItem]:
     """The items of all persons, by person and name."""
-    items: list[Found] = []
+    items: list[NamedItem] = []
     for person in _folders(folder, passed_over):
         before = len(items)
         for entry in _entries(person.path):
@@ -145,7 +144,9 @@ def _frames(folder: str, passed_over: list[str]) -> tuple[str, ...]:
     return frames
 
 
-def _draw(items: Sequence[Found], share: float, seed: int, by_camera: bool) -> tuple[dict[str, list[Found]], str]:
+def _draw(
+    items: Sequence[NamedItem], share: float, seed: int, by_camera: bool
+) -> tuple[dict[str, list[NamedItem]], str]:
     """The split by identity, and a line that describes how it was drawn.
 
     The persons with the smallest digests of (seed, name) are for the test: at least one if the share is above 0; at
@@ -171,7 +172,7 @@ def _draw(items: Sequence[Found], share: float, seed: int, by_camera: bool) -> t
     )
 
 
-def _name(item: Found) -> str:
+def _name(item: NamedItem) -> str:
     """The name of an item: person and file, or person and folder of a tracklet."""
     paths, person, _ = item
     return f'{person}/{os.path.basename(paths if isinstance(paths, str) else os.path.dirname(paths[0]))}'

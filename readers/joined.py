@@ -22,7 +22,7 @@ class Joined(Dataset):
     """
 
     def __init__(self, datasets: Sequence[Dataset]) -> None:
-        _check(datasets)
+        _check_joinable(datasets)
         lists: tuple[list[Item], ...] = ([], [], [])  # train, query, gallery
         names: dict[int, str] = {}
         camera_names: dict[int, str] = {}
@@ -82,7 +82,7 @@ def combined(dataset: Dataset) -> Dataset:
     )
 
 
-def _check(datasets: Sequence[Dataset]) -> None:
+def _check_joinable(datasets: Sequence[Dataset]) -> None:
     by_file: dict[str, str] = {}
     for dataset in datasets:
         name = plain(dataset.name, 500)

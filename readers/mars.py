@@ -29,7 +29,7 @@ NAME = re.compile(  # 0001C1T0001F001.jpg: pid, camera, tracklet, frame
 )
 AGAIN = 'correct it, or download info/ again if it is the published one'
 BOMS = {codecs.BOM_UTF8: 'utf-8-sig', codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
-LARGEST = 2**53  # MATLAB represents integers exactly up to this
+LARGEST_EXACT = 2**53  # MATLAB represents integers exactly up to this
 MOST_TRACKLETS = 20  # per frame, on average; 1 in MARS. A damaged table must not fill the memory
 
 
@@ -184,7 +184,7 @@ def _read_table(path: str, key: str) -> np.ndarray:
     if table is None:
         raise UserError(f"{path} contains no table '{key}'; {AGAIN}")
     whole = isinstance(table, np.ndarray) and table.dtype.kind in 'iuf'
-    if not whole or not (np.abs(table.astype(np.float64)) <= LARGEST).all() or (table != np.trunc(table)).any():
+    if not whole or not (np.abs(table.astype(np.float64)) <= LARGEST_EXACT).all() or (table != np.trunc(table)).any():
         raise UserError(f"{path}: '{key}' is not a table of integers up to 2^53; {AGAIN}")
     numbers: np.ndarray = table.astype(np.int64)
     return numbers

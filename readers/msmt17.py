@@ -12,13 +12,13 @@ from runtime.errors import UserError, plain
 FOLDERS = ('msmt17', 'MSMT17_V1', 'MSMT17_V2')
 VERSIONS = {'MSMT17_V1': ('train', 'test'), 'MSMT17_V2': ('mask_train_v2', 'mask_test_v2')}  # folders of the images
 LISTS = ('list_train.txt', 'list_query.txt', 'list_gallery.txt')  # the required ones
-TRAIN_PERSONS, TEST_PERSONS, NUM_CAMERAS = 1041, 3060, 15
+TRAIN_PERSONS, TEST_PERSONS, MSMT17_CAMERAS = 1041, 3060, 15
 PUBLISHED = {  # persons and images; query and gallery have the same persons
     'train and val': (TRAIN_PERSONS, 32621),
     'query and gallery': (TEST_PERSONS, 11659 + 82161),
 }
 # Path, camera, person: 0000/0000_000_01_0303morning_0015_0.jpg 0
-LINE = re.compile(r'((?:[^/]+/)*[^/_]+_[^/_]+_(\d{1,9})_[^/]*) (\d{1,9})', re.ASCII)
+LISTED_IMAGE = re.compile(r'((?:[^/]+/)*[^/_]+_[^/_]+_(\d{1,9})_[^/]*) (\d{1,9})', re.ASCII)
 
 
 class Msmt17(Dataset):
@@ -41,7 +41,7 @@ class Msmt17(Dataset):
     list_train.txt has such a fault, the training set is left empty, and `untrainable` is the message.
     """
 
-    published, num_cameras, first_camera = PUBLISHED, NUM_CAMERAS, 1
+    published, num_cameras, first_camera = PUBLISHED, MSMT17_CAMERAS, 1
 
     def __init__(self, data_dir: str = 'data') -> None:
         root, version, untrainable = _find(data_dir)
@@ -53,7 +53,7 @@ class Msmt17(Dataset):
         train, untrainable = usable(lambda: read('train', 'train', 1, TRAIN_PERSONS), untrainable)
         val, _ = usable(lambda: read('val', 'train', 1, TRAIN_PERSONS), untrainable)
         query, gallery = (read(part, 'test', 1 + TRAIN_PERSONS, 2**31) for part in ('query', 'gallery'))
-        camids, cameras = camids_of(train, val, query, gallery, most=NUM_CAMERAS)
+        camids, cameras = camids_of(train, val, query, gallery, most=MSMT17_CAMERAS)
         train, self.val, query, gallery = (
             [(path, pid, camids[camera]) for path, pid, camera in items] for items in (train, val, query, gallery)
         )
@@ -97,7 +97,7 @@ def _read(path: str, folder: str, first: int, most: int) -> list[Image]:
     for number, line in enumerate(lines, start=1):
         if not (line := line.rstrip('\r ')):
             continue
-        match = LINE.fullmatch(line)
+        match = LISTED_IMAGE.fullmatch(line)
         if not match or '\0' in line or '..' in match[1].split('/') or int(match[3]) >= most:
             raise UserError(
                 f'{path}, line {number}: {plain(repr(line))} cannot be parsed; it must be a path and a person, from 0 '

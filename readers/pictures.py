@@ -20,7 +20,7 @@ SIDE = 16  # of a perceptual hash, in bits
 # quality 20, halved, brightened or cropped by a pixel, at most 34 bits changed; any two images of its training and test
 # sets differ in at least 62.
 ALIKE = 40
-BLOCK = 2**24  # pairs of hashes compared at once; one float32 each is 64 MB
+PAIRS_AT_ONCE = 2**24  # pairs of hashes compared at once; one float32 each is 64 MB
 EMPTY = 4.0  # an image with a smaller standard deviation of grey values (0 to 255) shows nothing
 HEIGHT = 128  # pixels; higher images, which are smoother, are reduced to it before sharpness is measured
 BLURRED = 20.0  # an image with a smaller variance of the Laplacian is very blurred
@@ -87,7 +87,7 @@ def near_duplicates(one: Sequence[bytes], other: Sequence[bytes], most: int = AL
     if not one or not other:
         return
     left, right = (_signs(hashes) for hashes in (one, other))  # (N, bits), (M, bits)
-    step = max(1, BLOCK // len(right))
+    step = max(1, PAIRS_AT_ONCE // len(right))
     for begin in range(0, len(left), step):
         differing = (left.shape[1] - left[begin : begin + step] @ right.T) / 2  # (step, M)
         for row, column in zip(*np.nonzero(differing <= most), strict=True):

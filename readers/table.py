@@ -11,11 +11,10 @@ from typing import NoReturn, TextIO
 
 from files.kinds import HEAD, Kind, recognised
 from files.writing import write_whole
-from readers.tree import JUNK, Dataset, Item, natural, numbered, paths_of
+from readers.tree import JUNK, SPLITS, Dataset, Item, natural, numbered, paths_of
 from runtime.errors import UserError, plain
 
-SPLITS = ('train', 'query', 'gallery')
-NEEDED, VIDEO = ('path', 'pid', 'split'), ('tracklet', 'frame')
+NEEDED_COLUMNS, VIDEO = ('path', 'pid', 'split'), ('tracklet', 'frame')
 COLUMNS = ('path', 'pid', 'camid', 'split', *VIDEO)
 DELIMITERS = ',;\t'  # as spreadsheets write them
 WIDE = {codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
@@ -26,7 +25,7 @@ SHEETS: list[Kind] = [
 
 Row = tuple[int, tuple[str, ...]]  # number of the line, and the cells of COLUMNS, '' if there is no such column
 Subsets = dict[str, list]  # split -> items, whose pids and cameras are indices of their texts
-Found = tuple[Subsets, list[str], list[str]]  # the subsets, the texts of the pids, and those of the cameras
+Parsed = tuple[Subsets, list[str], list[str]]  # the subsets, the texts of the pids, and those of the cameras
 
 
 class Table(Dataset):
@@ -99,7 +98,7 @@ def _rows(file: TextIO, path: str) -> tuple[list[str], list[str], Iterator[Row]]
     first = _first_line(file, where)
     delimiter = max(DELIMITERS, key=first.count)  # a comma if there is none
     header = [cell.strip().lower() for cell in next(csv.reader([first], delimiter=delimiter), [])]
-    for column in NEEDED:
+    for column in NEEDED_COLUMNS:
         if column not in header:
             raise UserError(f'{where}, line 1: there is no column {column}; the columns are {", ".join(COLUMNS)}')
     for column in COLUMNS:
@@ -149,7 +148,7 @@ def _refuse(where: str, reader: Iterator, fault: str) -> NoReturn:
 
 
 def _fault(row: dict[str, str], videos: bool) -> str:
-    for column in (*NEEDED, *(VIDEO[:1] if videos else ())):
+    for column in (*NEEDED_COLUMNS, *(VIDEO[:1] if videos else ())):
         if not row[column]:
             return f'column {column} is empty'
     if '\0' in row['path']:
@@ -157,7 +156,7 @@ def _fault(row: dict[str, str], videos: bool) -> str:
     return f'column split is {plain(repr(row["split"]), 40)}, not train, query or gallery'
 
 
-def _images(rows: Iterator[Row], path: str) -> Found:
+def _images(rows: Iterator[Row], path: str) -> Parsed:
     subsets: Subsets = {split: [] for split in SPLITS}
     pids: dict[str, int] = {}
     cameras: dict[str, int] = {}
@@ -173,7 +172,7 @@ def _images(rows: Iterator[Row], path: str) -> Found:
     return subsets, list(pids), list(cameras)
 
 
-def _videos(rows: Iterator[Row], path: str) -> Found:
+def _videos(rows: Iterator[Row], path: str) -> Parsed:
     tracklets: dict[tuple[str, int, int, str], list[tuple[str, str, int]]] = {}  # frames: `frame`, path, line
     pids: dict[str, int] = {}
     cameras: dict[str, int] = {}

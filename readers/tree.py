@@ -16,6 +16,7 @@ Item = tuple[str | tuple[str, ...], int, int]  # either
 
 AnyItem = TypeVar('AnyItem', Image, Tracklet)
 
+SPLITS = ('train', 'query', 'gallery')
 NUM_CAMERAS = 6  # of Market1501 and MARS, 1..6 on disk
 JUNK = -1  # the pid of items that are left out; never assigned to names
 MAX_PID = 2**63 - 1  # pids are int64

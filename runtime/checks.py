@@ -134,7 +134,7 @@ def check_compile(parser: Reporter, args: argparse.Namespace) -> None:
         if args.compile and not args.evaluate:
             check_training(parser, args)
         elif args.compile and (args.use_cpu or not torch.cuda.is_available()):
-            compiling.check('--compile')
+            compiling.check_compiler('--compile')
     except UserError as mistake:
         parser.error(str(mistake))
 

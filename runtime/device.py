@@ -102,7 +102,8 @@ class Run:
 
     def place(self, module: Module) -> Module:
         """Move `module` to the device, in the channels_last layout, in which convolutions are fastest."""
-        return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]  # not in torch's stubs
+        # torch's stubs do not have a memory format without a dtype.
+        return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
     def replicate(self, module: nn.Module) -> nn.Module:
         """The copy of `module` that is trained, compiled if --compile is given; `module` itself is saved and tested.
@@ -118,7 +119,9 @@ class Run:
             devices = [self.device.index] if self.device.type == 'cuda' else None
             how = {'gradient_as_bucket_view': True, SYNC_BUFFERS: False}
             replica = DistributedDataParallel(replica, devices, **how)  # type: ignore[arg-type]  # both take a bool
-        return torch.compile(replica, mode='reduce-overhead') if self.compiled else replica  # type: ignore[return-value]  # a module
+        if self.compiled:  # a module gives a module, whatever the annotation says
+            replica = torch.compile(replica, mode='reduce-overhead')  # type: ignore[assignment]
+        return replica
 
     def for_test(self, network: Network, options: TestOptions) -> Network:
         """The network that a test uses for extraction: compiled if --compile is given and it runs on a CPU."""
@@ -316,8 +319,7 @@ def gpus(options: RunOptions, processes: int = 1) -> list[int]:
     indices = [int(index) for index in options.gpu_devices.split(',')]
     if len(indices) == 1 < processes:
         indices = list(range(processes))
-    missing = [str(index) for index in indices if index >= torch.cuda.device_count()]
-    if missing:
+    if missing := [str(index) for index in indices if index >= torch.cuda.device_count()]:
         cards.available()  # raises with the reason if there is no usable GPU
         raise UserError(
             f'--gpu-devices {options.gpu_devices}: this machine has {torch.cuda.device_count()} CUDA devices, '

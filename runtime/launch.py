@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from arguments import Arguments, Parser, RunOptions
+from arguments import Arguments, ExperimentParser, RunOptions
 from files.writing import Unwritten
 from runtime import commands, console, device, memory, processes
 from runtime.device import Run
@@ -27,7 +27,7 @@ Experiment = Callable[[Arguments, Run], object]
 End = tuple[int, str]  # exit status, and the text for stderr and the log
 
 
-def main(experiment: Experiment, parser: Parser) -> None:
+def main(experiment: Experiment, parser: ExperimentParser) -> None:
     """Run `experiment(args, run)` with the command-line arguments, logging to a file in `--save-dir`.
 
     With several `--gpu-devices` this process only starts one process per GPU, with the same command. The first of these
@@ -42,7 +42,7 @@ def main(experiment: Experiment, parser: Parser) -> None:
         processes.end(status)
 
 
-def _main(experiment: Experiment, parser: Parser) -> int:
+def _main(experiment: Experiment, parser: ExperimentParser) -> int:
     ours = processes.of_environment()
     args = parser.parse_args()
     path = Path(args.save_dir) / ('log_test.txt' if args.evaluate else 'log_train.txt')

@@ -167,7 +167,7 @@ def start_all(number: int, more: Sequence[str]) -> tuple[int, str]:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault('OMP_NUM_THREADS', str(max((os.cpu_count() or 1) // number, 1)))
-    logging.disable()  # its processes report their own errors
+    logging.disable()  # for good: this process only starts the others, which report their own errors, and then ends
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -11,7 +11,7 @@ from runtime.errors import UserError, plain
 
 Figures = Mapping[str, float]  # the mean of each of METRICS
 
-LONGEST = 80  # characters of the name of a folder
+LONGEST_NAME = 80  # characters of the name of a folder
 
 
 def folders(save_dir: str, names: Sequence[str]) -> list[str]:
@@ -33,7 +33,7 @@ def folders(save_dir: str, names: Sequence[str]) -> list[str]:
 def _short(name: str) -> str:
     form, colon, place = name.partition(':')
     text = f'{form}_{os.path.basename(os.path.abspath(place))}' if colon else name
-    return re.sub(r'[^\w.-]+', '_', text)[-LONGEST:].lstrip('.-') or 'target'
+    return re.sub(r'[^\w.-]+', '_', text)[-LONGEST_NAME:].lstrip('.-') or 'target'
 
 
 def _digits(name: str) -> str:

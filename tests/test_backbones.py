@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import models
 from models import loading
 from models.network import GeM, average, maximum
-from models.OSNet import Block
+from models.OSNet import OSBlock
 from models.ResNet import IBN
 from runtime.errors import UserError
 
@@ -127,7 +127,7 @@ def convolution(x, layer, relu=True):
 def test_a_block_of_osnet_is_that_of_the_paper(norm, ain, out):
     """Equations 2 to 5 of the paper: residual of four streams with receptive fields 3 to 9, one shared gate."""
     torch.manual_seed(0)
-    block = Block(128, out, norm, ain).eval()
+    block = OSBlock(128, out, norm, ain).eval()
     for parameter in block.parameters():
         nn.init.normal_(parameter, 0.1, 0.2)
     for module in block.modules():

@@ -68,7 +68,7 @@ def written(data_dir, tmp_path, run, camid, **changes):
 def test_a_camera_for_each_image(place, data_dir, tmp_path, run, monkeypatch):
     """As people number images whose cameras they do not know: nothing has a row or a ranking of each camera."""
     rankings, rank = [], evaluation.rank
-    monkeypatch.setattr(cameras, 'MOST', 20)
+    monkeypatch.setattr(cameras, 'MOST_CAMERAS', 20)
     monkeypatch.setattr(evaluation, 'rank', lambda *args: rankings.append(args) or rank(*args))
     summary, arrays, html = written(data_dir, tmp_path, run, place)
     number = len(arrays['q_camids']) + len(arrays['g_camids'])

@@ -269,7 +269,7 @@ def test_without_the_package_near_duplicates_are_not_looked_for(market, checked,
 
 
 def test_pairs_of_hashes_are_those_of_a_plain_loop(monkeypatch):
-    monkeypatch.setattr(pictures, 'BLOCK', 20000)  # ten rows at once
+    monkeypatch.setattr(pictures, 'PAIRS_AT_ONCE', 20000)  # ten rows at once
     rng = np.random.default_rng(0)
     one, other = (rng.integers(0, 256, (number, 4), dtype=np.uint8) for number in (30, 2000))
     other[7] = one[3]

@@ -277,7 +277,7 @@ def test_features_that_do_not_fit_on_the_disk(system, dataset, run, small_disk):
 
 
 def test_space_is_reserved_and_contents_stay(system, tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, 'BLOCK', 1 << 12)
+    monkeypatch.setattr(writing, 'BYTES_AT_ONCE', 1 << 12)
     path = tmp_path / 'features.npy'
     np.lib.format.open_memmap(path, 'w+', np.float32, (9, 1111))[:] = 7
     with open(path, 'r+b') as file:

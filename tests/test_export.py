@@ -32,7 +32,7 @@ USAGE = {
     'distance': 'cosine', 'interpolation': 'bicubic', 'flip_test': True, 'test_share': 0.5, 'save_dir': '/secret',
     'dataset': 'market1501,csv:/secret/people.csv',
 }  # fmt: skip
-ONNX = all(map(importlib.util.find_spec, programs.FORMATS['onnx']))
+ONNX = all(map(importlib.util.find_spec, programs.EXPORT_FORMATS['onnx']))
 needs_onnx = pytest.mark.skipif(not ONNX, reason='needs onnx, onnxscript and onnxruntime')
 
 
@@ -124,9 +124,9 @@ def test_its_metadata_say_what_it_is(kind, folder):
         assert (given.name, names, made.name) == ('images', ['batch', 'height', 'width', 3], 'features')
         assert given.type.tensor_type.elem_type == onnx.TensorProto.UINT8
     else:
-        files = {programs.ENTRY: ''}
+        files = {programs.METADATA_FILE: ''}
         torch.export.load(folder / 'tiny.pt2', extra_files=files)
-        held = json.loads(files[programs.ENTRY])
+        held = json.loads(files[programs.METADATA_FILE])
     extractor = FeatureExtractor(folder / 'tiny.pth.tar', 'cpu')
     facts = onnx_network.facts_of(held, 'w')
     assert facts[:5] == ('tiny', 16, 32, 16, 'bicubic')
@@ -182,8 +182,8 @@ def test_what_is_printed(folder, images, tmp_path, capsys):
 
 def test_of_many_images_some_are_checked(folder, tmp_path, monkeypatch, capsys):
     some = agreement.evenly([str(number) for number in range(2500)])
-    assert len(some) == agreement.MOST == 1000 and some[::2] == [str(number) for number in range(0, 2500, 5)]
-    monkeypatch.setattr(agreement, 'MOST', 3)
+    assert len(some) == agreement.MOST_IMAGES == 1000 and some[::2] == [str(number) for number in range(0, 2500, 5)]
+    monkeypatch.setattr(agreement, 'MOST_IMAGES', 3)
     for number in range(7):
         Image.new('RGB', (20, 30), (30 * number, 0, 0)).save(tmp_path / f'{number}.png')
     args = '--weights', folder / 'tiny.pth.tar', '--format', 'pt2', '-o', tmp_path / 'w.pt2', '--images', tmp_path

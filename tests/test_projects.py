@@ -174,7 +174,7 @@ def test_features_and_logits_are_those_of_the_project(case, path, capsys):
     assert (', '.join(loaded.assumed), dict(loaded.trained.test)) == (assumed, test)
     assert loaded.layout.isprintable() and loaded.state is None
     model = weights.build(loaded, None, str(path))
-    assert {**models.PARTS, **model.made} == {**models.PARTS, **parts}
+    assert {**models.DEFAULT_PARTS, **model.made} == {**models.DEFAULT_PARTS, **parts}
     assert model.interpolation == test.get('interpolation', 'bilinear')
     if case != 'moco':
         assert 'Not loaded' not in capsys.readouterr().out

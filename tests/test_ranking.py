@@ -71,7 +71,7 @@ def check(result: ranking.Ranking, distmat, ids):
 @pytest.mark.parametrize('seed', range(12))
 def test_equals_the_textbook_under_any_tiles(seed, path, monkeypatch):
     rng = np.random.default_rng(seed)
-    monkeypatch.setattr(ranking, 'OWN', int(rng.integers(1, 9)))
+    monkeypatch.setattr(ranking, 'QUERIES_AT_ONCE', int(rng.integers(1, 9)))
     num_queries, num_gallery, dim = rng.integers(1, 30), rng.integers(1, 80), int(rng.integers(1, 12))
     ids = draw_ids(rng, num_queries, num_gallery, *rng.integers(1, [9, 4]))
     features = draw_integers(rng, num_queries, num_gallery, dim, rng.integers(1, 6))

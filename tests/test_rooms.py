@@ -7,6 +7,10 @@ from conftest import ROOT
 
 LONGEST, MOST_AT_ROOT = 350, 22  # lines of a room; files at the root
 DOORS = ('models', 'readers', 'batches', 'files', 'extraction', 'runtime', 'page', 'toy')
+# Each reader of a published data set has these: where it is, what it holds, what only training needs, its published
+# counts, and the names of its images.
+OF_READERS = ('FOLDERS', 'PARTS', 'TRAINING', 'PUBLISHED', 'NAME')
+PUBLISHED_READERS = {f'readers.{name}' for name in ('cuhk03', 'market1501', 'mars', 'msmt17')}
 EXPERIMENT = (  # what a script may import
     'arguments data_manager dataset_loader evaluation losses models runtime.checkpoint runtime.device '
     'runtime.launch runtime.meters samplers transforms weights'
@@ -193,6 +197,29 @@ def test_no_room_is_reached_from_itself():
 def test_only_two_rooms_know_of_process_groups():
     knowing = {name for name, path in FILES.items() if 'torch.distributed' in path.read_text()}
     assert knowing == {'runtime.processes', 'runtime.device'}
+
+
+def defined(name) -> set[str]:
+    """The public classes and constants, also aliases of types, that a room defines."""
+    names = set()
+    for node in ast.parse(FILES[name].read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)}
+    return {each for each in names if not each.startswith('_')}
+
+
+def test_a_name_has_one_meaning():
+    rooms_of: dict[str, set[str]] = {}
+    for name in set(FILES) - SCRIPTS:
+        for each in defined(name):
+            rooms_of.setdefault(each, set()).add(name)
+    several = {name: found for name, found in rooms_of.items() if len(found) > 1}
+    assert {name for name in several if name not in OF_READERS} == set()
+    # Elsewhere they would mean something else.
+    assert all(found <= PUBLISHED_READERS for found in several.values())
 
 
 def test_rooms_are_short():

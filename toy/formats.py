@@ -12,7 +12,7 @@ import numpy as np
 from numpy.random import Generator
 
 from toy.people import Person, random_persons
-from toy.scenes import NUM_CAMERAS, photograph, random_camera
+from toy.scenes import TOY_CAMERAS, photograph, random_camera
 from toy.views import View, harder, random_view, walk
 
 
@@ -43,7 +43,7 @@ def draw_market1501(
     frames = count(25, 25)
 
     def draw(root: Path) -> None:
-        cameras = [random_camera(kind, height, width, rng) for kind in range(NUM_CAMERAS)]
+        cameras = [random_camera(kind, height, width, rng) for kind in range(TOY_CAMERAS)]
         for part in 'bounding_box_train', 'query', 'bounding_box_test', 'gt_bbox':
             (root / part).mkdir()
         queries = []  # arguments of `shoot`
@@ -68,7 +68,7 @@ def draw_market1501(
             pid, view = -(index % 2), random_view(rng)
             if pid == -1:
                 view = replace(view, x=view.x + rng.choice([-0.3, 0.3]), y=view.y + rng.choice([-0.4, 0.4]))
-            shoot('bounding_box_test', pid, person, int(rng.integers(NUM_CAMERAS)), view)
+            shoot('bounding_box_test', pid, person, int(rng.integers(TOY_CAMERAS)), view)
         for pid, person, camera in queries:
             for _ in range(2):
                 shoot('gt_bbox', pid, person, camera, random_view(rng))
@@ -100,7 +100,7 @@ def draw_mars(
     rng = np.random.default_rng([seed, 1261])
 
     def draw(root: Path) -> None:
-        cameras = [random_camera(kind, height, width, rng) for kind in range(NUM_CAMERAS)]
+        cameras = [random_camera(kind, height, width, rng) for kind in range(TOY_CAMERAS)]
         persons = random_persons(num_train + num_test + 2 + 2 * num_distractors, rng)
         info = root / 'info'
         info.mkdir()
@@ -112,7 +112,7 @@ def draw_mars(
         ]
         strangers = persons[num_train + num_test + 2 :]
         test = [
-            (-1 if index < num_distractors else 0, person, int(rng.integers(NUM_CAMERAS)))
+            (-1 if index < num_distractors else 0, person, int(rng.integers(TOY_CAMERAS)))
             for index, person in enumerate(strangers)
         ]
         queries = []  # rows of the test table, counted from 1
@@ -168,7 +168,7 @@ def draw_msmt17(
     rng = np.random.default_rng([seed, 17])
 
     def draw(root: Path) -> None:
-        cameras = [random_camera(kind, height, width, rng) for kind in range(NUM_CAMERAS)]
+        cameras = [random_camera(kind, height, width, rng) for kind in range(TOY_CAMERAS)]
         persons = iter(random_persons(num_train + num_test, rng))
         lists: dict[str, list[str]] = {part: [] for part in ('train', 'val', 'query', 'gallery')}
         for subset, number in ('train', num_train), ('test', num_test):
@@ -253,4 +253,4 @@ def _save_table(path: Path, key: str, table: np.ndarray) -> None:
 
 def _some_cameras(number: int, rng: Generator) -> list[int]:
     """`number` different cameras in ascending order."""
-    return sorted(rng.choice(NUM_CAMERAS, size=number, replace=False).tolist())
+    return sorted(rng.choice(TOY_CAMERAS, size=number, replace=False).tolist())

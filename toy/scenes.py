@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from toy.people import GREY, WHITE, Colour, Person, draw_figure, random_persons
 from toy.views import SCREENED, View, random_view
 
-NUM_CAMERAS = 6
+TOY_CAMERAS = 6
 OVERSAMPLING = 3  # images are drawn this many times larger and averaged down
 SCENE = 3  # width of a camera's scene, in images
 
@@ -30,7 +30,7 @@ class Camera:
 
 
 def random_camera(kind: int, height: int, width: int, rng: Generator) -> Camera:
-    """A camera for images of `height` x `width` pixels; `kind`, 0 to NUM_CAMERAS - 1, selects its scene."""
+    """A camera for images of `height` x `width` pixels; `kind`, 0 to TOY_CAMERAS - 1, selects its scene."""
     gains = rng.uniform(0.9, 1.1) * (1 + rng.uniform(-0.07, 0.07, size=3))
     return Camera(
         scene=_scene(kind, height, width, rng),
