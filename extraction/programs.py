@@ -113,6 +113,7 @@ def obstacle(problem: BaseException) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Suppress what torch prints and logs on a failure (pages of its graph), and warnings about its own code."""
+    before = logging.root.manager.disable  # logging has no function that returns it
     logging.disable(logging.CRITICAL)
     try:
         out = io.StringIO()
@@ -120,7 +121,7 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter('ignore')
             yield
     finally:
-        logging.disable(logging.NOTSET)  # the default: what it was cannot be asked publicly
+        logging.disable(before)
 
 
 def opened(path: Path, kind: str) -> tuple[Opened, str]:

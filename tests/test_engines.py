@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -36,6 +37,16 @@ def test_features_are_equal(engine, file, mixed):
     for some in (files[:5], files, files[:1], files[:16]):  # last batches of 5, 4, 1, 1
         torch.testing.assert_close(fast(some), plain(some), rtol=1e-4, atol=1e-5)
     assert fast.digest == plain.digest
+
+
+@EACH
+def test_the_log_of_the_caller_stays_as_it_is(engine, file):
+    logging.disable(logging.INFO)
+    try:
+        FeatureExtractor(file, 'cpu', engine=engine)
+        assert not logging.getLogger().isEnabledFor(logging.INFO) and logging.getLogger().isEnabledFor(logging.ERROR)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @EACH
