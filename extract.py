@@ -106,11 +106,11 @@ class FeatureExtractor:
             raise UserError(f'there is no engine {plain(engine)}: choose torch, {" or ".join(ENGINES)}')
         if compile and engine != 'torch':
             raise UserError(f'--compile uses torch, which --engine {engine} replaces: choose one of them')
-        self.engine = 'compiled' if compile else engine
+        self.compile, self.engine = compile, engine
         if compile:
             self.network = source.compiled(self.device, self.batch)
         elif engine != 'torch':
-            self.network = source.converted(self.device, engine, self.precision, self.batch)
+            self.network = source.by_engine(self.device, engine, self.precision, self.batch)
         else:
             self.network = self.model
         self.prepare = TestTransform(self.height, self.width, self.model.normalisation, self.interpolation)
@@ -218,7 +218,7 @@ class FeatureExtractor:
 
     @functools.cached_property
     def digest(self) -> str:
-        return self.source.digest(self.precision, self.flip_test, self.engine)
+        return self.source.digest(self.precision, self.flip_test, 'compiled' if self.compile else self.engine)
 
 
 def check_finite(features: Tensor, start: int) -> None:

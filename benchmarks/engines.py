@@ -35,7 +35,7 @@ if __name__ == '__main__':
 
 import models
 from extraction.compiling import Compiled
-from extraction.engines import Converted
+from extraction.engines import ByEngine
 from extraction.programs import OPSET, quiet
 from models.network import Network
 from runtime.device import keep_memory
@@ -84,7 +84,7 @@ def our_side(name: str, arch: str, precision: str, plan: Plan, batch: int) -> Ca
     if name == 'compiled':
         model = Compiled(model, plan.height, plan.width, batch)
     elif name.startswith('--engine'):
-        model = Converted(model, plan.height, plan.width, name.split()[1], precision, batch)
+        model = ByEngine(model, plan.height, plan.width, name.split()[1], precision, batch)
 
     @torch.inference_mode()
     def run() -> np.ndarray:

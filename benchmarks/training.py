@@ -25,7 +25,7 @@ import models
 import toy
 from arguments import DataOptions, RunOptions, ShowOptions
 from dataset_loader import ImageDataset, train_loader
-from extraction.engines import Converted
+from extraction.engines import ByEngine
 from losses import CrossEntropyLabelSmooth
 from runtime import device
 from runtime.device import Run
@@ -138,7 +138,7 @@ def extractor(precision, arch='resnet50', engine='torch'):
     images, _ = resident()
     model = run.place(network(arch)).eval()
     if engine != 'torch':
-        model = Converted(model, *images.shape[2:], engine, precision, len(images))
+        model = ByEngine(model, *images.shape[2:], engine, precision, len(images))
     images = images.contiguous(memory_format=torch.channels_last)
 
     def step():

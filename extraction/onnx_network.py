@@ -110,11 +110,11 @@ def need(packages: Sequence[str], what: str) -> None:
         raise UserError(f'{what} needs the {several} {" and ".join(missing)}: pip install {" ".join(missing)}')
 
 
-def session_of(contents: bytes, where: str) -> Any:
-    """An ONNX file loaded by onnxruntime on the CPU, with the number of threads that torch uses at this moment.
+def session_of(contents: bytes, what: str, instead: str) -> Any:
+    """An ONNX file loaded by onnxruntime on the CPU, with as many threads as torch uses at this moment.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: it cannot be loaded; the message says `what`, why, and what can be done `instead`.
     """
     import onnxruntime  # optional
 
@@ -124,9 +124,7 @@ def session_of(contents: bytes, where: str) -> Any:
     try:
         return onnxruntime.InferenceSession(contents, options, providers=['CPUExecutionProvider'])
     except Exception as problem:  # of any type: another library parses the file
-        raise UserError(
-            f'{where} cannot be loaded by onnxruntime ({plain(str(problem))}): export the weights again'
-        ) from problem
+        raise UserError(f'{what} cannot be loaded by onnxruntime ({plain(str(problem))}): {instead}') from problem
 
 
 class Session:
@@ -148,7 +146,7 @@ class Session:
                 contents = file.read()
         except OSError as problem:
             raise UserError(f'{where} cannot be read ({problem.strerror}); give the path of an ONNX file') from problem
-        self.session = session_of(contents, where)
+        self.session = session_of(contents, where, 'export the weights again')
         self.digest = hashlib.sha256(contents).hexdigest()[:16]
         self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
 

@@ -55,7 +55,9 @@ def write(program: ExportedProgram, path: Path, kind: str, metadata: Mapping[str
         with quiet(), open(path, 'wb') as file:
             torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata)})
         return
-    path.write_bytes(onnx_of(program, AXES, metadata, f'{what} cannot be written as ONNX', '--format pt2 may work'))
+    with quiet():
+        contents = onnx_of(program, AXES, metadata, f'{what} cannot be written as ONNX', '--format pt2 may work')
+    path.write_bytes(contents)
 
 
 def onnx_of(
@@ -68,11 +70,10 @@ def onnx_of(
             made of `what`, the reason, and `instead`, the advice.
     """
     try:
-        with quiet():
-            written = torch.onnx.export(
-                program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes={INPUT: dict(axes)},
-                opset_version=OPSET, verbose=False,
-            )  # fmt: skip
+        written = torch.onnx.export(
+            program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes={INPUT: dict(axes)},
+            opset_version=OPSET, verbose=False,
+        )  # fmt: skip
         assert written is not None  # with dynamo=True
         model: Any = written.model_proto
         strip(model)
@@ -111,14 +112,20 @@ def obstacle(problem: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Suppress what torch prints and logs on a failure (pages of its graph), and warnings about its own code."""
+def quiet(printing: bool = False) -> Iterator[None]:
+    """Suppress what torch logs on a failure (pages of its graph), its warnings about its own code, and prints.
+
+    Logs, warnings and the streams belong to the whole process. With `printing`, the streams, to which other threads
+    may print, stay as they are.
+    """
     before = logging.root.manager.disable  # logging has no function that returns it
     logging.disable(logging.CRITICAL)
     try:
-        out = io.StringIO()
-        with warnings.catch_warnings(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
             warnings.simplefilter('ignore')
+            if not printing:
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             yield
     finally:
         logging.disable(before)

@@ -10,7 +10,7 @@ import torch
 
 from arguments import RunOptions
 from extraction import compiling, onnx_network
-from extraction.engines import ENGINES, Converted
+from extraction.engines import ENGINES, ByEngine
 from extraction.onnx_network import need
 from models.network import Network, Training
 from models.Timm import PREFIX
@@ -77,7 +77,7 @@ class Source:
         compiling.check_compiler('--compile')
         return compiling.Compiled(self.model, self.usage.height, self.usage.width, batch)
 
-    def converted(self, device: torch.device, engine: str, precision: str, batch: int) -> Network:
+    def by_engine(self, device: torch.device, engine: str, precision: str, batch: int) -> Network:
         """The network, run by another engine, one of ENGINES; `batch` is the usual batch size.
 
         Raises:
@@ -88,12 +88,13 @@ class Source:
         if engine == 'onnxruntime' and precision == 'bf16':
             raise UserError('--engine onnxruntime has no convolutions in bf16 on CPUs: choose fp32, or openvino')
         need(ENGINES[engine], f'--engine {engine}')
-        return Converted(self.model, self.usage.height, self.usage.width, engine, precision, batch)
+        return ByEngine(self.model, self.usage.height, self.usage.width, engine, precision, batch)
 
     def _check_for_cpu(self, option: str, device: torch.device) -> None:
         if self.sealed or device.type != 'cpu':
-            what = f'{self.trained.where} is run by onnxruntime' if self.sealed else f'the network is on {device}'
-            raise UserError(f'{option} is for networks of torch on CPUs, and {what}: remove it')
+            where = f'{self.trained.where} is run by onnxruntime' if self.sealed else f'the network is on {device}'
+            instead = 'remove it' if self.sealed else 'use the CPU (--use-cpu), or remove it'
+            raise UserError(f'{option} is for networks of torch on CPUs, and {where}: {instead}')
 
     def digest(self, precision: str, flip_test: bool, engine: str = 'torch') -> str:
         """16 hexadecimal digits that identify the weights and how they are used.

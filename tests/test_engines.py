@@ -12,7 +12,7 @@ from tiny import Tiny
 import extract
 import weights
 from extract import FeatureExtractor
-from extraction.engines import ENGINES, Converted
+from extraction.engines import ENGINES, ByEngine
 from extraction.source import source_of
 from runtime.errors import UserError
 
@@ -47,6 +47,19 @@ def test_the_log_of_the_caller_stays_as_it_is(engine, file):
         assert not logging.getLogger().isEnabledFor(logging.INFO) and logging.getLogger().isEnabledFor(logging.ERROR)
     finally:
         logging.disable(logging.NOTSET)
+
+
+@EACH
+def test_threads_may_convert_at_once_and_nothing_is_printed(engine, file, images, capfd):
+    """torch itself cannot trace two networks at once."""
+    files = [path for path, *_ in images][:3]
+    expected = FeatureExtractor(file, 'cpu')(files)
+    capfd.readouterr()
+    with ThreadPoolExecutor(3) as pool:
+        for made in pool.map(lambda _: FeatureExtractor(file, 'cpu', engine=engine), range(3)):
+            torch.testing.assert_close(made(files), expected, rtol=1e-4, atol=1e-5)
+    lines = ''.join(capfd.readouterr()).splitlines()
+    assert not [line for line in lines if not line.startswith(('Initializing model', 'Model size'))]
 
 
 @EACH
@@ -94,7 +107,7 @@ def test_the_option_of_the_commands(engine, file):
     parser = argparse.ArgumentParser()
     extract.add_options(parser)
     made = extract.extractor_of(parser.parse_args(['--weights', str(file), '--use-cpu', '--engine', engine]))
-    assert isinstance(made.network, Converted)
+    assert isinstance(made.network, ByEngine)
 
 
 @pytest.mark.parametrize(
@@ -110,12 +123,36 @@ def test_what_does_not_go_together(options, reason, file):
         FeatureExtractor(file, 'cpu', **options)
 
 
+@NEED['openvino']
+def test_openvino_has_programs_for_the_sizes_that_recur(file, images):
+    """Others share one, which takes any number of images."""
+    files = [path for path, *_ in images][:9]
+    fast, plain = FeatureExtractor(file, 'cpu', batch=9, engine='openvino'), FeatureExtractor(file, 'cpu', batch=9)
+    programs = {9}
+    for number, new in ((9, None), (1, -1), (1, 1), (2, None), (2, 2), (3, None), (3, None), (9, None)):
+        torch.testing.assert_close(fast(files[:number]), plain(files[:number]), rtol=1e-4, atol=1e-5)
+        programs |= {new} - {None}
+        assert set(fast.network.compute.requests) == programs
+
+
+@NEED['openvino']
+def test_an_engine_that_fails_is_reported_in_one_line(file, monkeypatch):
+    import openvino
+
+    def fail(*_):
+        raise RuntimeError('no\nprimitive')
+
+    monkeypatch.setattr(openvino.Core, 'compile_model', fail)
+    with pytest.raises(UserError, match=r'^--engine openvino: the network cannot be compiled \(no\); remove --engine$'):
+        FeatureExtractor(file, 'cpu', engine='openvino')
+
+
 @pytest.mark.parametrize(('sealed', 'device'), [('0' * 16, 'cpu'), ('', 'cuda')])
 def test_only_networks_of_torch_on_a_cpu_are_converted(sealed, device, file):
     source = source_of(file)
     source.sealed = sealed
-    with pytest.raises(UserError, match=r'--engine openvino is for networks of torch on CPUs, and .*: remove it'):
-        source.converted(torch.device(device), 'openvino', 'fp32', 8)
+    with pytest.raises(UserError, match=r'--engine openvino is for networks of torch on CPUs, and .*: .*remove it$'):
+        source.by_engine(torch.device(device), 'openvino', 'fp32', 8)
 
 
 @pytest.mark.parametrize('engine', ENGINES)
