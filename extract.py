@@ -50,8 +50,9 @@ class FeatureExtractor:
         features = extractor(images)
         features = extractor(frame, boxes)
 
-    With the same batch size and number of threads, features equal those of the test bit for bit; otherwise they differ
-    by rounding. Several threads may use an extractor at once. Nothing is printed: see `notes`.
+    With the same batch size and number of threads, features equal those of the test bit for bit; otherwise, and with
+    `compile` or another `engine`, they differ by rounding. Several threads may use an extractor at once. Nothing is
+    printed: see `notes`.
 
     Args:
         weights: a file that `weights.read` supports, or an ONNX file written by `export.py`, which onnxruntime runs on
@@ -67,7 +68,7 @@ class FeatureExtractor:
         compile: compile the network for this CPU at the first call, which takes a minute and needs a C++ compiler;
             later calls are faster. With `batch=1` it is compiled for single images.
         engine: what runs the network on a CPU: 'torch', or 'onnxruntime' or 'openvino', which are separate packages. A
-            network is converted for these when it is loaded, which takes some seconds.
+            network is converted for these when it is loaded, which takes 5 to 30 seconds.
 
     Attributes:
         arch, feat_dim, device, precision, height, width, interpolation, distance, flip_test: the values in use.
