@@ -6,6 +6,7 @@ that is faster in bf16 at all. Where OpenVINO is installed, a further row has th
 """
 
 import importlib.util
+from collections.abc import Iterator
 
 import torch
 
@@ -18,7 +19,7 @@ from training import BATCH, compare
 SURE = 0.05  # a backbone whose two speeds differ by less than this fraction may say either
 
 
-def rows(full: bool, names: list[str] | None = None):
+def rows(full: bool, names: list[str] | None = None) -> Iterator[Row]:
     """`names`: the backbones, all by default."""
     if not full:
         yield Row('backbones in bf16 and fp32: measured with BENCH=full')
@@ -29,9 +30,10 @@ def rows(full: bool, names: list[str] | None = None):
     for arch in names or models.get_names():
         gains = models.network_of(arch).faster_in_bf16
         for what, maker, args in (('training step', 'trainer', (False, arch)), ('extraction', 'extractor', (arch,))):
-            sides = {'ours': (maker, 'bf16', *args), 'plain': (maker, 'fp32', *args)}
+            sides: dict[str, tuple] = {'ours': (maker, 'bf16', *args), 'plain': (maker, 'fp32', *args)}
             measured = row(f'{arch}, {what}, bf16; plain: fp32', compare(1, **sides), BATCH)
             if maker == 'trainer' and held:
+                assert measured.times_plain is not None
                 measured.target = f'plain {f"≥ {1 - SURE}" if gains else f"≤ {1 + SURE}"}'
                 measured.met = measured.times_plain >= 1 - SURE if gains else measured.times_plain <= 1 + SURE
             yield measured

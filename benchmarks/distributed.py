@@ -17,11 +17,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch.optim import Adam
+from torch import nn
+from torch.optim import Adam, Optimizer
 
 import models
 from arguments import RunOptions
@@ -35,7 +37,16 @@ HEIGHT, WIDTH, CLASSES = 256, 128, 751
 TURNS, WARM = 7, 2
 
 
-def train(batches, replica, augment, criterion_xent, criterion_htri, optimizer, meter, run) -> None:
+def train(
+    batches: Iterable[tuple],
+    replica: nn.Module,
+    augment: Callable[..., torch.Tensor],
+    criterion_xent: nn.Module,
+    criterion_htri: TripletLoss,
+    optimizer: Optimizer,
+    meter: SimpleNamespace,
+    run: Run,
+) -> None:
     """The steps of train_img_model_xent_htri.py, line by line, without its checkpoint."""
     replica.train()
     for imgs, pids, draws in batches:
@@ -51,25 +62,25 @@ def train(batches, replica, augment, criterion_xent, criterion_htri, optimizer, 
         meter.update(loss=loss, xent=xent, htri=htri, active=criterion_htri.active, collapsed=criterion_htri.collapsed)
 
 
-def trainer(run: Run, batch: int):
+def trainer(run: Run, batch: int) -> Callable[[], None]:
     """One step of the script, on `batch` images that are already there."""
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):
         model = run.place(models.init_model('resnet50', CLASSES, loss={'xent', 'htri'}))
     replica = run.replicate(model)
     optimizer = Adam(model.parameters(), 3e-4, fused=True)
-    images = run.place(torch.randn(batch, 3, HEIGHT, WIDTH))
+    images = torch.randn(batch, 3, HEIGHT, WIDTH).to(run.device, memory_format=torch.channels_last)
     pids = torch.arange(batch, device=run.device) // 4
     criteria = CrossEntropyLabelSmooth(CLASSES), TripletLoss(0.3)
     meter = SimpleNamespace(update=lambda **losses: None)
 
-    def step():
+    def step() -> None:
         train([(images, pids, None)], replica, lambda imgs, draws: imgs, *criteria, optimizer, meter, run)
 
     return step
 
 
-def seconds(step, run: Run, steps: int) -> torch.Tensor:
+def seconds(step: Callable[[], object], run: Run, steps: int) -> torch.Tensor:
     """Of a step, in each of the processes (W,), which begin together."""
     run.sum(torch.zeros(1))
     began = time.perf_counter()
@@ -114,11 +125,11 @@ def rows(full: bool) -> list[Row]:
     )
     found = json.loads(ended.stdout.splitlines()[-1])
     times, what = found['times'], f'step shared by {found["many"]} {"GPUs" if gpus else "processes"}'
-    target = {'limit_target': 1.05} if gpus == 4 else {}
+    target, one = 1.05 if gpus == 4 else None, 'one alone' if gpus else 'the whole batch in one'
     sides = {'ours': times['together'], 'limit': times['one']}
     exchange = {'ours': times['together'], 'limit': times['apart']}
     return [
-        row(f'{what}; limit: {"one alone" if gpus else "the whole batch in one"}', sides, found['batch'], **target),
+        row(f'{what}; limit: {one}', sides, found['batch'], limit_target=target),
         row('the same; limit: without communication', exchange, found['batch']),
     ]
 

@@ -73,14 +73,16 @@ def write(arch: str, plan: Plan, path: str) -> None:
     example, axes = torch.rand(2, 3, plan.height, plan.width), {0: torch.export.Dim('batch')}
     with quiet(), torch.no_grad():
         program = torch.export.export(network(arch, plan), (example,), dynamic_shapes={'x': axes}, strict=False)
-        torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False).save(path, external_data=False)
+        exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
+        assert exported is not None  # as with dynamo=False
+        exported.save(path, external_data=False)
 
 
 def our_side(name: str, arch: str, precision: str, plan: Plan, batch: int) -> Callable[[], np.ndarray]:
     keep_memory()
     model, images = network(arch, plan), inputs(plan, batch)
     if name != 'eager':
-        model, images = (each.to(memory_format=torch.channels_last) for each in (model, images))
+        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
     if name == 'compiled':
         model = Compiled(model, plan.height, plan.width, batch)
     elif name.startswith('--engine'):
@@ -89,7 +91,8 @@ def our_side(name: str, arch: str, precision: str, plan: Plan, batch: int) -> Ca
     @torch.inference_mode()
     def run() -> np.ndarray:
         with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'):
-            return model(images).float().numpy()
+            features: np.ndarray = model(images).float().numpy()
+            return features
 
     return run
 
@@ -132,9 +135,12 @@ def side(name: str, arch: str, precision: str, plan: Plan, batch: int, file: str
     return our_side(name, arch, precision, plan, batch)
 
 
-def prepare(*args) -> None:
+_run: Callable[[], np.ndarray]  # of this process, see `prepare`
+
+
+def prepare(name: str, arch: str, precision: str, plan: Plan, batch: int, file: str) -> None:
     global _run  # the process of a side calls this once, and an initializer can keep its result nowhere else
-    _run = side(*args)
+    _run = side(name, arch, precision, plan, batch, file)
 
 
 def first() -> np.ndarray:

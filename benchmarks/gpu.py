@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import learning
@@ -56,7 +57,7 @@ def speed(what: str, dry: bool) -> dict:
         training.BATCH, training.HEIGHT, training.WIDTH = 4, 96, 48
     cuda = torch.cuda.is_available() and not dry
 
-    def images_per_second(step) -> float:
+    def images_per_second(step: Callable[[], object]) -> float:
         turns = []
         for turn in range(2 if dry else 6):  # the first one warms up
             began = time.perf_counter()

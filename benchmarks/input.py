@@ -11,7 +11,7 @@ import contextlib
 import io
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from PIL import Image
 import data_manager
 import toy
 from arguments import DataOptions
-from dataset_loader import ImageDataset, train_loader
+from dataset_loader import ImageDataset, TrainLoader, train_loader
 from runtime.device import Run
 from samplers import RandomSampler
 from table import Row, row, take_turns
@@ -36,23 +36,24 @@ def plain_image(path: str, draw: list[float]) -> torch.Tensor:
     translate, down, right, mirror, *_ = draw  # the rest belongs to random erasing
     image = Image.open(path).convert('RGB')
     if translate < 0.5:
-        image = image.resize((WIDTH, HEIGHT), Image.BILINEAR)
+        image = image.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR)
     else:
         wide, tall = round(WIDTH * 1.125), round(HEIGHT * 1.125)
         left, top = round(right * (wide - WIDTH)), round(down * (tall - HEIGHT))
-        image = image.resize((wide, tall), Image.BILINEAR).crop((left, top, left + WIDTH, top + HEIGHT))
+        image = image.resize((wide, tall), Image.Resampling.BILINEAR).crop((left, top, left + WIDTH, top + HEIGHT))
     if mirror < 0.5:
-        image = image.transpose(Image.FLIP_LEFT_RIGHT)
-    return Normalize(IMAGENET_MEAN, IMAGENET_STD)(ToTensor()(image))  # (3, h, w)
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels: torch.Tensor = Normalize(IMAGENET_MEAN, IMAGENET_STD)(ToTensor()(image))  # (3, h, w)
+    return pixels
 
 
-def plain_epoch(items: list, sampler: RandomSampler):
+def plain_epoch(items: list, sampler: RandomSampler) -> Iterator[torch.Tensor]:
     for indices, draws in zip(*sampler.draw(0), strict=True):
         paths = [items[index][0] for index in indices]
         yield torch.stack([plain_image(*each) for each in zip(paths, draws.tolist(), strict=True)])  # (B, 3, h, w)
 
 
-def epoch(loader, augment: Callable = lambda images, draws: None):
+def epoch(loader: TrainLoader, augment: Callable = lambda images, draws: None) -> Iterator:
     for images, _, draws in loader.epoch(0):
         yield augment(images, draws)
 
@@ -79,7 +80,7 @@ def compare(items: list, turns: int, mixed: bool = False) -> list[Row]:
         difference = ((decoded - plain) * std * 255).abs()
         assert difference.max() < 2.01 and difference.mean() < 0.2
 
-    def bare():
+    def bare() -> Iterator[object]:
         for path, _, _ in items[: len(loaders['none']) * BATCH]:
             with Image.open(path) as image:
                 yield image.load()
@@ -94,7 +95,7 @@ def compare(items: list, turns: int, mixed: bool = False) -> list[Row]:
         cached=lambda: epoch(loaders['ram'], augment),
     )
 
-    def found(what: str, ours: str, target: float, **kwargs) -> Row:
+    def found(what: str, ours: str, target: float, **kwargs: list[float]) -> Row:
         what, target = f'{what}, mixed sizes' if mixed else what, target / 2 if mixed else target
         chosen = {'ours': times[ours], 'plain': times['plain'], **kwargs}
         count = len(loaders['none']) * BATCH
@@ -118,7 +119,8 @@ def rows(full: bool) -> list[Row]:
             table = compare(items, turns=15 if full else 5)
             sizes = np.random.default_rng(0).permutation(len(items))
             for (path, _, _), size in zip(items, sizes, strict=True):  # 64 widths x 4 heights, 128x64 on average
-                image = Image.open(path).resize((32 + size % 64, 116 + 8 * (size // 64 % 4)), Image.BICUBIC)
+                assert isinstance(path, str)  # not a tracklet
+                image = Image.open(path).resize((32 + size % 64, 116 + 8 * (size // 64 % 4)), Image.Resampling.BICUBIC)
                 image.save(path, quality=90)
             table += compare(items, turns=15 if full else 5, mixed=True)
     finally:

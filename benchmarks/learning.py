@@ -18,7 +18,9 @@ SEEDS = (1, 2, 3)
 def command() -> list[str]:
     """The command of `make demo`, without its Python."""
     makefile = (ROOT / 'Makefile').read_text(encoding='utf-8')
-    return shlex.split(re.search(r'(train_img_model_xent\.py(?:.*\\\n)*.*)', makefile)[1].replace('\\\n', ' '))
+    found = re.search(r'(train_img_model_xent\.py(?:.*\\\n)*.*)', makefile)
+    assert found, 'the Makefile has no command of the demo'
+    return shlex.split(found[1].replace('\\\n', ' '))
 
 
 def demo(*options: str) -> dict:
@@ -26,7 +28,8 @@ def demo(*options: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         there = ['--save-dir', folder, '--data-dir', f'{folder}/data']
         subprocess.run([sys.executable, *command(), *options, *there], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        return json.loads((Path(folder) / 'results.json').read_text(encoding='utf-8'))
+        results: dict = json.loads((Path(folder) / 'results.json').read_text(encoding='utf-8'))
+        return results
 
 
 def rows(full: bool) -> list[Row]:

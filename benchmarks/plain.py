@@ -10,7 +10,14 @@ def distance_matrix(q_features: Tensor, g_features: Tensor) -> np.ndarray:
     return distances.addmm_(q_features, g_features.t(), alpha=-2).numpy()
 
 
-def evaluate(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=50):
+def evaluate(
+    distmat: np.ndarray,
+    q_pids: np.ndarray,
+    g_pids: np.ndarray,
+    q_camids: np.ndarray,
+    g_camids: np.ndarray,
+    max_rank: int = 50,
+) -> tuple[np.ndarray, float]:
     """CMC and mAP by an argsort of the whole matrix and a list of precisions for each query."""
     order = np.argsort(distmat, axis=1)
     matches = (g_pids[order] == q_pids[:, None]).astype(np.int32)
@@ -24,10 +31,17 @@ def evaluate(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=50):
         curves.append(np.minimum(found, 1)[:max_rank])
         precision = np.asarray([count / (place + 1.0) for place, count in enumerate(found)])
         precisions.append((precision * hits).sum() / hits.sum())
-    return np.mean(curves, axis=0), np.mean(precisions)
+    return np.mean(curves, axis=0), float(np.mean(precisions))
 
 
-def evaluate_tightly(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=50):
+def evaluate_tightly(
+    distmat: np.ndarray,
+    q_pids: np.ndarray,
+    g_pids: np.ndarray,
+    q_camids: np.ndarray,
+    g_camids: np.ndarray,
+    max_rank: int = 50,
+) -> tuple[np.ndarray, float]:
     """The same with a lean loop: a stable argsort of each row, then only its matches."""
     curve, precisions = np.zeros(max_rank), []
     for distances, pid, camid in zip(distmat, q_pids, q_camids, strict=True):
@@ -37,10 +51,12 @@ def evaluate_tightly(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=50):
         if len(ranks):
             curve[ranks[0] - 1 :] += 1
             precisions.append((np.arange(1, len(ranks) + 1) / ranks).mean())
-    return curve / len(precisions), np.mean(precisions)
+    return curve / len(precisions), float(np.mean(precisions))
 
 
-def rerank(q_features: np.ndarray, g_features: np.ndarray, k1=20, k2=6, lambda_value=0.3) -> np.ndarray:
+def rerank(
+    q_features: np.ndarray, g_features: np.ndarray, k1: int = 20, k2: int = 6, lambda_value: float = 0.3
+) -> np.ndarray:
     """(Q, G) k-reciprocal distances (Zhong et al., CVPR 2017), with every matrix dense."""
     everyone = np.concatenate([q_features, g_features])
     norms = np.square(everyone).sum(1)
@@ -49,9 +65,10 @@ def rerank(q_features: np.ndarray, g_features: np.ndarray, k1=20, k2=6, lambda_v
     order = np.argsort(distances, axis=1, kind='stable')
     weights = np.zeros_like(distances)
 
-    def reciprocal(item, k):
+    def reciprocal(item: int, k: int) -> np.ndarray:
         near = order[item, : k + 1]
-        return near[(order[near, : k + 1] == item).any(1)]
+        mutual: np.ndarray = near[(order[near, : k + 1] == item).any(1)]
+        return mutual
 
     for item in range(len(everyone)):
         near = members = reciprocal(item, k1)
@@ -68,7 +85,7 @@ def rerank(q_features: np.ndarray, g_features: np.ndarray, k1=20, k2=6, lambda_v
     result = np.empty((len(q_features), len(everyone)), np.float32)
     for query in range(len(q_features)):
         shared = np.zeros(len(everyone), np.float32)
-        for item in np.flatnonzero(weights[query]):
-            shared[holders[item]] += np.minimum(weights[query, item], weights[holders[item], item])
+        for one in np.flatnonzero(weights[query]):
+            shared[holders[one]] += np.minimum(weights[query, one], weights[holders[one], one])
         result[query] = (1 - lambda_value) * (1 - shared / (2 - shared)) + lambda_value * distances[query]
     return result[:, len(q_features) :]

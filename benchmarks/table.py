@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 SECONDS = {
     'input': 90,
@@ -83,7 +84,7 @@ def seconds(work: Callable) -> float:
 
 def take_turns(turns: int, measure: Callable = seconds, **sides: Callable) -> dict[str, list[float]]:
     """`measure` of each side in each turn."""
-    times = {name: [] for name in sides}
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(turns):
         for name, side in sides.items():
             times[name].append(measure(side))
@@ -124,6 +125,7 @@ def row(
         (peak_mb, peak_target, '≤ {} MB', -1),
     ):  # fmt: skip
         if target is not None:
+            assert value is not None, f'{what}: nothing was measured for the target {text.format(target)}'
             targets.append(text.format(target))
             met.append(sign * value >= sign * target)
     return Row(
@@ -132,7 +134,7 @@ def row(
     )  # fmt: skip
 
 
-def in_a_fresh_process(module: str, function: str, *args):
+def in_a_fresh_process(module: str, function: str, *args: object) -> Any:
     """The result of a part's function in a fresh process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as process:
         return process.submit(_call, module, function, *args).result()
@@ -145,7 +147,7 @@ def apart(module: str, function: str, **sides: tuple) -> Iterator[dict[str, Call
     Each side has its own process, with the memory and the process settings that its program would have.
     """
     with contextlib.ExitStack() as stack:
-        works = {}
+        works: dict[str, Callable] = {}
         for name, args in sides.items():
             process = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), _prepare, (module, function, *args))
             stack.enter_context(process)
@@ -153,13 +155,16 @@ def apart(module: str, function: str, **sides: tuple) -> Iterator[dict[str, Call
         yield works
 
 
-def _call(module: str, function: str, *args):
+def _call(module: str, function: str, *args: object) -> Any:
     return getattr(importlib.import_module(module), function)(*args)
 
 
-def _prepare(*call) -> None:
+_work_here: Callable[[], object]  # of this process, see `_prepare`
+
+
+def _prepare(module: str, function: str, *args: object) -> None:
     global _work_here  # of this process, which calls this once: an initializer can keep its result nowhere else
-    _work_here = _call(*call)
+    _work_here = _call(module, function, *args)
 
 
 def _work() -> float:
@@ -167,7 +172,11 @@ def _work() -> float:
 
 
 def within(
-    seconds: float | None, command: list[str], settings: Mapping[str, str] | None = None, **kwargs
+    seconds: float | None,
+    command: list[str],
+    settings: Mapping[str, str] | None = None,
+    stdout: IO | int | None = None,
+    cwd: Path | None = None,
 ) -> int | None:
     """The exit status of `command`; None if it took longer. All processes that it has started end with it.
 
@@ -175,7 +184,7 @@ def within(
     """
     paths = [str(HERE.parent), str(HERE), *filter(None, [os.environ.get('PYTHONPATH')])]
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join(paths), **(settings or {})}
-    with subprocess.Popen(command, start_new_session=True, env=env, **kwargs) as process:
+    with subprocess.Popen(command, start_new_session=True, env=env, stdout=stdout, cwd=cwd) as process:
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -26,10 +26,12 @@ from runtime.precision import allow_tf32
 from table import Row, in_a_fresh_process, row, take_turns
 
 DIM = 2048
+Drawn = tuple[torch.Tensor, torch.Tensor, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # see `draw`
+
 MARKET1501, MSMT17, DISTRACTORS = (3368, 15913), (11659, 82161), (3368, 515913)
 
 
-def draw(num_queries: int, num_gallery: int, seed: int = 0):
+def draw(num_queries: int, num_gallery: int, seed: int = 0) -> Drawn:
     """Features and ids that score about like a trained network; a part of the gallery has pids of no query."""
     rng = np.random.default_rng(seed)
     num_pids = num_queries // 4
@@ -46,7 +48,8 @@ def draw(num_queries: int, num_gallery: int, seed: int = 0):
             person[torch.from_numpy(whose[rows] == 0)] = 0.35 * torch.randn(int((whose[rows] == 0).sum()), DIM)
             some[rows] = (person + cameras[where[rows]] + 0.75 * torch.randn(len(rows), DIM)).relu_()
         features.append(some)
-    return *features, *pids, *camids
+    queries, gallery = features
+    return queries, gallery, *pids, *camids
 
 
 def bare(rows: torch.Tensor, columns: torch.Tensor) -> Callable:
@@ -54,7 +57,7 @@ def bare(rows: torch.Tensor, columns: torch.Tensor) -> Callable:
     width = min(len(columns), (1 << 28) // len(rows))
     memory = torch.empty(len(rows) * width, device=rows.device)
 
-    def work():
+    def work() -> None:
         for part in columns.split(width):
             torch.mm(rows, part.t(), out=memory[: len(rows) * len(part)].view(len(rows), -1))
 
@@ -81,7 +84,7 @@ def peak(what: str, num_queries: int, num_gallery: int) -> float:
     return (memory('VmHWM') - before) / 1024
 
 
-def same_as_textbook(result: ranking.Ranking, data: tuple, number: int) -> None:
+def same_as_textbook(result: ranking.Ranking, data: Drawn, number: int) -> None:
     """Assert that some queries have the AP given by a stable sort of their distances."""
     q_features, g_features, q_pids, g_pids, q_camids, g_camids = data
     some = np.random.default_rng(1).choice(len(q_features), number, replace=False)
@@ -98,7 +101,7 @@ def spared_by_none(queries: torch.Tensor, gallery: torch.Tensor) -> Callable:
     parts = tiles.tiles(len(everyone), len(everyone), (side, side))
     half = [(rows, columns) for rows, columns in parts if rows.start <= columns.start]
 
-    def work():
+    def work() -> None:
         tiles.in_threads(lambda i, j: tiles.products(everyone[i], everyone[j]), half, everyone.device)
         own(queries, gallery)()
 
@@ -113,26 +116,36 @@ def limits(one: torch.Tensor, other: torch.Tensor) -> dict[str, Callable]:
 
 def ranked(size: tuple[int, int], turns: int, target: float, device: str = 'cpu') -> list[Row]:
     data = draw(*size)
-    on_device = [some.to(device) for some in data[:2]]
-    result = []
+    on_device = data[0].to(device), data[1].to(device)
+    result: list[tuple[ranking.Ranking, np.ndarray, float, float]] = []
 
-    def ours():
+    def ours() -> None:
         found = ranking.rank(*on_device, *data[2:])
-        result[:] = [found, found.cmc(), found.mAP, found.mINP]
+        result[:] = [(found, found.cmc(), found.mAP, found.mINP)]
 
     def done(work: Callable) -> Callable:
-        return lambda: (work(), torch.cuda.synchronize() if device == 'cuda' else None)
+        def waited() -> None:
+            work()
+            if device == 'cuda':
+                torch.cuda.synchronize()
+
+        return waited
 
     sides = {name: done(side) for name, side in {'ours': ours, **limits(*on_device)}.items()}
     if device == 'cuda':
         allow_tf32(False)
         take_turns(1, **sides)
     times = take_turns(turns, **sides)
-    same_as_textbook(result[0], data, 64)
+    same_as_textbook(result[0][0], data, 64)
     what = 'distances, CMC, mAP, mINP, {} x {}{}'.format(*size, ' on CUDA' * (device == 'cuda'))
-    memory = {} if device == 'cuda' else {'peak_mb': in_a_fresh_process('testing', 'peak', 'rank', *size)}
-    rows = [row(f'{what}; limit: torch.mm', times, limit='torch.mm', limit_target=target, **memory, peak_target=256)]
-    return rows if device == 'cuda' else [*rows, row('the same; limit: our product', times, limit='our product')]
+    title = f'{what}; limit: torch.mm'
+    if device == 'cuda':  # where the memory of the process says nothing
+        return [row(title, times, limit='torch.mm', limit_target=target)]
+    peak_mb = in_a_fresh_process('testing', 'peak', 'rank', *size)
+    return [
+        row(title, times, limit='torch.mm', limit_target=target, peak_mb=peak_mb, peak_target=256),
+        row('the same; limit: our product', times, limit='our product'),
+    ]
 
 
 def evaluated(size: tuple[int, int], turns: int) -> list[Row]:
@@ -201,7 +214,7 @@ def reranked_densely(size: tuple[int, int], turns: int) -> Row:
     times = take_turns(
         turns,
         ours=lambda: found.append(ranking.rerank(*data)),
-        plain=lambda: dense.append(plain.rerank(*(some.numpy() for some in data[:2]))),
+        plain=lambda: dense.append(plain.rerank(data[0].numpy(), data[1].numpy())),
         limit=spared_by_none(*data[:2]),
     )
     distances = reranking.reranked(*tiles.points(*data[:2], *size))

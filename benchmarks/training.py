@@ -12,13 +12,14 @@ import io
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 
 import data_manager
 import models
@@ -27,6 +28,7 @@ from arguments import DataOptions, RunOptions, ShowOptions
 from dataset_loader import ImageDataset, train_loader
 from extraction.engines import ByEngine
 from losses import CrossEntropyLabelSmooth
+from models.network import Network
 from runtime import device
 from runtime.device import Run
 from runtime.meters import LossMeter
@@ -45,20 +47,20 @@ def start(precision: str, compiled: bool = False) -> Run:
         return device.start(RunOptions(precision=precision, width=WIDTH, compile=compiled))
 
 
-def network(arch: str = 'resnet50') -> torch.nn.Module:
+def network(arch: str = 'resnet50') -> Network:
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):
         return models.init_model(arch, CLASSES)
 
 
-def resident():
+def resident() -> tuple[Tensor, Tensor]:
     """The batch: images (32, 3, 256, 128) and pids (32,)."""
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     torch.manual_seed(1)
     return torch.randn(BATCH, 3, HEIGHT, WIDTH, device=device), torch.arange(BATCH, device=device)
 
 
-def plain_start(precision: str):
+def plain_start(precision: str) -> Callable[[], torch.autocast]:
     """The settings of a plain side, and its autocast. It has what `start` sets for the arithmetic, not for memory."""
     torch.backends.cudnn.benchmark = torch.cuda.is_available()
     allow_tf32(precision == 'tf32')
@@ -66,14 +68,14 @@ def plain_start(precision: str):
     return lambda: torch.autocast(kind, torch.bfloat16, enabled=precision == 'bf16')
 
 
-def plain_trainer(precision='fp32'):
+def plain_trainer(precision: str = 'fp32') -> Callable[[], float]:
     """One step as the original took it."""
     autocast = plain_start(precision)
     images, pids = resident()
     model = network().to(images.device).train()
     optimizer = Adam(model.parameters(), 3e-4, weight_decay=5e-4)
 
-    def step():
+    def step() -> float:
         target = torch.full((len(pids), CLASSES), 0.1 / CLASSES, device=images.device)
         target.scatter_(1, pids[:, None], 0.9 + 0.1 / CLASSES)
         with autocast():
@@ -87,7 +89,15 @@ def plain_trainer(precision='fp32'):
     return step
 
 
-def train(batches, replica, augment, criterion_xent, optimizer, meter, run) -> None:
+def train(
+    batches: Iterable[tuple],
+    replica: nn.Module,
+    augment: Callable[..., Tensor],
+    criterion_xent: nn.Module,
+    optimizer: Optimizer,
+    meter: LossMeter | SimpleNamespace,
+    run: Run,
+) -> None:
     """The steps of train_img_model_xent.py, line by line, without its checkpoint."""
     replica.train()
     for imgs, pids, draws in batches:
@@ -101,7 +111,7 @@ def train(batches, replica, augment, criterion_xent, optimizer, meter, run) -> N
         meter.update(loss=loss)
 
 
-def trainer(precision, compiled=False, arch='resnet50'):
+def trainer(precision: str, compiled: bool = False, arch: str = 'resnet50') -> Callable[[], Tensor]:
     """One step of this project's script, on a batch that is already there."""
     run = start(precision, compiled)
     images, pids = resident()
@@ -111,9 +121,9 @@ def trainer(precision, compiled=False, arch='resnet50'):
     criterion = CrossEntropyLabelSmooth(CLASSES)
     images = images.contiguous(memory_format=torch.channels_last)
     meter = SimpleNamespace(update=lambda loss: losses.append(loss.detach()))
-    losses = []
+    losses: list[Tensor] = []
 
-    def step():
+    def step() -> Tensor:
         losses.clear()
         train([(images, pids, None)], replica, lambda imgs, draws: imgs, criterion, optimizer, meter, run)
         return losses[0]
@@ -121,44 +131,46 @@ def trainer(precision, compiled=False, arch='resnet50'):
     return step
 
 
-def plain_extractor(precision='fp32'):
+def plain_extractor(precision: str = 'fp32') -> Callable[[], Tensor]:
     autocast = plain_start(precision)
     images, _ = resident()
     model = network().to(images.device).eval()
 
-    def step():
+    def step() -> Tensor:
         with torch.no_grad(), autocast():
-            return model(images).float().cpu()
+            features: Tensor = model(images).float().cpu()
+            return features
 
     return step
 
 
-def extractor(precision, arch='resnet50', engine='torch'):
+def extractor(precision: str, arch: str = 'resnet50', engine: str = 'torch') -> Callable[[], Tensor]:
     run = start(precision)
     images, _ = resident()
     model = run.place(network(arch)).eval()
     if engine != 'torch':
-        model = ByEngine(model, *images.shape[2:], engine, precision, len(images))
+        model = ByEngine(model, images.size(2), images.size(3), engine, precision, len(images))
     images = images.contiguous(memory_format=torch.channels_last)
 
-    def step():
+    def step() -> Tensor:
         with torch.inference_mode(), run.autocast(testing=True):
-            return model(images).float()
+            features: Tensor = model(images).float()
+            return features
 
     return step
 
 
-def convolutions(precision):
+def convolutions(precision: str) -> Callable[[], None]:
     """The convolutions of an extraction alone, each on the input that it has there."""
     run = start(precision)
     images, _ = resident()
     model = run.place(network()).eval()
-    calls = []
+    calls: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
     for part in model.modules():
         if isinstance(part, torch.nn.Conv2d):
             part.register_forward_pre_hook(lambda part, args: calls.append((part.forward, args[0].clone())))
 
-    def step():
+    def step() -> None:
         with torch.inference_mode(), run.autocast(testing=True):
             for forward, pixels in calls:
                 forward(pixels)
@@ -168,11 +180,11 @@ def convolutions(precision):
     return step
 
 
-def steps(repeats: int, maker: str, *args):
+def steps(repeats: int, maker: str, *args: object) -> Callable[[], None]:
     """So many steps of a side, until the device has done them; two are made to warm up."""
     step = globals()[maker](*args)
 
-    def work():
+    def work() -> None:
         for _ in range(repeats):
             step()
         if torch.cuda.is_available():
@@ -183,13 +195,13 @@ def steps(repeats: int, maker: str, *args):
     return work
 
 
-def compare(repeats: int, **sides: tuple) -> dict:
+def compare(repeats: int, **sides: tuple) -> dict[str, list[float]]:
     """Seconds of so many steps of the sides, each in a process of its own: a maker of this file and its arguments."""
     with apart('training', 'steps', **{name: (repeats, *side) for name, side in sides.items()}) as works:
         return take_turns(TURNS, lambda work: work(), **works)
 
 
-def result(maker: str, *args):
+def result(maker: str, *args: object) -> Tensor:
     """What the first step of a side computed, on the CPU."""
     return torch.as_tensor(globals()[maker](*args)()).cpu().clone()
 
@@ -218,12 +230,12 @@ def from_files(persons: int, turns: int, limit_target: float, compiled: bool = F
         augmented = augment(images, draws)
         epochs = iter(range(1, 100))
 
-        def whole():
+        def whole() -> None:
             epoch = next(epochs)
             batches = meter.watch(loader, epoch)
             train(batches, replica, augment, criterion, optimizer, meter, run)
 
-        def bare():
+        def bare() -> None:
             batches = ((augmented, pids, None) for _ in range(len(loader)))
             quiet = SimpleNamespace(update=lambda loss: None)
             train(batches, replica, lambda imgs, _: imgs, criterion, optimizer, quiet, run)
