@@ -188,8 +188,8 @@ class RunOptions(Shared):
         'compute BatchNorm over the images of all GPUs instead of each GPU separately; worth its cost if a GPU has few '
         'images, fewer than about 16, or few identities')  # fmt: skip
     precision: str = option('auto',
-        'precision of the network; weights, losses and statistics are always float32. auto: bf16 if the device '
-        'multiplies it in hardware, and fp32 for the test, so that published figures are reproduced',
+        'precision of the network; weights, losses and statistics are always float32. auto: bf16 where hardware '
+        'makes that faster, and fp32 for the test, so that published figures are reproduced',
         choices=('auto', 'fp32', 'tf32', 'bf16'))  # fmt: skip
     compile: bool = option(False,
         'compile the network: on a GPU for training, with CUDA graphs, because small batches are limited by kernel '

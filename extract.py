@@ -94,6 +94,10 @@ class FeatureExtractor:
         compile: bool = False,
         engine: str = 'torch',
     ):
+        if engine not in ('torch', *ENGINES):
+            raise UserError(f'there is no engine {plain(engine)}: choose torch, {" or ".join(ENGINES)}')
+        if compile and engine != 'torch':
+            raise UserError(f'--compile uses torch, which --engine {engine} replaces: choose one of them')
         source = source_of(weights, arch, assume, height, width)
         self.source, self.arch, self.trained, self.notes = source, source.arch, source.trained, source.notes
         self.height, self.width, self.interpolation, self.distance, self.flip_test = source.usage
@@ -103,10 +107,6 @@ class FeatureExtractor:
         self.model = self.run.place(source.model)
         self.feat_dim = self.model.feat_dim
         self.batch, self.workers = batch or DEFAULT_BATCH[self.device.type], workers
-        if engine not in ('torch', *ENGINES):
-            raise UserError(f'there is no engine {plain(engine)}: choose torch, {" or ".join(ENGINES)}')
-        if compile and engine != 'torch':
-            raise UserError(f'--compile uses torch, which --engine {engine} replaces: choose one of them')
         self.compile, self.engine = compile, engine
         if compile:
             self.network = source.compiled(self.device, self.batch)

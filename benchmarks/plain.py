@@ -3,6 +3,8 @@
 import numpy as np
 from torch import Tensor
 
+Array = np.ndarray
+
 
 def distance_matrix(q_features: Tensor, g_features: Tensor) -> np.ndarray:
     """(Q, G) squared Euclidean distances."""
@@ -11,13 +13,8 @@ def distance_matrix(q_features: Tensor, g_features: Tensor) -> np.ndarray:
 
 
 def evaluate(
-    distmat: np.ndarray,
-    q_pids: np.ndarray,
-    g_pids: np.ndarray,
-    q_camids: np.ndarray,
-    g_camids: np.ndarray,
-    max_rank: int = 50,
-) -> tuple[np.ndarray, float]:
+    distmat: Array, q_pids: Array, g_pids: Array, q_camids: Array, g_camids: Array, max_rank: int = 50
+) -> tuple[Array, float]:
     """CMC and mAP by an argsort of the whole matrix and a list of precisions for each query."""
     order = np.argsort(distmat, axis=1)
     matches = (g_pids[order] == q_pids[:, None]).astype(np.int32)
@@ -35,13 +32,8 @@ def evaluate(
 
 
 def evaluate_tightly(
-    distmat: np.ndarray,
-    q_pids: np.ndarray,
-    g_pids: np.ndarray,
-    q_camids: np.ndarray,
-    g_camids: np.ndarray,
-    max_rank: int = 50,
-) -> tuple[np.ndarray, float]:
+    distmat: Array, q_pids: Array, g_pids: Array, q_camids: Array, g_camids: Array, max_rank: int = 50
+) -> tuple[Array, float]:
     """The same with a lean loop: a stable argsort of each row, then only its matches."""
     curve, precisions = np.zeros(max_rank), []
     for distances, pid, camid in zip(distmat, q_pids, q_camids, strict=True):

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from tiny import Tiny
-from torch import nn
+from torch import library, nn
 
 import models
 import weights
@@ -284,7 +284,7 @@ def test_neighbours_may_change_places_if_their_distances_agree(distance):
         assert (wrong > 0) == (noise >= 1e-2)
 
 
-@torch.library.custom_op('odd::plus_one', mutates_args=())
+@library.custom_op('odd::plus_one', mutates_args=())
 def odd(x: torch.Tensor) -> torch.Tensor:
     return x + 1
 
