@@ -100,6 +100,7 @@ class Test:
         if not tests:
             print('No test: no data set is left to test')
             return {}
+        self.run.testing = True
         self.run.signals.release()  # there is nothing to save until the next epoch
         self.options = notices.as_in_project(self.options, model)
         for test in tests:
@@ -120,6 +121,7 @@ class Test:
             table = {'targets': targets.table(figures, [test.options.save_dir for test in tests])}
         for test in reversed(tests):  # the first one is written last, because its results refer to the others
             test.write({**more, **(table if test is tests[0] else {})})
+        self.run.testing = False
         return targets.named(figures)
 
 

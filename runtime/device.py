@@ -76,12 +76,12 @@ class Run:
         log: Logger | None = None,
     ):
         self.device, self.precision, self.test_precision, self.seed = device, precision, test_precision, seed
-        self.compiled, self.sync_bn = compiled, sync_bn
+        self.compiled, self.sync_bn, self.log = compiled, sync_bn, log
         self.processes = processes or Processes()
         self.rank, self.world_size = self.processes.rank, self.processes.world_size
         self.signals = signals or Signals(self.processes)
         self.unwritten = Unwritten() if unwritten is None else unwritten
-        self.log = log
+        self.testing = False  # whether a test is under way
         self.rescue: Callable[[], Path | None] | None = None  # saves the state of a failing run
         self.steps: deque[Step] = deque(maxlen=2)  # the last two
 

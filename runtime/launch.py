@@ -80,7 +80,7 @@ def _run(experiment: Experiment, args: Arguments, group: Group, unwritten: Unwri
                 print(f'Finished. Total elapsed time (h:m:s): {elapsed}')
                 return 0, ''
             except Exception as problem:
-                testing = args.evaluate or bool(run and run.rescue and not signals.held)
+                testing = args.evaluate or bool(run and run.testing)
                 signals.hold()
                 precision = (run.test_precision if testing else run.precision) if run else ''
                 return _end(memory.explained(problem, args, testing, precision), run, group, signals)

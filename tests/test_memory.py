@@ -11,6 +11,7 @@ import tiny
 import torch
 from conftest import ENV, HANG, ROOT, TINY
 
+import evaluation
 from batches import decoding
 from batches.workers import Task, Workers
 from runtime import commands, device, memory
@@ -106,6 +107,19 @@ def test_a_script_reports_it_in_one_line(problem, evaluate, script, monkeypatch,
     err = capsys.readouterr().err
     assert err.startswith('error: the memory of the ') and err.count('\n') == 1
     assert f'try a smaller {"--test-batch" if evaluate else "--train-batch"}' in err
+
+
+@pytest.mark.parametrize(('which', 'options'), [('__call__', []), ('last', ['--validate', 0.5])])
+def test_a_test_within_a_training_advises_a_smaller_test_batch(which, options, script, monkeypatch, tmp_path, capsys):
+    test = getattr(evaluation.Test, which)
+
+    def exhausting(self, *args):
+        monkeypatch.setattr(tiny.Tiny, 'forward', raises(GPU))
+        return test(self, *args)
+
+    monkeypatch.setattr(evaluation.Test, which, exhausting)
+    assert script('train_img_model_xent', '--max-epoch', 1, '--save-dir', tmp_path, *options) == 2
+    assert 'try a smaller --test-batch' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
