@@ -32,10 +32,9 @@ def main() -> None:
         help='draw activation maps of these images instead',
     )
     parser.add_argument('-a', '--arch', help='architecture of the checkpoint (default: recognised by its weights)')
-    parser.add_argument(
-        '--height', type=int, default=256, help="height of the network's input in pixels (default: 256)"
-    )
-    parser.add_argument('--width', type=int, default=128, help="width of the network's input in pixels (default: 128)")
+    parser.add_argument('--assume', default='', metavar='NAME=VALUE,...', help='replaces assumptions about the file')
+    parser.add_argument('--height', type=values.positive_int, help='input height (default: as trained, or 256)')
+    parser.add_argument('--width', type=values.positive_int, help='input width (default: as trained, or 128)')
     args = parser.parse_args()
     out = {'out': args.out} if args.out else {}
     if bool(args.save_dirs) == bool(args.activations):
@@ -44,9 +43,7 @@ def main() -> None:
         checkpoint, *images = args.activations
         if not images:
             parser.error('--activations: no image; give at least one after the checkpoint')
-        if min(args.height, args.width) < 1:
-            parser.error('--height and --width must be at least 1')
-        path = activations(checkpoint, images, args.arch, args.height, args.width, **out)
+        path = activations(checkpoint, images, args.arch, args.assume, args.height, args.width, **out)
     elif len(args.save_dirs) > 1:
         path = compare(args.save_dirs, **out)
     elif args.out:

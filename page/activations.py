@@ -15,8 +15,9 @@ def activations(
     checkpoint: str | Path,
     images: Sequence[str | Path],
     arch: str | None = None,
-    height: int = 256,
-    width: int = 128,
+    assume: str = '',
+    height: int | None = None,
+    width: int | None = None,
     out: str | Path = 'activations.png',
 ) -> Path:
     """Write a grid of images, each next to a copy overlaid with its activation map, and return its path.
@@ -26,25 +27,28 @@ def activations(
 
     Args:
         arch: architecture of the checkpoint; None to recognise it by the weights.
-        height, width: size of the network's input, in pixels.
+        assume: NAME=VALUE, separated by commas: replaces assumptions about what the file does not record.
+        height, width: size of the network's input in pixels; None for the size of the training, or 256 x 128 if the
+            file does not record one.
 
     Raises:
-        UserError: the checkpoint or an image cannot be read, the checkpoint does not fit the architecture, the network
-        has no maps, or `out` cannot be written.
+        UserError: the checkpoint or an image cannot be read, the checkpoint does not fit the architecture or size, the
+        network has no maps, or `out` cannot be written.
     """
     import torch  # not needed for pages, which the command also writes
     from matplotlib import colormaps
     from torch.nn import functional as F
 
-    import weights
     from dataset_loader import read_image
-    from runtime import notices
+    from extraction.source import source_of
     from transforms import TestTransform
 
-    loaded = weights.read(checkpoint)
-    model = weights.build(loaded, arch, str(checkpoint))
-    for notice in notices.of_size(loaded.trained, height, width):
-        print(f'Notice: {notice}')
+    source = source_of(checkpoint, arch, assume, height, width)
+    for note in source.notes:
+        print(note)
+    if source.sealed:
+        raise UserError(f'{checkpoint}: an ONNX file has no maps that can be shown; give the weights')
+    model, (height, width, interpolation, *_) = source.model, source.usage
     outputs: list[torch.Tensor] = []
     pool = model.pool
 
@@ -53,7 +57,6 @@ def activations(
         return pool(maps)
 
     model.pool = pooled
-    interpolation = loaded.trained.options.get('interpolation') or model.interpolation
     prepare = TestTransform(height, width, model.normalisation, interpolation)
     colours, cells = colormaps['inferno'], []
     for path in images:

@@ -24,6 +24,7 @@ from extraction import agreement, onnx_network, programs
 from extraction.graph import Graph
 from files.writing import new_file
 from models.network import Training
+from page.activations import activations
 from runtime.errors import UserError
 from transforms import TestTransform
 
@@ -395,6 +396,12 @@ def test_the_digest_is_that_of_the_file(folder, tmp_path):
 def test_what_is_fixed_in_the_file(how, message, folder):
     with pytest.raises(UserError, match=rf'tiny\.onnx: {message}'):
         FeatureExtractor(folder / 'tiny.onnx', **how)
+
+
+@needs_onnx
+def test_its_activation_maps_cannot_be_shown(folder, images):
+    with pytest.raises(UserError, match=r'tiny\.onnx: an ONNX file has no maps that can be shown; give the weights$'):
+        activations(folder / 'tiny.onnx', images)
 
 
 @needs_onnx

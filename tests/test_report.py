@@ -438,7 +438,7 @@ def test_activations_are_the_squared_channels(tmp_path, checkpoint, market, monk
     cells = []
     monkeypatch.setattr(activations, '_write_grid', lambda found, *_: cells.extend(found))
     image = market.query[0][0]
-    report.activations(checkpoint, [image], 'tiny', 64, 32)
+    report.activations(checkpoint, [image], 'tiny', '', 64, 32)
     ((name, picture, under),) = cells
     network = Tiny(7).eval()
     network.load_state_dict(torch.load(checkpoint, weights_only=True)['state_dict'])
@@ -454,7 +454,7 @@ def test_activations_are_the_squared_channels(tmp_path, checkpoint, market, monk
 
 def test_activations_write_one_grid(tmp_path, checkpoint, market):
     images = [item[0] for item in market.query[:8]]
-    out = report.activations(checkpoint, images, 'tiny', 64, 32, tmp_path / 'grid.png')
+    out = report.activations(checkpoint, images, 'tiny', '', 64, 32, tmp_path / 'grid.png')
     with Image.open(out) as grid:
         assert grid.format == 'PNG' and grid.width > 1000
         dark = np.asarray(grid.convert('L')) < 250  # (H, W)
@@ -463,15 +463,15 @@ def test_activations_write_one_grid(tmp_path, checkpoint, market):
     assert dark[height * 5 // 9 : height * 2 // 3, -60:].mean() > 0.5  # 8 in 2 rows of 4
 
 
-def test_activations_at_another_size_have_a_notice(tmp_path, market, capsys):
+def test_activations_are_of_the_size_of_the_training(tmp_path, market, capsys):
     path = tmp_path / 'tiny.pth.tar'
     arguments = {'arch': 'tiny', 'height': 32, 'width': 16}
     state = {'format': weights.FORMAT, 'state_dict': Tiny(7).state_dict(), 'arguments': arguments}
     torch.save(state, path)
-    for height, expected in ((32, 0), (64, 1)):
-        report.activations(path, [market.query[0][0]], None, height, 16, tmp_path / 'grid.png')
-        notice = f'Notice: {path} was trained with --height 32, and is used with --height {height}\n'
-        assert capsys.readouterr().out.count(notice) == expected
+    notice = f'Notice: {path} was trained with --height 32, and is used with --height 64\n'
+    for size, told in (({}, ''), ({'height': 64}, notice)):
+        report.activations(path, [market.query[0][0]], **size, out=tmp_path / 'grid.png')
+        assert capsys.readouterr().out.partition('Model size: 0.00192M\n')[2] == told
 
 
 def command(*args, cwd=ROOT):

@@ -139,7 +139,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.tiles': 'runtime.precision',
     'runtime.values': '',
     'page': 'files.writing page.cameras page.charts page.lists page.runs',
-    'page.activations': 'dataset_loader files.writing runtime.notices transforms weights',
+    'page.activations': 'dataset_loader extraction.source files.writing transforms',
     'page.cameras': 'eval_metrics page.runs',
     'page.charts': 'eval_metrics page.runs',
     'page.found': 'page page.lists',
