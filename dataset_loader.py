@@ -149,10 +149,7 @@ class TrainLoader:
             )
         self.dataset, self.sampler, self.kind, self.run = dataset, sampler, options.cache, run
         if self.kind != 'none' and takes_rng(dataset):
-            raise UserError(
-                f'--cache {self.kind} keeps what the data set returns once, but this one draws in each epoch (its '
-                f'__getitem__ takes rng): use --cache none'
-            )
+            raise self._not_cached('its __getitem__ takes rng')
         self.workers = workers_for(dataset, options.workers, run.device)
         self.cache: Cache | None = None
         self.advised = self.announced = False
@@ -183,8 +180,17 @@ class TrainLoader:
         if self.kind == 'none':
             return self.workers
         if self.cache is None:
-            self.cache = Cache(len(self.dataset), size_of(self.dataset), self.kind, self.workers, self.run)
+            size, draws = sampled(self.dataset)
+            if draws:
+                raise self._not_cached("it draws from Python's, numpy's or torch's global generator")
+            self.cache = Cache(len(self.dataset), size, self.kind, self.workers, self.run)
         return self.cache
+
+    def _not_cached(self, why: str) -> UserError:
+        return UserError(
+            f'--cache {self.kind} keeps what the data set returns once, but this one draws in each epoch ({why}): use '
+            '--cache none'
+        )
 
     def paths(self, epoch: int, batch: int) -> list[str]:
         """The files of a batch, over all processes."""
@@ -197,7 +203,9 @@ class TrainLoader:
         if not helps or self.advised or self.run.rank:
             return
         self.advised = True
-        if (size := size_of(self.dataset)) < ROOM * free_memory(torch.device('cpu')):
+        size, draws = sampled(self.dataset)
+        size *= self.run.processes.local_world_size  # each process would have a copy
+        if size < ROOM * free_memory(torch.device('cpu')) and not draws:
             waiting = f'{share:.0%} of the epoch was spent waiting for images'
             print(f'{waiting}; --cache ram would keep all of them in {gigabytes(size)}')
 
@@ -266,9 +274,7 @@ def workers_for(dataset: Items, number: int, device: torch.device) -> Workers:
     def item(index: int, seed: int) -> tuple:
         if draws_nothing:
             return dataset[index]
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        torch.default_generator.manual_seed(seed)
+        seed_generators(seed)
         if not wants_rng:
             return dataset[index]
         rng = np.random.default_rng(seed)
@@ -280,6 +286,13 @@ def workers_for(dataset: Items, number: int, device: torch.device) -> Workers:
             return collate(items, pin=pin and number == 0)  # a worker's block is pinned by the receiver
 
     return Workers(number, work, pin)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global random generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
 
 
 @contextlib.contextmanager
@@ -294,8 +307,16 @@ def generators_kept() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def size_of(dataset: Items) -> int:
-    """Bytes of all images, estimated from up to 64 of them."""
-    sample = range(0, len(dataset), max(len(dataset) // 64, 1))
+def sampled(dataset: Items) -> tuple[int, bool]:
+    """By a sample of 64: bytes of all images, and whether reading them draws from the global random generators."""
+
+    def drawn() -> tuple[float, ...]:
+        return random.random(), np.random.random(), torch.rand(()).item()  # noqa: NPY002
+
+    indices = range(0, len(dataset), max(len(dataset) // 64, 1))
     with generators_kept():
-        return int(np.mean([collate([dataset[index]]).pixels.nbytes for index in sample]) * len(dataset))
+        seed_generators(0)
+        first = drawn()
+        seed_generators(0)
+        mean = np.mean([collate([dataset[index]]).pixels.nbytes for index in indices])
+        return int(mean * len(dataset)), drawn() != first

@@ -195,7 +195,9 @@ def rebuilt(model: Network, loaded: Weights, keep_arch: bool) -> Network:
     arch = '' if keep_arch else loaded.trained.arch or (recorded if isinstance(recorded, str) else '')
     network = models.network_of(arch, _size(loaded)) if arch else type(model)
     before = {**models.DEFAULT_PARTS, **model.made}
-    made = {**before, **loaded.made, **loading.parts(loaded.state_dict)}
+    shown = loading.parts(loaded.state_dict)
+    of_recipe = shown['neck'] == before['neck']  # else the script's other parts say nothing about the file's
+    made = {**(before if of_recipe else models.DEFAULT_PARTS), **loaded.made, **shown}
     if 'pool.p' not in loaded.state_dict and made['pooling'] == 'gem':
         made['pooling'] = 'avg'
     if network is not type(model) or made != before:

@@ -37,13 +37,13 @@ class Cache:
         kind: 'ram' or 'device'.
 
     Raises:
-        UserError: the images do not fit into memory (each process holds a copy), or one cannot be read.
+        UserError: the images do not fit into memory (each process of a host holds a copy), or one cannot be read.
     """
 
     def __init__(self, number: int, size: int, kind: str, workers: Workers, run: Run):
         self.device = run.device
         self.home = run.device if kind == 'device' else torch.device('cpu')
-        size *= run.world_size if self.home.type == 'cpu' else 1
+        size *= run.processes.local_world_size if self.home.type == 'cpu' else 1
         free = free_memory(self.home)
         plan = f'--cache {kind}: {number} training images take about {gigabytes(size)} of {gigabytes(free)} free memory'
         if size > ROOM * free:

@@ -25,6 +25,7 @@ FEATURES = Layout(
     marks=(r'^features\.',),
     lacks=(r'^fc\.',),
     adapt=with_last_relu,
+    made={'last_stride': 2},
     test=tested(),
 )
 FC512 = Layout(

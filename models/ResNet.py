@@ -35,6 +35,7 @@ SECOND_NAMES = Layout(
         *((rf'^layers5{block}\.', f'base.7.{number}.') for number, block in enumerate('abc')),
     ),
     marks=(r'^layers1\.',),
+    made={'last_stride': 2},
 )
 
 

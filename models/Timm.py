@@ -1,5 +1,6 @@
 """Networks of the library timm as backbones."""
 
+import contextlib
 import difflib
 import functools
 from collections.abc import Set
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.network import Network, WeightsFile
+from models.ResNet import ResNet50
 from runtime.errors import UserError, plain
 
 __all__ = ['PREFIX', 'Timm', 'named']
@@ -72,15 +74,17 @@ def named(name: str, size: tuple[int, int] | None = None) -> type[Timm]:
         import timm  # optional
     except ImportError:
         raise UserError('it needs the package timm: pip install timm') from None
-    if not timm.is_model(name.partition('.')[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), 5)
+    config = None
+    with contextlib.suppress(RuntimeError):  # a tag of weights that does not exist
+        config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition('.')[0]) else None
+    if config is None:  # also of a name that timm has replaced
+        near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], 5)
         also = f', such as {", ".join(near)}' if near else ''
         raise UserError(f'timm {timm.__version__} has no model {plain(name)!r}; see timm.list_models(){also}')
-    config = timm.get_pretrained_cfg(name)
-    assert config is not None  # it is None only for unregistered models
     interpolation = config.interpolation if config.interpolation in ('bilinear', 'bicubic') else 'bilinear'
     height, width = size or config.input_size[1:]
     address = f'https://huggingface.co/{config.hf_hub_id}' if config.hf_hub_id else str(config.url or '')
+    convolutions = convolutions_of(name)
     properties = {
         'name': name,
         'size': (height, width),
@@ -88,7 +92,8 @@ def named(name: str, size: tuple[int, int] | None = None) -> type[Timm]:
         'normalisation': (tuple(config.mean), tuple(config.std)),
         'interpolation': interpolation,
         'imagenet': TimmWeights(address, name, (height, width)) if address else None,
-        'faster_in_bf16': not is_depthwise(name),
+        'faster_in_bf16': not any(layer.groups == layer.in_channels > 1 for layer in convolutions),  # depthwise
+        'narrowest_bf16': ResNet50.narrowest_bf16 if any(map(is_wrong_when_narrow, convolutions)) else 1,
     }
     return type('Timm', (Timm,), properties)
 
@@ -120,11 +125,15 @@ def feat_dim(base: nn.Module, size: tuple[int, int]) -> int:
     return length
 
 
-def is_depthwise(name: str) -> bool:
-    """Whether the network has depthwise convolutions, which CPUs compute more slowly in bf16 than in float32."""
+def convolutions_of(name: str) -> list[nn.Conv2d]:
+    """The convolutions of a network, without weights."""
     import timm
 
     with torch.device('meta'):
         model = timm.create_model(name, num_classes=0)
-    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    return any(module.groups == module.in_channels > 1 for module in convolutions)
+    return [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+
+
+def is_wrong_when_narrow(layer: nn.Conv2d) -> bool:
+    """Whether it is a convolution as in the last stage of ResNet50, which gives wrong results on some CPUs."""
+    return layer.kernel_size == (3, 3) and layer.stride == (2, 2) and layer.groups == 1 and layer.in_channels >= 512

@@ -84,6 +84,10 @@ class Checkpoint:
         if loaded:
             print(f"Loading checkpoint from '{self.path}'")
             self._load(loaded, resumes)
+        if not resumes:
+            for part in parts.values():
+                if isinstance(part, LRScheduler):
+                    advance(part, options.start_epoch)
 
         places = run.stack(torch.tensor([self.epoch, self.start_batch]))  # (world_size, 2)
         if (places != places[0]).any():
@@ -125,9 +129,6 @@ class Checkpoint:
         if assumed := loaded.assumed if self.options.evaluate else in_training(loaded.assumed):
             print(f'Assumed, because the file does not record: {", ".join(assumed)}; --assume changes that')
         if state is None:
-            for part in self.parts.values():
-                if isinstance(part, LRScheduler):
-                    advance(part, self.options.start_epoch)
             return
         for name, part in self.parts.items():
             restore(part, name, state['state'], self.path)

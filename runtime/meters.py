@@ -26,6 +26,8 @@ from utils import AverageMeter
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+OF_TRAINING = ('epoch', 'batch', 'lr', 'images_per_s', 'data_wait')  # the columns of metrics.csv, before the losses
+OF_TESTS = [metric.name for metric in METRICS]  # behind them
 HIDDEN = 'collapsed'  # not logged; triggers a warning
 BAR = '{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}'  # in 80 columns, only the losses are truncated
 
@@ -212,29 +214,29 @@ class LossMeter:
             self.board.flush()
 
     def _add(self, row: dict[str, float]) -> None:
-        """Add a row to metrics.csv. A resumed run appends its rows to the existing ones."""
-        self._widen([name for name in row if '/' in name])
-        with open(self.path, 'a+', newline='', encoding='utf-8') as file:
-            file.seek(0)
-            columns = next(csv.reader(file), None)
-            if not columns:
-                losses = [name for name in self.means if name != HIDDEN]
-                tests = [metric.name for metric in METRICS]
-                columns = ['epoch', 'batch', 'lr', 'images_per_s', 'data_wait', *losses, *tests]
-                csv.writer(file).writerow(columns)
-            table = csv.DictWriter(file, columns, restval='', extrasaction='ignore')
-            table.writerow(_as_text(row))
+        """Add a row to metrics.csv. A resumed run appends its rows to the existing ones.
 
-    def _widen(self, names: list[str]) -> None:
-        """Add missing columns to metrics.csv: which data sets are tested is not known before the first test."""
-        if not names or not self.path.exists():
-            return
-        with open(self.path, newline='', encoding='utf-8') as file:
-            columns, *rows = list(csv.reader(file)) or [[]]
-        new = [name for name in names if name not in columns]
-        if new and columns:
-            table = [[*columns, *new], *([*row, *[''] * len(new)] for row in rows)]
-            write_whole(self.path, lambda path: _write_rows(path, table))
+        Columns that are missing are added: the losses and tested data sets are not known before their first rows.
+        """
+        known: list[str] = []
+        with contextlib.suppress(FileNotFoundError), open(self.path, newline='', encoding='utf-8') as file:
+            known = next(csv.reader(file), [])
+        columns = known or [*OF_TRAINING, *OF_TESTS]
+        at = columns.index(OF_TESTS[0]) if OF_TESTS[0] in columns else len(columns)
+        new = [name for name in row if name not in columns]
+        columns = [
+            *columns[:at], *(name for name in new if '/' not in name),  # losses
+            *columns[at:], *(name for name in new if '/' in name),  # figures of further data sets
+        ]  # fmt: skip
+        if known and columns != known:
+            with open(self.path, newline='', encoding='utf-8') as file:
+                rows = list(csv.DictReader(file))
+            write_whole(self.path, lambda path: _write_rows(path, columns, rows))
+        with open(self.path, 'a', newline='', encoding='utf-8') as file:
+            table = csv.DictWriter(file, columns)
+            if not known:
+                table.writeheader()
+            table.writerow(_as_text(row))
 
     def __str__(self) -> str:
         first, *others = (name for name in self.means if name != HIDDEN)
@@ -248,6 +250,8 @@ def _as_text(row: dict[str, float]) -> dict[str, str]:
     return {name: f'{value:.6g}' for name, value in row.items()}
 
 
-def _write_rows(path: Path, rows: list[list[str]]) -> None:
+def _write_rows(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
     with open(path, 'w', newline='', encoding='utf-8') as file:
-        csv.writer(file).writerows(rows)
+        table = csv.DictWriter(file, columns, extrasaction='ignore')  # what a damaged row has beyond the header
+        table.writeheader()
+        table.writerows(rows)

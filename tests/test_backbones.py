@@ -220,6 +220,13 @@ def test_the_neck_normalises_what_is_classified_and_tested(arch):
     torch.testing.assert_close(behind, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(('name', 'narrowest'), [('resnet50', 33), ('resnet18', 1), ('vit_tiny_patch16_224', 1)])
+def test_the_narrowest_images_in_bf16_of_a_network_of_timm(name, narrowest):
+    pytest.importorskip('timm')
+    assert models.network_of(f'timm:{name}').narrowest_bf16 == narrowest
+    assert narrowest in (1, models.network_of('resnet50').narrowest_bf16)
+
+
 @pytest.mark.parametrize(('name', 'depthwise'), [('vit', False), ('convnext', True)])
 def test_a_network_of_timm_is_its_own_up_to_the_classifier(name, depthwise):
     timm = pytest.importorskip('timm')
@@ -254,6 +261,8 @@ def test_position_embeddings_have_the_size_of_the_images():
             r"timm .* has no model 'test_vitt'; see timm.list_models\(\), such as test_vit",
         ),
         ('timm:', (64, 32), r"timm .* has no model ''"),
+        ('timm:resnet50.a1_in1kk', None, r"timm .* has no model 'resnet50.a1_in1kk'; .* such as .*resnet50.a1_in1k"),
+        ('timm:tf_efficientnet_b0_ns', None, r"timm .* has no model 'tf_efficientnet_b0_ns'; .* such as"),  # replaced
         ('timm:test_vit', (8, 8), r'timm:test_vit cannot take images of 8x8 \(Input height \(8\) should be'),
         ('resnet', None, r"there is no model 'resnet'; choose one of resnet50, .*, or timm:NAME"),
     ],

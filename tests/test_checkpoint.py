@@ -288,6 +288,13 @@ def test_weights_alone_begin_a_run_of_their_own(tmp_path):
     assert fresh['scheduler'].get_last_lr() == [pytest.approx(0.001)]  # that of epoch 2
 
 
+def test_a_new_run_at_a_later_epoch_has_the_learning_rate_of_that_epoch(tmp_path):
+    fresh = parts()
+    checkpoint = begin(options(tmp_path, recipe={'lr': 1.0}, start_epoch=2), **fresh)
+    assert list(checkpoint.epochs(4)) == [2, 3]
+    assert fresh['scheduler'].get_last_lr() == [pytest.approx(0.001)]
+
+
 def test_a_foreign_file_starts_from_its_weights(tmp_path):
     state = parts()
     torch.save(state['model'].state_dict(), tmp_path / 'foreign.pth')

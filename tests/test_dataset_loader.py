@@ -39,9 +39,9 @@ def tracklets(mixed) -> list:
     return [(tuple(paths[::3]), 0, 0), (tuple(paths[:5]), 1, 1), (tuple(paths[5:7]), 1, 2)]
 
 
-def share_of(rank: int = 0, world_size: int = 1, device: torch.device = CPU) -> Run:
-    """A run as process `rank` of `world_size` sees it."""
-    return Run(device, processes=Processes(rank, world_size))
+def share_of(rank: int = 0, world_size: int = 1, device: torch.device = CPU, local: int = 1) -> Run:
+    """A run as process `rank` of `world_size`, of which `local` are on its host, sees it."""
+    return Run(device, processes=Processes(rank, world_size, local_world_size=local))
 
 
 def loader_of(items, batch_size=8, workers=0, identities=False, run=None, cache='none', dataset=None, seed=0):
@@ -287,9 +287,11 @@ def test_a_run_that_waits_for_images_is_advised_to_cache_them_once(images, monke
     epoch_of(loader_of(images, cache='ram'))
     epoch_of(loader_of(images, run=share_of(1, 2)))
     assert 'waiting' not in capsys.readouterr().out
-    monkeypatch.setattr(dataset_loader, 'free_memory', lambda device: 10)
-    epoch_of(loader_of(images))
+    monkeypatch.setattr(dataset_loader, 'free_memory', lambda device: 24 * 32 * 16 * 3 * 2)
+    epoch_of(loader_of(images, run=share_of(0, 2, local=2)))  # both copies do not fit
     assert capsys.readouterr().out == ''
+    epoch_of(loader_of(images, run=share_of(0, 2)))
+    assert 'would keep' in capsys.readouterr().out
 
 
 # Data sets of another kind
@@ -463,6 +465,7 @@ class Global(ImageDataset):
 
 
 KINDS = pytest.mark.parametrize('kind', [Noisy, Global])
+GLOBAL = (random.random, np.random.rand, lambda: torch.rand(()))
 
 
 def states() -> tuple:
@@ -509,12 +512,21 @@ def test_draws_do_not_depend_on_the_number_of_processes(kind, workers, images):
 def test_a_cache_of_what_is_drawn_anew_is_refused_in_one_line(cache, images):
     with pytest.raises(UserError, match=f'^--cache {cache} keeps .* takes rng\\): use --cache none$'):
         loader_of(images, cache=cache, dataset=Noisy(images))
+    kept = states()
+    for dataset in (
+        Global(images),
+        *(ImageDataset(images, lambda image, draw=draw: prepared(image) + draw()) for draw in GLOBAL),
+    ):
+        with pytest.raises(UserError, match=f'^--cache {cache} keeps .* global generator\\): use --cache none$'):
+            epoch_of(loader_of(images, cache=cache, dataset=dataset))
+    assert states() == kept
 
 
-def test_a_cache_is_not_recommended_for_what_is_drawn_anew(images, monkeypatch, capsys):
+@KINDS
+def test_a_cache_is_not_recommended_for_what_is_drawn_anew(kind, images, monkeypatch, capsys):
     clock = iter(range(10**6))
     monkeypatch.setattr(time, 'perf_counter', lambda: next(clock))
-    epoch_of(loader_of(images, dataset=Noisy(images)))
+    epoch_of(loader_of(images, dataset=kind(images)))
     assert capsys.readouterr().out == ''
 
 
@@ -525,13 +537,6 @@ def test_a_test_draws_the_same_each_time(workers, images):
     one, two, again = ([image for groups, *_ in each for image in in_order(groups)] for each in [*loaders, loaders[0]])
     assert_same(one, two)
     assert_same(one, again)
-    assert states() == kept
-
-
-@pytest.mark.parametrize('cache', ['ram', 'device'])
-def test_filling_a_cache_draws_nothing_from_the_runs_generators(cache, images):
-    kept = states()
-    epoch_of(loader_of(images, cache=cache, dataset=Global(images)))
     assert states() == kept
 
 
@@ -670,8 +675,9 @@ def test_a_cache_that_does_not_fit_is_refused(images, monkeypatch):
         epoch_of(loader_of(images, cache='ram'))
     monkeypatch.setattr(caching, 'free_memory', lambda device: 24 * 32 * 16 * 3 * 2)
     epoch_of(loader_of(images, cache='ram'))
-    with pytest.raises(UserError, match='too much'):  # each process holds its own
-        epoch_of(loader_of(images, cache='ram', run=share_of(0, 2)))
+    epoch_of(loader_of(images, cache='ram', run=share_of(0, 2)))
+    with pytest.raises(UserError, match='too much'):  # each process of the host holds its own
+        epoch_of(loader_of(images, cache='ram', run=share_of(0, 4, local=2)))
 
 
 def test_a_cache_names_a_bad_image(images, tmp_path):

@@ -129,6 +129,19 @@ def test_metrics_csv(meter, tmp_path, capsys):
     }
 
 
+def test_metrics_csv_has_the_losses_and_tests_that_come_later(meter, tmp_path):
+    """A run that is resumed at a test into a new folder, and then trains another script's losses."""
+    meter(1).tested(0, FIGURES | {'other/rank1': 0.5})
+    watch(meter(1), [1.0], epoch=1, htri=torch.tensor(0.25))
+    watch(meter(1), [2.0], epoch=2, cent=torch.tensor(8.0))
+    found = rows(tmp_path)
+    training = ['epoch', 'batch', 'lr', 'images_per_s', 'data_wait']
+    assert list(found[0]) == [*training, 'loss', 'htri', 'cent', *FIGURES, 'other/rank1']
+    assert [[row[name] for name in ('epoch', 'loss', 'htri', 'cent', 'rank1', 'other/rank1')] for row in found] == [
+        ['1', '', '', '', '0.75', '0.5'], ['2', '1', '0.25', '', '', ''], ['3', '2', '', '8', '', ''],
+    ]  # fmt: skip
+
+
 def test_tensorboard_reads_what_is_written(meter, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -14,7 +14,7 @@ import models
 import weights
 from arguments import SaveOptions
 from extraction.source import source_of
-from models import loading
+from models import DenseNet, ResNet, loading
 from models.layouts import ASSUMPTIONS
 from readers.tree import Dataset
 from runtime.checkpoint import Checkpoint
@@ -423,6 +423,24 @@ def test_own_weights_with_a_neck_do_not_tell_the_last_stride(stride, path):
     state = {'format': weights.FORMAT, 'state_dict': model.state_dict(), 'model': model.made}
     torch.save(state, path)  # a checkpoint does
     assert weights.read(path).assumed == [] and weights.read(path).made['last_stride'] == stride
+
+
+@pytest.mark.parametrize('arch', ['resnet18', 'resnet50m', 'densenet121'])
+def test_a_script_of_another_recipe_tests_weights_as_they_were_trained(arch, path, capsys):
+    """The strong script and weights of the original, with last stride 2, as `weights.build` takes them."""
+    theirs = models.init_model(arch, 5).eval()
+    torch.save({'state_dict': theirs.state_dict(), 'rank1': 0.5, 'epoch': 60}, path)
+    strong = {'last_stride': 1, 'neck': True, 'pooling': 'max'}
+    loaded = weights.read(path)
+    network = weights.rebuilt(models.init_model(arch, 5, **strong), loaded, keep_arch=False)
+    assert f'The network is that of {path}: {arch}\n' in capsys.readouterr().out
+    loading.load_into(network, loaded.state_dict, allow_other_classifier=False, where='a file')
+    assert torch.equal(network.eval()(torch.ones(1, 3, 64, 32)), theirs(torch.ones(1, 3, 64, 32)))
+
+
+@pytest.mark.parametrize('layout', [DenseNet.FEATURES, ResNet.SECOND_NAMES])
+def test_networks_that_always_have_last_stride_2(layout):
+    assert layout.made == {'last_stride': 2}
 
 
 def test_a_network_that_a_checkpoint_names_but_names_of_weights_do_not(path):

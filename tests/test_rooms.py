@@ -58,7 +58,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'models.MobileNet': 'models.layouts models.network',
     'models.OSNet': 'models.layouts models.network',
     'models.ResNet': 'models.layouts models.network',
-    'models.Timm': 'models.network',
+    'models.Timm': 'models.ResNet models.network',
     'models.layouts': 'transforms',
     'models.loading': 'models models.layouts models.network transforms',
     'models.network': 'models.layouts transforms',
