@@ -245,7 +245,7 @@ class TargetTest:
             'pool': options.pool if dataset.kind == 'video' else None,
             'cameras_left_out': self._cameras_left_out() or None,
             'arch': options.arch,
-            'checkpoint': options.resume or (options.pretrained if options.evaluate else None),
+            'checkpoint': (options.resume or options.pretrained) if options.evaluate else None,
             'height': options.height,
             'width': options.width,
             'precision': self.run.test_precision,

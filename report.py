@@ -1,7 +1,7 @@
 """Writes an HTML page about a tested run, made only from the files in its --save-dir.
 
-    python report.py log/demo                           # writes log/demo/report.html
-    python report.py log/a log/b --out a_and_b.html     # compares two or more runs
+    python report.py log/demo                               # writes log/demo/report.html
+    python report.py log/a log/b --out log/a_and_b.html     # compares two or more runs
     python report.py --activations log/demo/best_model.pth.tar IMAGE ...    # where the network looks
 
 The page is one file that needs no network and no server. Each test rewrites it.
@@ -39,6 +39,8 @@ def main() -> None:
     out = {'out': args.out} if args.out else {}
     if bool(args.save_dirs) == bool(args.activations):
         parser.error('give the --save-dir of one or more runs, or --activations CHECKPOINT IMAGE ...')
+    if not args.activations and (args.arch or args.assume or args.height or args.width):
+        parser.error('--arch, --assume, --height and --width are for --activations: remove them')
     if args.activations:
         checkpoint, *images = args.activations
         if not images:

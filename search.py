@@ -8,6 +8,7 @@ reported as unknown if its nearest image is farther than the threshold for this 
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -234,6 +235,8 @@ def parse() -> argparse.Namespace:
         parser.error('--json: --calibrate prints no JSON; run it first, without a query')
     if args.calibrate and not args.dataset:
         parser.error('--calibrate: -d is missing, the labelled data set')
+    if args.dataset and not args.calibrate:
+        parser.error('-d is the data set of --calibrate: add this option, or remove -d')
     if args.threshold is not None and args.false_match_rate is not None:
         parser.error('--threshold and --false-match-rate: give one of them')
     if args.forget and (args.gallery or args.calibrate):
@@ -267,13 +270,14 @@ def main() -> None:
     if args.calibrate:
         calibration = calibrate(extractor, args.dataset, args.data_dir)
         place.keep('calibration', calibration)
+        print(f'Calibrated on {plain(args.dataset, 500)}: {sum(calibration["others"])} pairs of two persons')
         for rate in PRINTED_RATES:
-            if rate * sum(calibration['others']) >= 1:
+            with contextlib.suppress(UserError):  # too few pairs
                 print(f'Match: {words_of(threshold_of(calibration, rate))}')
     if not queries:
         return
     limit = limit_of(args, place, extractor.distance)
-    files = [os.path.abspath(file) for file in files]
+    files = list(dict.fromkeys(map(os.path.abspath, files)))  # one file may be named in several ways
     folders = [os.path.abspath(folder) for folder in folders_of(args.gallery)]
     unread = refresh(place, extractor, files, folders)
     for reason in unread.values():

@@ -68,7 +68,7 @@ def check(run: Opened, images: Sequence[np.ndarray], expected: Tensor, distance:
 
 
 def batches(places: Sequence[int]) -> Iterator[list[int]]:
-    """Split `places` into consecutive batches, whose sizes cycle through BATCHES."""
+    """Split `places` into consecutive batches, whose sizes cycle through BATCH_SIZES."""
     start, turn = 0, 0
     while start < len(places):
         yield list(places[start : (start := start + BATCH_SIZES[turn % len(BATCH_SIZES)])])

@@ -88,7 +88,8 @@ IMAGES_HELP = "files, folders, patterns such as 'cam*/*.jpg', or - for a list on
 def files_of(names: Sequence[str], what: str = 'images') -> list[str]:
     """The image files named by arguments: files, folders searched recursively, patterns, or - for a list on stdin.
 
-    Files are sorted within each folder and pattern, and listed once; hidden files and folders are skipped.
+    Files are sorted within each folder and pattern, and listed once; hidden files and folders are skipped, and symbolic
+    links are followed.
 
     Raises:
         UserError: an argument names no image.
@@ -120,8 +121,12 @@ def _lines() -> list[str]:
 
 
 def _below(folder: str) -> list[str]:
-    files = []
-    for place, folders, names in os.walk(folder):
+    files, seen = list[str](), set[str]()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # links may lead in a circle
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
         images = (name for name in sorted(names) if name.lower().endswith(SUFFIXES) and not name.startswith('.'))
         files += [os.path.join(place, name) for name in images]

@@ -56,6 +56,8 @@ def activations(
         outputs.append(maps)
         return pool(maps)
 
+    if isinstance(pool, torch.nn.Module):  # otherwise it cannot be replaced by a function
+        del model.pool
     model.pool = pooled
     prepare = TestTransform(height, width, model.normalisation, interpolation)
     colours, cells = colormaps['inferno'], []

@@ -46,7 +46,7 @@ def write(path: Path, results: Sequence[Mapping[str, Any]], facts: Mapping[str, 
     return page.render(
         path,
         'found.html.j2',
-        title=f'Search in {facts["gallery"]} images',
+        title=f'Search in {facts["gallery"]} image{"" if facts["gallery"] == 1 else "s"}',
         date=datetime.datetime.now().astimezone().isoformat(' ', 'minutes'),
         queries=queries,
         facts=facts,

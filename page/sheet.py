@@ -46,7 +46,10 @@ def write(dataset: Dataset, out: str | Path) -> Path:
     if not persons:
         raise UserError(f'{plain(dataset.name, 500)} has no image to show')
     pids = _spaced(sorted(persons), PERSONS)
-    camids = sorted({camid for pid in pids for camid in persons[pid]})[:CAMERAS]
+    camids = sorted({camid for pid in pids for camid in persons[pid]})
+    shown = f'{len(pids)} of {len(persons)} persons' if len(pids) < len(persons) else f'{len(pids)} persons'
+    shown += f' in the first {CAMERAS} of {len(camids)} cameras' if len(camids) > CAMERAS else ''
+    camids = camids[:CAMERAS]
     rows = [
         {
             'name': dataset.name_of(pid),
@@ -62,7 +65,7 @@ def write(dataset: Dataset, out: str | Path) -> Path:
         title=f'{plain(dataset.name, 200)}: contact sheet',
         rows=rows,
         cameras=[f'camera {"unknown" if dataset.no_cameras else dataset.camera_of(camid)}' for camid in camids],
-        shown=f'{len(pids)} of {len(persons)} persons' if len(pids) < len(persons) else f'{len(pids)} persons',
+        shown=shown,
         left_out=f'{left_out} {unit} of distractors are not shown' if left_out else '',
         private=PRIVATE,
     )

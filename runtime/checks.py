@@ -195,8 +195,8 @@ def check_folder(parser: Reporter, args: argparse.Namespace) -> None:
     resumes = args.resume and not args.resume_weights_only
     if held and not (args.evaluate or args.overwrite or args.auto_resume or resumes):
         parser.error(
-            f'--save-dir {save_dir} contains the checkpoints of a run ({held[0].name}): continue it with --auto-resume '
-            f'or --resume, remove them with --overwrite, or choose another folder'
+            f'--save-dir {save_dir} contains the checkpoints of a run ({held[0].name}): continue it with '
+            '--auto-resume, remove them with --overwrite, or choose another folder'
         )
     try:
         save_dir.mkdir(parents=True, exist_ok=True)

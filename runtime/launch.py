@@ -5,6 +5,7 @@ import datetime
 import errno
 import os
 import platform
+import signal
 import time
 import traceback
 import warnings
@@ -21,7 +22,8 @@ from runtime.signals import STOPS, Signals, Stopped
 from runtime.system import fcntl
 from utils import Logger, mkdir_if_missing
 
-ENDS = (0, 2, *(128 + number for number in STOPS))  # exit statuses after which --max-restarts does not restart
+# Exit statuses after which --max-restarts does not restart
+ENDS = (0, UserError.status, *(128 + number for number in (*STOPS, signal.SIGQUIT)))
 
 Experiment = Callable[[Arguments, Run], object]
 End = tuple[int, str]  # exit status, and the text for stderr and the log

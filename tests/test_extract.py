@@ -390,6 +390,16 @@ def test_an_assumption_is_an_option(command, files, tmp_path):
     assert status == 2 and 'error: --assume last_stride=3: must be one of' in error
 
 
+def test_links_to_folders_are_followed_once(tmp_path):
+    place, camera = tmp_path / 'cameras', tmp_path / 'elsewhere'
+    for folder in (place, camera):
+        folder.mkdir()
+        (folder / 'x.jpg').touch()
+    (place / 'camera').symlink_to(camera)
+    (camera / 'back').symlink_to(place)
+    assert given.files_of([str(place)]) == [str(place / 'x.jpg'), str(place / 'camera' / 'x.jpg')]
+
+
 def test_files_are_found_below_folders_in_order(tmp_path):
     for name in ('b/2.jpg', 'b/1.JPG', 'a/x.webp', '.git/y.jpg', 'a/.z.jpg', 'c.txt'):
         (tmp_path / name).parent.mkdir(exist_ok=True)

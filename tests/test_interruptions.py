@@ -462,6 +462,13 @@ def test_two_processes_stop_when_their_terminal_is_closed(started, data_dir, tmp
     assert f'Stopped by SIGHUP after saving {tmp_path}/resume_2_2.pth.tar. Continue with:' in out
 
 
+def test_two_processes_that_are_quit_are_not_restarted(started, data_dir, tmp_path):
+    options = [*TWO_EPOCHS, '--data-dir', data_dir, '--save-dir', tmp_path, '--max-restarts', 1]
+    act = f'ask_launcher 4 0 {signal.SIGQUIT:d}'
+    status, out, _ = end_of(started('train_img_model_xent_htri', *options, processes=2, act=act))
+    assert status == 128 + signal.SIGQUIT and 'restarting' not in out
+
+
 @pytest.mark.skipif(not hasattr(LaunchConfig, 'signals_to_handle'), reason='this launcher always heeds SIGHUP')
 def test_two_processes_that_ignore_the_end_of_their_terminal(started, data_dir, tmp_path):
     """As under nohup."""

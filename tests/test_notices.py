@@ -68,6 +68,13 @@ def test_a_test_like_those_of_the_training_has_none(noticed, trained, script):
     assert (results['notices'], results['checkpoint']) == ([], None)
 
 
+@pytest.mark.parametrize('alone', [[], ['--resume-weights-only']])
+def test_tests_of_a_training_that_was_resumed_are_of_its_own_weights(alone, trained, script, tmp_path):
+    more = ['--resume', trained(script, IMAGES), *alone, '--max-epoch', 2, '--save-dir', tmp_path]
+    assert script(IMAGES, *more) == 0
+    assert read_json(tmp_path / 'results.json')['checkpoint'] is None
+
+
 def test_weights_given_otherwise(noticed, trained, script, tmp_path, capsys):
     """As --pretrained, the same file has the same notices."""
     path = trained(script, IMAGES)

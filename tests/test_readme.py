@@ -182,7 +182,7 @@ def test_the_other_commands_run(script, data_dir, tmp_path, monkeypatch, capsys)
             runpy.run_path(str(ROOT / command[1]), run_name='__main__')
         except SystemExit as end:  # data_manager.py: the counts are not those of the real Market1501
             assert end.code in (None, 0) or (command[1] == 'data_manager.py' and end.code == 1)
-    assert Path('log/demo/report.html').exists() and Path('a_and_b.html').exists()
+    assert Path('log/demo/report.html').exists() and Path('log/a_and_b.html').exists()
     assert (
         all(Path(f'features/{name}/features.npy').exists() for name in ('toy', 'tracks'))
         and Path('found.html').exists()

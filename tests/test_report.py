@@ -21,6 +21,7 @@ from PIL import Image
 from tiny import Tiny
 
 import data_manager
+import models
 import ranking
 import report
 import weights
@@ -426,11 +427,12 @@ def test_notices_that_are_none(notices, saved):
 # ------------------------------------------------------------------------------------------------- activations, command
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
+@pytest.fixture(params=['avg', 'gem'])
+def checkpoint(request, tmp_path):
     torch.manual_seed(0)
     path = tmp_path / 'tiny.pth.tar'
-    torch.save({'state_dict': Tiny(7).state_dict(), 'epoch': 0}, path)
+    network = models.init_model('tiny', 7, pooling=request.param)
+    torch.save({'state_dict': network.state_dict(), 'epoch': 0}, path)
     return path
 
 
@@ -441,7 +443,7 @@ def test_activations_are_the_squared_channels(tmp_path, checkpoint, market, monk
     report.activations(checkpoint, [image], 'tiny', '', 64, 32)
     ((name, picture, under),) = cells
     network = Tiny(7).eval()
-    network.load_state_dict(torch.load(checkpoint, weights_only=True)['state_dict'])
+    network.load_state_dict(torch.load(checkpoint, weights_only=True)['state_dict'], strict=False)  # pool.p of GeM
     pixels = torch.from_numpy(np.array(Image.open(image)))[None]
     with torch.inference_mode():
         channels = network.base(TestTransform(64, 32)([(torch.tensor([0]), pixels)]))[0]  # (16, h, w)
@@ -494,6 +496,7 @@ def test_command_writes_the_page(saved):
         (['--activations', 'only.pth.tar'], 'no image'),
         (['--activations', 'no.pth.tar', 'image.jpg'], 'no.pth.tar cannot be read'),
         (['a', '--height', 'x'], 'height'),
+        (['a', '--height', '64'], 'are for --activations: remove them'),
         (['a', '--activations', 'b', 'c'], 'or --activations'),
         (['a', '--out', 'b'], 'report.html'),
     ],

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import sqlite3
@@ -109,6 +110,12 @@ def test_a_query_does_not_find_itself(found, gallery):
     assert len(result['results']) == len(os.listdir(gallery)) - 2
 
 
+def test_an_image_that_is_named_in_two_ways_is_listed_once(command, found, gallery, queries):
+    (result,) = found('--query', queries[0], '-k', 100)['queries']
+    out = command('--gallery', gallery, os.path.relpath(gallery), '--query', queries[0], '-k', 100, '--json')[1]
+    assert json.loads(out)['queries'] == [result]
+
+
 def embedded(monkeypatch):
     """Counts the images that are embedded from now on."""
     count, whole = [], Tiny.forward
@@ -208,6 +215,18 @@ def test_a_threshold_is_calibrated_on_labelled_data(command, found, file, data_d
         > 0.1 * len(others) - 1 - (others < 1.02 * limit['threshold']).sum() + limit['false_matches']
     )
     assert limit['missed'] == pytest.approx((same >= limit['threshold']).mean())
+
+
+def test_a_calibration_of_few_pairs_is_stored_and_searched_with(command, gallery, queries, data_dir, monkeypatch):
+    """The two nearest persons have equal features: no rate can be measured."""
+    monkeypatch.setattr(Tiny, 'forward', lambda _, x: torch.ones(len(x), 16))
+    data = ['--calibrate', '-d', 'market1501', '--data-dir', data_dir]
+    status, out, _ = command(*data, '--gallery', gallery, '--query', queries[0], '-k', 1)
+    calibrated, query, _ = out.splitlines()[-3:]
+    assert status == 0 and query == queries[0]
+    assert re.fullmatch(r'Calibrated on market1501: \d+ pairs of two persons', calibrated)
+    status, _, error = command('-d', 'market1501', '--gallery', gallery, '--query', queries[0])
+    assert status == 2 and '-d is the data set of --calibrate: add this option, or remove -d' in error
 
 
 def test_pairs_of_unknown_cameras_are_counted(file, data_dir, tmp_path):

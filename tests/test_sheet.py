@@ -74,6 +74,10 @@ def test_large_data_sets_show_some(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(sheet, 'PERSONS', 3)
     html = sheet.write(data_manager.init_dataset('market1501', str(data_dir)), tmp_path / 'sheet.html').read_text()
     assert '<p>3 of 11 persons; the first picture' in html and html.count('<tr><th scope="row">') == 3
+    monkeypatch.setattr(sheet, 'CAMERAS', 2)
+    html = sheet.write(data_manager.init_dataset('market1501', str(data_dir)), tmp_path / 'sheet.html').read_text()
+    cameras = re.findall(r'<p>3 of 11 persons in the first 2 of (\d) cameras; the first picture', html)
+    assert int(cameras[0]) > html.count('<th scope="col">camera ') == 2
 
 
 def test_git_ignores_the_name_that_is_asked_for(data_dir, tmp_path, monkeypatch, capsys):
