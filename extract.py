@@ -33,8 +33,8 @@ from extraction.images import IMAGES_HELP, cut, files_of, listed, pixels_of, tra
 from extraction.source import source_of
 from files.draft import Draft
 from files.paths import Paths
-from runtime import cards, commands, values
-from runtime.device import Run, keep_memory
+from runtime import cards, commands, cpu, values
+from runtime.device import Run
 from runtime.errors import UserError, plain
 from runtime.precision import tf32
 from transforms import TestTransform
@@ -290,9 +290,8 @@ def extractor_of(args: argparse.Namespace) -> FeatureExtractor:
     device = 'cpu' if args.use_cpu else 'auto' if args.gpu_devices is None else f'cuda:{args.gpu_devices}'
     names = 'arch', 'assume', 'height', 'width', 'batch', 'workers', 'compile', 'engine'
     how = {name: getattr(args, name) for name in names}
+    cpu.tune()
     extractor = FeatureExtractor(args.weights, device, args.precision, **how)
-    if extractor.device.type == 'cpu':
-        keep_memory()
     for note in extractor.notes:
         print(note, file=sys.stderr)
     return extractor

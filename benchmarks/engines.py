@@ -38,7 +38,7 @@ from extraction.compiling import Compiled
 from extraction.engines import ByEngine
 from extraction.programs import OPSET, quiet
 from models.network import Network
-from runtime.device import keep_memory
+from runtime import cpu
 from table import Row, row
 
 ARCHS = ('resnet50', 'osnet_x1_0', 'osnet_x0_25', 'mobilenet_v2')
@@ -79,7 +79,7 @@ def write(arch: str, plan: Plan, path: str) -> None:
 
 
 def our_side(name: str, arch: str, precision: str, plan: Plan, batch: int) -> Callable[[], np.ndarray]:
-    keep_memory()
+    cpu.tune()
     model, images = network(arch, plan), inputs(plan, batch)
     if name != 'eager':
         model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)

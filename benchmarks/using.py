@@ -20,7 +20,7 @@ import toy
 from extract import FeatureExtractor
 from extraction.images import files_of
 from files.index import Gallery
-from runtime.device import keep_memory
+from runtime import cpu
 from runtime.tiles import DISTANCES, points
 from table import Row, in_a_fresh_process, row, seconds, take_turns
 
@@ -29,7 +29,7 @@ ARCH, NUMBER, DIM = 'osnet_x1_0', 1_000_000, 512
 
 def extracted(images: int, turns: int) -> list[Row]:
     """`extract` end to end, and the network on prepared batches, in one process and by turns."""
-    keep_memory()
+    cpu.tune()
     on_device = ' on CUDA' * torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         toy.draw_market1501(Path(folder) / 'market1501', num_train=images // 8, num_images=8, height=128, width=64)

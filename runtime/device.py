@@ -5,7 +5,6 @@ batch.
 """
 
 import contextlib
-import ctypes
 import functools
 import inspect
 import os
@@ -26,7 +25,7 @@ from arguments import RunOptions, TestOptions
 from extraction.compiling import Compiled
 from files.writing import Unwritten
 from models.network import Network
-from runtime import cards
+from runtime import cards, cpu
 from runtime.errors import UserError
 from runtime.precision import allow_tf32, has_bf16
 from runtime.processes import Group, Processes
@@ -34,8 +33,6 @@ from runtime.signals import Signals
 from utils import Logger
 
 Module = TypeVar('Module', bound=nn.Module)
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 # The same option under two names: broadcast_buffers in torch 2.6, forward_sync_buffers in the newest releases.
 SYNC_BUFFERS = next(
@@ -278,7 +275,7 @@ def _device(options: RunOptions, processes: Processes) -> torch.device:
         print('Currently using CPU (GPU is highly recommended)')
         if not options.use_cpu and (other := cards.unsupported()):
             print(f'The {other} device of this machine is not used: the program supports CUDA and the CPU only')
-        keep_memory()
+        cpu.tune()
         return torch.device('cpu')
     indices = gpus(options, processes.local_world_size)
     if len(indices) != processes.local_world_size:
@@ -292,22 +289,6 @@ def _device(options: RunOptions, processes: Processes) -> torch.device:
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = not options.deterministic  # every batch has the same shape
     return device
-
-
-def keep_memory() -> None:
-    """Let the process keep the memory that it frees, unless the user has tuned the allocator.
-
-    By default the memory of each layer's activations is returned to the kernel, requested again, and cleared page by
-    page, which takes a third of the time of an extraction on a CPU. If it is kept, training needs up to a sixth more
-    memory. Blocks of more than 256 MB (features, caches) are still returned (before glibc 2.35, of more than 32 MB).
-    """
-    if any(name.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for name in os.environ):
-        return
-    with contextlib.suppress(AttributeError):  # a C library other than glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        if not mallopt(M_MMAP_THRESHOLD, 1 << 28):
-            mallopt(M_MMAP_THRESHOLD, 1 << 25)
-        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def gpus(options: RunOptions, processes: int = 1) -> list[int]:

@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam
 
 import models
 from arguments import RunOptions
-from runtime import device, precision
+from runtime import cpu, device, precision
 from runtime.device import Run
 from runtime.errors import UserError
 from runtime.precision import allow_tf32, has_bf16, without_tf32
@@ -43,7 +43,7 @@ def test_freed_memory_is_kept_on_a_cpu():
     program = """if True:
         import resource, torch
         from arguments import RunOptions
-        from runtime import device, precision
+        from runtime import cpu, device, precision
         device.start(RunOptions(use_cpu=True, precision='fp32'))
         def faults():
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -59,14 +59,44 @@ def test_freed_memory_is_kept_on_a_cpu():
     assert int(printed.split()[-1]) < 3 * 32768
 
 
+@pytest.mark.parametrize(
+    'program',
+    [
+        "launch.main(lambda *_: check(), arguments.parser(None, dataset='market1501', test_batch=32))",
+        "extract.FeatureExtractor = lambda *_, **__: check(); extract.extractor_of(parsed('--weights', 'w'))",
+    ],
+)
+def test_subnormal_numbers_are_zero_in_every_thread(program, tmp_path):
+    """They slow down some processors. Releases of numpy before 2.4 must not warn of it."""
+    begin = """if True:
+        import argparse, sys, warnings
+        warnings.simplefilter('error')
+        import numpy, torch
+        import arguments, extract
+        from runtime import launch
+        def check():
+            product = torch.ones(1 << 22) * 2e-39
+            print(torch.get_num_threads(), product.count_nonzero().item(), numpy.finfo(numpy.float32).tiny > 0)
+            sys.exit()
+        def parsed(*words):
+            parser = argparse.ArgumentParser()
+            extract.add_options(parser)
+            return parser.parse_args(words)
+        """
+    command = [sys.executable, '-c', begin + program, '--use-cpu', '--save-dir', str(tmp_path)]
+    env = os.environ | {'OMP_NUM_THREADS': '2'}
+    printed = subprocess.run(command, check=True, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True).stdout
+    assert printed.splitlines()[-1] == '2 0 True'
+
+
 def test_an_allocator_that_the_user_has_tuned_is_left_alone(monkeypatch):
     calls = []
     library = SimpleNamespace(mallopt=lambda *option: calls.append(option) or 1)
-    monkeypatch.setattr(device.ctypes, 'CDLL', lambda name: library)
+    monkeypatch.setattr(cpu.ctypes, 'CDLL', lambda name: library)
     for name in [name for name in os.environ if name.startswith(('MALLOC_', 'GLIBC_TUNABLES'))]:
         monkeypatch.delenv(name)
     start()
-    assert calls == [(device.M_MMAP_THRESHOLD, 1 << 28), (device.M_TRIM_THRESHOLD, (1 << 31) - 1)]
+    assert calls == [(cpu.M_MMAP_THRESHOLD, 1 << 28), (cpu.M_TRIM_THRESHOLD, (1 << 31) - 1)]
     monkeypatch.setenv('MALLOC_ARENA_MAX', '8')
     start()
     assert len(calls) == 2

@@ -35,7 +35,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     ),
     'extract': (
         'batches.workers dataset_loader evaluation extraction.engines extraction.images extraction.source '
-        'files.draft files.paths runtime.cards runtime.commands runtime.device runtime.precision runtime.values '
+        'files.draft files.paths runtime.cards runtime.commands runtime.cpu runtime.device runtime.precision runtime.values '
         'transforms'
     ),
     'losses': '',
@@ -114,8 +114,9 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.checks': 'data_manager extraction.compiling files.kinds models runtime.processes',
     'runtime.commands': 'runtime.console runtime.memory',
     'runtime.console': '',
+    'runtime.cpu': '',
     'runtime.device': (
-        'arguments extraction.compiling files.writing models models.network runtime.cards runtime.precision '
+        'arguments extraction.compiling files.writing models models.network runtime.cards runtime.cpu runtime.precision '
         'runtime.processes runtime.signals utils'
     ),
     'runtime.errors': '',
