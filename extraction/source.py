@@ -169,6 +169,7 @@ def of_weights(
     sized = replace(loaded, trained=replace(trained, options={**trained.options, **size}))
     with torch.random.fork_rng(devices=[]):  # initial weights, replaced at once, are random
         model = build(sized, arch, where, notes.append)
+    zero_subnormals(model)
     if min(height, width) < model.smallest:
         raise UserError(
             f'{where}: the network needs images of at least {model.smallest} pixels, not {height} x {width}'
@@ -177,6 +178,14 @@ def of_weights(
     arch = str(arch or trained.options.get('arch') or arch_of(loaded.state_dict))
     interpolation = usage.interpolation or model.interpolation
     return Source(model, usage._replace(height=height, width=width, interpolation=interpolation), arch, trained, notes)
+
+
+@torch.no_grad()
+def zero_subnormals(model: torch.nn.Module) -> None:
+    """Replace weights below 1.2e-38 by 0: no feature changes, but some processors are many times as fast."""
+    for values in model.state_dict().values():
+        if values.is_floating_point():
+            values.masked_fill_(values.abs() < torch.finfo(values.dtype).tiny, 0)
 
 
 def of_onnx(path: str | os.PathLike, where: str, **given: Any) -> Source:

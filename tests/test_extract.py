@@ -390,6 +390,20 @@ def test_an_assumption_is_an_option(command, files, tmp_path):
     assert status == 2 and 'error: --assume last_stride=3: must be one of' in error
 
 
+def test_weights_too_small_to_matter_are_zero(files, tmp_path):
+    """Those of channels that nothing uses; some processors are slow with them."""
+    path, own = tmp_path / 'tiny.pth', Tiny(6).eval()
+    state = own.state_dict()
+    state['base.0.weight'][::2] = 1e-39
+    torch.save(state, path)
+    extractor = FeatureExtractor(path, 'cpu', arch='tiny', height=32, width=16)
+    kept = extractor.model.state_dict()['base.0.weight']
+    assert kept[::2].count_nonzero() == 0 and torch.equal(kept[1::2], state['base.0.weight'][1::2])
+    x = torch.rand(2, 3, 32, 16)
+    with torch.inference_mode():
+        assert torch.equal(extractor.model(x), own(x))
+
+
 def test_links_to_folders_are_followed_once(tmp_path):
     place, camera = tmp_path / 'cameras', tmp_path / 'elsewhere'
     for folder in (place, camera):

@@ -35,8 +35,8 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     ),
     'extract': (
         'batches.workers dataset_loader evaluation extraction.engines extraction.images extraction.source '
-        'files.draft files.paths runtime.cards runtime.commands runtime.cpu runtime.device runtime.precision runtime.values '
-        'transforms'
+        'files.draft files.paths runtime.cards runtime.commands runtime.cpu runtime.device runtime.precision '
+        'runtime.values transforms'
     ),
     'losses': '',
     'ranking': 'eval_metrics files.features reranking runtime.commands runtime.tiles runtime.values',
@@ -116,8 +116,8 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.console': '',
     'runtime.cpu': '',
     'runtime.device': (
-        'arguments extraction.compiling files.writing models models.network runtime.cards runtime.cpu runtime.precision '
-        'runtime.processes runtime.signals utils'
+        'arguments extraction.compiling files.writing models models.network runtime.cards runtime.cpu '
+        'runtime.precision runtime.processes runtime.signals utils'
     ),
     'runtime.errors': '',
     'runtime.launch': (
