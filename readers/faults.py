@@ -14,8 +14,8 @@ def check(dataset: Dataset, why: str, jobs: int = 1) -> Iterable[Finding]:
 
     Faults are a training set that cannot be used (`why`), statistics that differ from the known ones, files that
     cannot be read, persons that are in both the training set and the test sets, and byte-equal images of two persons.
-    For MARS both protocols are examined, regardless of which was read. Persons are named as on
-    disk; distractors (pid 0) do not count as persons.
+    For MARS both protocols are examined, regardless of which was read. Persons are named as on disk; distractors (pid
+    0) do not count as persons.
     """
     train = train_items(dataset)
     queries, nobody = set(dataset.query), distractors(dataset)
