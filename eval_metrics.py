@@ -261,14 +261,14 @@ def count_before(
     """
     width = block.shape[1]
     bounds = distances.astype(block.dtype)  # (p,)
-    # All equally near items precede an item after the block: count those below the next larger float.
-    bounds = np.where(earlier < width, bounds, np.nextafter(bounds, np.inf, dtype=block.dtype))
+    after = earlier == width  # all equally near items precede an item after the block
     values = by_distance.ravel()
     first, last = rows * width, rows * width + width - 1  # (p,) where the row starts and ends in `values`
-    nearer = first - 1  # (p,) the last value known to be smaller; a binary search for all items at once
+    nearer = first - 1  # (p,) the last value known to precede; a binary search for all items at once
     for step in 1 << np.arange(width.bit_length())[::-1]:
         probe = np.minimum(nearer + step, last)
-        nearer = np.where(values[probe] < bounds, probe, nearer)
+        precede = (values[probe] < bounds) | (after & (values[probe] == bounds))
+        nearer = np.where(precede, probe, nearer)
     counts: np.ndarray = nearer + 1 - first
     # For an item inside the block, the equally near items that are earlier precede it.
     tied = (earlier > 0) & (earlier < width)

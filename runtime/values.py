@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 import os
 from collections.abc import Callable
 from typing import TypeVar
@@ -38,7 +39,7 @@ def nonnegative_int(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    return _number(text, float, math.ulp(0.0), 'a number greater than 0')
+    return _number(text, float, sys.float_info.min, 'a number greater than 0')
 
 
 def nonnegative_float(text: str) -> float:

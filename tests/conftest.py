@@ -120,5 +120,10 @@ def small_disk(tmp_path):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tests compute little, and threads that wait for each other on a busy machine cost ten times as much."""
+    """Tests compute little, and threads that wait for each other on a busy machine cost ten times as much.
+
+    A run lets its thread compute with 0 in place of very small numbers: that ends with its test.
+    """
     torch.set_num_threads(1)
+    yield
+    torch.set_flush_denormal(False)

@@ -144,7 +144,7 @@ def test_a_row_whose_sides_differ_in_precision_says_so(gpus, full, monkeypatch):
     compared = []
     monkeypatch.setattr(training, 'agree', lambda *_: None)
     monkeypatch.setattr(training, 'compare', lambda _, **sides: compared.append(sides) or {key: [1.0] for key in sides})
-    for name in ('from_files', 'recipe'):
+    for name in ('from_files', 'recipe', 'with_unused_channels'):
         monkeypatch.setattr(training, name, lambda *_: table.Row('a row'))
     fresh = {'gpus': gpus, 'from_files': table.Row('a row')}
     monkeypatch.setattr(training, 'in_a_fresh_process', lambda module, function, *_: fresh[function])

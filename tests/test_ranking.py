@@ -87,6 +87,21 @@ def test_collapsed_features(high, path):
     check(ranking.rank(*features, *ids, tile=(7, 16)), exact_distances(*features), ids)
 
 
+def test_a_run_that_computes_with_0_in_place_of_small_numbers_ranks_equally(path):
+    """Distances of exactly 0 are nearer than the next larger number, and equally near."""
+    rng = np.random.default_rng(0)
+    ids = draw_ids(rng, 20, 150, 5, 3)
+    results = []
+    for high in (1, 3):
+        features = draw_integers(rng, 20, 150, 2, high)
+        for flushed in (False, True):
+            torch.set_flush_denormal(flushed)
+            results.append(ranking.rank(*features, *ids, tile=(7, 16)))
+    for exact, result in zip(results[::2], results[1::2], strict=True):
+        for name, values in vars(exact).items():
+            np.testing.assert_array_equal(np.asarray(getattr(result, name)), np.asarray(values), name)
+
+
 def test_empty_sides():
     ids = [np.array([1, 2]), np.zeros(0, int), np.array([0, 0]), np.zeros(0, int)]
     result = ranking.rank(torch.ones(2, 4), torch.ones(0, 4), *ids)
