@@ -2,8 +2,8 @@
 
 import argparse
 import math
-import sys
 import os
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
