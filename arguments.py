@@ -11,6 +11,7 @@ use the values it started with.
 
 import argparse
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -227,7 +228,8 @@ class Arguments(argparse.Namespace):
 
     def plain(self) -> argparse.Namespace:
         """The options alone, in alphabetical order, as printed and as stored in checkpoints."""
-        return argparse.Namespace(**{name: value for name, value in sorted(vars(self).items()) if name not in ROOMS})
+        options = sorted(vars(self).items())
+        return argparse.Namespace(**{name: _plain(value) for name, value in options if name not in ROOMS})
 
 
 class ExperimentParser(commands.Parser):
@@ -242,7 +244,6 @@ class ExperimentParser(commands.Parser):
         )
         super().add_argument('-h', '--help', action='help', help='show this help message and exit')  # not of the recipe
         self.kind = kind
-        self.recipe: list[argparse.Action] = []
         self.experiment = self.add_argument_group(
             'the experiment (a resumed run must use the same values, except for --max-epoch and --pretrained)'
         )
@@ -250,14 +251,10 @@ class ExperimentParser(commands.Parser):
 
     def add_argument(self, *names: str, **how: Any) -> argparse.Action:
         """Add an option of the experiment, as scripts do."""
-        self.recipe.append(self.experiment.add_argument(*names, **how))
-        return self.recipe[-1]
+        return self.experiment.add_argument(*names, **how)
 
     def error(self, message: str) -> NoReturn:
-        """Report a mistake: the first process of each host does, and the others wait for their launcher to end them.
-
-        It ends all processes when one of them exits, and the first one may still be starting.
-        """
+        """Report a mistake: the first process of each host does, and the others wait until their launcher ends them."""
         if of_environment().local_rank:
             time.sleep(REPORT_SECONDS)
         super().error(message)  # of another process, if it alone found the mistake
@@ -276,7 +273,8 @@ class ExperimentParser(commands.Parser):
                 self.error(message.format(**vars(parsed)))
         check(self, parsed)
         plain = vars(parsed.plain())
-        recipe = [action for action in self.recipe if action.dest not in FREE]
+        others = {'help', *FREE, *(each.name for room, each in _options() if room)}
+        recipe = [action for action in self._actions if action.dest not in others]
         more = {
             'arguments': plain,
             'given': self._given(args, plain),
@@ -292,15 +290,18 @@ class ExperimentParser(commands.Parser):
 
     def _given(self, args: Sequence[str] | None, names: Collection[str]) -> frozenset[str]:
         """The names of the options on the command line, whatever their values."""
-        absent = object()
-        parsed = argparse.Namespace(**dict.fromkeys(names, absent))
+        parsed = argparse.Namespace(**dict.fromkeys(names))  # None, from which append and count start
         super().parse_args(args, parsed)
-        return frozenset(name for name, value in vars(parsed).items() if value is not absent)
+        return frozenset(name for name, value in vars(parsed).items() if value is not None)
 
     def _default(self, action: argparse.Action) -> object:
         """The value of an option that is not given; argparse converts a default only if it is a string."""
         converted = callable(action.type) and isinstance(action.default, str)
-        return action.type(action.default) if converted and callable(action.type) else action.default
+        return _plain(action.type(action.default) if converted and callable(action.type) else action.default)
+
+
+def _plain(value: object) -> object:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def parser(description: str | None, dataset: str, test_batch: int, without: Collection[str] = ()) -> ExperimentParser:

@@ -143,7 +143,7 @@ class TargetTest:
     def prepare(self, model: Network, options: TestOptions) -> None:
         """Set the `options` of the test; with --evaluate, compare it with the training of the weights."""
         own = {name: getattr(self.options, name) for name in ('dataset', 'save_dir', 'any_camera')}
-        self.options = replace(options, **own)
+        self.options = replace(options, interpolation=options.interpolation or model.interpolation, **own)
         if options.evaluate:
             self.notices = notices.of_test(model, self.dataset, self.options, self.run)
 
@@ -175,15 +175,16 @@ class TargetTest:
 
     def _extract(self, model: Network, subset: str) -> Extracted:
         items = getattr(self.dataset, subset)
-        several, file = self.averaged if subset == 'query' else None, None
+        several, file, distance = self.averaged if subset == 'query' else None, None, self.options.distance
         if self.options.save_features:
             counts = np.bincount(several.groups)[several.of_queries] if several else None
-            file = create_features(self.options.save_dir, subset, items, model.feat_dim, self.run, counts)
+            folder = self.options.save_dir
+            file = create_features(folder, subset, items, model.feat_dim, self.run, counts, distance)
         if several:
             subset, items = 'multi-query', several.items
         extracted = extract(model, items, self.options, self.run, None if several else file)
         print(f'Extracted features for {subset} set, obtained {len(items)}-by-{extracted[0].size(1)} matrix')
-        return mean_features(*extracted, several, self.run, file) if several else extracted
+        return mean_features(*extracted, several, self.run, file, distance) if several else extracted
 
     def _rank(self, query: Extracted, gallery: Extracted) -> ranking.Ranking | None:
         """The ranking in the first process; None in the others."""
@@ -248,6 +249,7 @@ class TargetTest:
             'checkpoint': (options.resume or options.pretrained) if options.evaluate else None,
             'height': options.height,
             'width': options.width,
+            'interpolation': options.interpolation,
             'precision': self.run.test_precision,
             'notices': self.notices,
             'dataset_fingerprint': fingerprint(dataset),

@@ -303,20 +303,23 @@ def main() -> None:
     parser.add_argument('-o', '--out', type=values.path, required=True, help='folder to write; it must not exist yet')
     parser.add_argument('--tracklets', action='store_true', help='the images of a folder are frames of one tracklet')
     parser.add_argument(
-        '--seq-len', type=values.positive_int, default=SEQ_LEN, help='frames taken of each (default: 15)'
+        '--seq-len', type=values.positive_int, help=f'frames taken of each tracklet (default: {SEQ_LEN})'
     )
     add_options(parser)
     args = parser.parse_args()
+    if args.seq_len and not args.tracklets:
+        parser.error('--seq-len: images have no frames; add --tracklets, or remove it')
+    frames = args.seq_len or SEQ_LEN
     files = files_of(args.images)
     items: list[Paths] = [*(tracklets_of(files) if args.tracklets else files)]
     extractor = extractor_of(args)
-    batch = max(1, extractor.batch // args.seq_len) if args.tracklets else extractor.batch
-    what = {'weights': args.weights, **extractor.description, 'seq_len': args.seq_len if args.tracklets else None}
+    batch = max(1, extractor.batch // frames) if args.tracklets else extractor.batch
+    what = {'weights': args.weights, **extractor.description, 'seq_len': frames if args.tracklets else None}
     with Draft(args.out, items, extractor.feat_dim, what, batch) as draft:
         if draft.done:
             print(f'Resuming after {draft.done} of {len(items)} items')
         rest: Any = items[draft.done :]
-        stream = extractor.stream_tracklets(rest, args.seq_len) if args.tracklets else extractor.stream(rest)
+        stream = extractor.stream_tracklets(rest, frames) if args.tracklets else extractor.stream(rest)
         with tqdm(total=len(items), initial=draft.done, unit='item', leave=False, disable=None) as bar:
             for features in stream:
                 draft.add(features)

@@ -31,7 +31,7 @@ from eval_metrics import (
     rows_of,
     same_identity,
 )
-from files.features import read, read_files
+from files.features import distance_of, read, read_files
 from reranking import reranked
 from runtime import commands, values
 from runtime.tiles import (
@@ -288,8 +288,6 @@ def _no_tally(num_pairs: int, num_queries: int, k: int) -> Tally:
 
 
 PRINTED_RANKS = (1, 5, 10, 20)
-
-
 RERANKING_LINE = 'Re-ranking with k1 {k1}, k2 {k2}, lambda {lambda_value}'
 ANY_CAMERA = "Any camera: matches from the query's own camera count too; only the query's own file is dropped"
 NO_FILES = "Any camera: matches from the query's own camera count too; no file is dropped, as there is no paths.jsonl"
@@ -321,28 +319,30 @@ def show(result: Ranking, any_camera: bool = False) -> None:
 
 def main() -> None:
     parser = commands.Parser(description='Rank saved features from disk, in bounded memory.')
-    text = 'folder with features.npy (N, D), pids.npy and camids.npy (N,) of the queries'
-    parser.add_argument('query', type=values.path, help=text)
+    parser.add_argument('query', type=values.path, help='folder with the features.npy, pids.npy, camids.npy of queries')
     parser.add_argument('gallery', type=values.path, help='the same for the gallery')
     parser.add_argument('--any-camera', action='store_true', help="drop the query's own file only, not its camera")
-    parser.add_argument('--distance', choices=list(DISTANCES), default='euclidean', help='(default: euclidean)')
+    parser.add_argument('--distance', choices=list(DISTANCES), help='(default: that of the test, which QUERY records)')
     parser.add_argument('--rerank', action='store_true', help='use k-reciprocal re-ranking; copies the features')
     parser.add_argument('--k1', type=values.positive_int, default=20, help='as for a test (default: 20)')
     parser.add_argument('--k2', type=values.positive_int, default=6, help='as for a test (default: 6)')
     parser.add_argument('--lambda', type=values.fraction, default=0.3, dest='lambda_value', help='(default: 0.3)')
     args = parser.parse_args()
-    (queries, *q_ids), (gallery, *g_ids) = read(args.query), read(args.gallery)
+    (queries, *q_ids), (gallery, *g_ids) = read(args.query, labelled=True), read(args.gallery, labelled=True)
     q_pids, g_pids, q_camids, g_camids = check_ids(q_ids[0], g_ids[0], q_ids[1], g_ids[1])
     if args.any_camera:
         files = read_files(args.query, args.gallery, q_pids, g_pids)
         print(ANY_CAMERA if files else NO_FILES)
         q_camids, g_camids = files or (-1 - np.arange(len(q_pids)), np.arange(len(g_pids)))
+    distance = args.distance or distance_of(args.query)
+    if distance != 'euclidean':
+        print(f'Distance: {distance}')
     if args.rerank:
         print(RERANKING_LINE.format(**vars(args)))
-        how = args.k1, args.k2, args.lambda_value, args.distance
+        how = args.k1, args.k2, args.lambda_value, distance
         result = rerank(queries, gallery, q_pids, g_pids, q_camids, g_camids, *how)
     else:
-        result = rank(queries, gallery, q_pids, g_pids, q_camids, g_camids, distance=args.distance)
+        result = rank(queries, gallery, q_pids, g_pids, q_camids, g_camids, distance=distance)
     show(result, args.any_camera)
 
 

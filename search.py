@@ -231,6 +231,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.gallery) != bool(args.query) or not (args.gallery or args.calibrate or args.forget):
         parser.error('give --gallery and --query, or --calibrate -d DATASET, or --forget')
+    if not args.query and (args.page or args.fuse or args.threshold is not None or args.false_match_rate is not None):
+        parser.error('--page, --fuse, --threshold and --false-match-rate are for a search: give --gallery and --query')
     if args.calibrate and args.json:
         parser.error('--json: --calibrate prints no JSON; run it first, without a query')
     if args.calibrate and not args.dataset:

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, Resize, ToTensor
 
+from runtime.errors import UserError
+
 __all__ = [
     'IMAGENET_MEAN',
     'IMAGENET_STD',
@@ -97,7 +99,7 @@ class TrainTransform:
                 by the fractions of the available margin in columns 1 (down) and 2 (right), and mirrored if column 3 is
                 < 0.5. With padding it is always translated. The other columns are passed to `erased`.
         """
-        if (prepared := _prepared(images)) is not None:
+        if (prepared := _prepared(images, self.height, self.width)) is not None:
             return prepared
         device = images[0][1].device
         draws = draws.to(device, non_blocking=True)
@@ -203,7 +205,7 @@ class TestTransform:
 
     def __call__(self, images: Images) -> Tensor:
         """Returns float32 (B, 3, height, width), channels_last, on the device of the images."""
-        if (prepared := _prepared(images)) is not None:
+        if (prepared := _prepared(images, self.height, self.width)) is not None:
             return prepared
         device, count = images[0][1].device, sum(len(positions) for positions, _ in images)
         rows = torch.arange(self.height, device=device).expand(count, -1)  # (B, h)
@@ -215,10 +217,20 @@ def _range(size: int, like: Tensor) -> Tensor:
     return torch.arange(size, device=like.device)
 
 
-def _prepared(images: Images) -> Tensor | None:
-    """The batch (B, 3, h, w) if the data set returned float images, which are already prepared."""
+def _prepared(images: Images, height: int, width: int) -> Tensor | None:
+    """The batch (B, 3, h, w) if the data set returned float images, which are already prepared.
+
+    Raises UserError if their size is another: the test, and those who use the weights, would resize to this one.
+    """
     _, pixels = images[0]
-    return pixels.permute(0, 3, 1, 2) if pixels.is_floating_point() else None  # all of one size, so in order
+    if not pixels.is_floating_point():
+        return None
+    if (pixels.shape[1], pixels.shape[2]) != (height, width):
+        raise UserError(
+            f'the data set returns float images of {pixels.shape[1]} x {pixels.shape[2]} pixels, which are not '
+            f'resized: return {height} x {width}, or give their size by --height and --width'
+        )
+    return pixels.permute(0, 3, 1, 2)  # all of one size, so in order
 
 
 def _render(

@@ -32,7 +32,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         if attempt:
             time.sleep(PAUSE)
         try:
-            return _decode(path)
+            return decode(path)
         except MemoryError:  # not the image's fault
             raise
         except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error and more
@@ -53,7 +53,8 @@ def _recognised(path: str | os.PathLike) -> str:
     return f'it {what}' if what else ''
 
 
-def _decode(path: str | os.PathLike) -> Image.Image:
+def decode(path: str | os.PathLike) -> Image.Image:
+    """The same, tried once; raises what Pillow raises."""
     if stat.S_ISFIFO(os.stat(path).st_mode):
         raise OSError('it is a pipe')  # opening it would block
     with Image.open(path, formats=FORMATS) as image:

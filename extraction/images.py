@@ -117,7 +117,9 @@ def _matching(name: str) -> list[str]:
 def _lines() -> list[str]:
     """The paths on stdin: one per line, or separated by NULs, as written by find -print0."""
     data = sys.stdin.buffer.read()
-    return [os.fsdecode(line) for line in data.split(b'\0' if b'\0' in data else b'\n') if line]
+    if b'\0' not in data:
+        data = data.replace(b'\r\n', b'\n').replace(b'\n', b'\0')  # a list from Windows, too
+    return [os.fsdecode(line) for line in data.split(b'\0') if line]
 
 
 def _below(folder: str) -> list[str]:

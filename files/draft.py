@@ -41,9 +41,9 @@ class Draft:
         self, out: str | Path, items: Sequence[paths.Paths], feat_dim: int, what: Mapping[str, object], batch: int
     ):
         self.out, self.items, self.feat_dim = Path(out).absolute(), items, feat_dim
-        self.folder = self.out.with_name(f'.{self.out.name}.unfinished')
         with self._explained():
             self._check_new()
+            self.folder = self.out.with_name(f'.{self.out.name}.unfinished')
             self.folder.mkdir(parents=True, exist_ok=True)
             self.file = os.fdopen(os.open(self.folder / 'features.npy', os.O_RDWR | os.O_CREAT, 0o666), 'r+b')
             try:

@@ -4,10 +4,13 @@ Queries and gallery have a folder each, with
 - features.npy, (N, D) float32;
 - pids.npy and camids.npy, (N,);
 - counts.npy, (N,): how many items each feature is the mean of, 1 without --multi-query;
+- model.json, an object: `distance`, with which they are compared, and after extract.py what else is known of the model;
 - paths.jsonl, N lines: the path of an image as a JSON string, or those of a tracklet's frames as a list of strings.
 """
 
+import contextlib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -21,13 +24,20 @@ from files import paths
 from files.writing import allocate
 from readers.tree import Item
 from runtime.errors import UserError
+from runtime.tiles import DISTANCES
 
 if TYPE_CHECKING:  # `python ranking.py` needs no device
     from runtime.device import Run
 
 
 def create_features(
-    save_dir: str, subset: str, items: Sequence[Item], feat_dim: int, run: 'Run', counts: np.ndarray | None = None
+    save_dir: str,
+    subset: str,
+    items: Sequence[Item],
+    feat_dim: int,
+    run: 'Run',
+    counts: np.ndarray | None = None,
+    distance: str = 'euclidean',
 ) -> np.ndarray:
     """Create features.npy (N, feat_dim), and the other files beside it; return it memory-mapped, in every process.
 
@@ -48,6 +58,7 @@ def create_features(
                 np.save(folder / f'{name}.npy', np.array([item[column] for item in items]))
             np.save(folder / 'counts.npy', np.ones(len(items), np.int64) if counts is None else counts)
             paths.write(folder / 'paths.jsonl', (item[0] for item in items))
+            (folder / 'model.json').write_text(json.dumps({'distance': distance}) + '\n')
             np.lib.format.open_memmap(path, 'w+', np.float32, (len(items), feat_dim))
             allocate(path)
         except OSError as problem:
@@ -73,13 +84,29 @@ def keep_features(save_dir: str, run: 'Run') -> None:
         shutil.rmtree(folder)
 
 
-def read(folder: str | Path) -> list[np.ndarray]:
+def read(folder: str | Path, labelled: bool = False) -> list[np.ndarray]:
     """features (N, D), pids (N,) and camids (N,); the features stay on disk.
 
     Raises:
-        UserError: a file is missing or is not an array of numbers.
+        UserError: a file is missing or is not an array of numbers; or they should be labelled, and no person is known.
     """
-    return [_array(Path(folder), name, kinds) for name, kinds in (('features', 'f'), ('pids', 'iu'), ('camids', 'iu'))]
+    kinds = (('features', 'f'), ('pids', 'iu'), ('camids', 'iu'))
+    arrays = [_array(Path(folder), name, kind) for name, kind in kinds]
+    if labelled and len(arrays[1]) and (arrays[1] == -1).all():
+        raise UserError(
+            f'{Path(folder) / "pids.npy"} has -1 for every person, as extract.py writes it, and nothing can be ranked: '
+            'replace it with the numbers of the persons, and camids.npy with those of the cameras'
+        )
+    return arrays
+
+
+def distance_of(folder: str | Path) -> str:
+    """The distance that model.json names; 'euclidean' if it does not."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((Path(folder) / 'model.json').read_text())
+        if isinstance(found, dict) and found.get('distance') in DISTANCES:
+            return str(found['distance'])
+    return DISTANCES[0]
 
 
 def _array(folder: Path, name: str, kinds: str) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from batches.decoding import decode
 from page.runs import TestedRun
 
 SHOWN = 20  # queries shown per group
@@ -119,9 +120,9 @@ def thumbnail(paths: tuple[str, ...], frames: int) -> str | None:
     pictures = []
     for path in (paths[i * len(paths) // number] for i in range(number)):
         try:
-            with Image.open(path) as image:
-                width = min(max(1, round(image.width * height / image.height)), 2 * height)
-                pictures.append(np.asarray(image.convert('RGB').resize((width, height), Image.Resampling.BOX)))
+            image = decode(path)
+            width = min(max(1, round(image.width * height / image.height)), 2 * height)
+            pictures.append(np.asarray(image.resize((width, height), Image.Resampling.BOX)))
         except Exception:  # the data may have been moved, and Pillow raises many kinds of exceptions
             continue
     if not pictures:

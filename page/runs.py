@@ -215,6 +215,7 @@ def settings(runs: Sequence[TestedRun]) -> list[str]:
     mark = 'dataset' if any('test_fingerprint' not in run.summary for run in runs) else 'test'  # in older files
     of: dict[str, Callable[[dict[str, Any]], str]] = {
         'input sizes': lambda summary: f'{summary["height"]} × {summary["width"]} pixels',
+        'ways of resizing': lambda summary: str(summary.get('interpolation') or ''),
         'precisions': lambda summary: str(summary['precision']),
         'data sets': lambda summary: f'{summary["dataset"]}, fingerprint {summary[f"{mark}_fingerprint"]}',
         'rankings': lambda summary: _listed(summary['rerank'], 're-ranked') or 'not re-ranked',

@@ -13,9 +13,9 @@ def check(dataset: Dataset, why: str, jobs: int = 1) -> Iterable[Finding]:
     """Faults of a data set, and notes, which need not be mistakes. Opens every image, in `jobs` processes.
 
     Faults are a training set that cannot be used (`why`), statistics that differ from the known ones, files that
-    cannot be read, persons that are in both the training set and the test sets, and byte-equal images of two persons.
-    For MARS both protocols are examined, regardless of which was read. Persons are named as on disk; distractors (pid
-    0) do not count as persons.
+    cannot be read, persons that are in both the training set and the test sets, files that are listed for two persons,
+    and byte-equal files of two persons. For MARS both protocols are examined, regardless of which was read. Persons are
+    named as on disk; distractors (pid 0) do not count as persons.
     """
     train = train_items(dataset)
     queries, nobody = set(dataset.query), distractors(dataset)
@@ -62,12 +62,16 @@ def _unmatched(dataset: Dataset, others: list[Item]) -> Iterator[Finding]:
 
 def _of_images(dataset: Dataset, train: list[Item], test: list[Item], jobs: int) -> Iterator[Finding]:
     """The findings that need all images to be opened."""
-    pids = {path: item[1] for item in train + test for path in paths_of(item)}
-    nobody = distractors(dataset)
-    of_nobody = {path for item in test if item[1] in nobody for path in paths_of(item)}
-    looks = dict(zip(pids, pictures.look_at_all(list(pids), jobs), strict=True)) if pids else {}
+    persons: dict[str, set[int]] = {}  # those that a file is listed for
+    for items, ignored in ((train, set[int]()), (test, distractors(dataset))):
+        for item in items:
+            for path in paths_of(item):
+                persons.setdefault(path, set()).update({item[1]} - ignored)
+    looks = dict(zip(persons, pictures.look_at_all(list(persons), jobs), strict=True)) if persons else {}
     unread = [look.reason for look in looks.values() if look.reason]
-    yield True, f'files (of {len(pids)}) that cannot be read', unread
+    yield True, f'files (of {len(persons)}) that cannot be read', unread
+    listed = [f'{path} for {len(pids)} persons' for path, pids in persons.items() if len(pids) > 1]
+    yield True, 'files that are listed for several persons', listed
     copies: dict[bytes, list[str]] = {}
     for path, look in looks.items():
         if not look.reason:
@@ -75,7 +79,7 @@ def _of_images(dataset: Dataset, train: list[Item], test: list[Item], jobs: int)
     groups: dict[bool, list[str]] = {True: [], False: []}  # whether of two persons
     for paths in copies.values():
         if len(paths) > 1:
-            groups[len({pids[path] for path in paths if path not in of_nobody}) > 1].append(' = '.join(paths))
+            groups[len(set().union(*(persons[path] for path in paths))) > 1].append(' = '.join(paths))
     yield True, 'groups of byte-equal files of different persons', groups[True]
     yield False, 'groups of byte-equal files of one person or of distractors', groups[False]
     empty = [path for path, look in looks.items() if look.contrast < pictures.EMPTY]

@@ -167,9 +167,14 @@ def _draw(
     }
     each = 'person and camera' if by_camera else 'person'
     return split, (
-        f'Split by identity: {number} of {len(persons)} persons are for the test (--test-share {share:g}, --seed {seed}'
-        f'); one of each {each} is a query'
+        f'Split by identity: {number} of {len(persons)} persons are for the test ({how_drawn(share, seed)}); one of '
+        f'each {each} is a query'
     )
+
+
+def how_drawn(share: float, seed: int) -> str:
+    """The options by which a split was drawn, as in `Dataset.drawn`."""
+    return f'--test-share {share:g}, --seed {seed}'
 
 
 def _name(item: NamedItem) -> str:

@@ -25,8 +25,8 @@ from runtime.device import Run
 from runtime.errors import UserError
 from runtime.meters import LossMeter
 from runtime.provenance import provenance
-from runtime.run_folder import BEST, OTHERS, PARTIAL, POSITIONS, TESTS, RunFolder, age, modified
-from runtime.state import Stateful, advance, check, restore
+from runtime.run_folder import BEST, OTHERS, PARTIAL, POSITIONS, TESTS, RunFolder, modified
+from runtime.state import Stateful, advance, check, check_saved, restore
 from utils import save_checkpoint
 
 HELD_OUT = f'{VALIDATION}/'  # prefix of the names of validation figures
@@ -51,7 +51,8 @@ class Checkpoint:
     `epoch` (index of the last finished epoch, from 0) have the same meaning as in the original's files. `batch` is the
     number of finished batches of the next epoch, `state` holds the other parts, `best_rank1` is the best Rank-1 so far,
     `arguments` holds every option, `recipe` the options that a resumed run must repeat, `model` the arguments of
-    `init_model`, `labels` a digest of the person behind each training label, and `provenance` the origin of the file.
+    `init_model`, `labels` a digest of the person behind each training label, `provenance` the origin of the file, and
+    `written` the time in seconds since 1970.
     If a script gains options, their defaults are assumed for files written before.
 
     With --validate the best model is chosen by the mAP on the held-out persons: `best_rank1` is then the best mAP,
@@ -76,15 +77,15 @@ class Checkpoint:
         self.meter: LossMeter | None = None  # None before the first step
         self.position: Path | None = None  # the file that contains the current state, if there is one
         self.path: str | Path | None  # the file that the run continues from
-        self.path, loaded = self._newest() if options.auto_resume and not options.evaluate else (None, None)
-        resumes = loaded is not None
+        self.path, loaded = self.files.newest() if options.auto_resume and not options.evaluate else (None, None)
+        self.resumes = loaded is not None
         if options.resume and loaded is None:
             self.path, loaded = options.resume, weights.read(options.resume, options.assume, model.state_dict())
-            resumes = loaded.state is not None and not (options.evaluate or options.resume_weights_only)
+            self.resumes = loaded.state is not None and not (options.evaluate or options.resume_weights_only)
         if loaded:
             print(f"Loading checkpoint from '{self.path}'")
-            self._load(loaded, resumes)
-        if not resumes:
+            self._load(loaded)
+        if not self.resumes:
             for part in parts.values():
                 if isinstance(part, LRScheduler):
                     advance(part, options.start_epoch)
@@ -96,23 +97,8 @@ class Checkpoint:
                 f'that all hosts share'
             )
 
-    def _newest(self) -> tuple[Path | None, weights.Weights | None]:
-        """The newest intact checkpoint in --save-dir."""
-        for path in sorted(self.folder.glob('*_*.pth.tar'), key=age):
-            if path.name == 'best_model.pth.tar':
-                continue
-            try:
-                loaded = weights.read(path)
-            except UserError as damage:
-                print(f'Skipped: {damage}')
-                continue
-            if loaded.state is not None:
-                return path, loaded
-        print(f'No checkpoint in {self.folder}: starting from the beginning')
-        return None, None
-
-    def _load(self, loaded: weights.Weights, resumes: bool) -> None:
-        state = loaded.state if resumes else None
+    def _load(self, loaded: weights.Weights) -> None:
+        state = loaded.state if self.resumes else None
         if state is not None:
             check(state, self.options, self.provenance, self.labels, self.path)
         where, weights_only = str(self.path), self.options.evaluate or self.options.resume_weights_only
@@ -125,6 +111,8 @@ class Checkpoint:
         ):
             print(notice)
         self.model.trained = loaded.trained
+        if state is None and not weights_only:
+            self._check_begins(where)
         print(f'Loaded {loaded.layout}')
         if assumed := loaded.assumed if self.options.evaluate else in_training(loaded.assumed):
             print(f'Assumed, because the file does not record: {", ".join(assumed)}; --assume changes that')
@@ -145,13 +133,24 @@ class Checkpoint:
         best = f'; best {self.judged_by} so far {max(self.best_rank1, 0):.1%}' if self.judged_by else ''
         print(f'Continuing {where}{best}')
 
+    def _check_begins(self, where: str) -> None:
+        """Raise UserError if a run that starts from weights alone would be mixed with the one in its folder."""
+        held = [path for path in sorted(self.folder.glob('*.pth.tar')) if path.resolve() != Path(where).resolve()]
+        if held and not self.options.overwrite:
+            raise UserError(
+                f'--resume {where} has only weights, from which a new run starts, and --save-dir {self.folder} '
+                f'contains the checkpoints of a run ({held[0].name}): choose another folder, or remove them with '
+                f'--overwrite'
+            )
+        print(f'{where} has only weights: a new run starts from them, in epoch {self.epoch + 1}')
+
     def epochs(self, max_epoch: int) -> Iterator[int]:
         """The remaining epochs, counted from 0; the first one may start at batch `start_batch`.
 
         A run that starts from weights alone at `--start-epoch` starts with the learning rate of that epoch.
 
         Raises:
-            UserError: no epochs remain, or the disk has no space for a checkpoint.
+            UserError: no epochs remain, the disk has no space for a checkpoint, or it could not be read again.
         """
         first = self.epoch
         if first >= max_epoch:
@@ -162,6 +161,7 @@ class Checkpoint:
                 f'--resume {self.options.resume} has finished epoch {first} of --max-epoch {max_epoch}: there is '
                 f'nothing left to train; raise --max-epoch'
             )
+        check_saved(self._state(first - 1, self.start_batch, None))
         if self.run.rank == 0:
             self.files.clear(PARTIAL)  # incomplete files left by a killed process
         if not self.options.overwrite:  # it frees space
@@ -217,7 +217,7 @@ class Checkpoint:
         """Called after the first step, so that a run that fails immediately deletes nothing of the previous one."""
         if self.run.rank or not self._is_finite():
             return
-        if self.options.overwrite and (not self.options.resume or self.options.resume_weights_only):
+        if self.options.overwrite and not self.resumes:
             self.files.clear(POSITIONS, TESTS, BEST, OTHERS)
             self.files.clear_results()
         elif afresh:
@@ -335,4 +335,5 @@ class Checkpoint:
             'recipe': self.options.recipe,
             'labels': self.labels,
             'provenance': self.provenance,
+            'written': time.time(),
         }

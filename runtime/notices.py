@@ -10,6 +10,7 @@ from typing import Any
 from arguments import TestOptions
 from data_manager import fingerprint, names_of
 from models.network import Network, Training
+from readers.folder import how_drawn
 from readers.tree import Dataset
 from runtime.device import Run
 from runtime.errors import plain
@@ -36,6 +37,10 @@ def as_in_project(options: TestOptions, model: Network) -> TestOptions:
     recorded = trained.options.get('arch')  # needed for timm:NAME, which parameter names do not show
     if not theirs:
         known = trained.arch or (recorded if isinstance(recorded, str) and 'arch' not in options.given else '')
+        unusual = options.distance != 'euclidean' and 'distance' not in options.given  # the strong script's
+        if unusual and not trained.options and model.bottleneck is None:
+            print(f'Tested with --distance euclidean: {trained.where} has no neck, and records no distance')
+            options = replace(options, distance='euclidean')
         return replace(options, arch=known or options.arch)
     taken = {name: value for name, value in theirs.items() if name not in options.given}
     words = [_written(name, value) for name, value in taken.items()]
@@ -55,10 +60,14 @@ def of_test(model: Network, dataset: Dataset, options: TestOptions, run: Run) ->
         notices.append(f'not in {trained.where}, and therefore random: {trained.random}')
     if not trained.of_imagenet:
         pooling = POOLING if dataset.kind == 'video' else ()
-        ours = {name: getattr(options, name) for name in pooling} | {'precision': run.test_precision}
+        ours = {name: getattr(options, name) for name in (*pooling, 'distance', 'flip_test', 'interpolation')}
+        ours['precision'] = run.test_precision
+        theirs = dict(trained.options)
+        if 'interpolation' in theirs:
+            theirs['interpolation'] = theirs['interpolation'] or model.interpolation
         if _training_set(trained.options.get('dataset')) == _training_set(options.dataset):
             ours['dataset'] = options.dataset  # the protocols may differ
-        if pair := _differences(trained.options, ours):
+        if pair := _differences(theirs, ours):
             notices.append('{} was tested with {} during training, and now with {}'.format(trained.where, *pair))
         notices += of_data(trained, dataset, options.dataset)
     return notices
@@ -83,6 +92,10 @@ def of_data(trained: Training, dataset: Dataset, name: str) -> list[str]:
     part = _training_set(name) in map(_training_set, together)
     if part and trained.options.get('combine') is True:
         return [f'{where} was trained on query and gallery of {name} too (--combine): its figures are of known persons']
+    share, seed = trained.options.get('test_share'), trained.options.get('seed')
+    how = how_drawn(share, seed) if isinstance(share, float) and isinstance(seed, int) else ''
+    if part and dataset.drawn and how not in dataset.drawn:
+        return [f'{where} was trained on {name} with {how}: persons of that training may be among those tested']
     if part and (len(together) > 1 or trained.options.get('validate')):  # it is unknown which part was trained on
         return []
     pair = _differences(trained.options, {'dataset': name} if name else {})

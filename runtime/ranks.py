@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import ranking
@@ -20,12 +21,16 @@ EMBEDDED, EMBEDDED_ROWS = 12, 400  # identities and images whose features are ke
 Extracted = tuple[Tensor, Tensor]  # features (n, D) of this process's items, and the indices of these items (n,)
 
 
-def mean_features(features: Tensor, indices: Tensor, several: Averaged, run: Run, file: np.ndarray | None) -> Extracted:
+def mean_features(
+    features: Tensor, indices: Tensor, several: Averaged, run: Run, file: np.ndarray | None, distance: str = 'euclidean'
+) -> Extracted:
     """The features of the queries: for each, the mean of the features (N, D) of all items of its person in its camera.
 
-    As is usual in the field, the features are averaged in the form that the single-query test compares: here, without
-    normalisation before or after.
+    As is usual in the field, the features are averaged in the form that the single-query test compares: with cosine
+    distance at length 1, otherwise as they are.
     """
+    if distance == 'cosine':
+        features = F.normalize(features)
     groups, numbers = (torch.from_numpy(each) for each in (several.groups, several.of_queries))  # (N,), (Q,)
     sizes = groups.bincount()  # (P,)
     own = groups[indices]  # (n,)

@@ -5,9 +5,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import weights
 from page.results import FILES
 from page.runs import TARGETS, VALIDATION
 from runtime.best_model import RECORD
+from runtime.errors import UserError
+from runtime.state import written
 from utils import read_json
 
 # The names of the files that a run writes and may therefore delete
@@ -24,6 +27,26 @@ class RunFolder:
 
     def __init__(self, folder: Path, named: Sequence[str | None]):
         self.folder, self.named = folder, named
+
+    def newest(self) -> tuple[Path | None, weights.Weights | None]:
+        """The newest intact checkpoint of a run, and its path.
+
+        Copies of files may have lost their times: those of later positions are asked when they were written.
+        """
+        found: tuple[Path, weights.Weights] | None = None
+        for path in sorted(self.folder.glob('*_*.pth.tar'), key=age):
+            if path.name == 'best_model.pth.tar' or (found and _place(path) <= _place(found[0])):
+                continue
+            try:
+                loaded = weights.read(path)
+            except UserError as damage:
+                print(f'Skipped: {damage}')
+                continue
+            if loaded.state is not None and (found is None or written(loaded.state) > written(found[1].state)):
+                found = path, loaded
+        if found is None:
+            print(f'No checkpoint in {self.folder}: starting from the beginning')
+        return found or (None, None)
 
     def clear(self, *patterns: str) -> None:
         """Delete the files whose full name matches one of the regular expressions."""
@@ -69,6 +92,16 @@ class RunFolder:
 def age(path: Path) -> tuple[int, list[int], str]:
     """Sort key that puts the newest first, and among files written within milliseconds the later epoch and batch."""
     return -modified(path), [-int(number) for number in re.findall(r'\d+', path.name)], path.name
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """The finished epochs, and the finished batches of the next one, according to the name of a file of a run."""
+    match [int(number) for number in re.findall(r'\d+', path.name)]:
+        case [epoch, batch]:
+            return epoch - 1, batch
+        case [epoch]:
+            return epoch, 0
+    return 0, 0
 
 
 def modified(path: Path) -> int:

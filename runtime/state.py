@@ -1,10 +1,13 @@
 """The saved state of a run: checks it against the current run, and restores it into the parts of the run."""
 
 import warnings
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -12,6 +15,9 @@ from arguments import SaveOptions
 from runtime.errors import UserError
 
 ENTRIES = {'recipe': dict, 'state': dict, 'epoch': int, 'best_rank1': int | float}  # that a run needs to continue
+
+SIMPLE = {str, int, float, bool, NoneType, np.float32, np.float64}  # what `weights.read` accepts, besides tensors
+CONTAINERS = {dict, OrderedDict, Counter, list, tuple}
 
 
 class Stateful(Protocol):
@@ -79,6 +85,30 @@ def _check_labels(theirs: object, ours: list[str], where: str | Path | None) -> 
         f'--resume {where}: the run was trained with another table of persons and labels: {what}. Restore the training '
         f'set, or start a new run from these weights with --resume-weights-only'
     )
+
+
+def check_saved(state: Any, entry: str = '') -> None:
+    """Raise UserError if a checkpoint with this `state` could be written, but not read again.
+
+    Such values come from a script: an option of a type of its own, or milestones computed with NumPy.
+    """
+    kind = type(state)
+    if kind in SIMPLE or isinstance(state, torch.Tensor):
+        return
+    if kind not in CONTAINERS:
+        raise UserError(
+            f'the checkpoints of this run could not be read again, because of a {kind.__module__}.{kind.__qualname__} '
+            f'in {entry}: use tensors, numbers and strings of Python, lists, tuples or dicts'
+        )
+    for name, value in state.items() if isinstance(state, dict) else enumerate(state):
+        check_saved(name, f'the keys of {entry}')
+        check_saved(value, f'{entry}[{name!r}]' if entry else str(name))
+
+
+def written(state: Mapping[str, Any] | None) -> float:
+    """When a checkpoint was written, in seconds since 1970; 0 for files of earlier versions."""
+    time = state.get('written') if state else None
+    return time if isinstance(time, float) else 0.0
 
 
 def restore(part: Stateful, name: str, states: dict[str, Any], where: str | Path | None) -> None:

@@ -2,6 +2,7 @@ import dataclasses
 import importlib
 import math
 import re
+from pathlib import Path
 
 import pytest
 from conftest import SCRIPTS
@@ -83,6 +84,31 @@ def test_rooms_get_their_own_options():
 def test_an_option_of_a_script_belongs_to_its_recipe():
     assert parse('train_img_model_xent_htri').save.recipe['margin'] == 0.3
     assert parse('train_img_model_cent').save.recipe['lr_cent'] == 0.5
+
+
+def test_an_option_in_a_group_of_a_script_belongs_to_its_recipe():
+    parser = arguments.parser('an experiment', dataset='market1501', test_batch=1)
+    group = parser.add_argument_group('mine')
+    group.add_argument('--alpha', type=float, default=1.0)
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument('--beta', action='store_true')
+    recipe = parser.parse_args(['--beta']).save.recipe
+    assert (recipe['alpha'], recipe['beta']) == (1.0, True)
+    assert set(recipe) - {'alpha', 'beta'} == set(parse('train_img_model_xent').save.recipe)
+
+
+def test_options_of_all_kinds():
+    """Those that add to what is there, and paths, which a checkpoint stores as strings."""
+    parser = arguments.parser('an experiment', dataset='market1501', test_batch=1)
+    parser.add_argument('--stage', action='append', type=int)
+    parser.add_argument('--more', action='extend', nargs='+', default=['a'])
+    parser.add_argument('--deep', action='count', default=0)
+    parser.add_argument('--teacher', type=Path, default='here')
+    args = parser.parse_args(['--stage', '1', '--stage', '2', '--more', 'b', 'c', '--deep', '--deep'])
+    assert (args.stage, args.more, args.deep, args.teacher) == ([1, 2], ['a', 'b', 'c'], 2, Path('here'))
+    assert args.save.recipe['teacher'] == args.save.defaults['teacher'] == 'here'
+    assert {'stage', 'more', 'deep'} <= args.save.given
+    assert 'teacher' not in args.save.given
 
 
 def test_a_default_is_the_value_of_an_option_that_is_not_given():

@@ -3,12 +3,17 @@
 import errno
 import os
 import sys
+from collections import Counter, OrderedDict, defaultdict
+from fractions import Fraction
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import Tiny
+from torch import nn
 from torch.optim import Adam
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import MultiStepLR, StepLR
 
 import weights
 from arguments import SaveOptions, ShowOptions
@@ -87,6 +92,37 @@ def test_a_file_holds_plain_things_and_the_originals_keys(tmp_path):
     assert (found['rank1'], found['epoch']) == (0.25, 4)
     assert equal(found['state_dict'], state['model'].state_dict())
     assert found['arguments']['workers'] == 2
+
+
+VALUES = [
+    1, 2**70, 0.5, float('nan'), True, None, 'text', np.float32(1), np.float64(1), torch.ones(2), torch.tensor(True),
+    torch.ones(1, dtype=torch.bfloat16), nn.Parameter(torch.ones(1)), [], (), {}, [1, (2.0, {'a': [None]})],
+    OrderedDict(a=1), Counter([1]), np.int64(1), np.bool_(True), np.ones(2), Counter([np.int64(1)]), {'a': {1}}, {1},
+    Path('a'), defaultdict(int), 1j, range(2), torch.float32, torch.device('cpu'), torch.Size([1]), Fraction(1),
+    [Path('a')], ({'a': Path('a')},),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('value', VALUES, ids=repr)
+def test_what_could_not_be_read_again_is_refused_before_training(value, tmp_path):
+    """As an option that a script adds, or in the state of its schedule. The reader decides what it can read."""
+    path = tmp_path / 'file.pth.tar'
+    torch.save({'state_dict': parts()['model'].state_dict(), 'format': weights.FORMAT, 'more': value}, path)
+    checkpoint = begin(options(tmp_path / 'run', arguments={'mine': value}), **parts())
+    try:
+        weights.read(path)
+    except UserError:
+        with pytest.raises(UserError, match=r'could not be read again, because of a .* in .*mine'):
+            next(checkpoint.epochs(1))
+    else:
+        assert next(checkpoint.epochs(1)) == 0
+
+
+def test_milestones_of_numpy_are_refused_before_training(tmp_path):
+    made = parts()
+    made['scheduler'] = MultiStepLR(made['optimizer'], [np.int64(2), 3])
+    with pytest.raises(UserError, match=r"numpy.int64 in the keys of state\['scheduler'\]\['milestones'\]: use"):
+        next(begin(options(tmp_path), **made).epochs(1))
 
 
 def test_a_resumed_run_has_the_state_of_the_saved_one(tmp_path):
@@ -303,6 +339,26 @@ def test_a_foreign_file_starts_from_its_weights(tmp_path):
     assert list(checkpoint.epochs(2)) == [0, 1]
 
 
+def test_weights_alone_are_not_mixed_with_the_run_in_their_folder(tmp_path, capsys):
+    saved(tmp_path)
+    foreign = tmp_path / 'foreign.pth.tar'
+    torch.save(parts()['model'].state_dict(), foreign)
+    with pytest.raises(UserError, match=r'foreign.pth.tar has only weights, .* \(best_model.pth.tar\): choose another'):
+        begin(options(tmp_path, resume=str(foreign)), **parts())
+    capsys.readouterr()
+    begin(options(tmp_path, resume=str(foreign), evaluate=True), **parts())
+    begin(options(tmp_path / 'other', resume=str(foreign), resume_weights_only=True), **parts())
+    assert 'a new run' not in capsys.readouterr().out
+    begin(options(tmp_path / 'other', resume=str(foreign)), **parts())
+    assert f'{foreign} has only weights: a new run starts from them, in epoch 1\n' in capsys.readouterr().out
+    state = parts()
+    checkpoint = begin(options(tmp_path, resume=str(foreign), overwrite=True), **state)
+    meter, epoch = meter_of(checkpoint), next(checkpoint.epochs(1))
+    next(meter.watch(Batches([0, 1]), epoch))
+    checkpoint.after_step(epoch, meter)
+    assert names(tmp_path) == [foreign.name]
+
+
 def test_another_classifier(tmp_path, capsys):
     _, path = saved(tmp_path)
     with pytest.raises(UserError, match=r'classifier'):
@@ -348,6 +404,23 @@ def test_of_files_of_the_same_moment_the_later_position_is_the_newest(tmp_path):
     for name in reversed(order):
         assert begin(options(tmp_path, auto_resume=True), **parts()).path == tmp_path / f'{name}.pth.tar'
         (tmp_path / f'{name}.pth.tar').unlink()
+
+
+def test_a_folder_that_was_copied_continues_where_it_was(tmp_path, capsys):
+    """A copy has the files in any order of time; but a later position may be of a training that was gone back from."""
+    state, _ = saved(tmp_path)
+    _, last = saved(tmp_path, epoch=11)
+    other = tmp_path / 'resume_10_3.pth.tar'
+    other.write_bytes((tmp_path / 'checkpoint_ep1.pth.tar').read_bytes())  # written before
+    for time, path in enumerate((last, other, tmp_path / 'checkpoint_ep1.pth.tar')):
+        os.utime(path, (time, time))
+    assert begin(options(tmp_path, auto_resume=True), **parts()).path == last
+    last.write_text('damaged')
+    os.utime(last, (0, 0))
+    assert begin(options(tmp_path, auto_resume=True), **parts()).path == tmp_path / 'checkpoint_ep1.pth.tar'
+    assert 'Skipped: ' in capsys.readouterr().out
+    record_test(begin(options(tmp_path, resume=str(other)), **state), 1, 0.5)  # gone back, and on to epoch 2
+    assert begin(options(tmp_path, auto_resume=True), **parts()).path == tmp_path / 'checkpoint_ep2.pth.tar'
 
 
 @pytest.mark.parametrize('loss', [1.0, float('nan')])

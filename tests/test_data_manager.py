@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT
+from pictures import noise
 from PIL import Image
 from test_readers import MARKET
 
@@ -228,6 +229,20 @@ def test_who_is_numbered_0_is_a_person_if_a_query_has_it(market, checked, tmp_pa
     status, found, _ = checked(f'csv:{tmp_path}/table.csv')
     assert status == 1
     assert 'fault: groups of byte-equal files of different persons: 1' in found
+
+
+def test_a_file_that_is_listed_for_several_persons(market, checked, tmp_path):
+    """In a table; a distractor is nobody."""
+    for number, name in enumerate('abcd'):
+        noise(128, 64, number).save(tmp_path / f'{name}.png')
+    rows = ['a.png,1,train', 'b.png,2,train', 'b.png,1,train', 'c.png,3,query', 'd.png,3,gallery', 'c.png,0,gallery']
+    rows += ['a.png,4,gallery', 'd.png,0,gallery']
+    (tmp_path / 'table.csv').write_text('\n'.join(['path,pid,split', *rows]) + '\n')
+    status, found, _ = checked(f'csv:{tmp_path}/table.csv')
+    place = found.index('fault: files that are listed for several persons: 2')
+    assert status == 1
+    assert found[place + 1 : place + 3] == ['    a.png for 2 persons', '    b.png for 2 persons']
+    assert not any('byte-equal' in line for line in found)
 
 
 def test_images_that_show_nothing_or_are_blurred(market, checked):

@@ -133,7 +133,7 @@ def test_what_is_no_image_is_refused_in_one_line_with_its_path(kind, tmp_path, m
 def test_an_image_is_tried_three_times(tmp_path, monkeypatch):
     pictures.noise(32, 16).save(tmp_path / 'a.png')
     monkeypatch.setattr(decoding, 'PAUSE', 0)
-    decode, tries = decoding._decode, []
+    decode, tries = decoding.decode, []
 
     def fails(times):
         def attempt(path):
@@ -144,11 +144,11 @@ def test_an_image_is_tried_three_times(tmp_path, monkeypatch):
 
         return attempt
 
-    monkeypatch.setattr(decoding, '_decode', fails(2))
+    monkeypatch.setattr(decoding, 'decode', fails(2))
     assert read_image(tmp_path / 'a.png').size == (16, 32)
     assert len(tries) == 3
     tries.clear()
-    monkeypatch.setattr(decoding, '_decode', fails(3))
+    monkeypatch.setattr(decoding, 'decode', fails(3))
     with pytest.raises(UserError, match=r'a\.png: Input/output error$'):
         read_image(tmp_path / 'a.png')
     assert len(tries) == 3

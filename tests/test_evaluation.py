@@ -302,6 +302,10 @@ def test_saved_features_are_ranked_from_disk(dataset, model, run, tmp_path, caps
     ranking.main()
     assert printed(capsys) == figures
 
+    np.save(folders[0] / 'pids.npy', np.full(len(dataset.query), -1))  # as `extract.py` writes them
+    with pytest.raises(UserError, match=r'query/pids.npy has -1 for every person, as extract.py .* replace it with'):
+        ranking.main()
+
     for spoil in (lambda path: path.write_bytes(b'no array'), lambda path: path.unlink()):
         spoil(folders[0] / 'pids.npy')
         with pytest.raises(SystemExit) as end:
@@ -351,10 +355,22 @@ def test_the_distance_is_that_of_the_figures_the_files_and_the_page(dataset, mod
     assert json.loads((tmp_path / 'results.json').read_text())['mAP'] == pytest.approx(reranked.mAP, abs=1e-6)
 
 
-def test_saved_features_are_ranked_by_cosine_like_the_test(dataset, model, run, tmp_path, monkeypatch, capsys):
-    evaluation.Test(dataset, options(tmp_path, distance='cosine', save_features=True), run)(model)
+@pytest.mark.parametrize('distance', ['euclidean', 'cosine'])
+def test_saved_features_are_ranked_by_the_distance_of_the_test(
+    distance, dataset, model, run, tmp_path, monkeypatch, capsys
+):
+    other = {'euclidean': 'cosine', 'cosine': 'euclidean'}[distance]
+    evaluation.Test(dataset, options(tmp_path, distance=other), run)(model)
+    otherwise = printed(capsys)[-9:]
+    evaluation.Test(dataset, options(tmp_path, distance=distance, save_features=True), run)(model)
     expected = printed(capsys)[-9:]
     folders = [str(tmp_path / 'features' / subset) for subset in ('query', 'gallery')]
-    monkeypatch.setattr('sys.argv', ['ranking.py', *folders, '--distance', 'cosine'])
-    ranking.main()
-    assert printed(capsys)[-9:] == expected
+    named = ['Distance: cosine']
+    for more, lines in (
+        ([], named * (distance == 'cosine') + expected),
+        (['--distance', other], named * (other == 'cosine') + otherwise),
+    ):
+        monkeypatch.setattr('sys.argv', ['ranking.py', *folders, *more])
+        ranking.main()
+        assert printed(capsys) == lines
+    assert expected != otherwise

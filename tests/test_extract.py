@@ -311,11 +311,13 @@ def test_the_command_writes_what_save_features_writes(command, files, extractor,
         ranking.rank(features, features, pids, pids, camids, camids).check_valid()
 
 
-@pytest.mark.parametrize('kind', ['pattern', 'lines', 'NULs'])
+@pytest.mark.parametrize('kind', ['pattern', 'lines', 'lines of Windows', 'NULs'])
 def test_images_may_be_a_pattern_or_a_list(kind, command, files, tmp_path):
     folder = os.path.dirname(files[0])
     names = {'pattern': f'{folder}/*.png'}.get(kind, '-')
-    stdin = (b'\0' if kind == 'NULs' else b'\n').join(map(os.fsencode, [*files[3:6], files[3]]))
+    stdin = {'NULs': b'\0', 'lines of Windows': b'\r\n'}.get(kind, b'\n').join(
+        map(os.fsencode, [*files[3:6], files[3]])
+    )
     assert command(names, '-o', tmp_path / 'out', stdin=stdin)[0] == 0
     assert paths_in(tmp_path / 'out') == (sorted(files) if kind == 'pattern' else files[3:6])
 
@@ -371,6 +373,16 @@ def test_nothing_is_overwritten(command, files, tmp_path):
     status, _, error = command(files[0], '-o', tmp_path / 'out')
     assert status == 2 and 'exists; remove it, or choose another folder' in error
     assert os.listdir(tmp_path / 'out') == ['mine']
+
+
+def test_the_root_is_no_folder_to_write(command, files):
+    status, _, error = command(files[0], '-o', '/')
+    assert status == 2 and '-o / exists; remove it, or choose another folder' in error
+
+
+def test_images_have_no_frames(command, files, tmp_path):
+    status, _, error = command(files[0], '-o', tmp_path / 'out', '--seq-len', 4)
+    assert status == 2 and '--seq-len: images have no frames; add --tracklets, or remove it' in error
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_an_image_is_not_blamed_for_it(monkeypatch):
     def decode(path):
         raise MemoryError
 
-    monkeypatch.setattr(decoding, '_decode', decode)
+    monkeypatch.setattr(decoding, 'decode', decode)
     with pytest.raises(MemoryError):
         decoding.read_image('image.jpg')
 

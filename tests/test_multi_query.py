@@ -114,6 +114,21 @@ def test_works_with_reranking(market, run, tmp_path):
     assert found['mAP'] == pytest.approx(expected.mAP, abs=1e-5) and results['rerank'] and plain
 
 
+def test_with_cosine_distance_features_of_length_1_are_averaged(market, run, tmp_path, capsys, monkeypatch):
+    found, _, features_of = outcome(market, run, tmp_path, distance='cosine', save_features=True)
+    lines = printed(capsys)
+    means = []
+    for query in market.query:
+        some = np.stack(features_of([item for item in of_gt_bbox(market) if item[1:] == query[1:]]))
+        means.append(textbook.mean_feature(some / np.linalg.norm(some, axis=1, keepdims=True)))
+    ids = [[item[column] for item in items] for column in (1, 2) for items in (market.query, market.gallery)]
+    gallery = np.stack(features_of(market.gallery))
+    expected = ranking.rank(np.array(means, np.float32), gallery, *ids, distance='cosine')
+    assert found['mAP'] == pytest.approx(expected.mAP, abs=1e-5)
+    np.testing.assert_allclose(ranking.read(tmp_path / 'features' / 'query')[0], means, atol=1e-5)
+    assert ranked(capsys, monkeypatch, tmp_path) == ['Distance: cosine', *lines[-9:]]
+
+
 def test_the_page_and_the_comparison_say_so(market, run, tmp_path):
     outcome(market, run, tmp_path)
     number = len(of_gt_bbox(market))

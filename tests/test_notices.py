@@ -10,6 +10,7 @@ import torch
 import trees
 from conftest import TINY
 from test_evaluation import options
+from test_folder import people
 
 import data_manager
 from arguments import Recipe, TestOptions
@@ -105,6 +106,59 @@ def test_other_frames(noticed):
     frames = ['--seq-len', 2, '--pool', 'max']
     expected = 'was tested with --seq-len 15 --pool avg during training, and now with --seq-len 2 --pool max'
     assert noticed(*frames, name=VIDEOS) == [expected]
+
+
+@pytest.mark.parametrize(
+    ('options', 'before', 'now'),
+    [
+        ('--distance cosine', '--distance euclidean', '--distance cosine'),
+        ('--flip-test', 'no --flip-test', '--flip-test'),
+        ('--interpolation bicubic', '--interpolation bilinear', '--interpolation bicubic'),
+    ],
+)
+def test_another_way_of_testing(options, before, now, noticed, trained, script, tmp_path):
+    assert noticed(*options.split()) == [f'was tested with {before} during training, and now with {now}']
+    path = tmp_path / 'checkpoint.pth.tar'
+    changed = torch.load(trained(script, IMAGES), weights_only=True)
+    changed['arguments'] |= {'distance': 'cosine', 'flip_test': True, 'interpolation': 'bicubic'}
+    torch.save(changed, path)
+    assert noticed('--distance', 'cosine', '--flip-test', '--interpolation', 'bicubic', path=path) == []
+    assert [notice.split(' during training')[0] for notice in noticed(path=path)] == [
+        'was tested with --distance cosine --flip-test --interpolation bicubic'
+    ]
+    assert read_json(tmp_path / 'results.json')['interpolation'] == 'bilinear'
+
+
+def test_networks_without_a_neck_and_a_record_are_tested_with_euclidean_distance(tmp_path, capsys):
+    """The original's, also by the strong script, whose default is cosine."""
+    model, changed = tiny.Tiny(3), options(tmp_path, distance='cosine', evaluate=True)
+    model.trained = Training('a file')
+    assert notices.as_in_project(changed, model).distance == 'euclidean'
+    assert capsys.readouterr().out == (
+        'Tested with --distance euclidean: a file has no neck, and records no distance\n'
+    )
+    given = dataclasses.replace(changed, given=frozenset({'distance'}))
+    assert notices.as_in_project(given, model).distance == 'cosine'
+    model.trained = Training('a file', options={'distance': 'cosine'})
+    assert notices.as_in_project(changed, model).distance == 'cosine'
+    model.trained = Training('a file')
+    model.add_neck()
+    assert notices.as_in_project(changed, model).distance == 'cosine'
+    assert capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize('more', [{}, {'dataset': 'market1501,folder:people'}, {'validate': 0.2}])
+def test_test_persons_of_a_folder_that_were_drawn_otherwise(more, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    people(tmp_path / 'people')
+    trained = Training('a file', options={'dataset': 'folder:people', 'test_share': 0.5, 'seed': 3, **more})
+    for seed, share, differs in ((3, 0.5, False), (1, 0.5, True), (3, 0.3, True)):
+        dataset = data_manager.init_dataset('folder:people', seed=seed, test_share=share)
+        found = notices.of_data(trained, dataset, 'folder:people')
+        assert found == differs * [
+            'a file was trained on folder:people with --test-share 0.5, --seed 3: persons of that training may be '
+            'among those tested'
+        ]
 
 
 def test_frames_are_nothing_to_a_test_of_images(noticed, trained, script, tmp_path):

@@ -383,11 +383,13 @@ def test_compare_lists_the_notices_and_the_settings_that_differ(tmp_path, saved,
 
 def test_compare_lists_the_protocols_that_differ(tmp_path, saved, market):
     other = put_run(tmp_path / 'other', market)
-    put_summary(saved, seq_len=15, pool='avg', multi_query=False, any_camera=False)
+    put_summary(saved, seq_len=15, pool='avg', multi_query=False, any_camera=False, interpolation='bilinear')
     reranked = {'k1': 20, 'k2': 6, 'lambda_value': 0.3}
     put_summary(other, seq_len=0, pool='max', multi_query={'items': 9}, any_camera=True, rerank=reranked)
+    put_summary(other, interpolation='bicubic')
     page = report.compare([saved, other], tmp_path / 'out.html').read_text()
     words = [
+        ('ways of resizing', 'bilinear', 'bicubic'),
         ('rankings', 'not re-ranked', 're-ranked, k1 20, k2 6, lambda_value 0.3'),
         ('matches', 'from other cameras', 'from any camera'),
         ('queries', 'single', 'multi-query, items 9'),
@@ -512,3 +514,12 @@ def test_mistakes_are_reported_in_one_line(args, words, capsys, monkeypatch):
 def test_pictures_are_imported_with_the_first_page():
     check = 'import sys, report; sys.exit(bool({"matplotlib", "jinja2", "torch"} & set(sys.modules)))'
     assert subprocess.run([sys.executable, '-c', check], cwd=ROOT, timeout=HANG).returncode == 0
+
+
+@pytest.mark.parametrize(('mode', 'value'), [('I;16', 20000), ('L', 78), ('RGBA', (78, 78, 78, 0))])
+def test_an_image_is_shown_as_the_network_sees_it(mode, value, tmp_path):
+    """16-bit images by their upper 8 bits."""
+    Image.new(mode, (32, 64), value).save(tmp_path / 'a.png')
+    shown = lists.thumbnail((str(tmp_path / 'a.png'),), 1)
+    pixels = np.asarray(Image.open(BytesIO(base64.b64decode(shown.split(',')[1]))))
+    assert np.abs(pixels.astype(int) - 78).max() <= 2

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import transforms as T
+from runtime.errors import UserError
 from samplers import DRAWS
 
 SIZES = [  # source -> target, (height, width)
@@ -147,6 +148,15 @@ def test_whatever_order_of_passes_the_installed_pillow_chooses_it_is_close(sourc
     expected = reference(pixels, draws, *target, resize=resize)
     difference = (in_255ths(T.TestTransform(*target)(group(pixels))) - in_255ths(expected)).abs()
     assert difference.max() < 1.01
+
+
+@pytest.mark.parametrize('transform', [lambda images: T.TrainTransform(64, 32)(images, None), T.TestTransform(64, 32)])
+def test_prepared_images_have_the_size_of_the_network(transform):
+    right, wrong = torch.rand(2, 64, 32, 3), torch.rand(2, 224, 224, 3)
+    assert torch.equal(transform([(torch.arange(2), right)]), right.permute(0, 3, 1, 2))
+    message = r'float images of 224 x 224 pixels, which are not resized: return 64 x 32, or give their size by --height'
+    with pytest.raises(UserError, match=message):
+        transform([(torch.arange(2), wrong)])
 
 
 @pytest.mark.parametrize('source', [(128, 64), (256, 128), (64, 32)])
