@@ -18,7 +18,6 @@ import functools
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from threading import Lock
 from typing import Any
 
 import torch
@@ -115,7 +114,6 @@ class FeatureExtractor:
         else:
             self.network = self.model
         self.prepare = TestTransform(self.height, self.width, self.model.normalisation, self.interpolation)
-        self.lock = Lock()  # for GPUs, as TF32 is a setting of the whole process
 
     def __call__(self, images: Any, boxes: Any = None, *, bgr: bool = False) -> Tensor:
         """Features (N, D) of images, or of the boxes in a frame.
@@ -198,10 +196,9 @@ class FeatureExtractor:
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """Context with the precision of the extractor; on a GPU, for one thread at a time."""
+        """Context with the precision of the extractor; on GPUs, for one thread of the process at a time."""
         with contextlib.ExitStack() as stack:
             if self.device.type != 'cpu':
-                stack.enter_context(self.lock)
                 stack.enter_context(tf32(self.precision == 'tf32'))
             stack.enter_context(self.run.autocast(testing=True))
             yield

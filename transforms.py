@@ -1,28 +1,22 @@
 """Training augmentation and test preparation of the pixels of a whole uint8 batch, on its device.
 
 Both use Pillow's bilinear or bicubic resize. The preparation, and on a GPU also the augmentation, reproduces Pillow's
-arithmetic: weights are 22-bit integers, the horizontal pass comes first, and each pass is rounded to 8 bits. Integer
-arithmetic is exact on every device, so every pixel equals that of the per-image pipeline. (From version 12.3 Pillow
-starts with the vertical pass if that is less work, for sources that are proportionally taller than the target; single
-pixels then differ by 1/255. The published weights were trained and tested with the horizontal pass first.) On a CPU the
-augmentation uses torch, whose weights have 15 bits: it is twice as fast; most pixels are equal, the others differ by at
-most 2/255.
+arithmetic (`batches/resizing.py`). On a CPU the augmentation uses torch, whose weights have 15 bits: it is twice as
+fast; most pixels are equal, the others differ by at most 2/255.
 
 Images arrive as groups of equal size, a list of (positions in the batch int64 (n,), pixels uint8 (n, H, W, 3)), which
 together form a batch of B. Images of one size form one group, in order.
 """
 
-import functools
 import random
-from collections.abc import Sequence
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, Resize, ToTensor
 
+from batches.resizing import Images, Normalisation, affine, render
 from runtime.errors import UserError
 
 __all__ = [
@@ -41,11 +35,6 @@ __all__ = [
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
 IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
 ENLARGE = 1.125  # factor by which an image is enlarged before it is cropped
-BITS = 22  # Pillow's fixed point: 32 bits minus 8 for a pixel and 2 of headroom
-AT_ONCE = {'cpu': 1 << 17, 'cuda': 1 << 25}  # pixels processed at a time: fits a CPU's cache, bounds a GPU's memory
-
-Images = Sequence[tuple[Tensor, Tensor]]
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of RGB in [0, 1]
 
 
 class Random2DTranslation:
@@ -131,14 +120,14 @@ class TrainTransform:
             rows, columns = rows.clamp(0, self.height - 1), columns.clamp(0, self.width - 1)
         rows = rows + (self.height * enlarge)[:, None]  # rows of the enlarged image follow those of the other
         columns = columns + (self.width * enlarge)[:, None]
-        batch = _render(images, rows, columns, self.heights, self.widths, self.normalisation, self.interpolation)
+        batch = render(images, rows, columns, self.heights, self.widths, self.normalisation, self.interpolation)
         if outside is not None:
             batch = torch.where(outside[:, None], self._black(batch.device), batch)
         return batch
 
     def _on_cpu(self, images: Images, enlarge: Tensor, top: Tensor, left: Tensor, mirror: Tensor) -> Tensor:
         """torch's uint8 resize, image by image, so that an image is still in the cache when it is normalised."""
-        scale, shift = _affine(self.normalisation, self.width, enlarge.device)
+        scale, shift = affine(self.normalisation, self.width, enlarge.device)
         batch = torch.empty(len(enlarge), self.height, self.width, 3)  # (B, h, w, 3)
         places = list(zip(top.tolist(), left.tolist(), mirror.tolist(), strict=True))
         for positions, pixels in images:
@@ -160,7 +149,7 @@ class TrainTransform:
 
     def _black(self, device: torch.device) -> Tensor:
         """(3, 1, 1): a normalised black pixel."""
-        return _affine(self.normalisation, 1, device)[1][0][:, None, None]
+        return affine(self.normalisation, 1, device)[1][0][:, None, None]
 
 
 RECTANGLES = 8  # drawn for an image, of which the first that fits is taken: one in 10^10 images of 2:1 has none
@@ -210,7 +199,7 @@ class TestTransform:
         device, count = images[0][1].device, sum(len(positions) for positions, _ in images)
         rows = torch.arange(self.height, device=device).expand(count, -1)  # (B, h)
         columns = torch.arange(self.width, device=device).expand(count, -1)  # (B, w)
-        return _render(images, rows, columns, (self.height,), (self.width,), self.normalisation, self.interpolation)
+        return render(images, rows, columns, (self.height,), (self.width,), self.normalisation, self.interpolation)
 
 
 def _range(size: int, like: Tensor) -> Tensor:
@@ -231,113 +220,3 @@ def _prepared(images: Images, height: int, width: int) -> Tensor | None:
             f'resized: return {height} x {width}, or give their size by --height and --width'
         )
     return pixels.permute(0, 3, 1, 2)  # all of one size, so in order
-
-
-def _render(
-    images: Images,
-    rows: Tensor,
-    columns: Tensor,
-    heights: tuple[int, ...],
-    widths: tuple[int, ...],
-    normalisation: Normalisation,
-    interpolation: str,
-) -> Tensor:
-    """Resizes each image to all of `heights` and `widths`, keeps its `rows` (B, h) and `columns` (B, w), normalises."""
-    device, height, width = rows.device, rows.shape[1], columns.shape[1]
-    if mixed := len(images) > 1:
-        order = torch.cat([positions for positions, _ in images]).to(device, non_blocking=True)  # (B,)
-        rows, columns = rows[order], columns[order]
-    scale, shift = _affine(normalisation, width, device)
-    batch = torch.empty(len(rows), height, width, 3, device=device)  # (B, h, w, 3), one group after the other
-    done, clamp = 0, interpolation == 'bicubic'  # which has negative weights
-    for _, pixels in images:
-        row_taps, row_weights = _taps(pixels.shape[1], heights, interpolation, device)
-        column_taps, column_weights = _taps(pixels.shape[2], widths, interpolation, device)
-        largest = max(pixels.shape[1], height) * max(pixels.shape[2], width)
-        at_once = min(max(AT_ONCE[device.type] // largest, 1), len(pixels))
-        work = torch.empty(3, at_once * largest * 3, dtype=torch.int32, device=device)
-        for source in pixels.split(at_once):
-            here = slice(done, done := done + len(source))
-            column, row = columns[here], rows[here]  # (n, w), (n, h)
-            source = _pass(
-                source.transpose(1, 2), column_taps[:, column], column_weights[:, column], work, clamp
-            )  # (n, w, H, 3)
-            source = _pass(source.transpose(1, 2), row_taps[:, row], row_weights[:, row], work, clamp)  # (n, h, w, 3)
-            ready = batch[here].copy_(source)
-            torch.addcmul(shift, ready, scale, out=ready)
-    if mixed:
-        batch = torch.empty_like(batch).index_copy_(0, order, batch)
-    return batch.permute(0, 3, 1, 2)  # (B, 3, h, w)
-
-
-def _pass(pixels: Tensor, taps: Tensor, weights: Tensor, work: Tensor, clamp: bool) -> Tensor:
-    """One pass of the resize, along axis 1: (n, L, M, 3), with taps and weights (K, n, l), -> int32 (n, l, M, 3).
-
-    Large intermediates and the result are written to the three rows of `work`, because memory traffic is slower than
-    arithmetic.
-    """
-    n, length, width, _ = pixels.shape
-    source = work[0, : pixels.numel()].view(pixels.shape).copy_(pixels).view(n * length, width * 3)
-    taps = taps + torch.arange(0, n * length, length, device=taps.device)[:, None]  # (K, n, l), lines of source
-    taps, weights = taps.flatten(1), weights.flatten(1)[..., None]  # (K, n * l), (K, n * l, 1)
-    shape = taps.shape[1], width * 3
-    lines, total = (row[: shape[0] * shape[1]].view(shape) for row in work[1:])  # (n * l, M * 3) each
-    total.fill_(1 << (BITS - 1))  # one half, so that the shift rounds
-    for tap, weight in zip(taps, weights, strict=True):
-        torch.index_select(source, 0, tap, out=lines)
-        total.addcmul_(lines, weight)
-    total >>= BITS  # bilinear: at most 255.5 * 2^22; bicubic: at most 1.4 times as much, which fits int32
-    if clamp:
-        total.clamp_(0, 255)
-    result: Tensor = total.view(n, -1, width, 3)
-    return result
-
-
-def _triangle(x: np.ndarray) -> np.ndarray:
-    weight: np.ndarray = np.maximum(1 - np.abs(x), 0)
-    return weight
-
-
-def _cubic(x: np.ndarray) -> np.ndarray:
-    """The cubic convolution kernel with a = -0.5 (Keys, 1981), which Pillow uses."""
-    x = np.abs(x)
-    inner, outer = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return np.where(x < 1, inner, np.where(x < 2, outer, 0))
-
-
-KERNELS = {'bilinear': (_triangle, 1.0), 'bicubic': (_cubic, 2.0)}  # kernel, and the distance from which it is 0
-
-
-@functools.lru_cache(maxsize=16)
-def _affine(normalisation: Normalisation, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Factor and addend for pixels 0..255, (w, 3) each, many times faster than broadcasting three numbers."""
-    mean, std = torch.tensor(normalisation, dtype=torch.float64)  # (3,) each
-    table = torch.stack([1 / (255 * std), -mean / std]).float()  # (2, 3)
-    return tuple(table[:, None].expand(2, width, 3).contiguous().to(device))
-
-
-@functools.lru_cache(maxsize=1024)
-def _taps(source: int, targets: tuple[int, ...], interpolation: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The coefficients of Pillow's resize of `source` pixels to each of `targets` pixels, concatenated.
-
-    Returns the source pixels of each output pixel, int64 (K, sum(targets)), and their weights, int32 of the same shape,
-    which add up to about 2^22. K is the largest number of source pixels; unused ones have weight 0.
-    """
-    taps, weights = [], []
-    kernel, support = KERNELS[interpolation]
-    width = 2 * int(np.ceil(support * max(source / min(targets), 1))) + 1  # most taps that any output pixel needs
-    for target in targets:
-        scale = source / target
-        stretch = max(scale, 1.0)  # of the kernel, which is not narrowed when an image is enlarged
-        radius = support * stretch  # in source pixels
-        center = (np.arange(target) + 0.5) * scale  # (target,)
-        first = np.maximum((center - radius + 0.5).astype(np.int64), 0)
-        end = np.minimum((center + radius + 0.5).astype(np.int64), source)
-        tap = first + np.arange(width)[:, None]  # (width, target)
-        weight = kernel((tap - center + 0.5) * (1 / stretch)) * (tap < end)  # (width, target)
-        weight = weight / weight.sum(0) * (1 << BITS)
-        weights.append((weight + np.copysign(0.5, weight)).astype(np.int32))
-        taps.append(np.minimum(tap, source - 1))
-    tap, weight = np.concatenate(taps, 1), np.concatenate(weights, 1)
-    used = int(np.flatnonzero(weight.any(1))[-1]) + 1
-    return torch.from_numpy(tap[:used]).to(device), torch.from_numpy(weight[:used]).to(device)

@@ -1,1 +1,1 @@
-"""Batches: decoded by workers, cached, and copied to the device."""
+"""Batches: decoded by workers, cached, copied to the device, and resized there."""

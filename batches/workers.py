@@ -230,7 +230,10 @@ class Worker:
             raise answer
         block: Block
         block, kind, size = answer
-        block.pixels = torch.empty(size, dtype=kind, pin_memory=pin)
+        try:
+            block.pixels = torch.empty(size, dtype=kind, pin_memory=pin)
+        except RuntimeError:  # CUDA cannot pin more, as under WSL or in a small container
+            block.pixels = torch.empty(size, dtype=kind)
         with self._watched():
             _read(self.blocks.fileno(), block.pixels.numpy().data.cast('B'))
         return block

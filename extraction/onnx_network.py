@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batches.resizing import Normalisation
 from data_manager import get_names, names_of
 from models.network import Network, Training
 from runtime.errors import UserError, plain
-from transforms import Normalisation
 
 EXPORT_FORMAT = 'deep-person-reid export 1'
 LAYOUT = 'uint8 (batch, height, width, 3), RGB -> float32 (batch, feat_dim)'

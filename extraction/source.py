@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from arguments import RunOptions
+from batches.resizing import KERNELS
 from extraction import compiling, onnx_network
 from extraction.engines import ENGINES, ByEngine
 from extraction.onnx_network import need
@@ -18,7 +19,6 @@ from runtime import notices
 from runtime.device import precision_of
 from runtime.errors import UserError, plain
 from runtime.tiles import DISTANCES
-from transforms import KERNELS
 from weights import arch_of, build
 from weights import read as read_weights
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from batches.resizing import Normalisation
 from models.layouts import Layout
 from runtime.errors import UserError
-from transforms import IMAGENET, Normalisation
+from transforms import IMAGENET
 
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum

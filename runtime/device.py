@@ -112,7 +112,7 @@ class Run:
         replica = module
         if self.world_size > 1:
             if self.sync_bn:
-                replica = nn.SyncBatchNorm.convert_sync_batchnorm(replica)  # keeps parameters, buffers and keys
+                replica = synchronised(replica)
             devices = [self.device.index] if self.device.type == 'cuda' else None
             how = {'gradient_as_bucket_view': True, SYNC_BUFFERS: False}
             replica = DistributedDataParallel(replica, devices, **how)  # type: ignore[arg-type]  # both take a bool
@@ -206,6 +206,24 @@ class Run:
         if step.copied:
             step.copied.synchronize()  # waits only for that step; reading the flags would wait for all queued work
         return int(step.host[1])
+
+
+def synchronised(module: nn.Module) -> nn.Module:
+    """`module` with SyncBatchNorm in place of BatchNorm, with the same parameters, buffers and keys.
+
+    Those of timm's that include an activation become timm's synchronised ones; torch would drop the activation. For
+    other kinds with a forward of their own, UserError.
+    """
+    usual = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
+    norms = {type(each) for each in module.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)}
+    convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+    for kind in norms - {*usual}:
+        if not kind.__module__.startswith('timm.'):
+            raise UserError(f'--sync-bn cannot replace {kind.__name__}, whose forward is its own: remove --sync-bn')
+        import timm.layers
+
+        convert = timm.layers.convert_sync_batchnorm
+    return convert(module)
 
 
 class _Gather(torch.autograd.Function):

@@ -3,9 +3,12 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
+
+_SETTING = RLock()  # held by the thread that has changed the setting
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -35,7 +38,7 @@ def allow_tf32(allowed: bool) -> None:
 def tf32(allowed: bool, convolutions: bool = True) -> Iterator[None]:
     """In this context float32 products, and with `convolutions` also convolutions, use TF32 or full precision.
 
-    This is a setting of the whole process, which is restored at the end.
+    This is a setting of the whole process, which is restored at the end; other threads that want it wait until then.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     parts: list[Any] = [matmul, cudnn]
@@ -45,14 +48,15 @@ def tf32(allowed: bool, convolutions: bool = True) -> Iterator[None]:
         settings = 'fp32_precision', 'tf32' if allowed else 'ieee'
     name, value = settings
     parts = parts[: 1 + convolutions]
-    before = [getattr(part, name) for part in parts]
-    for part in parts:
-        setattr(part, name, value)
-    try:
-        yield
-    finally:
-        for part, setting in zip(parts, before, strict=True):
-            setattr(part, name, setting)
+    with _SETTING:
+        before = [getattr(part, name) for part in parts]
+        for part in parts:
+            setattr(part, name, value)
+        try:
+            yield
+        finally:
+            for part, setting in zip(parts, before, strict=True):
+                setattr(part, name, setting)
 
 
 def without_tf32() -> contextlib.AbstractContextManager[None]:

@@ -199,7 +199,7 @@ def in_threads(work: Callable[..., object], tasks: Iterable[tuple], device: torc
 
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)  # new threads use the number set last in any thread
-        if not is_host(device):
+        if torch.cuda.is_initialized():  # what runs in these threads may use a GPU
             stack.enter_context(without_tf32())
         number = threads if is_host(device) else 1
         pool = stack.enter_context(ThreadPoolExecutor(number, initializer=torch.set_num_threads, initargs=(1,)))

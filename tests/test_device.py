@@ -223,6 +223,30 @@ def test_sync_bn_keeps_parameters_and_keys(monkeypatch):
     assert model.eval()(torch.rand(2, 3, 32, 16)).shape == (2, 16)  # a test on the CPU
 
 
+@pytest.mark.parametrize('name', ['mobilenetv3_small_050', 'test_resnet'])
+def test_sync_bn_keeps_the_activations_of_timm(name, monkeypatch):
+    """Which for some networks are part of the normalisation, and which torch would drop."""
+    pytest.importorskip('timm')
+    monkeypatch.setattr(device, 'DistributedDataParallel', lambda module, *args, **kwargs: module)
+    model = models.init_model(f'timm:{name}', 3, size=(64, 32)).eval()
+    images, keys = torch.rand(2, 3, 64, 32), list(model.state_dict())
+    expected = model(images)
+    replica = Run(CPU, sync_bn=True, processes=Processes(world_size=2)).replicate(model)
+    norms = [module for module in replica.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
+    assert torch.equal(replica.eval()(images), expected) and torch.equal(model.eval()(images), expected)
+    assert list(model.state_dict()) == keys
+
+
+def test_sync_bn_is_refused_for_a_normalisation_with_a_forward_of_its_own():
+    class Mine(torch.nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    with pytest.raises(UserError, match=r'--sync-bn cannot replace Mine, whose forward is its own: remove --sync-bn'):
+        device.synchronised(torch.nn.Sequential(Mine(3)))
+
+
 def test_which_gpu_a_process_takes(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)

@@ -275,6 +275,27 @@ def test_tf32_is_restored(allowed):
     assert settings() == before
 
 
+def test_tf32_is_changed_by_one_thread_at_a_time():
+    """Otherwise two extractors would compute in each other's precision, and leave it behind."""
+    if not hasattr(torch.backends.cuda.matmul, 'fp32_precision'):
+        pytest.skip('before PyTorch 2.9')
+    matmul, seen = torch.backends.cuda.matmul, []
+    before = matmul.fp32_precision
+
+    def other():
+        with tf32(True):
+            seen.append(matmul.fp32_precision)
+
+    thread = threading.Thread(target=other)
+    with tf32(False):
+        thread.start()
+        thread.join(timeout=0.2)
+        with tf32(False, convolutions=False):
+            assert (seen, matmul.fp32_precision) == ([], 'ieee')
+    thread.join()
+    assert (seen, matmul.fp32_precision) == (['tf32'], before)
+
+
 # The command
 
 

@@ -47,7 +47,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
         'arguments data_manager evaluation extract extraction.images files.index files.paths page.found ranking '
         'runtime.commands runtime.notices runtime.testset runtime.values'
     ),
-    'transforms': '',
+    'transforms': 'batches.resizing',
     'utils': 'files.writing runtime.console',
     'weights': (
         'files.download files.safetensors files.unpickling files.writing models models.layouts models.loading '
@@ -61,7 +61,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'models.Timm': 'models.ResNet models.network',
     'models.layouts': 'transforms',
     'models.loading': 'models models.layouts models.network transforms',
-    'models.network': 'models.layouts transforms',
+    'models.network': 'batches.resizing models.layouts transforms',
     'readers': '',
     'readers.cuhk03': 'readers.market1501 readers.place readers.tree',
     'readers.faults': 'readers.pictures readers.tree',
@@ -80,6 +80,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'batches.caching': 'batches.workers runtime.device',
     'batches.decoding': 'files.kinds',
     'batches.feed': 'batches.caching batches.workers',
+    'batches.resizing': '',
     'batches.workers': 'runtime.memory runtime.signals runtime.system',
     'files': '',
     'files.download': 'models.network',
@@ -97,11 +98,11 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'extraction.engines': 'extraction.onnx_network extraction.programs models.network',
     'extraction.graph': 'models.network',
     'extraction.images': 'batches.decoding readers.tree',
-    'extraction.onnx_network': 'data_manager models.network transforms',
+    'extraction.onnx_network': 'batches.resizing data_manager models.network',
     'extraction.programs': 'extraction.graph extraction.onnx_network',
     'extraction.source': (
-        'arguments extraction.compiling extraction.engines extraction.onnx_network models.Timm models.network '
-        'runtime.device runtime.notices runtime.tiles transforms weights'
+        'arguments batches.resizing extraction.compiling extraction.engines extraction.onnx_network models.Timm '
+        'models.network runtime.device runtime.notices runtime.tiles weights'
     ),
     'runtime': '',
     'runtime.best_model': 'models.loading models.network runtime.device utils weights',

@@ -14,12 +14,12 @@ NAME, TF32, FULL = (
 
 @pytest.mark.parametrize('host', [True, False])
 def test_settings_of_torch_are_left_as_they_were(host, monkeypatch):
-    """While it works it has one thread on the CPU, and products in full on a GPU, which this CPU stands in for."""
+    """While it works it has one thread on the CPU, and products in full where there is a GPU, as for re-ranking."""
 
     def settings():
         return torch.get_num_threads(), getattr(MATMUL, NAME)
 
-    monkeypatch.setattr(tiles, 'is_host', lambda device: host)
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: not host)
     torch.set_num_threads(3)
     cpu, seen, before = torch.device('cpu'), [], getattr(MATMUL, NAME)
     setattr(MATMUL, NAME, TF32)

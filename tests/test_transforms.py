@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import transforms as T
+from batches import resizing
 from runtime.errors import UserError
 from samplers import DRAWS
 
@@ -186,8 +188,53 @@ def test_a_batch_of_mixed_sizes_is_each_image_in_its_place(augment):
 def test_how_many_are_worked_on_at_once_changes_nothing(at_once, augment, monkeypatch):
     pixels, draws = noise(8, 40, 20), every_kind(8)
     expected = augment(32, 16)(group(pixels), draws)
-    monkeypatch.setitem(T.AT_ONCE, 'cpu', at_once)
+    monkeypatch.setitem(resizing.AT_ONCE, 'cpu', at_once)
     assert torch.equal(augment(32, 16)(group(pixels), draws), expected)
+
+
+MIXED = [(40, 20), (33, 25), (41, 21), (97, 9), (20, 60), (128, 64), (130, 60), (5, 5), (32, 16)]
+
+
+@pytest.mark.parametrize('interpolation', resizing.KERNELS)
+@pytest.mark.parametrize('at_once', [3 * 128 * 64, 1 << 30])
+@pytest.mark.parametrize('padded', [1.0, 2.0, 1000.0])
+def test_images_of_several_sizes_at_once_have_the_pixels_of_each(padded, at_once, interpolation, monkeypatch):
+    """As on a GPU, where they are padded to a common size."""
+    monkeypatch.setattr(T.TrainTransform, '_on_cpu', T.TrainTransform._anywhere)
+    places = torch.randperm(2 * len(MIXED))
+    images = [(places[2 * n : 2 * n + 2], torch.from_numpy(noise(2, *size))) for n, size in enumerate(MIXED)]
+    draws = every_kind(len(places))
+    augment, prepare = (of(32, 16, interpolation=interpolation) for of in (T.TrainTransform, T.TestTransform))
+    alone = {}
+    for positions, pixels in images:
+        for place, one in zip(positions.tolist(), pixels.numpy(), strict=True):
+            alone[place] = augment(group(one[None]), draws[place][None])[0], prepare(group(one[None]))[0]
+    monkeypatch.setitem(resizing.PADDED, 'cpu', padded)
+    monkeypatch.setitem(resizing.AT_ONCE, 'cpu', at_once)
+    augmented, prepared = augment(images, draws), prepare(images)
+    for place, expected in alone.items():
+        assert torch.equal(augmented[place], expected[0]) and torch.equal(prepared[place], expected[1])
+
+
+def test_a_gpu_gets_few_operations_however_many_sizes_there_are(monkeypatch):
+    class Count(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.number += not func.is_view
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setitem(resizing.PADDED, 'cpu', resizing.PADDED['cuda'])
+    monkeypatch.setitem(resizing.AT_ONCE, 'cpu', resizing.AT_ONCE['cuda'])
+    numbers = []
+    for sizes in (1, 16):
+        images = [(torch.tensor([n]), torch.from_numpy(noise(1, 100 + n, 50 + n % sizes))) for n in range(16)]
+        images = images if sizes > 1 else [(torch.arange(16), torch.from_numpy(noise(16, 100, 50)))]
+        T.TestTransform(64, 32)(images)  # the coefficients are kept
+        with Count() as count:
+            T.TestTransform(64, 32)(images)
+        numbers.append(count.number)
+    assert numbers[1] <= numbers[0] + 2 * 16
 
 
 def test_an_image_does_not_depend_on_its_batch(augment):
@@ -232,8 +279,8 @@ def test_neither_the_images_nor_the_draws_are_changed(augment):
 
 
 def test_a_test_in_inference_mode_does_not_spoil_the_training_after_it(augment):
-    T._taps.cache_clear()
-    T._affine.cache_clear()
+    resizing._taps.cache_clear()
+    resizing.affine.cache_clear()
     pixels, draws = noise(4, 40, 20), every_kind(4)
     with torch.inference_mode():
         T.TestTransform(32, 16)(group(pixels))
@@ -243,15 +290,15 @@ def test_a_test_in_inference_mode_does_not_spoil_the_training_after_it(augment):
     assert torch.isfinite(weight.grad).all()
 
 
-@pytest.mark.parametrize('interpolation', T.KERNELS)
+@pytest.mark.parametrize('interpolation', resizing.KERNELS)
 @pytest.mark.parametrize('source', [1, 2, 31, 64, 141, 700])
 def test_weights_add_up_and_stay_inside(source, interpolation):
     device = torch.device('cpu')
     for target in (16, 64, 128, 144):
-        taps, weights = T._taps(source, (target,), interpolation, device)
+        taps, weights = resizing._taps(source, (target,), interpolation, device)
         assert (weights >= 0).all() or interpolation == 'bicubic'
         assert ((taps >= 0) & (taps < source)).all()
-        assert (weights.sum(0) - (1 << T.BITS)).abs().max() <= len(weights)  # each is rounded
+        assert (weights.sum(0) - (1 << resizing.BITS)).abs().max() <= len(weights)  # each is rounded
 
 
 def test_the_class_of_the_original_draws_in_the_order_of_the_original(monkeypatch):
