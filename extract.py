@@ -95,6 +95,10 @@ class FeatureExtractor:
     ):
         if engine not in ('torch', *ENGINES):
             raise UserError(f'there is no engine {plain(engine)}: choose torch, {" or ".join(ENGINES)}')
+        if (batch is not None and batch < 1) or workers < 0:
+            raise UserError(
+                f'batch {batch}, workers {workers}: give at least 1 image per batch, and at least 0 workers'
+            )
         if compile and engine != 'torch':
             raise UserError(f'--compile uses torch, which --engine {engine} replaces: choose one of them')
         source = source_of(weights, arch, assume, height, width)
@@ -140,7 +144,7 @@ class FeatureExtractor:
             if len(given) != 1:
                 raise UserError(f'boxes belong to one frame, not to {len(given)} images: give one frame at a time')
             given, bgr = cut(pixels_of(given[0], bgr, 'the frame'), boxes), False
-        features = torch.empty(len(given), self.feat_dim)  # (N, D)
+        features = torch.empty(len(given), self.feat_dim, dtype=torch.float32, device='cpu')  # (N, D)
         done = 0
         for found in self.stream(given, bgr):
             features[done : (done := done + len(found))] = found
@@ -158,7 +162,7 @@ class FeatureExtractor:
         done = 0
         for groups in batches:
             features = self._embed(groups)
-            check_finite(features, done)
+            check_finite(features, images, done)
             yield features
             done += len(features)
 
@@ -172,7 +176,7 @@ class FeatureExtractor:
         done = 0
         for groups, _, counts in test_loader(dataset, max(1, self.batch // frames), self.workers, self.run):
             features = pool(self._embed(groups), counts, how)
-            check_finite(features, done)
+            check_finite(features, tracklets, done)
             yield features
             done += len(features)
 
@@ -183,16 +187,17 @@ class FeatureExtractor:
             block = collate([(pixels_of(image, bgr, f'image {number}'), 0, 0) for number, image in part])
             yield block.images(self.device)
 
-    @torch.inference_mode()
     def _embed(self, groups: list[SizeGroup]) -> Tensor:
         """(b, D) float32, on the CPU."""
-        batch = self.prepare(groups)  # (b, 3, h, w)
-        with self.arithmetic():
-            features: Tensor = self.network(batch).float()
-        if self.mirrors:
+        with torch.inference_mode():
+            batch = self.prepare(groups)  # (b, 3, h, w)
             with self.arithmetic():
-                features = (features + self.network(batch.flip(3)).float()) / 2
-        return features.cpu()
+                features: Tensor = self.network(batch).float()
+            if self.mirrors:
+                with self.arithmetic():
+                    features = (features + self.network(batch.flip(3)).float()) / 2
+            features = features.cpu()
+        return features.clone()  # which the caller may change
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
@@ -219,11 +224,13 @@ class FeatureExtractor:
         return self.source.digest(self.precision, self.flip_test, 'compiled' if self.compile else self.engine)
 
 
-def check_finite(features: Tensor, start: int) -> None:
-    """Raise UserError if features (b, D) are not finite; `start` is the index of their first image."""
+def check_finite(features: Tensor, items: Sequence[Any], start: int) -> None:
+    """Raise UserError if features (b, D) are not finite; `start` is the index of the first of them in `items`."""
     wrong = (~features.isfinite().all(1)).nonzero().flatten().tolist()
     if wrong:
-        raise UserError(f'the features of image {start + wrong[0]} are not finite: use precision fp32')
+        item = items[start + wrong[0]]
+        name = plain(os.fspath(item), 500) if isinstance(item, str | os.PathLike) else f'image {start + wrong[0]}'
+        raise UserError(f'the features of {name} are not finite: use precision fp32')
 
 
 def device_of(name: str | torch.device) -> torch.device:

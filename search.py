@@ -32,7 +32,7 @@ from files import index
 from files.paths import file_id
 from page import found
 from runtime import commands, notices, values
-from runtime.errors import UserError, plain
+from runtime.errors import Unreadable, UserError, plain
 from runtime.testset import check_items
 
 BATCHES_AT_ONCE = 8  # batches per transaction of the index
@@ -55,7 +55,7 @@ def refresh(
             readable, features = _features(extractor, some, unread)
             place.add({name: stale[name] for name in readable}, features)
             bar.update(len(some))
-    place.drop(folders, [file for file in files if file not in unread])
+    place.drop(folders, [file for file in files if file not in unread], unread)
     place.tidy()
     return unread
 
@@ -66,7 +66,7 @@ def _features(
     """The readable files and their features; the reasons why the others cannot be read are added to `unread`."""
     try:
         return files, extractor(files)
-    except UserError as problem:
+    except Unreadable as problem:
         if len(files) == 1:
             unread[files[0]] = str(problem)
             return [], torch.empty(0, extractor.feat_dim)
@@ -284,9 +284,12 @@ def main() -> None:
     unread = refresh(place, extractor, files, folders)
     for reason in unread.values():
         print(f'Left out: {plain(reason, 1000)}', file=sys.stderr)
-    gallery = place.gallery([file for file in files if file not in unread], extractor.distance)
+    readable = [file for file in files if file not in unread]
+    gallery = place.gallery(readable, extractor.distance)
     if not gallery.paths:
         raise UserError('no image of the gallery can be read')
+    if missing := len(readable) - len(gallery.paths):  # of another search, or --forget
+        print(f'Left out: {missing} images that another program has just removed; search again', file=sys.stderr)
     features = extractor([path for query in queries for path in query])  # (Q, D)
     if args.fuse:
         queries, features = [[path for query in queries for path in query]], features.mean(0, keepdim=True)

@@ -128,7 +128,7 @@ class TrainTransform:
     def _on_cpu(self, images: Images, enlarge: Tensor, top: Tensor, left: Tensor, mirror: Tensor) -> Tensor:
         """torch's uint8 resize, image by image, so that an image is still in the cache when it is normalised."""
         scale, shift = affine(self.normalisation, self.width, enlarge.device)
-        batch = torch.empty(len(enlarge), self.height, self.width, 3)  # (B, h, w, 3)
+        batch = torch.empty(len(enlarge), self.height, self.width, 3, dtype=torch.float32)  # (B, h, w, 3)
         places = list(zip(top.tolist(), left.tolist(), mirror.tolist(), strict=True))
         for positions, pixels in images:
             for enlarged, size in enumerate(zip(self.heights, self.widths, strict=True)):

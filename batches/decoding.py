@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from files.kinds import HEAD, PICTURES, recognised
-from runtime.errors import UserError
+from runtime.errors import Unreadable
 
 FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'PPM', 'TIFF', 'WEBP')  # Pillow reads these without running another program
 SUFFIXES = (  # of files in FORMATS, in lower case
@@ -25,7 +25,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     bits, animations to their first frame. A rotation in EXIF is not applied: boxes refer to the pixels as stored.
 
     Raises:
-        UserError: the file is missing, truncated, in none of FORMATS, has pixels of neither 8 nor 16 bits, or declares
+        Unreadable: the file is missing, truncated, in none of FORMATS, has pixels of neither 8 nor 16 bits, or declares
             more pixels than Pillow considers safe (`PIL.Image.MAX_IMAGE_PIXELS`). The message names the path.
     """
     for attempt in range(TRIES):
@@ -41,7 +41,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         reason = _recognised(path) or f'it is not a {", ".join(FORMATS[:-1])} or {FORMATS[-1]} file'
     else:
         reason = getattr(failure, 'strerror', None) or str(failure) or type(failure).__name__
-    raise UserError(' '.join(f'cannot read the image {os.fspath(path)}: {reason}'.splitlines())) from failure
+    raise Unreadable(' '.join(f'cannot read the image {os.fspath(path)}: {reason}'.splitlines())) from failure
 
 
 def _recognised(path: str | os.PathLike) -> str:

@@ -42,7 +42,9 @@ def render(
         order = torch.cat([positions for positions, _ in images]).to(device, non_blocking=True)  # (B,)
         rows, columns = rows[order], columns[order]
     scale, shift = affine(normalisation, width, device)
-    batch = torch.empty(len(rows), height, width, 3, device=device)  # (B, h, w, 3), one group after the other
+    batch = torch.empty(
+        len(rows), height, width, 3, dtype=torch.float32, device=device
+    )  # (B, h, w, 3), one group after the other
     done, clamp = 0, interpolation == 'bicubic'  # which has negative weights
     for some in _together([pixels for _, pixels in images], height, width):
         pixels = _padded(some)  # (N, H, W, 3)

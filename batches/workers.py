@@ -14,6 +14,7 @@ import gc
 import io
 import itertools
 import multiprocessing
+import multiprocessing.util
 import os
 import pickle
 import signal
@@ -31,7 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 from runtime import memory
-from runtime.errors import ProcessLost, UserError
+from runtime.errors import ProcessLost, Unreadable, UserError
 from runtime.signals import STOPS
 from runtime.system import fcntl
 
@@ -98,7 +99,7 @@ def collate(items: Sequence[tuple], pin: bool = False) -> Block:
         forms = ', '.join(f'{dtype} (3, {height}, {width})' for dtype, (height, width, _) in by_form)
         raise UserError(f'{RETURNS} {forms}')
     kind = torch.uint8 if images[0].dtype == np.uint8 else torch.float32
-    pixels = torch.empty(sum(image.size for image in images), dtype=kind, pin_memory=pin)
+    pixels = torch.empty(sum(image.size for image in images), dtype=kind, device='cpu', pin_memory=pin)
     np.concatenate([images[i].reshape(-1) for group in by_form.values() for i in group], out=pixels.numpy())
     groups = [(np.array(group), (len(group), *shape)) for (_, shape), group in by_form.items()]
     return Block(groups, pixels, counts, [int(pid) for _, pid, *_ in items], [tuple(item[3:]) for item in items])
@@ -119,6 +120,15 @@ def _channels_last(image: Any) -> np.ndarray:
 # Workers
 
 
+RUNNING = weakref.WeakSet['Workers']()
+
+
+@atexit.register  # after multiprocessing's handler, which waits for processes to end, and therefore called before it
+def _end_running() -> None:
+    for workers in list(RUNNING):
+        workers.end()
+
+
 class Workers:
     """Processes that run `work` on tasks ahead of the run, each on one task at a time.
 
@@ -127,11 +137,13 @@ class Workers:
     """
 
     def __init__(self, number: int, work: Callable[[Task], Block], pin: bool):
+        if multiprocessing.current_process().daemon:  # of a pool, or of a DataLoader: it must not start any
+            number = 0
         self.number, self.work, self.pin = number, work, pin
         self.workers: list[Worker] = []
         self.busy: deque[Worker] = deque()  # those that have yet to send a block to the newest iteration
-        end = weakref.finalize(self, _end_all, self.workers, os.getpid())
-        atexit.register(end)  # runs before the handler of multiprocessing, which would wait for them to end
+        self.end = weakref.finalize(self, _end_all, self.workers, os.getpid())
+        RUNNING.add(self)
 
     def blocks(self, tasks: Iterable[Task]) -> Iterator[Block]:
         """The blocks of the tasks, in order. If `number` is 0, the run does the work itself.
@@ -231,9 +243,9 @@ class Worker:
         block: Block
         block, kind, size = answer
         try:
-            block.pixels = torch.empty(size, dtype=kind, pin_memory=pin)
+            block.pixels = torch.empty(size, dtype=kind, device='cpu', pin_memory=pin)
         except RuntimeError:  # CUDA cannot pin more, as under WSL or in a small container
-            block.pixels = torch.empty(size, dtype=kind)
+            block.pixels = torch.empty(size, dtype=kind, device='cpu')
         with self._watched():
             _read(self.blocks.fileno(), block.pixels.numpy().data.cast('B'))
         return block
@@ -278,7 +290,8 @@ def _answer(work: Callable[[Task], Block], task: Task) -> tuple[bytes, memoryvie
         pixels, block.pixels = block.pixels, torch.empty(0)
         return _pickled((block, pixels.dtype, pixels.numel())), pixels.numpy().data.cast('B')
     except UserError as mistake:
-        return pickle.dumps(UserError(str(mistake))), memoryview(b'')
+        kind = Unreadable if isinstance(mistake, Unreadable) else UserError
+        return pickle.dumps(kind(str(mistake))), memoryview(b'')
     except BaseException as problem:  # also SystemExit; the exception may not be picklable, its traceback is
         if memory.exhausted(problem):
             text = f'memory ran out in a process that decodes images ({memory.reason(problem)}); use fewer --workers'

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from batches.decoding import SUFFIXES, read_image
 from readers.tree import natural
-from runtime.errors import UserError, plain
+from runtime.errors import Unreadable, UserError, plain
 
 
 def listed(images: Any) -> Sequence[Any]:
@@ -34,11 +34,15 @@ def pixels_of(image: Any, bgr: bool, where: str) -> Tensor:
     if isinstance(image, Image.Image):
         if image.mode.startswith(('I', 'F')):
             raise UserError(f'{where} has pixels of more than 8 bits ({image.mode}): convert it to RGB')
-        image, bgr = np.array(image if image.mode == 'RGB' else image.convert('RGB')), False
+        try:
+            image, bgr = np.array(image if image.mode == 'RGB' else image.convert('RGB')), False
+        except (OSError, SyntaxError, ValueError) as problem:  # it is decoded only now
+            raise Unreadable(f'{where} cannot be read: {plain(str(problem))}') from problem
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise UserError(f'{where} is an array of {image.dtype} {image.shape}: give uint8 (H, W, 3)')
-        return torch.from_numpy(np.ascontiguousarray(image[..., ::-1] if bgr else image)).permute(2, 0, 1)
+        image = np.ascontiguousarray(image[..., ::-1] if bgr else image)
+        return torch.from_numpy(image if image.flags.writeable else image.copy()).permute(2, 0, 1)
     if not isinstance(image, Tensor):
         raise UserError(f'{where} is a {type(image).__name__}: give a path, a PIL image, an array or a tensor')
     pixels, kind = image.detach().cpu(), f'{str(image.dtype).removeprefix("torch.")} {tuple(image.shape)}'
@@ -59,7 +63,12 @@ def cut(frame: Tensor, boxes: Any) -> list[Tensor]:
     Raises:
         UserError: the boxes have a different shape, or some are empty or lie outside the frame.
     """
-    array = np.asarray(boxes.detach().cpu() if isinstance(boxes, Tensor) else boxes, np.float64)
+    try:
+        array = np.asarray(boxes.detach().cpu().double() if isinstance(boxes, Tensor) else _rows(boxes), np.float64)
+    except (TypeError, ValueError) as problem:
+        raise UserError(
+            f'boxes are not numbers in rows of equal length ({plain(str(problem))}): give (N, 4)'
+        ) from problem
     if not array.size:
         return []
     if array.ndim != 2 or array.shape[1] < 4:
@@ -75,6 +84,13 @@ def cut(frame: Tensor, boxes: Any) -> list[Tensor]:
             f'{rows}; leave them out'
         )
     return [frame[:, y : y + h, x : x + w] for x, y, w, h in _places(edges)]
+
+
+def _rows(boxes: Any) -> Any:
+    """An iterator as a list; rows may be tensors on a device."""
+    if isinstance(boxes, np.ndarray):
+        return boxes
+    return [row.tolist() if isinstance(row, Tensor) else row for row in boxes]
 
 
 def _places(edges: np.ndarray) -> list[tuple[int, int, int, int]]:
@@ -124,7 +140,7 @@ def _lines() -> list[str]:
 
 def _below(folder: str) -> list[str]:
     files, seen = list[str](), set[str]()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=_passed_over, followlinks=True):
         if (real := os.path.realpath(place)) in seen:  # links may lead in a circle
             folders.clear()
             continue
@@ -133,6 +149,14 @@ def _below(folder: str) -> list[str]:
         images = (name for name in sorted(names) if name.lower().endswith(SUFFIXES) and not name.startswith('.'))
         files += [os.path.join(place, name) for name in images]
     return files
+
+
+def _passed_over(problem: OSError) -> None:
+    """A private folder is left out, which is printed; from one that fails images would be missing: UserError."""
+    where = plain(os.fsdecode(problem.filename), 500)
+    if not isinstance(problem, PermissionError):
+        raise UserError(f'{where} cannot be read ({problem.strerror}); try again, or leave it out') from problem
+    print(f'Left out: {where} ({problem.strerror})', file=sys.stderr)
 
 
 def tracklets_of(files: Sequence[str]) -> list[tuple[str, ...]]:

@@ -15,16 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batches.resizing import Normalisation
+from batches.resizing import KERNELS, Normalisation
 from data_manager import get_names, names_of
 from models.network import Network, Training
 from runtime.errors import UserError, plain
+from runtime.tiles import DISTANCES
 
 EXPORT_FORMAT = 'deep-person-reid export 1'
 LAYOUT = 'uint8 (batch, height, width, 3), RGB -> float32 (batch, feat_dim)'
 INPUT, OUTPUT = 'images', 'features'
 # The training options that `search.py --calibrate` and the notices need; the others may contain the user's paths
 KEPT_OPTIONS = ('dataset', 'combine', 'validate', 'test_share', 'seed', 'height', 'width', 'pool')
+LENGTHS = range(1, 10_000)  # of an image or a feature; files of strangers may have any
 PIXELS: Normalisation = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # leaves pixels as they are, 0 to 255
 
 
@@ -85,21 +87,29 @@ def facts_of(metadata: Mapping[str, str], where: str) -> Facts:
             f'python export.py --weights WEIGHTS --format onnx'
         )
     try:
+        if metadata['interpolation'] not in KERNELS or metadata['distance'] not in DISTANCES:
+            raise ValueError('unknown interpolation or distance')
         held = {name: json.loads(metadata[name]) for name in ('mean', 'std', 'flip_test', 'trained')}
         return Facts(
-            arch=metadata['arch'],
-            feat_dim=int(metadata['feat_dim']),
-            height=int(metadata['height']),
-            width=int(metadata['width']),
+            arch=plain(metadata['arch']),
+            feat_dim=_length(metadata['feat_dim']),
+            height=_length(metadata['height']),
+            width=_length(metadata['width']),
             interpolation=metadata['interpolation'],
             normalisation=(tuple(map(float, held['mean'])), tuple(map(float, held['std']))),
             distance=metadata['distance'],
             flip_test=held['flip_test'] is True,
             digest=metadata['digest'],
-            trained=Training(**{**held['trained'], 'where': where}),
+            trained=Training(**{**held['trained'], 'options': dict(held['trained']['options']), 'where': where}),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise UserError(f'{where} has incomplete metadata ({plain(str(problem))}): export the weights again') from None
+
+
+def _length(text: str) -> int:
+    if int(text) not in LENGTHS:
+        raise ValueError(f'a length of {text}')
+    return int(text)
 
 
 def need(packages: Sequence[str], what: str) -> None:
@@ -185,4 +195,11 @@ def open_onnx(path: str | os.PathLike) -> tuple[OnnxNetwork, Facts]:
     """
     where, session = plain(os.fspath(path), 500), Session(path)
     facts = facts_of(session.metadata, where)
-    return OnnxNetwork(session, facts), facts
+    network = OnnxNetwork(session, facts)
+    try:
+        shape = tuple(network(torch.zeros(1, 3, facts.height, facts.width)).shape)
+    except Exception as problem:  # of any type: another library runs the graph
+        raise UserError(f'{where} cannot be run ({plain(str(problem))}): export the weights again') from problem
+    if shape != (1, facts.feat_dim):
+        raise UserError(f'{where} gives features {shape}, not (1, {facts.feat_dim}): export the weights again')
+    return network, facts

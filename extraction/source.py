@@ -1,8 +1,9 @@
 """The network that computes the features, from a file of weights or an exported file, and how it is used."""
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from arguments import RunOptions
 from batches.resizing import KERNELS
 from extraction import compiling, onnx_network
 from extraction.engines import ENGINES, ByEngine
-from extraction.onnx_network import need
+from extraction.onnx_network import LENGTHS, need
 from models.network import Network, Training
 from models.Timm import PREFIX
 from runtime import notices
@@ -24,6 +25,7 @@ from weights import read as read_weights
 
 ASSUMED = 'Assumed, because the file does not record: {}; --assume NAME=VALUE changes it'
 VERSION = 1  # of the digest's definition
+PRECISIONS = 'auto', 'fp32', 'tf32', 'bf16'
 
 
 class Usage(NamedTuple):
@@ -59,6 +61,8 @@ class Source:
         Raises:
             UserError: the network does not support the precision or the device.
         """
+        if wanted not in PRECISIONS:
+            raise UserError(f'there is no precision {plain(wanted)}: choose {", ".join(PRECISIONS)}')
         if self.sealed and (device.type != 'cpu' or wanted not in ('auto', 'fp32')):
             raise UserError(
                 f'{self.trained.where}: an ONNX file is run on the CPU in fp32: choose these, or give the weights'
@@ -123,8 +127,8 @@ def usage_of(trained: Training) -> Usage:
         return value if type(value) is type(default) and fits(value) else default
 
     return Usage(
-        option('height', 256, lambda pixels: pixels > 0),
-        option('width', 128, lambda pixels: pixels > 0),
+        option('height', 256, lambda pixels: pixels in LENGTHS),
+        option('width', 128, lambda pixels: pixels in LENGTHS),
         option('interpolation', '', lambda name: name in KERNELS),
         option('distance', 'euclidean', lambda name: name in DISTANCES),
         option('flip_test', False),
@@ -167,7 +171,7 @@ def of_weights(
     height, width = height or usage.height, width or usage.width
     size = {'height': height, 'width': width}  # some networks take images of one size only
     sized = replace(loaded, trained=replace(trained, options={**trained.options, **size}))
-    with torch.random.fork_rng(devices=[]):  # initial weights, replaced at once, are random
+    with torch.random.fork_rng(devices=[]), _usual_defaults():  # initial weights, replaced at once, are random
         model = build(sized, arch, where, notes.append)
     zero_subnormals(model)
     if min(height, width) < model.smallest:
@@ -178,6 +182,18 @@ def of_weights(
     arch = str(arch or trained.options.get('arch') or arch_of(loaded.state_dict))
     interpolation = usage.interpolation or model.interpolation
     return Source(model, usage._replace(height=height, width=width, interpolation=interpolation), arch, trained, notes)
+
+
+@contextlib.contextmanager
+def _usual_defaults() -> Iterator[None]:
+    """Tensors are created as float32 on the CPU, whatever the program's defaults."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device('cpu'):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @torch.no_grad()

@@ -15,13 +15,19 @@ from files.writing import write_whole
 from runtime.errors import UserError, plain
 from runtime.system import fcntl
 
+STAMPS = 'stamps'  # in an unfinished folder: a line for each item with the size and time of its files
+
+
+def _stamps(item: paths.Paths) -> str:
+    return json.dumps([paths.stamp_of(path) for path in ([item] if isinstance(item, str) else item)])
+
 
 class Draft:
     """Context manager that writes features as they arrive and resumes after an interrupted call.
 
     Until all have arrived they are in `.NAME.unfinished` beside the folder `out`, to which it is then renamed. If an
     earlier call with the same `what` left such a folder, the features of the items at the beginning of both lists are
-    kept. pids and camids, which are unknown, are -1.
+    kept, up to the first whose files have changed. pids and camids, which are unknown, are -1.
 
     Args:
         items: paths of N images or tracklets.
@@ -55,6 +61,7 @@ class Draft:
             self.file.truncate(len(self._header()) + self.done * feat_dim * 4)
             self.file.write(self._header())
             write_whole(self.folder / 'paths.jsonl', lambda path: paths.write(path, items))
+            write_whole(self.folder / STAMPS, lambda path: path.write_text('\n'.join(map(_stamps, items))))
             write_whole(self.folder / 'model.json', lambda path: path.write_text(json.dumps(what, indent=2) + '\n'))
             self.file.seek(0, os.SEEK_END)
 
@@ -67,12 +74,15 @@ class Draft:
             if json.loads((self.folder / 'model.json').read_text()) != json.loads(json.dumps(what)):
                 return 0
             before = (self.folder / 'paths.jsonl').read_text(encoding='ascii').splitlines()
+            stamps = (self.folder / STAMPS).read_text().splitlines()
         except (OSError, ValueError):
             return 0
         rows = (os.fstat(self.file.fileno()).st_size - len(self._header())) // (4 * self.feat_dim)
-        pairs = enumerate(zip(before, self.items, strict=False))
-        alike = next((n for n, (line, item) in pairs if line != json.dumps(item)), min(len(before), len(self.items)))
-        kept = max(0, min(rows, alike))
+        kept = 0
+        for line, stamp, item in zip(before[: max(rows, 0)], stamps, self.items, strict=False):
+            if (line, stamp) != (json.dumps(item), _stamps(item)):
+                break
+            kept += 1
         return kept if kept == len(self.items) else kept // batch * batch
 
     def _header(self) -> bytes:
@@ -93,15 +103,18 @@ class Draft:
         return self
 
     def __exit__(self, kind: type | None, problem: BaseException | None, _: object) -> None:
-        with contextlib.closing(self.file), self._explained():
+        if problem is not None:
+            with contextlib.suppress(OSError):  # a full disk, which is the problem
+                self.file.close()
             if isinstance(problem, UserError):
                 raise UserError(f'{problem}; {self.done} of {len(self.items)} are done, and the same command resumes')
-            if problem is None:
-                os.fsync(self.file.fileno())
-                number = len(self.items)
-                for name, value in ('pids', -1), ('camids', -1), ('counts', 1):
-                    np.save(self.folder / f'{name}.npy', np.full(number, value))
-                self.folder.replace(self.out)
+            return
+        with self._explained(), contextlib.closing(self.file):
+            os.fsync(self.file.fileno())
+            for name, value in ('pids', -1), ('camids', -1), ('counts', 1):
+                np.save(self.folder / f'{name}.npy', np.full(len(self.items), value))
+            (self.folder / STAMPS).unlink()
+            self.folder.replace(self.out)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

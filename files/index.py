@@ -24,14 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from files.paths import Stamp, stamp_of
 from runtime.errors import UserError, plain
 from runtime.tiles import NONE, Points, distances_of, in_threads, nearer, nearest_host, points, squared_distances
 
 WIDTH = 16384  # rows that are compared at a time: 32 MB of 512 dimensions
 WASTE = 1000  # unused rows may exceed the used ones by at most this number
 LOCK_SECONDS = 60  # seconds to wait for a transaction of another process
-
-Stamp = tuple[int, int]  # size in bytes and modification time in ns
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, size INTEGER, modified INTEGER, row INTEGER) WITHOUT ROWID;
@@ -108,13 +107,15 @@ class Index:
         """
         with self._reading():
             known = {path: stamp for path, *stamp in self.table.execute('SELECT path, size, modified FROM files')}
-        stamps = {path: _stamp(path) for path in paths}
+        stamps = {path: stamp_of(path) for path in paths}
         return {path: stamp for path, stamp in stamps.items() if known.get(os.fsencode(path)) != [*stamp]}
 
     def add(self, files: Mapping[str, Stamp], features: Tensor) -> None:
         """Store the features (N, D), float32, of files, with the stamps that the files had before they were read."""
         with self._writing():
             first, path = self._fact('next', 0), self._rows_file()
+            if first:
+                self._check_length(path, first)
             with open(path, 'r+b' if path.exists() else 'xb') as file:
                 file.seek(first * self.feat_dim * 4)
                 file.write(features.numpy().astype('<f4').tobytes())
@@ -126,14 +127,21 @@ class Index:
             )
             self._put('next', first + len(files))
 
-    def drop(self, folders: Iterable[str], present: Iterable[str]) -> int:
-        """Remove the files below `folders` that are not in `present` from the index; return their number."""
-        kept, dropped = {*map(os.fsencode, present)}, 0
+    def _check_length(self, path: Path, number: int) -> None:
+        if not path.exists() or path.stat().st_size < 4 * number * self.feat_dim:
+            raise sqlite3.DatabaseError(f'{path.name} is too short')
+
+    def drop(self, folders: Iterable[str], present: Iterable[str], unread: Iterable[str] = ()) -> int:
+        """Remove those that are gone from the files below `folders`, and those in `unread`; return their number.
+
+        present: files that are there, which need not be looked for. Another search may have added others meanwhile.
+        """
+        kept, unreadable, dropped = {*map(os.fsencode, present)}, {*map(os.fsencode, unread)}, 0
         with self._writing():
             for folder in {os.fsencode(folder).rstrip(b'/') for folder in folders}:
                 within = folder + b'/', folder + b'0'  # '0' follows '/'
                 known = self.table.execute('SELECT path FROM files WHERE path > ? AND path < ?', within)
-                gone = [(path,) for (path,) in known if path not in kept]
+                gone = [(path,) for (path,) in known if path not in kept and (path in unreadable or _is_gone(path))]
                 self.table.executemany('DELETE FROM files WHERE path = ?', gone)
                 dropped += len(gone)
         return dropped
@@ -156,8 +164,8 @@ class Index:
                 self._put('next', len(files))
                 self._put('generation', generation + 1)
         if tidied:
-            for old in {*self.folder.glob('rows-*.f32')} - {path}:  # including files left by a killed process
-                old.unlink(missing_ok=True)
+            for old in range(generation + 1):  # including files left by a killed process
+                self._rows_file(old).unlink(missing_ok=True)
 
     def gallery(self, paths: Sequence[str], distance: str) -> Gallery:
         """The files among `paths` that are in the index, in this order, with their features and the features' norms.
@@ -171,9 +179,8 @@ class Index:
             path = self._rows_file()
             if not number:
                 features = np.zeros((0, self.feat_dim), np.float32)
-            elif path.stat().st_size < 4 * number * self.feat_dim or max(known.values(), default=0) >= number:
-                raise sqlite3.DatabaseError(f'{path.name} is too short')
             else:
+                self._check_length(path, max(number, max(known.values(), default=0) + 1))
                 features = np.memmap(path, '<f4', 'c', shape=(number, self.feat_dim))
         held = [path for path in paths if os.fsencode(path) in known]
         rows = np.array([known[os.fsencode(path)] for path in held], np.int64)  # (G,)
@@ -237,12 +244,15 @@ class Index:
             ) from problem
 
 
-def _stamp(path: str) -> Stamp:
+def _is_gone(path: bytes) -> bool:
+    """Whether the file does not exist; one that cannot be reached at the moment may."""
     try:
-        status = os.stat(path)
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
     except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
+        pass
+    return False
 
 
 def forget(root: str | os.PathLike, digest: str = '') -> list[Path]:

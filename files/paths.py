@@ -11,6 +11,16 @@ import numpy as np
 from runtime.errors import UserError, plain
 
 Paths = str | tuple[str, ...]  # of an image, or of the frames of a tracklet
+Stamp = tuple[int, int]  # size in bytes and modification time in ns
+
+
+def stamp_of(path: str) -> Stamp:
+    """By which a changed file is noticed; (-1, -1) if it does not exist."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
 
 
 def write(path: Path, items: Iterable[Paths]) -> None:

@@ -46,6 +46,10 @@ def tensors_of(found: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
                 f'{where} contains no weights: {plain(str(key))} is {fault}; give a state dict, or a checkpoint '
                 f"with one under 'state_dict'"
             )
+        if value.is_floating_point() and value.ndim > 1 and not value.numel():  # the network would be of this shape
+            raise UserError(
+                f'{where}: {plain(key)} has no elements, only the shape {tuple(value.shape)}; get the file again'
+            )
     return {key: value.detach() for key, value in found.items()}
 
 

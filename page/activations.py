@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from files.writing import write_whole
+from page.runs import shown
 from runtime.errors import UserError
 
 
@@ -73,7 +74,7 @@ def activations(
             heat = F.interpolate(heat, (height, width), mode='bilinear')[0, 0]  # (height, width)
         heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=torch.finfo(heat.dtype).tiny)
         picture = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)) / 255  # (height, width, 3)
-        cells.append((Path(path).name, picture, 0.4 * picture + 0.6 * colours(heat.numpy())[..., :3]))
+        cells.append((shown(Path(path).name), picture, 0.4 * picture + 0.6 * colours(heat.numpy())[..., :3]))
     return _write_grid(cells, height / width, Path(out))
 
 

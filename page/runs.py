@@ -30,6 +30,11 @@ NEEDED = {  # in results.json or, from query_files on, in ranking.npz
 }
 
 
+def shown(name: str) -> str:
+    """The name of a file, which may have bytes that are no text, as it can be drawn."""
+    return name.encode('utf-8', 'replace').decode()
+
+
 @dataclass(frozen=True, eq=False)
 class TestedRun:
     """The contents of a run's files, and quantities derived from them."""
@@ -61,7 +66,8 @@ class TestedRun:
     @property
     def short_name(self) -> str:
         """For legends."""
-        return self.name if len(self.name) <= 24 else f'…{self.name[-23:]}'
+        name = shown(self.name)
+        return name if len(name) <= 24 else f'…{name[-23:]}'
 
     @property
     def notices(self) -> list[str]:

@@ -10,6 +10,10 @@ class UserError(Exception):
     status = 2
 
 
+class Unreadable(UserError):
+    """An image that cannot be read; others may be readable."""
+
+
 class ProcessLost(UserError):
     """A process of the run was killed, which is not a user's mistake; --max-restarts may restart the run."""
 

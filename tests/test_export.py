@@ -412,6 +412,12 @@ def test_its_activation_maps_cannot_be_shown(folder, images):
         ({'format': 'deep-person-reid export 2'}, r'has the format deep-person-reid export 2, not deep-person-reid ex'),
         ({'height': None}, 'has incomplete metadata'),
         ({'trained': '[]'}, 'has incomplete metadata'),
+        ({'trained': '{"options": [1]}'}, 'has incomplete metadata'),
+        ({'height': '0'}, r'has incomplete metadata \(a length of 0\)'),
+        ({'width': '-4'}, r'has incomplete metadata \(a length of -4\)'),
+        ({'feat_dim': '7'}, r'gives features \(1, 16\), not \(1, 7\): export the weights again'),
+        ({'interpolation': 'lanczos'}, r'has incomplete metadata \(unknown interpolation or distance\)'),
+        ({'distance': 'manhattan'}, r'has incomplete metadata \(unknown interpolation or distance\)'),
         ({'mean': '3'}, 'has incomplete metadata'),
     ],
 )

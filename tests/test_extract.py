@@ -1,11 +1,15 @@
 """FeatureExtractor against the test's features, and the command extract.py."""
 
+import errno
 import io
 import json
+import multiprocessing
 import os
+import re
 import runpy
 import sys
 import threading
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -258,8 +262,77 @@ def test_features_that_are_not_finite_are_named(extractor, files, monkeypatch):
         return features
 
     monkeypatch.setattr(extractor.model, 'forward', forward)
-    with pytest.raises(UserError, match='the features of image 4 are not finite'):
+    with pytest.raises(UserError, match=f'the features of {re.escape(files[4])} are not finite'):
         extractor(files)
+    with pytest.raises(UserError, match='the features of image 4 are not finite'):
+        extractor(arrays(files))
+
+
+@pytest.mark.parametrize(
+    ('how', 'message'),
+    [
+        ({'batch': 0}, 'batch 0, workers 0: give at least 1 image per batch'),
+        ({'batch': -1}, 'batch -1, workers 0: give at least 1 image per batch'),
+        ({'workers': -1}, 'batch None, workers -1: give at least 1 image per batch, and at least 0 workers'),
+        ({'precision': 'fp16'}, 'there is no precision fp16: choose auto, fp32, tf32, bf16'),
+        ({'precision': 'BF16'}, 'there is no precision BF16: choose auto, fp32, tf32, bf16'),
+    ],
+)
+def test_values_that_cannot_be_meant(how, message, file):
+    with pytest.raises(UserError, match=message):
+        FeatureExtractor(file, 'cpu', **how)
+
+
+def test_the_features_are_the_callers(extractor, files):
+    """They can be changed in place, and take part in a training."""
+    for features in (extractor(files), next(extractor.stream(files))):
+        features.mul_(2)
+        (features * torch.ones(1, requires_grad=True)).sum().backward()
+
+
+def test_the_defaults_of_the_program_change_nothing(file, files, extractor):
+    expected = extractor(files)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device('meta')  # in place of a GPU
+        other = FeatureExtractor(file, 'cpu', batch=5)
+        for each in (extractor, other):
+            found = each(files)
+            assert (found.dtype, found.device.type) == (torch.float32, 'cpu') and torch.equal(found, expected)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+def test_pictures_and_boxes_that_are_none(extractor, tmp_path, files):
+    Image.new('RGB', (64, 128)).save(tmp_path / 'cut.png')
+    data = (tmp_path / 'cut.png').read_bytes()
+    (tmp_path / 'cut.png').write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match='image 0 cannot be read: '):
+        extractor(Image.open(tmp_path / 'cut.png'))
+    frame, box = arrays(files[:1])[0], [2, 3, 12, 20]
+    for boxes in ([[1, 2, 3, 4], [1, 2]], [['a', 'b', 'c', 'd']], 5):
+        with pytest.raises(UserError, match='boxes are not numbers in rows of equal length'):
+            extractor(frame, boxes)
+    expected = extractor(frame, [box])
+    tensor = torch.tensor([box], dtype=torch.bfloat16)  # of a detector under autocast
+    for boxes in (tensor, list(tensor), iter([box]), np.array([box])):
+        assert torch.equal(extractor(frame, boxes), expected)
+    frame.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert torch.equal(extractor(frame, [box]), expected)
+
+
+def features_in_a_pool(file, files):
+    return FeatureExtractor(file, 'cpu', batch=5, workers=2)(files).numpy()
+
+
+def test_in_a_process_that_must_not_start_others(file, files, extractor):
+    expected = extractor(files)
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        assert np.allclose(pool.apply(features_in_a_pool, (file, files)), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize('allowed', [False, True])
@@ -386,6 +459,41 @@ def test_a_draft_of_other_features_is_not_continued(args, command, files, tmp_pa
     assert command(*files, broken, '-o', tmp_path / 'out', '--batch', 5)[0] == 2
     status, out, _ = command(*files, '-o', tmp_path / 'out', *args)
     assert status == 0 and 'Resuming' not in out
+
+
+def test_pictures_that_were_replaced_are_computed_again(command, file, files, tmp_path):
+    """Though an unfinished call has their features."""
+    broken = tmp_path / 'broken.jpg'
+    broken.write_text('no image')
+    args = '-o', tmp_path / 'out', '--batch', 5
+    assert command(*files[:12], broken, *args)[0] == 2
+    Image.open(files[20]).save(files[7])
+    status, out, _ = command(*files[:12], *args)
+    assert status == 0 and out.startswith('Resuming after 5 of 12 items\n')
+    expected = FeatureExtractor(file, 'cpu', batch=5)(files[:12])
+    assert np.array_equal(read(tmp_path / 'out')[0], expected)
+    assert not (tmp_path / 'out' / 'stamps').exists()
+
+
+def test_a_folder_that_cannot_be_reached_is_no_empty_one(command, files, tmp_path, monkeypatch):
+    (tmp_path / 'in' / 'camera').mkdir(parents=True)
+    Image.open(files[0]).save(tmp_path / 'in' / 'a.png')
+    scandir = os.scandir
+
+    def fail(number):
+        def scan(path='.'):
+            if str(path).endswith('camera'):
+                raise OSError(number, os.strerror(number), str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, 'scandir', scan)
+
+    fail(errno.ESTALE)
+    status, _, error = command(tmp_path / 'in', '-o', tmp_path / 'out')
+    assert status == 2 and f'{tmp_path}/in/camera cannot be read (Stale file handle); try again, or leave it' in error
+    fail(errno.EACCES)
+    status, _, error = command(tmp_path / 'in', '-o', tmp_path / 'out')
+    assert status == 0 and f'Left out: {tmp_path}/in/camera (Permission denied)\n' in error
 
 
 def test_nothing_is_overwritten(command, files, tmp_path):

@@ -27,7 +27,13 @@ def put(place, names):
     for name in names:
         with open(name, 'a'):
             pass
-    place.add(place.stale(names), feature_of(place.stale(names)))
+    stale = place.stale(names)  # which another process may change
+    place.add(stale, feature_of(stale))
+
+
+def remove(names):
+    for name in names:
+        os.remove(name)
 
 
 def feature_of(names):
@@ -67,8 +73,31 @@ def test_files_that_have_gone_from_a_folder_are_dropped(tmp_path, names):
     beside = [f'{tmp_path}x/3', f'{tmp_path}/../4']
     put(place, names[:5])
     place.add(dict.fromkeys(beside, (0, 0)), feature_of(beside))
+    remove(names[2:5])
     assert place.drop([f'{tmp_path}/'], names[:2]) == 4  # below the folder: 3 names, and one with ..
     assert held(place, [*names, *beside]) == [*names[:2], beside[0]]
+
+
+def test_files_that_another_search_has_added_meanwhile_stay(tmp_path, names):
+    """Though this one listed the folder before they were there; those that cannot be read go."""
+    place = open_index(tmp_path / 'index')
+    put(place, names[:5])
+    assert place.drop([str(tmp_path)], names[:3]) == 0
+    assert place.drop([str(tmp_path)], names[:3], [names[4]]) == 1
+    assert held(place, names) == names[:4]
+
+
+@pytest.mark.parametrize('how', ['removed', 'cut'])
+def test_rows_that_were_lost_are_never_taken_for_zeros(how, tmp_path, names):
+    place = open_index(tmp_path / 'index')
+    put(place, names[:5])
+    (rows,) = place.folder.glob('rows-*')
+    if how == 'removed':
+        rows.unlink()
+    else:
+        os.truncate(rows, 3 * 3 * 4)
+    with pytest.raises(UserError, match=r'is damaged \(rows-0.f32 is too short\); remove it with --forget'):
+        put(place, names[5:9])
 
 
 def test_an_index_is_for_its_user_alone(tmp_path):
@@ -87,9 +116,11 @@ def test_rows_without_files_are_removed_when_they_are_most(tmp_path, names, monk
     place = open_index(tmp_path / 'index')
     put(place, names)
     reader = place.gallery(names, 'euclidean')
+    remove(names[1::2])
     place.drop([str(tmp_path)], names[::2])
     place.tidy()
     assert [path.name for path in place.folder.glob('rows-*')] == ['rows-0.f32']  # half of them
+    remove(names[2::4])
     place.drop([str(tmp_path)], names[1:19:4] + names[::4])
     place.tidy()
     (path,) = place.folder.glob('rows-*')

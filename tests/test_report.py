@@ -467,6 +467,13 @@ def test_activations_write_one_grid(tmp_path, checkpoint, market):
     assert dark[height * 5 // 9 : height * 2 // 3, -60:].mean() > 0.5  # 8 in 2 rows of 4
 
 
+def test_activations_of_a_name_that_is_no_text(tmp_path, checkpoint, market):
+    image = os.fsdecode(bytes(tmp_path / 'caf') + b'\xe9.png')
+    Image.open(market.query[0][0]).save(image)
+    out = report.activations(checkpoint, [image], 'tiny', '', 64, 32, tmp_path / 'grid.png')
+    assert out.exists()
+
+
 def test_activations_are_of_the_size_of_the_training(tmp_path, market, capsys):
     path = tmp_path / 'tiny.pth.tar'
     arguments = {'arch': 'tiny', 'height': 32, 'width': 16}

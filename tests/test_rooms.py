@@ -86,7 +86,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'files.download': 'models.network',
     'files.draft': 'files.paths files.writing runtime.system',
     'files.features': 'files.paths files.writing readers.tree runtime.device runtime.tiles',
-    'files.index': 'runtime.tiles',
+    'files.index': 'files.paths runtime.tiles',
     'files.kinds': '',
     'files.paths': '',
     'files.safetensors': '',
@@ -98,7 +98,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'extraction.engines': 'extraction.onnx_network extraction.programs models.network',
     'extraction.graph': 'models.network',
     'extraction.images': 'batches.decoding readers.tree',
-    'extraction.onnx_network': 'batches.resizing data_manager models.network',
+    'extraction.onnx_network': 'batches.resizing data_manager models.network runtime.tiles',
     'extraction.programs': 'extraction.graph extraction.onnx_network',
     'extraction.source': (
         'arguments batches.resizing extraction.compiling extraction.engines extraction.onnx_network models.Timm '
@@ -141,7 +141,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.tiles': 'runtime.precision',
     'runtime.values': '',
     'page': 'files.writing page.cameras page.charts page.lists page.runs',
-    'page.activations': 'dataset_loader extraction.source files.writing transforms',
+    'page.activations': 'dataset_loader extraction.source files.writing page.runs transforms',
     'page.cameras': 'eval_metrics page.runs',
     'page.charts': 'eval_metrics page.runs',
     'page.found': 'page page.lists',

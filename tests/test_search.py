@@ -171,6 +171,15 @@ def test_images_that_cannot_be_read_are_left_out(command, gallery, queries):
     assert (status, error.splitlines()[-1]) == (2, 'error: no image of the gallery can be read')
 
 
+def test_other_faults_are_not_those_of_images(command, gallery, queries, monkeypatch):
+    def forward(model, x):
+        raise UserError('--compile: no compiler')
+
+    monkeypatch.setattr(Tiny, 'forward', forward)
+    status, _, error = command('--gallery', gallery, '--query', queries[0])
+    assert status == 2 and error.splitlines()[-1] == 'error: --compile: no compiler' and 'Left out' not in error
+
+
 def test_a_threshold_separates_known_from_unknown(command, found, gallery, queries):
     distances = [each['results'][0]['distance'] for each in found('--query', *queries, '-k', 3)['queries']]
     threshold = float(np.median(distances))

@@ -254,6 +254,16 @@ def test_a_rank1_that_is_no_fraction(tmp_path, rank1):
     assert weights.read(tmp_path / 'x.pth').rank1 is None
 
 
+def test_a_tensor_that_has_only_a_shape(tmp_path):
+    """The network would be built with as many classes: a file of a megabyte could fill the memory."""
+    path = tmp_path / 'huge.pth'
+    torch.save({**Tiny(3).state_dict(), 'classifier.weight': torch.zeros(2**40, 0)}, path)
+    with pytest.raises(
+        UserError, match=r'huge.pth: classifier.weight has no elements, only the shape \(1099511627776, 0\)'
+    ):
+        weights.read(path)
+
+
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
