@@ -25,7 +25,7 @@ from batches.feed import Feed
 from batches.workers import Block, Items, SizeGroup, Task, Workers, collate
 from runtime.device import Run
 from runtime.errors import UserError
-from samplers import ITEMS, EpochSampler, generator
+from samplers import ITEMS, STEPS, EpochSampler, generator
 
 SAMPLES = ('evenly', 'random', 'all')
 
@@ -163,15 +163,17 @@ class TrainLoader:
             return
         indices, draws = self.sampler.draw(epoch)  # (batches, B), (batches, B, DRAWS)
         seeds = generator(ITEMS, self.sampler.seed, epoch).integers(2**63, size=tuple(indices.shape))  # (batches, B)
+        steps = generator(STEPS, self.sampler.seed, epoch).integers(2**62, size=len(self))  # (batches,)
         mine = slice(start, None), slice(self.run.rank, None, self.run.world_size)  # batches, positions in each
         tasks = map(Task, indices[mine].tolist(), seeds[mine].tolist())
         draws = draws[mine].contiguous().to(self.run.device)  # one copy per epoch
         feed = Feed(self._source().blocks(tasks), self.run.device, self.run.copying)
         began = time.perf_counter()
-        for (images, pids, _, more), batch_draws in zip(feed, draws, strict=True):
+        for step, (images, pids, _, more), batch_draws in zip(steps[start:].tolist(), feed, draws, strict=True):
             if images[0][1].is_floating_point() and not self.announced:
                 self.announced = True
                 print('The data set returns float images: they count as prepared and are not augmented')
+            _seed(step + self.run.rank, self.run.device)
             yield images, pids, batch_draws, *more
         if start == 0:
             self._advise(feed.waited, feed.waited / (time.perf_counter() - began))
@@ -293,6 +295,16 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.default_generator.manual_seed(seed)
+
+
+def _seed(number: int, device: torch.device) -> None:
+    """Seed what the network draws from in a step, as for dropout or stochastic depth.
+
+    `torch.manual_seed` is slow as long as a GPU that is there has not been used.
+    """
+    torch.default_generator.manual_seed(number)
+    if device.type == 'cuda':
+        torch.cuda.manual_seed(number)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 from runtime.errors import UserError
 from transforms import DRAWS_OF_ERASING
 
-ORDER, INSTANCES, AUGMENTATION, ITEMS, ERASING = range(5)  # independent streams of random numbers
+ORDER, INSTANCES, AUGMENTATION, ITEMS, ERASING, STEPS = range(6)  # independent streams of random numbers
 Groups = Sequence[int] | np.ndarray | None  # (N,), the group of each item, such as its data set or camera
 WIDTHS = {AUGMENTATION: 4, ERASING: DRAWS_OF_ERASING}  # of `draws`: translate?, down, right, mirror?; see `erased`
 DRAWS = sum(WIDTHS.values())

@@ -1,6 +1,7 @@
 """The model chosen by validation, and its single test, which is recorded in last_test.json in the run's folder."""
 
 import contextlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 import weights
+from files.writing import Unwritten, write_whole
 from models import loading
 from models.network import Network
 from runtime.device import Run
@@ -33,6 +35,22 @@ class Best(NamedTuple):
     model: dict[str, Any]
     tested: bool
     figures: dict[str, float]
+
+
+def inherit(theirs: Path, folder: Path, score: float, unwritten: Unwritten) -> None:
+    """Copy the best model so far of a run that continues in another folder: best_model.pth.tar, if it has this score.
+
+    If it has another score, it is of a time after the position from which the run continues.
+    """
+    ours = folder / theirs.name
+    if ours.exists() or not theirs.exists():
+        return
+    with contextlib.suppress(UserError):  # it is damaged
+        state = weights.read(theirs).state or {}
+        held_out = state.get('validation')
+        if score in (held_out.get('mAP') if isinstance(held_out, dict) else None, state.get('rank1')):
+            with unwritten.excuse(ours):
+                write_whole(ours, lambda path: shutil.copyfile(theirs, path))
 
 
 def load(model: Network, folders: Sequence[Path], run: Run) -> Best:

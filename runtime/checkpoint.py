@@ -222,6 +222,9 @@ class Checkpoint:
             self.files.clear_results()
         elif afresh:
             self.files.clear(r'metrics\.csv')
+        if self.resumes and self.path:  # perhaps in another folder
+            theirs = Path(self.path).with_name('best_model.pth.tar')
+            best_model.inherit(theirs, self.folder, self.best_rank1, self.run.unwritten)
 
     def rescue(self) -> Path | None:
         """Save the state of a failing run unless it is already saved. Returns the file, or None if there is none.
@@ -271,11 +274,11 @@ class Checkpoint:
         score = held_out.get('mAP', rank1)
         best, earlier = self.folder / 'best_model.pth.tar', self.best_rank1
         is_best = score is None or score > earlier
-        began_here = self.path is None or Path(self.path).resolve().parent == self.folder.resolve()
-        if not is_best and began_here and not best.exists():
+        if not is_best and not best.exists():
             is_best = True
             print(f'{best} is missing: the weights of this epoch replace it')
-        self.best_rank1 = earlier if score is None else max(score, earlier)
+        if is_best and score is not None:
+            self.best_rank1 = score
         self.position = path = self.folder / f'checkpoint_ep{epoch + 1}.pth.tar'
         if self.run.rank:
             return

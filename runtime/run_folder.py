@@ -45,7 +45,7 @@ class RunFolder:
             if loaded.state is not None and (found is None or written(loaded.state) > written(found[1].state)):
                 found = path, loaded
         if found is None:
-            print(f'No checkpoint in {self.folder}: starting from the beginning')
+            print(f'No checkpoint in {self.folder}: starting from {self.named[0] or "the beginning"}')
         return found or (None, None)
 
     def clear(self, *patterns: str) -> None:

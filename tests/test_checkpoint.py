@@ -159,18 +159,47 @@ def test_a_best_model_that_was_deleted_is_replaced_by_the_next_one(tmp_path, cap
     assert torch.load(best, weights_only=True)['epoch'] == 0
     assert 'is missing' not in capsys.readouterr().out
     best.unlink()
-    record_test(checkpoint, 2, 0.4)
+    record_test(checkpoint, 2, 0.3)
     assert torch.load(best, weights_only=True)['epoch'] == 2
     assert f'{best} is missing: the weights of this epoch replace it\n' in capsys.readouterr().out
+    record_test(checkpoint, 3, 0.4)  # better than what is there now
+    assert torch.load(best, weights_only=True)['epoch'] == 3
 
 
-def test_a_run_that_continues_in_another_folder_writes_a_best_model_only_if_it_is_better(tmp_path, capsys):
+def stepped(folder, **changes):
+    """A run that has taken its first step."""
+    state = parts()
+    checkpoint = begin(options(folder, **changes), **state)
+    meter, epoch = meter_of(checkpoint), next(checkpoint.epochs(9))
+    next(meter.watch(Batches([0, 1]), epoch))
+    checkpoint.after_step(epoch, meter)
+    return checkpoint
+
+
+@pytest.mark.parametrize('interrupted', [False, True])
+def test_a_run_that_continues_in_another_folder_takes_its_best_model_with_it(interrupted, tmp_path, capsys):
+    """Whether or not it is interrupted there."""
     _, path = saved(tmp_path / 'old', epoch=0, rank1=0.5)
-    checkpoint = begin(options(tmp_path / 'new', resume=str(path)), **parts())
+    new, best = tmp_path / 'new', tmp_path / 'new' / 'best_model.pth.tar'
+    checkpoint = stepped(new, resume=str(path))
+    assert torch.load(best, weights_only=True)['epoch'] == 0
     record_test(checkpoint, 1, 0.4)
-    assert not (tmp_path / 'new' / 'best_model.pth.tar').exists() and 'is missing' not in capsys.readouterr().out
-    record_test(checkpoint, 2, 0.6)
-    assert torch.load(tmp_path / 'new' / 'best_model.pth.tar', weights_only=True)['epoch'] == 2
+    if interrupted:
+        checkpoint = begin(options(new, resume=str(path), auto_resume=True), **parts())
+    record_test(checkpoint, 2, 0.45)
+    assert torch.load(best, weights_only=True)['epoch'] == 0 and 'is missing' not in capsys.readouterr().out
+    record_test(checkpoint, 3, 0.6)
+    assert torch.load(best, weights_only=True)['epoch'] == 3
+
+
+def test_a_best_model_of_a_later_time_is_not_taken_along(tmp_path):
+    """Nor is a damaged one, or one that replaces another."""
+    _, path = saved(tmp_path / 'old', epoch=0, rank1=0.5)
+    saved(tmp_path / 'old', epoch=5, rank1=0.9)
+    for place in ('later', 'damaged'):
+        stepped(tmp_path / place, resume=str(path))
+        assert not (tmp_path / place / 'best_model.pth.tar').exists()
+        (tmp_path / 'old' / 'best_model.pth.tar').write_text('damaged')
 
 
 def test_best_model_is_the_best_also_after_a_resume(tmp_path):

@@ -105,7 +105,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
         'models.network runtime.device runtime.notices runtime.tiles weights'
     ),
     'runtime': '',
-    'runtime.best_model': 'models.loading models.network runtime.device utils weights',
+    'runtime.best_model': 'files.writing models.loading models.network runtime.device utils weights',
     'runtime.cards': '',
     'runtime.checkpoint': (
         'arguments data_manager files.writing models.layouts models.loading models.network page.results page.runs '
