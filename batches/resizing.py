@@ -15,7 +15,7 @@ from torch import Tensor
 
 BITS = 22  # Pillow's fixed point: 32 bits minus 8 for a pixel and 2 of headroom
 AT_ONCE = {'cpu': 1 << 17, 'cuda': 1 << 25}  # pixels processed at a time: fits a CPU's cache, bounds a GPU's memory
-PADDED = {'cpu': 1, 'cuda': 2}  # how many times as many pixels, to process images of several sizes at once
+PADDED = {'cpu': 1, 'cuda': 2}  # by how much images may be enlarged to a common size, to be processed at once
 
 # Positions in the batch, int64 (n,), and pixels, uint8 (n, H, W, 3), of the images of each size
 Images = Sequence[tuple[Tensor, Tensor]]
@@ -42,9 +42,8 @@ def render(
         order = torch.cat([positions for positions, _ in images]).to(device, non_blocking=True)  # (B,)
         rows, columns = rows[order], columns[order]
     scale, shift = affine(normalisation, width, device)
-    batch = torch.empty(
-        len(rows), height, width, 3, dtype=torch.float32, device=device
-    )  # (B, h, w, 3), one group after the other
+    # (B, h, w, 3), one group after the other
+    batch = torch.empty(len(rows), height, width, 3, dtype=torch.float32, device=device)
     done, clamp = 0, interpolation == 'bicubic'  # which has negative weights
     for some in _together([pixels for _, pixels in images], height, width):
         pixels = _padded(some)  # (N, H, W, 3)
