@@ -228,8 +228,7 @@ class Arguments(argparse.Namespace):
 
     def plain(self) -> argparse.Namespace:
         """The options alone, in alphabetical order, as printed and as stored in checkpoints."""
-        options = sorted(vars(self).items())
-        return argparse.Namespace(**{name: _plain(value) for name, value in options if name not in ROOMS})
+        return argparse.Namespace(**{key: _plain(each) for key, each in sorted(vars(self).items()) if key not in ROOMS})
 
 
 class ExperimentParser(commands.Parser):
@@ -243,7 +242,7 @@ class ExperimentParser(commands.Parser):
             description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, add_help=False
         )
         super().add_argument('-h', '--help', action='help', help='show this help message and exit')  # not of the recipe
-        self.kind = kind
+        self.kind, self.shared = kind, list[argparse.Action]()  # shared: options that do not belong to the recipe
         self.experiment = self.add_argument_group(
             'the experiment (a resumed run must use the same values, except for --max-epoch and --pretrained)'
         )
@@ -273,8 +272,7 @@ class ExperimentParser(commands.Parser):
                 self.error(message.format(**vars(parsed)))
         check(self, parsed)
         plain = vars(parsed.plain())
-        others = {'help', *FREE, *(each.name for room, each in _options() if room)}
-        recipe = [action for action in self._actions if action.dest not in others]
+        recipe = [each for each in self._actions if each not in self.shared and each.dest not in ('help', *FREE)]
         more = {
             'arguments': plain,
             'given': self._given(args, plain),
@@ -301,7 +299,8 @@ class ExperimentParser(commands.Parser):
 
 
 def _plain(value: object) -> object:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return [_plain(each) for each in plain] if isinstance(plain, list) else plain
 
 
 def parser(description: str | None, dataset: str, test_batch: int, without: Collection[str] = ()) -> ExperimentParser:
@@ -334,7 +333,8 @@ def parser(description: str | None, dataset: str, test_batch: int, without: Coll
             metadata['action'] = 'store_true'
         for key, word in words.items():
             text = text.replace(f'{{{key}}}', word)
-        headings[heading](*sorted(flags, key=len), dest=each.name, default=each.default, help=text, **metadata)
+        made = headings[heading](*sorted(flags, key=len), dest=each.name, default=each.default, help=text, **metadata)
+        parser.shared += [made] * bool(room)
     parser.set_defaults(dataset=dataset, test_batch=test_batch)
     return parser
 

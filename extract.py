@@ -229,6 +229,7 @@ def check_finite(features: Tensor, items: Sequence[Any], start: int) -> None:
     wrong = (~features.isfinite().all(1)).nonzero().flatten().tolist()
     if wrong:
         item = items[start + wrong[0]]
+        item = item[0] if isinstance(item, tuple) else item  # the first frame of a tracklet
         name = plain(os.fspath(item), 500) if isinstance(item, str | os.PathLike) else f'image {start + wrong[0]}'
         raise UserError(f'the features of {name} are not finite: use precision fp32')
 

@@ -159,12 +159,12 @@ KERNELS = {'bilinear': (_triangle, 1.0), 'bicubic': (_cubic, 2.0)}  # kernel, an
 @functools.lru_cache(maxsize=16)
 def affine(normalisation: Normalisation, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Factor and addend for pixels 0..255, (w, 3) each, many times faster than broadcasting three numbers."""
-    mean, std = torch.tensor(normalisation, dtype=torch.float64)  # (3,) each
+    mean, std = torch.tensor(normalisation, dtype=torch.float64, device='cpu')  # (3,) each
     table = torch.stack([1 / (255 * std), -mean / std]).float()  # (2, 3)
     return tuple(table[:, None].expand(2, width, 3).contiguous().to(device))
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=2048)
 def _taps(
     source: int, targets: tuple[int, ...], interpolation: str, device: torch.device, least: int = 0
 ) -> tuple[Tensor, Tensor]:

@@ -99,10 +99,20 @@ def collate(items: Sequence[tuple], pin: bool = False) -> Block:
         forms = ', '.join(f'{dtype} (3, {height}, {width})' for dtype, (height, width, _) in by_form)
         raise UserError(f'{RETURNS} {forms}')
     kind = torch.uint8 if images[0].dtype == np.uint8 else torch.float32
-    pixels = torch.empty(sum(image.size for image in images), dtype=kind, device='cpu', pin_memory=pin)
+    pixels = _empty(sum(image.size for image in images), kind, pin)
     np.concatenate([images[i].reshape(-1) for group in by_form.values() for i in group], out=pixels.numpy())
     groups = [(np.array(group), (len(group), *shape)) for (_, shape), group in by_form.items()]
     return Block(groups, pixels, counts, [int(pid) for _, pid, *_ in items], [tuple(item[3:]) for item in items])
+
+
+def _empty(size: int, kind: torch.dtype, pin: bool) -> Tensor:
+    """Memory of the host, pinned unless CUDA cannot pin more, as under WSL or in a small container."""
+    try:
+        return torch.empty(size, dtype=kind, device='cpu', pin_memory=pin)
+    except RuntimeError:
+        if not pin:
+            raise
+        return torch.empty(size, dtype=kind, device='cpu')
 
 
 def _channels_last(image: Any) -> np.ndarray:
@@ -242,10 +252,7 @@ class Worker:
             raise answer
         block: Block
         block, kind, size = answer
-        try:
-            block.pixels = torch.empty(size, dtype=kind, device='cpu', pin_memory=pin)
-        except RuntimeError:  # CUDA cannot pin more, as under WSL or in a small container
-            block.pixels = torch.empty(size, dtype=kind, device='cpu')
+        block.pixels = _empty(size, kind, pin)
         with self._watched():
             _read(self.blocks.fileno(), block.pixels.numpy().data.cast('B'))
         return block

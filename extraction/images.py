@@ -36,7 +36,9 @@ def pixels_of(image: Any, bgr: bool, where: str) -> Tensor:
             raise UserError(f'{where} has pixels of more than 8 bits ({image.mode}): convert it to RGB')
         try:
             image, bgr = np.array(image if image.mode == 'RGB' else image.convert('RGB')), False
-        except (OSError, SyntaxError, ValueError) as problem:  # it is decoded only now
+        except MemoryError:  # not the image's fault
+            raise
+        except Exception as problem:  # of any type: it is decoded only now
             raise Unreadable(f'{where} cannot be read: {plain(str(problem))}') from problem
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
@@ -88,7 +90,7 @@ def cut(frame: Tensor, boxes: Any) -> list[Tensor]:
 
 def _rows(boxes: Any) -> Any:
     """An iterator as a list; rows may be tensors on a device."""
-    if isinstance(boxes, np.ndarray):
+    if hasattr(boxes, '__array__'):
         return boxes
     return [row.tolist() if isinstance(row, Tensor) else row for row in boxes]
 

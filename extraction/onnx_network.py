@@ -26,7 +26,7 @@ LAYOUT = 'uint8 (batch, height, width, 3), RGB -> float32 (batch, feat_dim)'
 INPUT, OUTPUT = 'images', 'features'
 # The training options that `search.py --calibrate` and the notices need; the others may contain the user's paths
 KEPT_OPTIONS = ('dataset', 'combine', 'validate', 'test_share', 'seed', 'height', 'width', 'pool')
-LENGTHS = range(1, 10_000)  # of an image or a feature; files of strangers may have any
+LENGTHS = range(1, 4097)  # pixels of a side, and dimensions of a feature, that files of strangers may ask for
 PIXELS: Normalisation = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # leaves pixels as they are, 0 to 255
 
 
@@ -198,6 +198,8 @@ def open_onnx(path: str | os.PathLike) -> tuple[OnnxNetwork, Facts]:
     network = OnnxNetwork(session, facts)
     try:
         shape = tuple(network(torch.zeros(1, 3, facts.height, facts.width)).shape)
+    except MemoryError:
+        raise
     except Exception as problem:  # of any type: another library runs the graph
         raise UserError(f'{where} cannot be run ({plain(str(problem))}): export the weights again') from problem
     if shape != (1, facts.feat_dim):

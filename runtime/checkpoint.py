@@ -136,7 +136,7 @@ class Checkpoint:
     def _check_begins(self, where: str) -> None:
         """Raise UserError if a run that starts from weights alone would be mixed with the one in its folder."""
         held = [path for path in sorted(self.folder.glob('*.pth.tar')) if path.resolve() != Path(where).resolve()]
-        if held and not self.options.overwrite:
+        if held and not (self.options.overwrite or self.options.auto_resume):  # which has found no run to continue
             raise UserError(
                 f'--resume {where} has only weights, from which a new run starts, and --save-dir {self.folder} '
                 f'contains the checkpoints of a run ({held[0].name}): choose another folder, or remove them with '
@@ -164,6 +164,9 @@ class Checkpoint:
         check_saved(self._state(first - 1, self.start_batch, None))
         if self.run.rank == 0:
             self.files.clear(PARTIAL)  # incomplete files left by a killed process
+            if self.resumes and self.path:  # perhaps from another folder
+                theirs = Path(self.path).with_name('best_model.pth.tar')
+                best_model.inherit(theirs, self.folder, self.best_rank1, self.run.unwritten)
         if not self.options.overwrite:  # it frees space
             self._check_room()
         self.saved = time.monotonic()
@@ -222,9 +225,6 @@ class Checkpoint:
             self.files.clear_results()
         elif afresh:
             self.files.clear(r'metrics\.csv')
-        if self.resumes and self.path:  # perhaps in another folder
-            theirs = Path(self.path).with_name('best_model.pth.tar')
-            best_model.inherit(theirs, self.folder, self.best_rank1, self.run.unwritten)
 
     def rescue(self) -> Path | None:
         """Save the state of a failing run unless it is already saved. Returns the file, or None if there is none.
@@ -274,14 +274,14 @@ class Checkpoint:
         score = held_out.get('mAP', rank1)
         best, earlier = self.folder / 'best_model.pth.tar', self.best_rank1
         is_best = score is None or score > earlier
+        self.position = path = self.folder / f'checkpoint_ep{epoch + 1}.pth.tar'
+        if self.run.rank:
+            return
         if not is_best and not best.exists():
             is_best = True
             print(f'{best} is missing: the weights of this epoch replace it')
         if is_best and score is not None:
             self.best_rank1 = score
-        self.position = path = self.folder / f'checkpoint_ep{epoch + 1}.pth.tar'
-        if self.run.rank:
-            return
         meter.tested(epoch, figures)
         if not self._is_finite():
             raise UserError(f'weights are not finite after epoch {epoch + 1}; nothing was saved. Try a lower --lr')

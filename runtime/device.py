@@ -214,10 +214,10 @@ def synchronised(module: nn.Module) -> nn.Module:
     Those of timm's that include an activation become timm's synchronised ones; torch would drop the activation. For
     other kinds with a forward of their own, UserError.
     """
-    usual = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
+    usual = nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward
     norms = {type(each) for each in module.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)}
     convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
-    for kind in norms - {*usual}:
+    for kind in (kind for kind in norms if kind.forward not in usual):
         if not kind.__module__.startswith('timm.'):
             raise UserError(f'--sync-bn cannot replace {kind.__name__}, whose forward is its own: remove --sync-bn')
         import timm.layers

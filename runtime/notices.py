@@ -94,7 +94,7 @@ def of_data(trained: Training, dataset: Dataset, name: str) -> list[str]:
         return [f'{where} was trained on query and gallery of {name} too (--combine): its figures are of known persons']
     share, seed = trained.options.get('test_share'), trained.options.get('seed')
     how = how_drawn(share, seed) if isinstance(share, float) and isinstance(seed, int) else ''
-    if part and dataset.drawn and how not in dataset.drawn:
+    if how and part and dataset.drawn and f'({how})' not in dataset.drawn:
         return [f'{where} was trained on {name} with {how}: persons of that training may be among those tested']
     if part and (len(together) > 1 or trained.options.get('validate')):  # it is unknown which part was trained on
         return []

@@ -16,7 +16,12 @@ from runtime.errors import UserError
 
 ENTRIES = {'recipe': dict, 'state': dict, 'epoch': int, 'best_rank1': int | float}  # that a run needs to continue
 
-SIMPLE = {str, int, float, bool, NoneType, np.float32, np.float64}  # what `weights.read` accepts, besides tensors
+# What `weights.read` accepts
+SIMPLE = {str, int, float, bool, NoneType, np.float32, np.float64}
+SAVED_DTYPES = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool,
+}  # fmt: skip
 CONTAINERS = {dict, OrderedDict, Counter, list, tuple}
 
 
@@ -93,12 +98,13 @@ def check_saved(state: Any, entry: str = '') -> None:
     Such values come from a script: an option of a type of its own, or milestones computed with NumPy.
     """
     kind = type(state)
-    if kind in SIMPLE or isinstance(state, torch.Tensor):
+    if kind in SIMPLE or (isinstance(state, torch.Tensor) and state.dtype in SAVED_DTYPES):
         return
+    of = f' of {state.dtype}' if isinstance(state, torch.Tensor) else ''
     if kind not in CONTAINERS:
         raise UserError(
-            f'the checkpoints of this run could not be read again, because of a {kind.__module__}.{kind.__qualname__} '
-            f'in {entry}: use tensors, numbers and strings of Python, lists, tuples or dicts'
+            f'the checkpoints of this run could not be read again, because of a {kind.__module__}.{kind.__qualname__}'
+            f'{of} in {entry}: use tensors, numbers and strings of Python, lists, tuples or dicts'
         )
     for name, value in state.items() if isinstance(state, dict) else enumerate(state):
         check_saved(name, f'the keys of {entry}')

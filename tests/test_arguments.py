@@ -104,7 +104,11 @@ def test_options_of_all_kinds():
     parser.add_argument('--more', action='extend', nargs='+', default=['a'])
     parser.add_argument('--deep', action='count', default=0)
     parser.add_argument('--teacher', type=Path, default='here')
-    args = parser.parse_args(['--stage', '1', '--stage', '2', '--more', 'b', 'c', '--deep', '--deep'])
+    parser.add_argument('--folders', type=Path, nargs='+')
+    parser.add_argument('--pool', default='avg')  # the name of an option of videos
+    words = '--stage 1 --stage 2 --more b c --deep --deep --folders a b --pool gem'
+    args = parser.parse_args(words.split(' '))
+    assert (args.save.recipe['pool'], args.save.recipe['folders']) == ('gem', ['a', 'b'])
     assert (args.stage, args.more, args.deep, args.teacher) == ([1, 2], ['a', 'b', 'c'], 2, Path('here'))
     assert args.save.recipe['teacher'] == args.save.defaults['teacher'] == 'here'
     assert {'stage', 'more', 'deep'} <= args.save.given

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import MultiStepLR, StepLR
 import weights
 from arguments import SaveOptions, ShowOptions
 from readers.tree import Dataset
+from runtime import state as states
 from runtime.checkpoint import Checkpoint
 from runtime.device import Run
 from runtime.errors import UserError
@@ -100,6 +101,7 @@ VALUES = [
     OrderedDict(a=1), Counter([1]), np.int64(1), np.bool_(True), np.ones(2), Counter([np.int64(1)]), {'a': {1}}, {1},
     Path('a'), defaultdict(int), 1j, range(2), torch.float32, torch.device('cpu'), torch.Size([1]), Fraction(1),
     [Path('a')], ({'a': Path('a')},),
+    *(torch.ones(1, dtype=each) for each in (torch.complex64, torch.uint16, *states.SAVED_DTYPES)),
 ]  # fmt: skip
 
 
@@ -190,6 +192,23 @@ def test_a_run_that_continues_in_another_folder_takes_its_best_model_with_it(int
     assert torch.load(best, weights_only=True)['epoch'] == 0 and 'is missing' not in capsys.readouterr().out
     record_test(checkpoint, 3, 0.6)
     assert torch.load(best, weights_only=True)['epoch'] == 3
+
+
+def test_a_run_that_continues_before_a_test_takes_its_best_model_with_it(tmp_path):
+    """It has no step before that test."""
+    _, path = saved(tmp_path / 'old', epoch=0, rank1=0.5)
+    checkpoint = begin(options(tmp_path / 'new', resume=str(path)), **parts())
+    next(checkpoint.epochs(9))
+    record_test(checkpoint, 1, 0.1)
+    assert torch.load(tmp_path / 'new' / 'best_model.pth.tar', weights_only=True)['epoch'] == 0
+
+
+def test_weights_alone_start_with_auto_resume_where_only_damaged_files_are(tmp_path):
+    foreign = tmp_path / 'foreign.pth'
+    torch.save(parts()['model'].state_dict(), foreign)
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'checkpoint_ep1.pth.tar').write_text('damaged')
+    assert begin(options(tmp_path / 'run', resume=str(foreign), auto_resume=True), **parts()).epoch == 0
 
 
 def test_a_best_model_of_a_later_time_is_not_taken_along(tmp_path):

@@ -243,6 +243,10 @@ def test_sync_bn_is_refused_for_a_normalisation_with_a_forward_of_its_own():
         def forward(self, x):
             return super().forward(x).relu()
 
+    class Same(torch.nn.BatchNorm1d):
+        """With the usual forward."""
+
+    assert isinstance(device.synchronised(Same(3)), torch.nn.SyncBatchNorm)
     with pytest.raises(UserError, match=r'--sync-bn cannot replace Mine, whose forward is its own: remove --sync-bn'):
         device.synchronised(torch.nn.Sequential(Mine(3)))
 

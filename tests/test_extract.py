@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import shutil
 import sys
 import threading
 import warnings
@@ -24,11 +25,13 @@ import models
 import ranking
 import weights
 from arguments import TestOptions
+from batches import resizing
 from extract import FeatureExtractor
 from extraction import images as given
 from extraction import source
 from files.features import read
 from models.network import Training
+from runtime import precision
 from runtime.errors import UserError
 from runtime.precision import tf32
 
@@ -292,6 +295,8 @@ def test_the_features_are_the_callers(extractor, files):
 
 def test_the_defaults_of_the_program_change_nothing(file, files, extractor):
     expected = extractor(files)
+    resizing.affine.cache_clear()
+    resizing._taps.cache_clear()
     try:
         torch.set_default_dtype(torch.float64)
         torch.set_default_device('meta')  # in place of a GPU
@@ -356,17 +361,19 @@ def test_tf32_is_changed_by_one_thread_at_a_time():
     before = matmul.fp32_precision
 
     def other():
+        seen.append(precision._SETTING.acquire(blocking=False))
+        started.set()
         with tf32(True):
             seen.append(matmul.fp32_precision)
 
-    thread = threading.Thread(target=other)
+    thread, started = threading.Thread(target=other), threading.Event()
     with tf32(False):
         thread.start()
-        thread.join(timeout=0.2)
+        started.wait()
         with tf32(False, convolutions=False):
-            assert (seen, matmul.fp32_precision) == ([], 'ieee')
+            assert (seen, matmul.fp32_precision) == ([False], 'ieee')
     thread.join()
-    assert (seen, matmul.fp32_precision) == (['tf32'], before)
+    assert (seen, matmul.fp32_precision) == ([False, 'tf32'], before)
 
 
 # The command
@@ -465,6 +472,7 @@ def test_pictures_that_were_replaced_are_computed_again(command, file, files, tm
     """Though an unfinished call has their features."""
     broken = tmp_path / 'broken.jpg'
     broken.write_text('no image')
+    files = [shutil.copy(name, tmp_path) for name in files]
     args = '-o', tmp_path / 'out', '--batch', 5
     assert command(*files[:12], broken, *args)[0] == 2
     Image.open(files[20]).save(files[7])

@@ -152,7 +152,7 @@ def test_test_persons_of_a_folder_that_were_drawn_otherwise(more, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     people(tmp_path / 'people')
     trained = Training('a file', options={'dataset': 'folder:people', 'test_share': 0.5, 'seed': 3, **more})
-    for seed, share, differs in ((3, 0.5, False), (1, 0.5, True), (3, 0.3, True)):
+    for seed, share, differs in ((3, 0.5, False), (1, 0.5, True), (31, 0.5, True), (3, 0.3, True)):
         dataset = data_manager.init_dataset('folder:people', seed=seed, test_share=share)
         found = notices.of_data(trained, dataset, 'folder:people')
         assert found == differs * [
