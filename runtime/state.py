@@ -18,10 +18,10 @@ ENTRIES = {'recipe': dict, 'state': dict, 'epoch': int, 'best_rank1': int | floa
 
 # What `weights.read` accepts
 SIMPLE = {str, int, float, bool, NoneType, np.float32, np.float64}
-SAVED_DTYPES = {
+SAVED_DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool,
-}  # fmt: skip
+)  # fmt: skip
 CONTAINERS = {dict, OrderedDict, Counter, list, tuple}
 
 
