@@ -370,7 +370,7 @@ def test_equal_distances_give_exactly_the_figures_of_the_cpu(rerank, data_dir, t
     assert len(drawn[1].unique(dim=0)) < len(drawn[1]) - 5
     for place in (torch.device('cpu'), DEVICE):
         folder = tmp_path / place.type / str(len(list(tmp_path.iterdir())))
-        options = TestOptions(save_dir=str(folder), no_report=True, rerank=rerank, k1=4, k2=2)
+        options = TestOptions(save_dir=str(folder), no_report=True, rerank=rerank, k1=4, k2=2, interpolation='bilinear')
         extracted = [(features.to(place), torch.arange(len(features))) for features in drawn]
         with mock.patch.object(evaluation, 'extract', side_effect=extracted):
             evaluation.Test(dataset, options, Run(place))(nn.Identity())
