@@ -56,7 +56,7 @@ STAGES = [  # runs by name and what they add to OPTIONS; the second stage reads 
 ]
 SHARED = 'train_img_model_xent_htri'  # is run in two processes: its loss needs the features of both
 VARYING_TEXT = re.compile(r'(?<=elapsed time \(h:m:s\): )\S+|\S+(?= GB free memory)')
-VARYING = ('date', 'revision', 'images_per_s', 'data_wait')  # entries that no two runs have in common
+VARYING = ('date', 'revision', 'written', 'images_per_s', 'data_wait')  # entries that no two runs have in common
 FIRST = ('exit status', 'stderr', 'stdout', 'metrics.csv', 'results.json')  # in the report; then the other files
 SHOWN = 4  # files of a run, and lines of a file, that are listed
 STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
@@ -261,7 +261,7 @@ def read(path: Path, root: Path) -> Any:
 
         state = torch.load(path, map_location='cpu', weights_only=True)
         provenance = json.dumps(state.get('provenance', {})).replace(f'{root}/', '')
-        return state | {'provenance': _lasting(json.loads(provenance))}
+        return _lasting(state) | {'provenance': _lasting(json.loads(provenance))}
     if path.suffix == '.npz':
         import numpy as np
 

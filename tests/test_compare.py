@@ -174,7 +174,7 @@ def test_files_are_compared_by_what_they_hold(tmp_path):
         made = {'revision': number, 'command': [f'{folder}/a.py']}
         options = {'lr': 1.0} | ({'new': 1} if number else {})
         state = {'arguments': options, 'recipe': options, 'provenance': made, 'state_dict': {'a': torch.zeros(1)}}
-        torch.save(state, folder / 'best_model.pth.tar')
+        torch.save(state | {'written': float(number)}, folder / 'best_model.pth.tar')
         sides.append({path.name: compare.read(path, folder) for path in folder.iterdir()} | {'exit status': 0})
     sides[1]['results.csv'] = []
     notes = set()
