@@ -68,7 +68,7 @@ class Recipe:
         'used once, at the end', metavar='SHARE', type=fraction)  # fmt: skip
     test_share: float = option(0.5, 'share of the persons of folder:DIR without a split to draw for the test',
         type=fraction)  # fmt: skip
-    arch: str = option('resnet50', 'one of {models}', '-a')
+    arch: str = option('resnet50', 'one of {models}, or timm:NAME, see docs/models.md', '-a')
     pretrained: str = option('imagenet',
         'initial weights of the network; PATH is a checkpoint or a torchvision backbone. Ignored if --resume is '
         'given', metavar='imagenet|none|PATH', type=path)  # fmt: skip
@@ -85,7 +85,7 @@ class Recipe:
     interpolation: str = option('', "for resizing images; by default bilinear, for networks of timm their own",
         choices=('bilinear', 'bicubic'))  # fmt: skip
     max_epoch: int = option(60, 'number of epochs', type=positive_int)
-    lr: float = option(0.0003, 'initial learning rate of Adam', '--learning-rate', type=positive_float)
+    lr: float = option(0.0003, 'learning rate of Adam, before any decay', '--learning-rate', type=positive_float)
     stepsize: float = option(20, 'epochs between decays of the learning rate; 0 or less: no decay',
         type=epochs_or_never)  # fmt: skip
     gamma: float = option(0.1, 'factor by which the learning rate is multiplied at each decay', type=positive_float)
@@ -128,7 +128,7 @@ class DataOptions(Shared):
 class TestOptions(Shared):
     __test__ = False  # not a test case, despite its name
 
-    test_batch: int = option(32, '{things} per batch, over all GPUs; does not affect the results', type=positive_int)
+    test_batch: int = option(32, '{things} per batch, over all GPUs; affects only rounding', type=positive_int)
     save_features: bool = option(False,
         'write the query and gallery features to --save-dir, for `python ranking.py`')  # fmt: skip
     distance: str = option('euclidean', 'distance between features', choices=('euclidean', 'cosine'))
@@ -214,7 +214,7 @@ class ShowOptions(Shared):
     tensorboard: bool = option(False, 'write TensorBoard event files to --save-dir', under='run')
 
 
-ROOMS = {'data': DataOptions, 'test': TestOptions, 'save': SaveOptions, 'run': RunOptions, 'show': ShowOptions}
+GROUPS = {'data': DataOptions, 'test': TestOptions, 'save': SaveOptions, 'run': RunOptions, 'show': ShowOptions}
 
 
 class Arguments(argparse.Namespace):
@@ -228,7 +228,8 @@ class Arguments(argparse.Namespace):
 
     def plain(self) -> argparse.Namespace:
         """The options alone, in alphabetical order, as printed and as stored in checkpoints."""
-        return argparse.Namespace(**{key: _plain(each) for key, each in sorted(vars(self).items()) if key not in ROOMS})
+        options = {key: _plain(each) for key, each in sorted(vars(self).items()) if key not in GROUPS}
+        return argparse.Namespace(**options)
 
 
 class ExperimentParser(commands.Parser):
@@ -280,10 +281,10 @@ class ExperimentParser(commands.Parser):
             # If two options share a name in `args`, the default of the first one counts.
             'defaults': {action.dest: self._default(action) for action in reversed(recipe)},
         }
-        for room, group in ROOMS.items():
+        for module, group in GROUPS.items():
             values = {field.name: (plain | more)[field.name] for field in dataclasses.fields(group)
                       if field.name in plain | more}  # fmt: skip
-            setattr(parsed, room, group(**values))
+            setattr(parsed, module, group(**values))
         return parsed
 
     def _given(self, args: Sequence[str] | None, names: Collection[str]) -> frozenset[str]:
@@ -294,8 +295,8 @@ class ExperimentParser(commands.Parser):
 
     def _default(self, action: argparse.Action) -> object:
         """The value of an option that is not given; argparse converts a default only if it is a string."""
-        converted = callable(action.type) and isinstance(action.default, str)
-        return _plain(action.type(action.default) if converted and callable(action.type) else action.default)
+        value, convert = action.default, action.type
+        return _plain(convert(value) if callable(convert) and isinstance(value, str) else value)
 
 
 def _plain(value: object) -> object:
@@ -320,12 +321,12 @@ def parser(description: str | None, dataset: str, test_batch: int, without: Coll
         'things': 'tracklets' if kind == 'video' else 'images',
     }
     headings: dict[str, Callable[..., argparse.Action]] = {'': parser.add_argument}
-    for room, each in _options():
+    for module, each in _options():
         metadata = dict(each.metadata)
         if metadata.pop('kind', kind) != kind or each.name in without:
             continue
         text, names, under = (metadata.pop(key) for key in ('help', 'names', 'under'))
-        heading = under or room
+        heading = under or module
         if heading not in headings:
             headings[heading] = parser.add_argument_group(heading).add_argument
         flags = [metadata.pop('flag', f'--{each.name.replace("_", "-")}'), *names]
@@ -334,7 +335,7 @@ def parser(description: str | None, dataset: str, test_batch: int, without: Coll
         for key, word in words.items():
             text = text.replace(f'{{{key}}}', word)
         made = headings[heading](*sorted(flags, key=len), dest=each.name, default=each.default, help=text, **metadata)
-        parser.shared += [made] * bool(room)
+        parser.shared += [made] * bool(module)
     parser.set_defaults(dataset=dataset, test_batch=test_batch)
     return parser
 
@@ -342,9 +343,8 @@ def parser(description: str | None, dataset: str, test_batch: int, without: Coll
 def _options() -> Iterator[tuple[str, dataclasses.Field]]:
     """Every option once, with the module whose group it belongs to; '' for those of the experiment."""
     seen: set[str] = set()
-    for room, group in {'': Recipe, 'data': DataOptions, 'test': TestOptions, 'save': SaveOptions, 'run': RunOptions,
-                        'show': ShowOptions}.items():  # fmt: skip
+    for module, group in ({'': Recipe} | GROUPS).items():
         for each in dataclasses.fields(group):
             if 'help' in each.metadata and each.name not in seen:
                 seen.add(each.name)
-                yield room, each
+                yield module, each

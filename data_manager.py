@@ -92,14 +92,14 @@ def kind_of(name: str) -> str:
 
     Raises UserError if the user's own data do not exist.
     """
-    own, place = _own(name)
-    return OWN[own][1](place) if own else 'image' if name in IMAGES else 'video' if name in TRACKLETS else ''
+    form, place = _own(name)
+    return OWN[form][1](place) if form else 'image' if name in IMAGES else 'video' if name in TRACKLETS else ''
 
 
 def _own(name: str) -> tuple[str, str]:
     """Form and place of the user's own data; two empty strings for any other name."""
-    own, colon, place = name.partition(':')
-    return (own, values.path(place)) if colon and own in OWN else ('', '')
+    form, colon, place = name.partition(':')
+    return (form, values.path(place)) if colon and form in OWN else ('', '')
 
 
 def init_dataset(
@@ -114,13 +114,13 @@ def init_dataset(
     Raises UserError for an unknown name, for a toy that cannot be drawn, for a training set that is needed but cannot
     be used, and in the cases listed by the class.
     """
-    own, place = _own(name)
-    if not own and name not in get_names():
+    form, place = _own(name)
+    if not form and name not in get_names():
         raise UserError(f"there is no data set '{plain(name)}': choose one of {', '.join(get_names())}, or {OWN_NAMES}")
     print(f'Initializing dataset {plain(name, 500)}')
-    if own:
-        drawn = {'test_share': test_share, 'seed': seed} if own == 'folder' else {}
-        dataset = OWN[own][0](place, name, **drawn)
+    if form:
+        drawn = {'test_share': test_share, 'seed': seed} if form == 'folder' else {}
+        dataset = OWN[form][0](place, name, **drawn)
     else:
         dataset = _from_data_dir(name, data_dir)
     if dataset.untrainable and train:
@@ -136,9 +136,9 @@ def _from_data_dir(name: str, data_dir: str) -> Dataset:
     except OSError as error:
         raise UserError(f'{name} cannot be read or drawn in {data_dir}: {error}; choose another --data-dir') from error
     if not isinstance(dataset, Dataset):  # any object with the three lists and perhaps multi_query()
-        own = dataset
-        dataset = Dataset(name, own.train, own.query, own.gallery)
-        dataset.multi_query = getattr(own, 'multi_query', dataset.multi_query)
+        described = dataset
+        dataset = Dataset(name, described.train, described.query, described.gallery)
+        dataset.multi_query = getattr(described, 'multi_query', dataset.multi_query)
     return dataset
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from arguments import DataOptions
-from batches.caching import ROOM, Cache, free_memory, gigabytes
+from batches.caching import USABLE, Cache, free_memory, gigabytes
 from batches.decoding import read_image
 from batches.feed import Feed
 from batches.workers import Block, Items, SizeGroup, Task, Workers, collate
@@ -173,7 +173,7 @@ class TrainLoader:
             if images[0][1].is_floating_point() and not self.announced:
                 self.announced = True
                 print('The data set returns float images: they count as prepared and are not augmented')
-            _seed(step + self.run.rank, self.run.device)
+            seed_network(step + self.run.rank, self.run.device)
             yield images, pids, batch_draws, *more
         if start == 0:
             self._advise(feed.waited, feed.waited / (time.perf_counter() - began))
@@ -182,8 +182,8 @@ class TrainLoader:
         if self.kind == 'none':
             return self.workers
         if self.cache is None:
-            size, draws = sampled(self.dataset)
-            if draws:
+            size, is_random = estimate(self.dataset)
+            if is_random:
                 raise self._not_cached("it draws from Python's, numpy's or torch's global generator")
             self.cache = Cache(len(self.dataset), size, self.kind, self.workers, self.run)
         return self.cache
@@ -205,9 +205,9 @@ class TrainLoader:
         if not helps or self.advised or self.run.rank:
             return
         self.advised = True
-        size, draws = sampled(self.dataset)
+        size, is_random = estimate(self.dataset)
         size *= self.run.processes.local_world_size  # each process would have a copy
-        if size < ROOM * free_memory(torch.device('cpu')) and not draws:
+        if size < USABLE * free_memory(torch.device('cpu')) and not is_random:
             waiting = f'{share:.0%} of the epoch was spent waiting for images'
             print(f'{waiting}; --cache ram would keep all of them in {gigabytes(size)}')
 
@@ -217,7 +217,8 @@ class TestLoader:
 
     `images` are the images of the batch's items in order; `counts` is the number of images of each item: 1, or the
     number of frames of a tracklet. Process r of W takes items r, r + W, ... of each batch; batches without items for it
-    are skipped. If `groups` (N,), the group of each item, is given, it takes the items of groups r, r + W, ...
+    are skipped. If `groups` (N,), the group of each item, is given, it takes all items of the
+    groups r, r + W, ...
 
     Raises:
         UserError: an image cannot be read.
@@ -229,9 +230,9 @@ class TestLoader:
         items: Sequence[int] = range(len(dataset))
         shares = (items[at : at + batch_size][run.rank :: run.world_size] for at in items[::batch_size])
         if groups is not None:
-            own: list[int] = np.flatnonzero(groups % run.world_size == run.rank).tolist()
+            in_process: list[int] = np.flatnonzero(groups % run.world_size == run.rank).tolist()
             step = max(1, batch_size // run.world_size)
-            shares = (own[at : at + step] for at in range(0, len(own), step))
+            shares = (in_process[at : at + step] for at in range(0, len(in_process), step))
         self.items = [list(share) for share in shares if share]
         self.dataset, self.workers, self.run = dataset, workers, run
 
@@ -243,21 +244,6 @@ class TestLoader:
         feed = Feed(workers.blocks(map(Task, self.items, self.items)), self.run.device, self.run.copying)
         for (images, _, counts, _), items in zip(feed, self.items, strict=True):
             yield images, torch.tensor(items), torch.tensor(counts)
-
-
-def train_loader(dataset: Items, sampler: EpochSampler, options: DataOptions, run: Run) -> TrainLoader:
-    """The training batches of `dataset`, composed by `sampler`."""
-    return TrainLoader(dataset, sampler, options, run)
-
-
-def test_loader(
-    dataset: Items, batch_size: int, workers: int, run: Run, groups: np.ndarray | None = None
-) -> TestLoader:
-    """The items of `dataset` in order, in batches of `batch_size` over all processes, each with `workers` decoders.
-
-    groups: (N,), to give all items of a group to the same process
-    """
-    return TestLoader(dataset, batch_size, workers, run, groups)
 
 
 def takes_rng(dataset: Items) -> bool:
@@ -297,7 +283,7 @@ def seed_generators(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
-def _seed(number: int, device: torch.device) -> None:
+def seed_network(number: int, device: torch.device) -> None:
     """Seed what the network draws from in a step, as for dropout or stochastic depth.
 
     `torch.manual_seed` is slow as long as a GPU that is there has not been used.
@@ -319,7 +305,7 @@ def generators_kept() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def sampled(dataset: Items) -> tuple[int, bool]:
+def estimate(dataset: Items) -> tuple[int, bool]:
     """By a sample of 64: bytes of all images, and whether reading them draws from the global random generators."""
 
     def drawn() -> tuple[float, ...]:

@@ -2,8 +2,9 @@
 
 The protocol is Market-1501's (Zheng et al., Scalable Person Re-identification: A Benchmark, ICCV 2015): for each query,
 gallery items of the same pid and the same camid are dropped; the remaining items of the same pid are its matches; a
-query without a match is skipped. Items are sorted by distance, ties by gallery index. With --any-camera file numbers
-replace the camids (`files.paths.same_files`), so that a query drops only its own file.
+query without a match is skipped. AP is the mean of the precisions at the matches, as in the original; their own
+code applies the trapezoidal rule to the precision-recall curve. Items are sorted by distance, ties by gallery index.
+With --any-camera file numbers replace the camids (`files.paths.same_files`), so that a query drops only its own file.
 
 METRICS lists the reported metrics. To add one, add a function and a row: it is then printed, written to results.json,
 results.csv, metrics.csv and TensorBoard, and shown on the page.
@@ -125,7 +126,7 @@ def average_precision(ranks: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 def inverse_negative_penalty(ranks: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """(Q,) float64: number of matches / rank of the last one, NaN without a match; arguments as for `cmc`.
 
-    Ye et al., Deep Learning for Person Re-identification: A Survey and Outlook, TPAMI 2021, arXiv 2001.04193.
+    Ye et al., Deep Learning for Person Re-identification: A Survey and Outlook, TPAMI 2021, arXiv:2001.04193.
     """
     matches = np.diff(offsets)  # (Q,)
     valid = matches > 0
@@ -151,7 +152,7 @@ class Metric:
     score: Callable[[np.ndarray, np.ndarray], np.ndarray]  # ranks, offsets as for cmc -> (Q,) float64, 0..1 or NaN
 
 
-# These are printed in the original's format: mAP, CMC curve.
+# Not printed in lines of their own: mAP and CMC have the original's format; mINP is only in the files and on the page.
 CLASSIC = frozenset({'mAP', 'mINP', 'rank1', 'rank5', 'rank10'})
 
 METRICS: tuple[Metric, ...] = (
@@ -195,11 +196,11 @@ def match_ranks(
         block = _floats(distmat[queries])  # (B, G), a copy
         if np.isnan(block).any():
             raise UserError('the distance matrix contains NaN: check the features that it was computed from')
-        own, rows = pairs.among(queries)
-        places = pairs.places[own]  # (p,)
-        distances[own] = block[rows, places]
+        selected, rows = pairs.among(queries)
+        places = pairs.places[selected]  # (p,)
+        distances[selected] = block[rows, places]
         block[rows, places] = np.nan
-        counts[own] = count_before(block, np.sort(block, axis=1), rows, distances[own], places)
+        counts[selected] = count_before(block, np.sort(block, axis=1), rows, distances[selected], places)
 
     step = max(1, BLOCK // max(1, len(g_pids)))
     with ThreadPoolExecutor(min(8, cpu_count() or 1)) as pool:

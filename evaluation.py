@@ -1,7 +1,7 @@
 """The test: features of query and gallery, their ranking, the printed figures, and the result files.
 
-If there are several processes, each extracts its share of the images and counts in its part of the gallery. Every image
-is extracted once; gallery features never leave their process.
+If there are several processes, each extracts its share of the images, without duplicates, and counts in its part of the
+gallery. Gallery features leave their process only for re-ranking, and for the few that the page plots.
 """
 
 import datetime
@@ -16,7 +16,7 @@ from torch import Tensor
 import ranking
 from arguments import TestOptions
 from data_manager import fingerprint, names_of
-from dataset_loader import ImageDataset, TestLoader, VideoDataset, test_loader
+from dataset_loader import ImageDataset, TestLoader, VideoDataset
 from eval_metrics import METRICS
 from files.features import create_features, keep_features
 from models.network import Network
@@ -58,7 +58,7 @@ class Test:
         self.options, self.run = options, run
         names = [target.name for target in dataset.targets]
         alone = not options.targets and len(names) == len(names_of(options.dataset)) == 1
-        known = [options.dataset] if alone else names
+        known = [options.dataset] if alone else names  # a single one as in -d, such as csv:FILE
         self.targets = [
             TargetTest(target, replace(options, dataset=name, save_dir=folder), run, folder != options.save_dir)
             for target, name, folder in zip(
@@ -142,8 +142,8 @@ class TargetTest:
 
     def prepare(self, model: Network, options: TestOptions) -> None:
         """Set the `options` of the test; with --evaluate, compare it with the training of the weights."""
-        own = {name: getattr(self.options, name) for name in ('dataset', 'save_dir', 'any_camera')}
-        self.options = replace(options, interpolation=options.interpolation or model.interpolation, **own)
+        kept = {name: getattr(self.options, name) for name in ('dataset', 'save_dir', 'any_camera')}
+        self.options = replace(options, interpolation=options.interpolation or model.interpolation, **kept)
         if options.evaluate:
             self.notices = notices.of_test(model, self.dataset, self.options, self.run)
 
@@ -175,7 +175,8 @@ class TargetTest:
 
     def _extract(self, model: Network, subset: str) -> Extracted:
         items = getattr(self.dataset, subset)
-        several, file, distance = self.averaged if subset == 'query' else None, None, self.options.distance
+        file, distance = None, self.options.distance
+        several = self.averaged if subset == 'query' else None  # with --multi-query, the images to be averaged
         if self.options.save_features:
             counts = np.bincount(several.groups)[several.of_queries] if several else None
             folder = self.options.save_dir
@@ -273,8 +274,9 @@ def extract(
 ) -> Extracted:
     """Features of the images or tracklets that this process handles, and the indices of these items.
 
-    A tracklet's feature is the mean or maximum over `--seq-len` of its frames. Figures do not depend on --test-batch.
-    The model's mode is restored. If `file` (N, feat_dim) is given, each batch is also written to its rows.
+    A tracklet's feature is the mean or maximum over `--seq-len` of its frames. Apart from rounding, figures do not
+    depend on --test-batch. The model's mode is restored. If `file` (N, feat_dim) is given, each batch is also
+    written to its rows.
 
     Returns:
         Features (n, feat_dim), float32, on the run's device, and indices (n,) int64, ascending. A single process gets
@@ -283,18 +285,18 @@ def extract(
     dataset = tested_items(items, options)
     if isinstance(dataset, ImageDataset) and not isinstance(items[0][0], str):
         return _extract_whole(model, items, dataset, options, run, file)
-    loader = test_loader(dataset, options.test_batch, options.workers, run)
-    own = torch.tensor([item for batch in loader.items for item in batch], dtype=torch.int64)  # (n,)
-    features = torch.empty(len(own), model.feat_dim, device=run.device)  # (n, feat_dim)
+    loader = TestLoader(dataset, options.test_batch, options.workers, run)
+    item_indices = torch.tensor([item for batch in loader.items for item in batch], dtype=torch.int64)  # (n,)
+    features = torch.empty(len(item_indices), model.feat_dim, device=run.device)  # (n, feat_dim)
     done = 0
-    for found, indices, counts in _batches(model, loader, options, run):
+    for batch_features, indices, counts in _batches(model, loader, options, run):
         if isinstance(dataset, VideoDataset):
-            found = pool(found, counts, options.pool)  # (b, feat_dim)
-        features[done : done + len(found)] = found
-        done += len(found)
+            batch_features = pool(batch_features, counts, options.pool)  # (b, feat_dim)
+        features[done : done + len(batch_features)] = batch_features
+        done += len(batch_features)
         if file is not None:
-            file[indices.numpy()] = found.cpu().numpy()
-    return features, own
+            file[indices.numpy()] = batch_features.cpu().numpy()
+    return features, item_indices
 
 
 def _extract_whole(
@@ -303,20 +305,20 @@ def _extract_whole(
     """Like `extract`, with all frames of each tracklet, in batches of at most --test-batch times FRAMES frames."""
     sizes = torch.tensor([len(paths) for paths, _, _ in items])  # (N,)
     tracklets = torch.arange(len(items)).repeat_interleave(sizes)  # of each frame
-    loader = test_loader(frames, options.test_batch * FRAMES, options.workers, run, tracklets.numpy())
-    own = torch.arange(run.rank, len(items), run.world_size)  # (n,)
+    loader = TestLoader(frames, options.test_batch * FRAMES, options.workers, run, tracklets.numpy())
+    item_indices = torch.arange(run.rank, len(items), run.world_size)  # (n,)
     start = 0.0 if options.pool == 'avg' else -torch.inf
-    features = torch.full((len(own), model.feat_dim), start, device=run.device)  # (n, feat_dim)
-    for found, indices, _ in _batches(model, loader, options, run):
+    features = torch.full((len(item_indices), model.feat_dim), start, device=run.device)  # (n, feat_dim)
+    for of_frames, indices, _ in _batches(model, loader, options, run):
         parts, counts = tracklets[indices].unique_consecutive(return_counts=True)
-        for tracklet, part in zip(parts.tolist(), found.split(counts.tolist()), strict=True):  # (frames, feat_dim)
+        for tracklet, part in zip(parts.tolist(), of_frames.split(counts.tolist()), strict=True):  # (frames, feat_dim)
             row = features[tracklet // run.world_size]  # (feat_dim,)
             row.copy_(row + part.sum(0) if options.pool == 'avg' else row.maximum(part.amax(0)))
     if options.pool == 'avg':
-        features /= sizes[own, None].to(run.device)
+        features /= sizes[item_indices, None].to(run.device)
     if file is not None:
-        file[own.numpy()] = features.cpu().numpy()
-    return features, own
+        file[item_indices.numpy()] = features.cpu().numpy()
+    return features, item_indices
 
 
 def _batches(
@@ -330,11 +332,11 @@ def _batches(
     for images, indices, counts in bar_over(loader, 'Extracting features', options.quiet, unit='batch'):
         batch = prepare(images)  # (images, 3, h, w)
         with run.autocast(testing=True):
-            found = model(batch).float()
+            features = model(batch).float()
         if options.flip_test:
             with run.autocast(testing=True):
-                found = (found + model(batch.flip(3)).float()) / 2
-        yield found, indices, counts
+                features = (features + model(batch.flip(3)).float()) / 2
+        yield features, indices, counts
     model.train(was_training)
 
 

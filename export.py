@@ -35,10 +35,10 @@ def named(weights: str, kind: str) -> str:
 
 def images_of(names: list[str]) -> list[np.ndarray]:
     """The images (H, W, 3) for the check: from files and folders, at most agreement.MOST of them; by default drawn."""
-    found = files_of(names) if names else []
-    paths = agreement.evenly(found)
-    if len(paths) < len(found):
-        print(f'Of {len(found)} images {len(paths)} are checked, evenly spaced in their list')
+    available = files_of(names) if names else []
+    paths = agreement.evenly(available)
+    if len(paths) < len(available):
+        print(f'Of {len(available)} images {len(paths)} are checked, evenly spaced in their list')
     return [pixels_of(path, False, path).permute(1, 2, 0).numpy() for path in paths] or agreement.drawn()
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from batches.workers import SizeGroup, collate
-from dataset_loader import ImageDataset, VideoDataset, test_loader
+from dataset_loader import ImageDataset, TestLoader, VideoDataset
 from evaluation import pool
 from extraction.engines import ENGINES
 from extraction.images import IMAGES_HELP, cut, files_of, listed, pixels_of, tracklets_of
@@ -146,8 +146,8 @@ class FeatureExtractor:
             given, bgr = cut(pixels_of(given[0], bgr, 'the frame'), boxes), False
         features = torch.empty(len(given), self.feat_dim, dtype=torch.float32, device='cpu')  # (N, D)
         done = 0
-        for found in self.stream(given, bgr):
-            features[done : (done := done + len(found))] = found
+        for batch_features in self.stream(given, bgr):
+            features[done : (done := done + len(batch_features))] = batch_features
         return features
 
     def stream(self, images: Sequence[Any], bgr: bool = False) -> Iterator[Tensor]:
@@ -155,7 +155,7 @@ class FeatureExtractor:
         if self.workers and len(images) > self.batch and all(isinstance(image, str | os.PathLike) for image in images):
             files = ImageDataset([(image, 0, 0) for image in images])
             batches: Iterator[list[SizeGroup]] = (
-                groups for groups, _, _ in test_loader(files, self.batch, self.workers, self.run)
+                groups for groups, _, _ in TestLoader(files, self.batch, self.workers, self.run)
             )
         else:
             batches = self._collated(images, bgr)
@@ -174,7 +174,7 @@ class FeatureExtractor:
         how = 'max' if self.trained.options.get('pool') == 'max' else 'avg'
         dataset = VideoDataset([(tracklet, 0, 0) for tracklet in tracklets], frames, 'evenly')
         done = 0
-        for groups, _, counts in test_loader(dataset, max(1, self.batch // frames), self.workers, self.run):
+        for groups, _, counts in TestLoader(dataset, max(1, self.batch // frames), self.workers, self.run):
             features = pool(self._embed(groups), counts, how)
             check_finite(features, tracklets, done)
             yield features

@@ -62,14 +62,15 @@ class TripletLoss(nn.Module):
 
     Args:
         margin: how much farther a negative must be than a positive, in units of the features. None is the paper's soft
-            margin, log(1 + exp(positive - negative)), whose gradient never vanishes; its value is log 2 for a collapsed
-            network.
+            margin, log(1 + exp(positive - negative)), which is positive for each triplet, and log 2 for a
+            collapsed network.
 
     Attributes:
         active: fraction of the anchors in the last call whose triplet violates the margin, or with a soft margin whose
             positive is farther than the negative; a detached 0-dim tensor on the device of the features. Only reading
             it waits for the device.
-        collapsed: as returned by `collapsed`, but also 1 if all triplets are active and the loss is near the margin.
+        collapsed: as returned by `collapsed`, but also 1 if all triplets are active and the loss is near the margin, as
+            when features are nearly equal because all are nearly 0.
 
     Raises:
         ValueError: the margin is negative.
@@ -105,7 +106,7 @@ class TripletLoss(nn.Module):
             self.active = ((difference.detach() > 0) & holds_triplet).float().mean()
             self.collapsed = collapsed(features)
             return (F.softplus(difference) * holds_triplet).mean()
-        hinge = F.relu(self.margin + to_positive - to_negative) * holds_triplet  # (B,); a product keeps NaN
+        hinge = F.relu(self.margin + to_positive - to_negative) * holds_triplet  # (B,); NaN stays NaN, and ends the run
         loss = hinge.mean()
         self.active = (hinge.detach() > 0).float().mean()
         at_margin = (loss.detach() - self.margin).abs() < 0.01 * self.margin
@@ -116,8 +117,9 @@ class TripletLoss(nn.Module):
 class CenterLoss(nn.Module):
     """Squared distance of each feature to the center of its own identity, clamped to [1e-12, 1e12].
 
-    Wen et al., A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016. The paper uses half the
-    square and a special update rule for the centers; here, as in the original, the centers have their own optimizer.
+    Wen et al., A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016. The paper sums half the
+    square over the batch, and moves a center by alpha * n / (1 + n) of the way to the mean of its n images. Here, as in
+    the original, the centers have their own optimizer: SGD with learning rate 0.5 moves them by n / B of that way.
 
     Args:
         num_classes: number of training identities.

@@ -136,15 +136,15 @@ def rerank(
     block_of = reranked(queries, gallery, k1, k2, lambda_value)
     lock = Lock()
 
-    def work(queried: slice) -> None:
-        block = block_of(queried)  # (B, G)
-        own, rows = pairs.among(queried)
-        distances[own] = block[rows, pairs.places[own]]
-        found = _tally_host(block, places, rows, pairs.places[own], distances[own], tally.nearest[queried])
-        tally.counts[own] = found.counts
-        tally.nearest[queried] = nearer(tally.nearest[queried], found.nearest)
+    def work(q: slice) -> None:
+        block = block_of(q)  # (B, G)
+        p, rows = pairs.among(q)  # the slice of the P pairs
+        distances[p] = block[rows, pairs.places[p]]
+        block_tally = _tally_host(block, places, rows, pairs.places[p], distances[p], tally.nearest[q])
+        tally.counts[p] = block_tally.counts
+        tally.nearest[q] = nearer(tally.nearest[q], block_tally.nearest)
         with lock:
-            tally.histogram[:] += found.histogram
+            tally.histogram[:] += block_tally.histogram
 
     step = max(1, BLOCK // max(1, len(gallery)))
     in_threads(work, [(slice(top, top + step),) for top in range(0, len(queries), step)], torch.device('cpu'))
@@ -166,19 +166,19 @@ def measure(queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, 
     order = order[np.argsort(pairs.places[pairs.offsets[order]], kind='stable')]  # by the pid's first gallery index
 
     def work(begin: int) -> None:
-        block = order[begin : begin + QUERIES_AT_ONCE]  # (B,)
-        offsets = np.concatenate([[0], np.cumsum(sizes[block])])
+        q = order[begin : begin + QUERIES_AT_ONCE]  # (B,)
+        offsets = np.concatenate([[0], np.cumsum(sizes[q])])
         rows = rows_of(offsets)  # (p,) of B
-        own = pairs.offsets[block][rows] + np.arange(len(rows)) - offsets[rows]  # (p,) of P
-        items, present = find(places, pairs.places[own])
-        own, rows = own[present], rows[present]
+        p = pairs.offsets[q][rows] + np.arange(len(rows)) - offsets[rows]  # (p,) of P
+        items, present = find(places, pairs.places[p])
+        p, rows = p[present], rows[present]
         items, columns = np.unique(items[present], return_inverse=True)
         for left in range(0, len(items), width):
             part = items[left : left + width]
             part = np.pad(part, (0, -len(part) % 64), 'edge')  # a product is compiled for each new width
-            found = squared_distances(queries[torch.from_numpy(block)], gallery[torch.from_numpy(part)])  # (B, W)
-            here = np.flatnonzero((columns >= left) & (columns < left + width))
-            distances[own[here]] = found.cpu().numpy()[rows[here], columns[here] - left]
+            block = squared_distances(queries[torch.from_numpy(q)], gallery[torch.from_numpy(part)])  # (B, W)
+            inside = np.flatnonzero((columns >= left) & (columns < left + width))
+            distances[p[inside]] = block.cpu().numpy()[rows[inside], columns[inside] - left]
 
     in_threads(work, [(begin,) for begin in range(0, len(order), QUERIES_AT_ONCE)], gallery.features.device)
     return distances
@@ -193,14 +193,14 @@ def count(
     tally_block = _tally_host if is_host(device) else _tally_device
     lock = Lock()
 
-    def work(queried: slice, passing: slice) -> None:
-        block = squared_distances(queries[queried], gallery[passing])  # (B, W)
-        own, rows = pairs.among(queried)
-        found = tally_block(block, places[passing], rows, pairs.places[own], distances[own], tally.nearest[queried])
+    def work(q: slice, g: slice) -> None:
+        block = squared_distances(queries[q], gallery[g])  # (B, W)
+        p, rows = pairs.among(q)  # the slice of the P pairs
+        block_tally = tally_block(block, places[g], rows, pairs.places[p], distances[p], tally.nearest[q])
         with lock:
-            tally.counts[own] += found.counts
-            tally.nearest[queried] = nearer(tally.nearest[queried], found.nearest)
-            tally.histogram[:] += found.histogram
+            tally.counts[p] += block_tally.counts
+            tally.nearest[q] = nearer(tally.nearest[q], block_tally.nearest)
+            tally.histogram[:] += block_tally.histogram
 
     in_threads(work, tiles(len(queries), len(gallery), tile or tile_of(device)), device)
     return tally
@@ -216,15 +216,15 @@ def assemble(pairs: Pairs, distances: np.ndarray, tally: Tally) -> Ranking:
     keys[rows[first], order[first]] = keys_of(matches.distances[first], matches.places[first])
     keys = nearer(keys, tally.nearest)  # (Q, NEAREST)
     bits = matches.distances.view(np.int32)  # (M,)
-    own = np.bincount(np.maximum(bits, 0) >> 16, minlength=BINS)  # (BINS,)
-    used = np.flatnonzero(own + tally.histogram)
+    match_histogram = np.bincount(np.maximum(bits, 0) >> 16, minlength=BINS)  # (BINS,)
+    used = np.flatnonzero(match_histogram + tally.histogram)
     low, high = (used[0], used[-1] + 1) if len(used) else (0, 0)
     return Ranking(
         **vars(matches),
         nearest=np.where(keys < NONE, keys & 0xFFFFFFFF, -1),
         nearest_distances=distances_of(keys),
         edges=(np.arange(low, high + 1, dtype=np.int32) << 16).view(np.float32),
-        match_histogram=own[low:high],
+        match_histogram=match_histogram[low:high],
         other_histogram=tally.histogram[low:high],
     )
 
@@ -312,8 +312,8 @@ def show(result: Ranking, any_camera: bool = False) -> None:
         if metric.name not in CLASSIC:
             print(f'{metric.label}: {figures[metric.name]:.1%}')
     print('CMC curve')
-    for place in PRINTED_RANKS:
-        print(f'Rank-{place:<3}: {cmc[place - 1]:.1%}')
+    for k in PRINTED_RANKS:
+        print(f'Rank-{k:<3}: {cmc[k - 1]:.1%}')
     print('------------------')
 
 

@@ -34,7 +34,7 @@ def reranked(
 ) -> Callable[[slice], np.ndarray]:
     """k-reciprocal re-ranking. Returns a function that maps a slice of B queries to their distances (B, G), float32.
 
-    Zhong et al., Re-ranking Person Re-identification with k-reciprocal Encoding, CVPR 2017, arXiv 1701.08398, as in
+    Zhong et al., Re-ranking Person Re-identification with k-reciprocal Encoding, CVPR 2017, arXiv:1701.08398, as in
     their published evaluation: lambda * squared Euclidean distance, divided by the query's largest distance to any
     query or gallery item, + (1 - lambda) * Jaccard distance of the expanded k-reciprocal neighbourhoods. No array of
     size N x N, N = Q + G, is held in memory, only a copy of the features and about a hundred neighbours per item.
@@ -55,7 +55,7 @@ def reranked(
     places = keys & 0xFFFFFFFF  # (N, k)
     near, half = _graph(places[:, : k1 + 1]), _graph(places[:, : int(np.around(k1 / 2)) + 1])
     near, half = near * near.T, half * half.T  # (N, N) of ones: reciprocal neighbours
-    # A neighbour adds its own k1 / 2 nearest neighbours if more than two thirds of them are already included.
+    # A neighbour adds its own k1 / 2 reciprocal neighbours if more than two thirds of them are already included.
     brings = near * (near @ half.T)
     brings.data = (3 * brings.data > 2 * np.diff(half.indptr)[brings.indices]).astype(np.float32)
     weights = (near + brings @ half).tocsr()  # (N, N)
@@ -102,10 +102,10 @@ def neighbours(everyone: Points, k: int) -> tuple[np.ndarray, np.ndarray]:
             note(block.t().contiguous(), columns, rows)
 
     def note(block: Tensor, rows: slice, columns: slice) -> None:
-        found = nearest(block, np.arange(number)[columns], keys[rows])
+        block_keys = nearest(block, np.arange(number)[columns], keys[rows])
         largest = block.amax(1).cpu().numpy()
         with lock:
-            keys[rows] = nearer(keys[rows], found)
+            keys[rows] = nearer(keys[rows], block_keys)
             farthest[rows] = np.maximum(farthest[rows], largest)
 
     side = min(tile_of(device))

@@ -77,7 +77,7 @@ class EpochSampler(Sampler):
         return torch.from_numpy(indices).view(shape), torch.from_numpy(draws).view(*shape, DRAWS)
 
 
-def in_turn(groups: np.ndarray, count: int, batch: int, rng: np.random.Generator) -> np.ndarray:
+def balanced_order(groups: np.ndarray, count: int, batch: int, rng: np.random.Generator) -> np.ndarray:
     """Indices int64 (count,) of `count` items in batches of `batch`, with equal shares of the groups.
 
     groups: (N,), the group of each item, any integers
@@ -123,8 +123,8 @@ def split_by(values: np.ndarray) -> list[np.ndarray]:
 class RandomSampler(EpochSampler):
     """Every image once per epoch, in random order, in batches of `batch_size`; the remainder of an epoch is left out.
 
-    With `groups`, an epoch has the same length, and every batch has equal shares of the groups, see `in_turn`: an epoch
-    contains only some images of a large group, and repeats those of a small one.
+    With `groups`, an epoch has the same length, and every batch has equal shares of the groups, see `balanced_order`:
+    an epoch contains only some images of a large group, and repeats those of a small one.
 
     Args:
         data_source: list of (anything, pid, camid).
@@ -152,7 +152,7 @@ class RandomSampler(EpochSampler):
         order = generator(ORDER, self.seed, epoch)
         if self.groups is None:
             return order.permutation(len(self.data_source))
-        return in_turn(self.groups, len(self.data_source), self.batch_size, order)
+        return balanced_order(self.groups, len(self.data_source), self.batch_size, order)
 
 
 class RandomIdentitySampler(EpochSampler):
@@ -164,10 +164,10 @@ class RandomIdentitySampler(EpochSampler):
     batch_size / K; identities that do not fill a last batch are left out of that epoch.
 
     With `groups` there are two cases. If all images of each identity belong to one group, as with data sets, an epoch
-    has the same length, and the identities of a batch are drawn in equal shares from the groups, see `in_turn`; if an
-    identity is repeated, all its images are drawn before any is drawn again. Otherwise, as with cameras, every identity
-    is used once, and its K images are from as many of its groups as possible; if it has fewer than K images, all of
-    them are among the K.
+    has the same length, and the identities of a batch are drawn in equal shares from the groups, see `balanced_order`;
+    if an identity is repeated, all its images are drawn before any is drawn again. Otherwise, as with cameras, every
+    identity is used once, and its K images are from as many of its groups as possible; if it has fewer than K images,
+    all of them are among the K.
 
     Args:
         data_source: list of (anything, pid, camid).
@@ -189,8 +189,8 @@ class RandomIdentitySampler(EpochSampler):
         pids = np.array([pid for _, pid, _ in data_source], dtype=np.int64)  # (N,)
         self.pids, self.images = np.unique(pids), split_by(pids)  # identities, and the indices of their images
         self.group_of: np.ndarray | None = None  # (identities,), if each belongs to one group
-        if self.groups is not None and all(len(np.unique(self.groups[own])) == 1 for own in self.images):
-            self.group_of = np.array([self.groups[own[0]] for own in self.images])
+        if self.groups is not None and all(len(np.unique(self.groups[images])) == 1 for images in self.images):
+            self.group_of = np.array([self.groups[images[0]] for images in self.images])
         self._check_triplets()
 
     def _check_triplets(self) -> None:
@@ -229,24 +229,25 @@ class RandomIdentitySampler(EpochSampler):
         k, instances = self.num_instances, generator(INSTANCES, self.seed, epoch)
         if self.group_of is not None:
             per_batch = (self.batch_size or k) // k  # P
-            identities = in_turn(self.group_of, len(self.pids), per_batch, generator(ORDER, self.seed, epoch))
-            return self.in_places(identities, instances)
+            identities = balanced_order(self.group_of, len(self.pids), per_batch, generator(ORDER, self.seed, epoch))
+            return self.instances_of(identities, instances)
         if self.groups is not None:
-            spread = [np.resize(self.spread(own, instances), k) for own in self.images]  # K images of each identity
-            return np.stack(spread)[generator(ORDER, self.seed, epoch).permutation(len(spread))].ravel()
-        chosen = np.stack([instances.choice(own, k, replace=len(own) < k) for own in self.images])  # (identities, K)
-        return chosen[generator(ORDER, self.seed, epoch).permutation(len(chosen))].ravel()  # (identities * K,)
+            chosen = [np.resize(self.alternating(images, instances), k) for images in self.images]
+        else:
+            chosen = [instances.choice(images, k, replace=len(images) < k) for images in self.images]
+        order = generator(ORDER, self.seed, epoch).permutation(len(chosen))
+        return np.stack(chosen)[order].ravel()  # (identities * K,)
 
-    def in_places(self, identities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def instances_of(self, identities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """K images for each of `identities` (places,), which may be repeated: (places * K,)."""
         k = self.num_instances
         chosen = np.empty((len(identities), k), dtype=np.int64)
         present, places = np.unique(identities), split_by(identities)
-        for identity, own in zip(present, places, strict=True):
-            chosen[own] = repeated(self.images[identity], np.repeat(own, k), rng).reshape(-1, k)
+        for identity, repeats in zip(present, places, strict=True):
+            chosen[repeats] = repeated(self.images[identity], np.repeat(repeats, k), rng).reshape(-1, k)
         return chosen.ravel()
 
-    def spread(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def alternating(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Images in random order, but first one of each group, then a second one of each, and so on: (n,)."""
         assert self.groups is not None
         images = rng.permutation(images)
@@ -257,7 +258,7 @@ class RandomIdentitySampler(EpochSampler):
 
 
 class AllImagesSampler(RandomIdentitySampler):
-    """Every image once per epoch, in batches of P identities with K images each.
+    """Batches of P identities with K images each; every image once per epoch, except for a remainder.
 
     The images of an identity are shuffled and cut into pieces of K; the last piece is filled with other images of the
     identity, drawn at random. Pieces are distributed over the batches so that the P identities of a batch are distinct.
@@ -281,7 +282,7 @@ class AllImagesSampler(RandomIdentitySampler):
     ):
         super().__init__(data_source, num_instances, batch_size, seed, groups)
         per_batch = batch_size // num_instances  # P
-        pieces = np.array([-(-len(own) // num_instances) for own in self.images])  # (identities,)
+        pieces = np.array([-(-len(images) // num_instances) for images in self.images])  # (identities,)
         batches = pieces.sum() // per_batch
         while batches > (possible := np.minimum(pieces, batches).sum() // per_batch):
             batches = possible
@@ -295,52 +296,52 @@ class AllImagesSampler(RandomIdentitySampler):
         instances, order = generator(INSTANCES, self.seed, epoch), generator(ORDER, self.seed, epoch)
         identities, numbers = order.permutation(len(self.images)), self.pieces
         if self.group_of is not None:
-            identities, numbers = self.in_shares(identities, order)
-        dealt = []  # all pieces, grouped by identity
+            identities, numbers = self.balanced_pieces(identities, order)
+        pieces_of = []  # of each identity
         for identity in identities:
-            own, number = self.images[identity], numbers[identity]
+            images, number = self.images[identity], numbers[identity]
             if self.group_of is not None:
-                dealt.append(repeated(own, np.arange(number * k) // k, instances).reshape(number, k))
+                pieces_of.append(repeated(images, np.arange(number * k) // k, instances).reshape(number, k))
             elif self.groups is not None:
-                dealt.append(self.mixed(own, instances)[:number])
+                pieces_of.append(self.mixed_pieces(images, instances)[:number])
             else:
-                own = instances.permutation(own)
-                missing = -len(own) % k
-                others = own[: len(own) - len(own) % k] if len(own) >= k else own  # not of the last piece, if possible
-                more = instances.choice(others, missing, replace=len(own) < k)
-                dealt.append(np.concatenate([own, more]).reshape(-1, k)[:number])  # (pieces, K)
-        pieces = np.concatenate(dealt)  # (all, K)
+                images = instances.permutation(images)
+                others = images[: len(images) // k * k or None]  # not of the last piece, if possible
+                more = instances.choice(others, -len(images) % k, replace=len(images) < k)
+                pieces_of.append(np.concatenate([images, more]).reshape(-1, k)[:number])  # (pieces, K)
+        pieces = np.concatenate(pieces_of)  # (all, K)
         surplus = len(pieces) - self.batches * (self.batch_size // k)
         pieces = np.delete(pieces, order.choice(len(pieces), surplus, replace=False), axis=0)
-        batches = pieces.reshape(-1, self.batches, k).transpose(1, 0, 2)  # (batches, P, K), as cards are dealt
+        # Piece i goes to batch i % batches; an identity's pieces, consecutive and at most `batches`, to different ones.
+        batches = pieces.reshape(-1, self.batches, k).transpose(1, 0, 2)  # (batches, P, K)
         if self.group_of is not None:  # shuffle, as the pieces of a batch are in the order of their groups
             batches = batches[np.arange(self.batches)[:, None], np.argsort(order.random(batches.shape[:2]), axis=1)]
         return order.permutation(batches).ravel()
 
-    def in_shares(self, identities: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def balanced_pieces(self, identities: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """The identities ordered by group, and the number of pieces of each in an epoch: (identities,) each."""
         assert self.group_of is not None
         members, numbers = split_by(self.group_of[identities]), np.zeros_like(self.pieces)
         total, ordered = self.batches * (self.batch_size // self.num_instances), []
         for turn, group in enumerate(rng.permutation(len(members))):
-            own = identities[members[group]]
+            ids = identities[members[group]]
             share = len(range(turn, total, len(members)))
-            most = max(self.batches, -(-share // len(own)))  # of an identity: once in each batch, if possible
-            while left := share - numbers[own].sum():
-                more = np.minimum(self.pieces[own], most - numbers[own])  # another round of all pieces
-                surplus = rng.choice(np.repeat(np.arange(len(own)), more), max(more.sum() - left, 0), replace=False)
-                numbers[own] += more - np.bincount(surplus, minlength=len(own))
-            ordered.append(own)
+            most = max(self.batches, -(-share // len(ids)))  # of an identity: once in each batch, if possible
+            while left := share - numbers[ids].sum():
+                more = np.minimum(self.pieces[ids], most - numbers[ids])  # another round of all pieces
+                surplus = rng.choice(np.repeat(np.arange(len(ids)), more), max(more.sum() - left, 0), replace=False)
+                numbers[ids] += more - np.bincount(surplus, minlength=len(ids))
+            ordered.append(ids)
         return np.concatenate(ordered), numbers
 
-    def mixed(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def mixed_pieces(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Pieces (n / K, K) of the images of an identity, each from as many groups as possible."""
         assert self.groups is not None
         k, number = self.num_instances, -(-len(images) // self.num_instances)
         images = rng.permutation(images)
         parts = split_by(self.groups[images])
         images = images[np.concatenate([parts[part] for part in rng.permutation(len(parts))])]  # group by group
-        pieces = [images[piece::number].tolist() for piece in range(number)]  # as cards are dealt
+        pieces = [images[piece::number].tolist() for piece in range(number)]  # neighbours go to different pieces
         for piece in pieces:
             while len(piece) < k:  # add an image, if possible a new one from a new group
                 others = rng.permutation(images)

@@ -179,9 +179,9 @@ def search(
     most = min(len(gallery.paths), k + 2 * max(map(len, queries)))  # more links to a query's files shorten the list
     places, distances = gallery.nearest(features, most, distance)
     results = []
-    for query, own, row, far in zip(queries, files, places.tolist(), distances.tolist(), strict=True):
+    for query, own_files, row, far in zip(queries, files, places.tolist(), distances.tolist(), strict=True):
         near = [(gallery.paths[place], each) for place, each in zip(row, far, strict=True) if place >= 0]
-        near = [(path, each) for path, each in near if file_id(path) not in own][:k]
+        near = [(path, each) for path, each in near if file_id(path) not in own_files][:k]
         within = [None if threshold is None else each < threshold for _, each in near]
         results.append(
             {

@@ -1,8 +1,8 @@
 """Train an image re-ID model with the recipe of Bag of Tricks (Luo et al., CVPRW 2019, arXiv:1903.07071).
 
 Cross entropy with label smoothing, batch-hard triplet loss and center loss; BNNeck, last stride 1, random erasing, and
-a warm-up of the learning rate. A batch contains P identities with K images each, and an epoch contains all images. The
-triplet and center loss use the feature before the neck; the classifier and the test, with cosine distance, use the
+a warm-up of the learning rate. A batch contains P identities with K images each, an epoch all images but a remainder.
+The triplet and center loss use the feature before the neck; the classifier and the test, with cosine distance, use the
 feature behind it.
 """
 
@@ -13,7 +13,7 @@ import arguments
 import data_manager
 import models
 import weights
-from dataset_loader import ImageDataset, train_loader
+from dataset_loader import ImageDataset, TrainLoader
 from evaluation import Test
 from losses import CenterLoss, CrossEntropyLabelSmooth, TripletLoss
 from runtime import launch
@@ -29,8 +29,8 @@ parser.add_argument('--num-instances', type=arguments.positive_int, default=4, h
 parser.add_argument('--margin', type=arguments.nonnegative_float, default=0.3, help='margin of the triplet loss')
 parser.add_argument('--weight-cent', type=arguments.positive_float, default=0.0005, help='weight of the center loss')
 parser.add_argument('--lr-cent', type=arguments.positive_float, default=0.5, help='learning rate of the centers')
-parser.add_argument('--warmup', type=arguments.nonnegative_int, default=10, help='epochs until --lr is reached')
-parser.add_argument('--decays', type=arguments.positive_int, nargs='+', default=[40, 70], help='epochs of the decays')
+parser.add_argument('--warmup', type=arguments.nonnegative_int, default=10, help='epochs of the linear rise to --lr')
+parser.add_argument('--decays', type=arguments.positive_int, nargs='+', default=[40, 70], help='lr decays after these')
 parser.require(
     lambda args: args.evaluate or args.train_batch % args.num_instances == 0,
     '--train-batch {train_batch} is not a multiple of --num-instances {num_instances} (P identities x K images)',
@@ -38,7 +38,7 @@ parser.require(
 
 
 def main(args: arguments.Arguments, run: Run) -> None:
-    dataset = data_manager.init_datasets(args.data)  # the training set; its targets are tested
+    dataset = data_manager.init_datasets(args.data)  # its .train is for training, each of its .targets for tests
     num_classes, size, loss = dataset.num_train_pids, (args.height, args.width), {'xent', 'htri', 'cent'}
     model = models.init_model(args.arch, num_classes, loss, last_stride=1, neck=True, size=size)
     weights.pretrain(model, args.pretrained)
@@ -51,7 +51,7 @@ def main(args: arguments.Arguments, run: Run) -> None:
 
     groups = dataset.groups(args.balance)
     sampler = AllImagesSampler(dataset.train, args.num_instances, args.train_batch, args.seed, groups)
-    trainloader = train_loader(ImageDataset(dataset.train), sampler, args.data, run)
+    trainloader = TrainLoader(ImageDataset(dataset.train), sampler, args.data, run)
     augment = TrainTransform(
         *size, model.normalisation, args.interpolation or model.interpolation, args.padding, args.random_erasing
     )
@@ -72,7 +72,7 @@ def main(args: arguments.Arguments, run: Run) -> None:
     meter = LossMeter(args.show, run, optimizer)
     for epoch in checkpoint.epochs(args.max_epoch):
         replica.train()
-        for imgs, pids, draws in meter.watch(trainloader, epoch, checkpoint.start_batch):
+        for imgs, pids, draws in meter.watch(trainloader, epoch, checkpoint.start_batch):  # B images, (B,), (B, DRAWS)
             with run.autocast():
                 logits, features = replica(augment(imgs, draws))  # (B, num_train_pids), (B, feat_dim) before the neck
             xent = criterion_xent(logits.float(), pids)
@@ -83,7 +83,7 @@ def main(args: arguments.Arguments, run: Run) -> None:
             optimizer_cent.zero_grad()
             loss.backward()
             for param in criterion_cent.parameters():
-                param.grad /= args.weight_cent  # the centers follow the unweighted gradient
+                param.grad /= args.weight_cent  # undoes --weight-cent, which is for the features' gradient
             run.skip_unless_finite(loss, optimizer, optimizer_cent)
             optimizer.step()
             optimizer_cent.step()

@@ -11,7 +11,7 @@ import arguments
 import data_manager
 import models
 import weights
-from dataset_loader import ImageDataset, train_loader
+from dataset_loader import ImageDataset, TrainLoader
 from evaluation import Test
 from losses import CrossEntropyLabelSmooth
 from runtime import launch
@@ -26,7 +26,7 @@ parser.set_defaults(max_epoch=60, stepsize=20)
 
 
 def main(args: arguments.Arguments, run: Run) -> None:
-    dataset = data_manager.init_datasets(args.data)  # the training set; its targets are tested
+    dataset = data_manager.init_datasets(args.data)  # its .train is for training, each of its .targets for tests
     size = args.height, args.width
     model = models.init_model(args.arch, dataset.num_train_pids, loss={'xent'}, size=size)
     weights.pretrain(model, args.pretrained)
@@ -38,7 +38,7 @@ def main(args: arguments.Arguments, run: Run) -> None:
         return
 
     sampler = RandomSampler(dataset.train, args.train_batch, args.seed, dataset.groups(args.balance))
-    trainloader = train_loader(ImageDataset(dataset.train), sampler, args.data, run)
+    trainloader = TrainLoader(ImageDataset(dataset.train), sampler, args.data, run)
     augment = TrainTransform(
         *size, model.normalisation, args.interpolation or model.interpolation, args.padding, args.random_erasing
     )
@@ -51,7 +51,7 @@ def main(args: arguments.Arguments, run: Run) -> None:
     meter = LossMeter(args.show, run, optimizer)
     for epoch in checkpoint.epochs(args.max_epoch):
         replica.train()
-        for imgs, pids, draws in meter.watch(trainloader, epoch, checkpoint.start_batch):
+        for imgs, pids, draws in meter.watch(trainloader, epoch, checkpoint.start_batch):  # B images, (B,), (B, DRAWS)
             with run.autocast():
                 logits = replica(augment(imgs, draws))  # (B, num_train_pids)
             loss = criterion_xent(logits.float(), pids)

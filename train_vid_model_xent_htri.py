@@ -11,7 +11,7 @@ import arguments
 import data_manager
 import models
 import weights
-from dataset_loader import ImageDataset, train_loader
+from dataset_loader import ImageDataset, TrainLoader
 from evaluation import Test
 from losses import CrossEntropyLabelSmooth, TripletLoss
 from runtime import launch
@@ -32,7 +32,7 @@ parser.require(
 
 
 def main(args: arguments.Arguments, run: Run) -> None:
-    dataset = data_manager.init_datasets(args.data)  # the training set; its targets are tested
+    dataset = data_manager.init_datasets(args.data)  # its .train is for training, each of its .targets for tests
     size = args.height, args.width
     model = models.init_model(args.arch, dataset.num_train_pids, loss={'xent', 'htri'}, size=size)
     weights.pretrain(model, args.pretrained)
@@ -43,10 +43,10 @@ def main(args: arguments.Arguments, run: Run) -> None:
         test(Checkpoint(dataset, args.save, run, model=model).model)  # the model of --resume
         return
 
-    frames = [(path, pid, camid) for paths, pid, camid in dataset.train for path in paths]  # trained one by one
+    frames = [(path, pid, camid) for paths, pid, camid in dataset.train for path in paths]  # each a training image
     groups = dataset.groups(args.balance)
     sampler = RandomIdentitySampler(frames, args.num_instances, args.train_batch, args.seed, groups)
-    trainloader = train_loader(ImageDataset(frames), sampler, args.data, run)
+    trainloader = TrainLoader(ImageDataset(frames), sampler, args.data, run)
     augment = TrainTransform(
         *size, model.normalisation, args.interpolation or model.interpolation, args.padding, args.random_erasing
     )
@@ -60,7 +60,7 @@ def main(args: arguments.Arguments, run: Run) -> None:
     meter = LossMeter(args.show, run, optimizer)
     for epoch in checkpoint.epochs(args.max_epoch):
         replica.train()
-        for imgs, pids, draws in meter.watch(trainloader, epoch, checkpoint.start_batch):
+        for imgs, pids, draws in meter.watch(trainloader, epoch, checkpoint.start_batch):  # B images, (B,), (B, DRAWS)
             with run.autocast():
                 logits, features = replica(augment(imgs, draws))  # (B, num_train_pids), (B, feat_dim)
             xent = criterion_xent(logits.float(), pids)

@@ -1,8 +1,8 @@
 """Training augmentation and test preparation of the pixels of a whole uint8 batch, on its device.
 
 Both use Pillow's bilinear or bicubic resize. The preparation, and on a GPU also the augmentation, reproduces Pillow's
-arithmetic (`batches/resizing.py`). On a CPU the augmentation uses torch, whose weights have 15 bits: it is twice as
-fast; most pixels are equal, the others differ by at most 2/255.
+arithmetic (`batches/resizing.py`). On a CPU the augmentation uses torch's resize, whose interpolation weights have 15
+bits. It is twice as fast; most pixels are equal, and the others differ by at most 2/255.
 
 Images arrive as groups of equal size, a list of (positions in the batch int64 (n,), pixels uint8 (n, H, W, 3)), which
 together form a batch of B. Images of one size form one group, in order.
@@ -64,7 +64,7 @@ class TrainTransform:
 
     padding:        black pixels added on each side after resizing; a random (height, width) crop is then taken instead
                     of Random2DTranslation
-    random_erasing: probability of replacing a rectangle of an image by the mean colour, see `erased`
+    random_erasing: probability of filling a rectangle of an image with the mean of the normalisation, see `erased`
     """
 
     def __init__(
@@ -101,14 +101,14 @@ class TrainTransform:
             enlarge = translate >= 0.5
             top = (down * (self.heights[1] - self.height)).round().long() * enlarge  # (B,)
             left = (right * (self.widths[1] - self.width)).round().long() * enlarge  # (B,)
-        render = self._on_cpu if device.type == 'cpu' else self._anywhere
-        batch = render(images, enlarge, top, left, mirror)
+        augmented = self._on_cpu if device.type == 'cpu' else self._by_index
+        batch = augmented(images, enlarge, top, left, mirror)
         if self.random_erasing:
             rectangles = erased(draws[:, 4:], self.height, self.width, self.random_erasing)  # (B, h, w)
             batch.masked_fill_(rectangles[:, None], 0)  # the mean, after normalisation
         return batch
 
-    def _anywhere(self, images: Images, enlarge: Tensor, top: Tensor, left: Tensor, mirror: Tensor) -> Tensor:
+    def _by_index(self, images: Images, enlarge: Tensor, top: Tensor, left: Tensor, mirror: Tensor) -> Tensor:
         """Pillow's arithmetic, without host synchronisation: crop and flip select rows and columns."""
         rows = top[:, None] + _range(self.height, top)  # (B, h)
         columns = left[:, None] + _range(self.width, left)  # (B, w)
@@ -129,7 +129,7 @@ class TrainTransform:
         """torch's uint8 resize, image by image, so that an image is still in the cache when it is normalised."""
         scale, shift = affine(self.normalisation, self.width, enlarge.device)
         batch = torch.empty(len(enlarge), self.height, self.width, 3, dtype=torch.float32)  # (B, h, w, 3)
-        places = list(zip(top.tolist(), left.tolist(), mirror.tolist(), strict=True))
+        crops = list(zip(top.tolist(), left.tolist(), mirror.tolist(), strict=True))
         for positions, pixels in images:
             for enlarged, size in enumerate(zip(self.heights, self.widths, strict=True)):
                 chosen = (enlarge[positions] == enlarged).nonzero()[:, 0]  # (n,)
@@ -138,11 +138,11 @@ class TrainTransform:
                 source = pixels[chosen].permute(0, 3, 1, 2)  # (n, 3, H, W)
                 resized = F.interpolate(source, size, mode=self.interpolation, antialias=True).permute(0, 2, 3, 1)
                 for image, place in zip(resized, positions[chosen].tolist(), strict=True):
-                    down, right, mirrored = places[place]
+                    y, x, mirrored = crops[place]  # y and x are negative in the padding
                     if self.padding:
                         image = F.pad(image, (0, 0, *2 * (self.padding,), *2 * (self.padding,)))
-                        down, right = down + self.padding, right + self.padding
-                    image = image[down:, right:][: self.height, : self.width]
+                        y, x = y + self.padding, x + self.padding
+                    image = image[y:, x:][: self.height, : self.width]
                     ready = batch[place].copy_(image.flip(1) if mirrored else image)  # (h, w, 3)
                     torch.addcmul(shift, ready, scale, out=ready)
         return batch.permute(0, 3, 1, 2)  # (B, 3, h, w)
@@ -152,7 +152,7 @@ class TrainTransform:
         return affine(self.normalisation, 1, device)[1][0][:, None, None]
 
 
-RECTANGLES = 8  # drawn for an image, of which the first that fits is taken: one in 10^10 images of 2:1 has none
+RECTANGLES = 8  # sizes drawn for an image; the first that fits is used. At 2:1, none fits in one of 10^10 images
 DRAWS_OF_ERASING = 3 + 2 * RECTANGLES
 
 
@@ -160,8 +160,9 @@ def erased(draws: Tensor, height: int, width: int, p: float) -> Tensor:
     """Random erasing: a mask with the rectangle to erase in each image, bool (B, height, width).
 
     Zhong et al., Random Erasing Data Augmentation, AAAI 2020, arXiv:1708.04896: with probability p, a rectangle of 2 to
-    40% of the area with an aspect (height / width) of 0.3 to 1 / 0.3, both uniform, at a uniform position. Rectangles
-    as high or wide as the image are drawn again.
+    40% of the area with an aspect (height / width) of 0.3 to 1 / 0.3, both uniform, at a uniform position. As in the
+    published code, sizes are drawn until one is smaller than the image, and then a position; the paper draws both
+    together until the rectangle fits, and fills it with random values.
 
     draws: (B, DRAWS_OF_ERASING), uniform in [0, 1): erase?, down, right, and area and aspect of each try
     """

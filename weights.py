@@ -54,7 +54,7 @@ class Weights:
     licence: str = LICENCE
 
 
-def read(path: str | os.PathLike, assume: str = '', own: Container[str] = ()) -> Weights:
+def read(path: str | os.PathLike, assume: str = '', target: Container[str] = ()) -> Weights:
     """Reads a checkpoint or a bare state dict without running any code in it (`files.unpickling`).
 
     Supported are checkpoints of this project; checkpoints of the original, written by PyTorch 0.3 under Python 2 or
@@ -62,7 +62,7 @@ def read(path: str | os.PathLike, assume: str = '', own: Container[str] = ()) ->
     `module.` and `_orig_mod.`; and the layouts that the models' classes list as `published`.
 
     assume: NAME=VALUE, separated by commas, to replace assumptions of the file's layout
-    own:    the names of the weights of the target network; a file with these names is not translated
+    target: the names of the weights of the target network; a file with these names is not translated
 
     Raises UserError for a file that cannot be read safely, contains no weights, or mixes the names of two projects, and
     for an assumption that does not apply to the file.
@@ -73,20 +73,22 @@ def read(path: str | os.PathLike, assume: str = '', own: Container[str] = ()) ->
         loaded, kind = {**safetensors.contents(metadata), 'state_dict': tensors}, safetensors.KIND
     else:
         loaded, kind = unpickling.load(path)
-    return _understand(loaded, kind, where, layouts.chosen(assume), own)
+    return _understand(loaded, kind, where, layouts.chosen(assume), target)
 
 
-def _understand(loaded: Any, kind: str, where: str, chosen: Mapping[str, str], own: Container[str]) -> Weights:
+def _understand(loaded: Any, kind: str, where: str, chosen: Mapping[str, str], target: Container[str]) -> Weights:
     """The contents of a file -> Weights."""
-    checkpoint, found = {}, loaded
+    checkpoint, entries = {}, loaded
     entry = 'state_dict'
     if isinstance(loaded, dict) and 'state_dict' not in loaded and isinstance(loaded.get('model'), dict):
         entry = 'model'  # of fast-reid
     if isinstance(loaded, dict) and entry in loaded:
-        checkpoint, found = loaded, loaded[entry]
-    if not isinstance(found, dict) or not found:
-        raise UserError(f'{where} contains no weights but a {type(found).__name__}; give a checkpoint or a state dict')
-    state_dict = loading.tensors_of(found, where)
+        checkpoint, entries = loaded, loaded[entry]
+    if not isinstance(entries, dict) or not entries:
+        raise UserError(
+            f'{where} contains no weights but a {type(entries).__name__}; give a checkpoint or a state dict'
+        )
+    state_dict = loading.tensors_of(entries, where)
 
     ours = str(checkpoint.get('format', '')).startswith(FORMAT.split()[0])
     if ours and checkpoint['format'] != FORMAT:
@@ -101,7 +103,7 @@ def _understand(loaded: Any, kind: str, where: str, chosen: Mapping[str, str], o
     else:
         bare = not checkpoint or kind == safetensors.KIND
         contents = 'bare state dict' if bare else f'checkpoint with {listed(checkpoint)}'
-        named = loading.normalised(state_dict, where, loading.project_of(found, own), chosen.get('project', ''))
+        named = loading.normalised(state_dict, where, loading.project_of(entries, target), chosen.get('project', ''))
         layout = ', '.join([f'{contents} in {kind}', *named.notes])
     recorded = layouts.made_of(checkpoint.get('model')) if ours else {}
     state_dict, made, assumed = loading.settled(named, chosen, where, bool(recorded))
@@ -232,20 +234,20 @@ def pretrain(model: Network, pretrained: str) -> None:
         state_dict = loading.normalised(download.fetch(model.imagenet), where).state_dict
         layout, trained, assumed = str(model.imagenet), Training(where, of_imagenet=True), []
     else:
-        where, weights = plain(pretrained, 500), read(pretrained, own=model.state_dict())
+        where, weights = plain(pretrained, 500), read(pretrained, target=model.state_dict())
         state_dict, layout, trained = weights.state_dict, weights.layout, weights.trained
         assumed = layouts.in_training(weights.assumed)
 
-    own = model.state_dict()
+    target = model.state_dict()
     kept = model.options if trained.of_imagenet else ()
     dropped = [
         key for key in state_dict
-        if key.startswith('classifier.') or key in kept or (key.startswith(HEAD_PARTS) and key not in own)
+        if key.startswith('classifier.') or key in kept or (key.startswith(HEAD_PARTS) and key not in target)
     ]  # fmt: skip
     taken = {key: value for key, value in state_dict.items() if key not in dropped}
     fresh_parts = (*model.fresh, *HEAD_PARTS)
     random = ('classifier.', *(part for part in fresh_parts if not any(key.startswith(part) for key in taken)))
-    fresh = {key: value for key, value in own.items() if key.startswith(random)}
+    fresh = {key: value for key, value in target.items() if key.startswith(random)}
     loading.load_into(model, taken | fresh, allow_other_classifier=False, where=where)
     trained = replace(trained, project='', test={})  # network and test are those of the script
     model.trained = replace(trained, random=listed(key for key in fresh if not key.startswith('classifier.')))

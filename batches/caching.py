@@ -12,7 +12,7 @@ from batches.workers import Block, SizeGroup, Task, Workers, collate
 from runtime.device import Run
 from runtime.errors import UserError
 
-ROOM = 0.8  # fraction of the free memory that a cache may use
+USABLE = 0.8  # fraction of the free memory that a cache may use
 CHUNK = 64  # items that a worker decodes at a time to fill the cache
 
 
@@ -46,7 +46,7 @@ class Cache:
         size *= run.processes.local_world_size if self.home.type == 'cpu' else 1
         free = free_memory(self.home)
         plan = f'--cache {kind}: {number} training images take about {gigabytes(size)} of {gigabytes(free)} free memory'
-        if size > ROOM * free:
+        if size > USABLE * free:
             raise UserError(f'{plan}, too much: use --cache none')
         if run.rank == 0:
             print(plan)

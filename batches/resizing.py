@@ -55,11 +55,11 @@ def render(
         for first in range(0, len(pixels), at_once):
             part = slice(first, first + at_once)  # of these images
             source = pixels[part]
-            here = slice(done, done := done + len(source))  # of the batch
-            column, row = _chosen(of_columns, part, columns[here]), _chosen(of_rows, part, rows[here])
+            places = slice(done, done := done + len(source))  # of the batch
+            column, row = _chosen(of_columns, part, columns[places]), _chosen(of_rows, part, rows[places])
             source = _pass(source.transpose(1, 2), *column, work, clamp)  # (n, w, H, 3)
             source = _pass(source.transpose(1, 2), *row, work, clamp)  # (n, h, w, 3)
-            ready = batch[here].copy_(source)
+            ready = batch[places].copy_(source)
             torch.addcmul(shift, ready, scale, out=ready)
     if mixed:
         batch = torch.empty_like(batch).index_copy_(0, order, batch)

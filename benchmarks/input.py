@@ -21,7 +21,7 @@ from PIL import Image
 import data_manager
 import toy
 from arguments import DataOptions
-from dataset_loader import ImageDataset, TrainLoader, train_loader
+from dataset_loader import ImageDataset, TrainLoader
 from runtime.device import Run
 from samplers import RandomSampler
 from table import Row, row, take_turns
@@ -69,7 +69,7 @@ def compare(items: list, turns: int, mixed: bool = False) -> list[Row]:
     """Assert that the pixels of both sides agree to within 2/255, on average to a tenth of that; see `transforms`."""
     sampler, augment = RandomSampler(items, BATCH), TrainTransform(HEIGHT, WIDTH)
     loaders = {
-        cache: train_loader(ImageDataset(items), sampler, DataOptions(workers=0, cache=cache), RUN)
+        cache: TrainLoader(ImageDataset(items), sampler, DataOptions(workers=0, cache=cache), RUN)
         for cache in ('none', 'ram')
     }
     std = torch.tensor(IMAGENET_STD)[:, None, None]

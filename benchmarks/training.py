@@ -25,7 +25,7 @@ import data_manager
 import models
 import toy
 from arguments import DataOptions, RunOptions, ShowOptions
-from dataset_loader import ImageDataset, train_loader
+from dataset_loader import ImageDataset, TrainLoader
 from extraction.engines import ByEngine
 from losses import CrossEntropyLabelSmooth
 from models.network import Network
@@ -227,7 +227,7 @@ def from_files(persons: int, turns: int, limit_target: float, compiled: bool = F
         toy.draw_market1501(Path(folder) / 'market1501', num_train=persons, num_images=8, height=128, width=64)
         dataset = data_manager.init_dataset('market1501', folder)
         sampler = RandomSampler(dataset.train, BATCH, 1)
-        loader = train_loader(ImageDataset(dataset.train), sampler, DataOptions(workers=workers, cache=cache), run)
+        loader = TrainLoader(ImageDataset(dataset.train), sampler, DataOptions(workers=workers, cache=cache), run)
         model = run.place(network())
         replica = run.replicate(model)
         optimizer = Adam(model.parameters(), 3e-4, weight_decay=5e-4, fused=True)

@@ -57,14 +57,14 @@ def check(run: Opened, images: Sequence[np.ndarray], expected: Tensor, distance:
 
     The error of a feature is the length of the difference, divided by the length of the feature.
     """
-    found = torch.full_like(expected, torch.nan)  # (N, D)
+    computed = torch.full_like(expected, torch.nan)  # (N, D)
     sizes = dict.fromkeys(image.shape for image in images)
     for size in sizes:
         places = [place for place, image in enumerate(images) if image.shape == size]
         for some in batches(places):
-            found[some] = torch.from_numpy(run(np.stack([images[place] for place in some])))
-    errors = (found - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=torch.finfo().tiny)  # (N,)
-    return Outcome(len(images), len(sizes), float(errors.max()), exchanged(expected, found, distance))
+            computed[some] = torch.from_numpy(run(np.stack([images[place] for place in some])))
+    errors = (computed - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=torch.finfo().tiny)  # (N,)
+    return Outcome(len(images), len(sizes), float(errors.max()), exchanged(expected, computed, distance))
 
 
 def batches(places: Sequence[int]) -> Iterator[list[int]]:
@@ -75,13 +75,13 @@ def batches(places: Sequence[int]) -> Iterator[list[int]]:
         turn += 1
 
 
-def exchanged(expected: Tensor, found: Tensor, distance: str) -> int:
-    """The number of the NEIGHBOURS of all features (N, D) that differ in `found` and whose distances do not agree.
+def exchanged(expected: Tensor, computed: Tensor, distance: str) -> int:
+    """The number of the NEIGHBOURS of all features (N, D) that differ in `computed` and whose distances do not agree.
 
     Two distances agree if they differ by at most TOLERANCE of the larger one.
     """
     nearest = min(NEIGHBOURS, len(expected) - 1)
-    one, other = (distances(each, distance) for each in (expected, found))  # (N, N) each
+    one, other = (distances(each, distance) for each in (expected, computed))  # (N, N) each
     ours, theirs = (each.sort(dim=1, stable=True).indices[:, :nearest] for each in (one, other))  # (N, nearest) each
     near, far = one.gather(1, ours), one.gather(1, theirs)  # distances of the expected features
     return int(((near - far).abs() > TOLERANCE * torch.maximum(near, far)).sum())

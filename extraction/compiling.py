@@ -102,6 +102,6 @@ def check_headers(what: str, variables: tuple[str, ...]) -> None:
 def include_folders(variables: tuple[str, ...]) -> list[Path]:
     """The folders in which a compiler looks for Python.h: Python's own, then those in these environment variables."""
     scheme = sysconfig.get_default_scheme()
-    own = sysconfig.get_paths('posix_prefix' if scheme == 'posix_local' else scheme)['include']  # as triton does
+    installed = sysconfig.get_paths('posix_prefix' if scheme == 'posix_local' else scheme)['include']  # as triton does
     more = [os.environ.get(name, '') for name in variables]
-    return [Path(folder) for folder in (own, *os.pathsep.join(more).split(os.pathsep)) if folder]
+    return [Path(folder) for folder in (installed, *os.pathsep.join(more).split(os.pathsep)) if folder]

@@ -103,9 +103,9 @@ def read(folder: str | Path, labelled: bool = False) -> list[np.ndarray]:
 def distance_of(folder: str | Path) -> str:
     """The distance that model.json names; 'euclidean' if it does not."""
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads((Path(folder) / 'model.json').read_text())
-        if isinstance(found, dict) and found.get('distance') in DISTANCES:
-            return str(found['distance'])
+        description = json.loads((Path(folder) / 'model.json').read_text())
+        if isinstance(description, dict) and description.get('distance') in DISTANCES:
+            return str(description['distance'])
     return DISTANCES[0]
 
 

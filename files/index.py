@@ -71,9 +71,9 @@ class Gallery(NamedTuple):
                 torch.mul(some, scales[part, None], out=memory[: len(rows)])
                 block = squared_distances(queries, Points(memory[: len(rows)], self.points.norms[part]))
                 spare.append(memory)
-            found = nearest_host(block, places, keys.copy())
+            block_keys = nearest_host(block, places, keys.copy())
             with lock:
-                keys[:] = nearer(keys, found)
+                keys[:] = nearer(keys, block_keys)
 
         tasks = [(order[left : left + WIDTH],) for left in range(0, len(order), WIDTH)]
         in_threads(work, tasks, self.points.features.device)

@@ -163,7 +163,7 @@ class OSNet(Network):
     def maps(self, x: Tensor) -> Tensor:
         x = self.conv2(self.maxpool(self.conv1(x)))
         x = self.conv3(self.pool2(x) if self.ain else x)
-        maps: Tensor = self.conv5(self.conv4(self.pool3(x) if self.ain else x))  # (B, 512, H/16, W/16)
+        maps: Tensor = self.conv5(self.conv4(self.pool3(x) if self.ain else x))  # (B, channels[-1], H/16, W/16)
         return maps
 
     def features(self, x: Tensor) -> Tensor:
@@ -193,7 +193,10 @@ class OSNet025(OSNet):
 
 
 class OSNetIBN(OSNet):
-    """OSNet-IBN x1.0: instance normalisation in the first layer and behind the blocks of the first stage."""
+    """OSNet-IBN x1.0: instance normalisation in the first layer and behind the blocks of the first stage.
+
+    After Pan et al., ECCV 2018, arXiv:1807.09441, in the variant of torchreid.
+    """
 
     norms = (('after', 'after'), ('', ''), ('', ''))
     signature = (OF_OSNET_IBN, (256,))

@@ -24,7 +24,7 @@ from models.network import Network, WeightsFile
 
 __all__ = ['ResNet18', 'ResNet34', 'ResNet50', 'ResNet50IBN', 'ResNet50M', 'ResNet101']
 
-# Networks of this project in other files of the original, and in those of torchreid v1.4.0 (unchanged since v0.5.0)
+# Layouts in which the original, and torchreid v1.4.0 (unchanged since v0.5.0), save these networks
 SECOND_NAMES = Layout(
     "second names of ResNet50M's layers merged",
     (
@@ -101,7 +101,7 @@ class ResNet50(Network):
 
     build: Callable[..., ResNet] = staticmethod(resnet50)
     feat_dim = 2048
-    narrowest_bf16 = 33  # for narrower images the CPU's bf16 convolutions of the last stage return garbage
+    narrowest_bf16 = 33  # for narrower images some CPUs' bf16 convolutions in the last stage are wrong
     imagenet = ResNet50_Weights.IMAGENET1K_V1
     signature: tuple[str, tuple[int, ...]] = ('base.7.2.conv3.weight', (2048, 512, 1, 1))
     absent: tuple[str, ...] = (
@@ -139,7 +139,7 @@ class ResNet50(Network):
                 x = block(x)
                 if index >= 0:
                     x = attention[index](x)
-        return x  # (B, feat_dim, H/32, W/32)
+        return x  # (B, feat_dim, H/32, W/32), or with last stride 1 (B, feat_dim, H/16, W/16)
 
     def add_attention(self) -> None:
         """Add non-local blocks after the last blocks of the second and third stage, as in fast-reid's AGW.

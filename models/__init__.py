@@ -79,7 +79,7 @@ def init_model(
 
     name:        one of `get_names()`, or timm:NAME
     num_classes: number of training identities; 0, in a test without a training set, counts as 1
-    loss:        names of the losses that will be computed, which may be any
+    loss:        {'xent'} if only logits are needed in training, else any other set of names
     last_stride: 1 keeps the resolution in the last stage, see `Network.keep_resolution`
     neck:        add BNNeck, see `Network.add_neck`
     pooling:     of the maps: 'avg', 'max', or 'gem' (`models.network.GeM`)

@@ -37,9 +37,9 @@ DOTTED = re.compile(r'(\.denselayer\d+\.(?:norm|conv))\.([12])\.')  # of DenseNe
 OF_OTHERS = re.compile(r'(?:conv1|bn1|layer\d|fc|fc_fusion|features)\.')
 
 
-def tensors_of(found: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
+def tensors_of(entries: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
     """The loaded object, checked to be a state dict. Raises UserError for an entry that is not a named tensor."""
-    for key, value in found.items():
+    for key, value in entries.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             fault = f'a {type(value).__name__}, not a tensor' if isinstance(key, str) else 'not the name of a tensor'
             raise UserError(
@@ -50,24 +50,24 @@ def tensors_of(found: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
             raise UserError(
                 f'{where}: {plain(key)} has no elements, only the shape {tuple(value.shape)}; get the file again'
             )
-    return {key: value.detach() for key, value in found.items()}
+    return {key: value.detach() for key, value in entries.items()}
 
 
-def project_of(found: Mapping[str, Any], own: Container[str]) -> str:
+def project_of(entries: Mapping[str, Any], target: Container[str]) -> str:
     """The `project` of ASSUMPTIONS whose module names are in a state dict, '' if none.
 
     torch.save stores the names of all modules, including those without weights: timm's activations are named act1, and
     reid-strong-baseline has a pool named gap. If all names are those of the target network, the file belongs to it.
 
-    own: the names of the target network's weights; empty if there is no network yet
+    target: the names of the target network's weights; empty if there is no network yet
     """
     # torch's private place for the versions of modules, which it keeps in the file: only their names are read here. No
     # public function returns them, and a file without this attribute merely leaves the question open.
-    modules = getattr(found, '_metadata', None)
+    modules = getattr(entries, '_metadata', None)
     names = {WRAPPER_PREFIX.sub('', str(name)) for name in modules} if isinstance(modules, dict) else set()
     if 'gap' in names:
         return 'reid-strong-baseline'
-    return 'timm' if 'base.act1' in names or all(WRAPPER_PREFIX.sub('', key) in own for key in found) else ''
+    return 'timm' if 'base.act1' in names or all(WRAPPER_PREFIX.sub('', key) in target for key in entries) else ''
 
 
 def normalised(state_dict: Mapping[str, Tensor], where: str, seen: str = '', asked: str = '') -> Named:
@@ -163,8 +163,8 @@ def settled(
         UserError: an assumption is unknown, or does not apply to the file.
     """
     state_dict = dict(named.state_dict)
-    own = OWN_WITH_NECK if 'bottleneck.weight' in state_dict and not recorded else Layout('')
-    layout = named.layout or own
+    default = OWN_WITH_NECK if 'bottleneck.weight' in state_dict and not recorded else Layout('')
+    layout = named.layout or default
     assumed = {name: value for name, value in layout.assumed.items() if _is_open(name, state_dict)}
     for name, value in chosen.items():
         if name not in ASSUMPTIONS or value not in ASSUMPTIONS[name]:
@@ -233,16 +233,16 @@ def load_into(
 
     where: the file, for the messages
     """
-    own = model.state_dict()
+    target = model.state_dict()
     for option in model.options:
-        own.pop(option, None)
+        target.pop(option, None)
         if option in state_dict:
-            own[option] = torch.tensor(True, device=next(model.parameters()).device)
-    missing = [key for key in own if key not in state_dict and not key.endswith('.num_batches_tracked')]
-    unexpected = [key for key in state_dict if key not in own]
-    unlike = [key for key in own if key in state_dict and not _alike(key, state_dict[key], own[key])]
+            target[option] = torch.tensor(True, device=next(model.parameters()).device)
+    missing = [key for key in target if key not in state_dict and not key.endswith('.num_batches_tracked')]
+    unexpected = [key for key in state_dict if key not in target]
+    unlike = [key for key in target if key in state_dict and not _alike(key, state_dict[key], target[key])]
     classifier = [key for key in unlike if key.startswith('classifier.')]
-    absent = [key for key in own if key.startswith('classifier.')]
+    absent = [key for key in target if key.startswith('classifier.')]
     if allow_other_classifier and absent and set(absent) <= set(missing):
         missing = [key for key in missing if key not in absent]
     else:
@@ -252,9 +252,9 @@ def load_into(
         faults = [
             f'missing {listed(missing)}' if missing else '',
             f'unexpected {listed(unexpected)}' if unexpected else '',
-            f'different shapes in {listed(_shapes(key, state_dict, own) for key in unlike)}' if unlike else '',
+            f'different shapes in {listed(_shapes(key, state_dict, target) for key in unlike)}' if unlike else '',
         ]
-        arch, own_arch = arch_of(state_dict), arch_of(own)
+        arch, own_arch = arch_of(state_dict), arch_of(target)
         larger = [key for key in unlike if key not in classifier]
         if larger and not (missing or unexpected) and all(map(OF_POSITIONS.search, larger)):
             guess = 'it was trained with images of another size: give its --height and --width'
@@ -269,7 +269,7 @@ def load_into(
         else:
             guess = f'it looks like a {arch}: try --arch {arch}'
         raise UserError(f'{where} does not fit the model: {"; ".join(filter(None, faults))}; {guess}')
-    others = listed(_shapes(key, state_dict, own) for key in classifier)
+    others = listed(_shapes(key, state_dict, target) for key in classifier)
     if classifier and not allow_other_classifier:
         raise UserError(
             f'{where} has a classifier for a different number of identities: {others}; '
@@ -278,8 +278,8 @@ def load_into(
     if broken := [key for key, value in state_dict.items() if not bool(value.isfinite().all())]:
         raise UserError(f'{where} has weights that are not finite, in {listed(broken)}; get the file again')
     for option in model.options:
-        setattr(model, option, own.get(option))
-    model.load_state_dict({**own, **{key: value for key, value in state_dict.items() if key not in classifier}})
+        setattr(model, option, target.get(option))
+    model.load_state_dict({**target, **{key: value for key, value in state_dict.items() if key not in classifier}})
     left_out = others or (f'{listed(absent)}, which it does not contain' if absent else '')
     return [f'Not loaded from {where}: {left_out}'] if left_out else []
 
@@ -290,27 +290,27 @@ def fit_classifier(model: Network, state_dict: Mapping[str, Tensor], where: str)
     It is not printed if the model's classifier has one identity because there is no training set. A test does not use
     the classifier. The model is unchanged if the weights have no classifier, or one for different features.
     """
-    own, weight, bias = model.classifier, state_dict.get('classifier.weight'), state_dict.get('classifier.bias')
-    if not isinstance(own, torch.nn.Linear) or weight is None or (bias is None) != (own.bias is None):
+    classifier, weight, bias = model.classifier, state_dict.get('classifier.weight'), state_dict.get('classifier.bias')
+    if not isinstance(classifier, torch.nn.Linear) or weight is None or (bias is None) != (classifier.bias is None):
         return
     number = len(weight) if weight.ndim else 0
-    if not number or weight.shape != (number, own.in_features) or (bias is not None and bias.shape != (number,)):
+    if not number or weight.shape != (number, classifier.in_features) or (bias is not None and bias.shape != (number,)):
         return
-    if weight.shape == own.weight.shape:
+    if weight.shape == classifier.weight.shape:
         return
-    model.num_classes, before = number, own.out_features
-    model.classifier = torch.nn.Linear(own.in_features, number, bias=bias is not None).to(own.weight)
+    model.num_classes, before = number, classifier.out_features
+    model.classifier = torch.nn.Linear(classifier.in_features, number, bias=bias is not None).to(classifier.weight)
     if before > 1:
         print(f'The classifier has the {number} identities of {where} instead of {before}')
 
 
-def _alike(key: str, given: Tensor, own: Tensor) -> bool:
-    kinds = given.dtype.is_floating_point == own.dtype.is_floating_point or key.endswith('.num_batches_tracked')
-    return given.shape == own.shape and kinds
+def _alike(key: str, given: Tensor, expected: Tensor) -> bool:
+    kinds = given.dtype.is_floating_point == expected.dtype.is_floating_point or key.endswith('.num_batches_tracked')
+    return given.shape == expected.shape and kinds
 
 
-def _shapes(key: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    return f'{key} {_described(given[key])} where the model has {_described(own[key])}'
+def _shapes(key: str, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    return f'{key} {_described(given[key])} where the model has {_described(expected[key])}'
 
 
 def _described(tensor: Tensor) -> str:

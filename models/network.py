@@ -115,7 +115,7 @@ class Network(nn.Module):
         self.made: dict[str, Any] = {}  # the arguments of init_model that decide what the network computes
 
     def maps(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, feat_dim, h, w)."""
+        """(B, 3, H, W) -> (B, C, h, w); C is feat_dim unless `features` is overridden too."""
         raise NotImplementedError
 
     def features(self, x: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class Network(nn.Module):
 
 
 class Replacement(Network):
-    """A network that computes the features of another one in its own way, of images that are prepared as for it."""
+    """Computes another network's features by other means, such as a compiled graph; images are prepared as for it."""
 
     pools_itself = True
 

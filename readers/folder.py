@@ -36,11 +36,11 @@ class Folder(Dataset):
     def __init__(self, root: str, name: str = 'folder', test_share: float = 0.5, seed: int = 1) -> None:
         passed_over: list[str] = []
         splits = _splits(root)
-        found = {split: _scan(os.path.join(root, split), passed_over) for split in splits or ('',)}
-        persons = {person for items in found.values() for _, person, _ in items}
+        by_split = {split: _scan(os.path.join(root, split), passed_over) for split in splits or ('',)}
+        persons = {person for items in by_split.values() for _, person, _ in items}
         pid_of, names = numbered(persons, 1, f'{plain(root, 500)}: persons')
-        found = {split: [item for item in items if pid_of[item[1]] != JUNK] for split, items in found.items()}
-        everything = [item for items in found.values() for item in items]
+        by_split = {split: [item for item in items if pid_of[item[1]] != JUNK] for split, items in by_split.items()}
+        everything = [item for items in by_split.values() for item in items]
         if not everything:
             raise UserError(f'{plain(root, 500)} contains no image of a person; {EXPECTED}')
         if len({isinstance(paths, str) for paths, _, _ in everything}) > 1:
@@ -50,14 +50,14 @@ class Folder(Dataset):
         unknown = next((paths for paths, _, camera in everything if not camera), None)
         drawn = ''
         if not splits:
-            found, drawn = _draw(everything, test_share, seed, by_camera=unknown is None)
+            by_split, drawn = _draw(everything, test_share, seed, by_camera=unknown is None)
         camid_of = {'': 0}
         if unknown is None:
             camid_of, _ = numbered((camera for _, _, camera in everything), 0, f'{plain(root, 500)}: cameras')
         lists: list[list[Item]] = [
             [
                 (paths, pid_of[person], 0 if unknown else camid_of[camera])
-                for paths, person, camera in found.get(split, ())
+                for paths, person, camera in by_split.get(split, ())
             ]
             for split in SPLITS
         ]

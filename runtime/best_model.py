@@ -107,9 +107,9 @@ def _load(model: Network, folders: Sequence[Path]) -> dict[str, Any]:
 def _tested(folder: Path, best: dict[str, Any]) -> dict[str, float] | None:
     """The figures of the test of `best`; None if `folder` has no record of this test or no results."""
     with contextlib.suppress(OSError, ValueError):
-        found = read_json(folder / RECORD)
-        if isinstance(found, dict) and (folder / 'results.json').exists():
-            figures = found.get('figures')
-            if isinstance(figures, dict) and all(found.get(name) == best[name] for name in KNOWN_BY):
+        record = read_json(folder / RECORD)
+        if isinstance(record, dict) and (folder / 'results.json').exists():
+            figures = record.get('figures')
+            if isinstance(figures, dict) and all(record.get(name) == best[name] for name in KNOWN_BY):
                 return figures
     return None

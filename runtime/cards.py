@@ -95,9 +95,9 @@ def has_kernels(capability: tuple[int, int], built: Sequence[str]) -> bool:
         parts = re.fullmatch(r'(sm|compute)_(\d+)(\d)([af]?)', name)
         if not parts:
             return True
-        own, suffix = (int(parts[2]), int(parts[3])), parts[4]
-        newest = own if suffix == 'a' else (own[0], 9) if parts[1] == 'sm' or suffix == 'f' else (99, 9)
-        if own <= capability <= newest:
+        built_for, suffix = (int(parts[2]), int(parts[3])), parts[4]
+        newest = built_for if suffix == 'a' else (built_for[0], 9) if parts[1] == 'sm' or suffix == 'f' else (99, 9)
+        if built_for <= capability <= newest:
             return True
     return not built
 

@@ -82,13 +82,13 @@ def check_name(parser: Reporter, flag: str, name: str) -> None:
     except UserError as mistake:
         parser.error(f'{flag} {named}: {mistake}')
     if kind and kind != parser.kind:
-        here, there = ('images', 'tracklets') if parser.kind == 'image' else ('tracklets', 'images')
+        expected, given = ('images', 'tracklets') if parser.kind == 'image' else ('tracklets', 'images')
         script = Path(sys.argv[0]).name
         other = script.replace('img', 'vid') if parser.kind == 'image' else script.replace('vid', 'img')
         does = 'trains on' if flag == '-d' else 'tests'
         parser.error(
-            f'{flag} {named} contains {there}, but {script} {does} {here}: choose one of {names}, '
-            f'or run {other if other != script else "a script for " + there}'
+            f'{flag} {named} contains {given}, but {script} {does} {expected}: choose one of {names}, '
+            f'or run {other if other != script else "a script for " + given}'
         )
     if not kind:
         parser.error(f'{flag} {named}: no such data set; choose one of {names}')

@@ -166,8 +166,8 @@ class Run:
         """Skip this and all later steps of the (fused) optimizers if `loss` is not finite in any process.
 
         The decision stays on the device, so the host does not wait for it. Weights and moments keep their values,
-        nothing more is saved (`is_healthy`), and the meter ends the run when it reads the loss. This collective, the
-        only one in a step, also exchanges whether a process was asked to stop (`stopping`).
+        nothing more is saved (`is_healthy`), and the meter ends the run when it reads the loss. In this collective,
+        which a step has besides those of features and gradients, a request to stop is exchanged too (`stopping`).
 
         Raises:
             UserError: an optimizer is not fused, so it cannot skip a step on the device.

@@ -193,9 +193,9 @@ def _first_end(ends: Mapping[int, tuple[int, int]]) -> tuple[int, str]:
 
     The first process to end counts: the launcher then ends the others, by SIGKILL if SIGTERM is not enough.
     """
-    own = {rank: end for rank, end in ends.items() if end[1] != -signal.SIGTERM} or ends
+    causes = {rank: end for rank, end in ends.items() if end[1] != -signal.SIGTERM} or ends
     # Within one second: a mistake comes first, because others may fail when they lose that process; then a kill.
-    rank, (_, code) = min(own.items(), key=lambda item: (item[1][0], item[1][1] != UserError.status, item[1][1]))
+    rank, (_, code) = min(causes.items(), key=lambda item: (item[1][0], item[1][1] != UserError.status, item[1][1]))
     if code >= 0 or code == -signal.SIGTERM:
         return (code if code >= 0 else 128 - code), ''
     return 128 - code, f'error: process {rank} of the run was killed by signal {-code}\n'

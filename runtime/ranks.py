@@ -33,9 +33,9 @@ def mean_features(
         features = F.normalize(features)
     groups, numbers = (torch.from_numpy(each) for each in (several.groups, several.of_queries))  # (N,), (Q,)
     sizes = groups.bincount()  # (P,)
-    own = groups[indices]  # (n,)
-    order = own.argsort(stable=True).to(features.device)
-    parts = features[order].split(own.bincount(minlength=len(sizes)).tolist())
+    group = groups[indices]  # (n,)
+    order = group.argsort(stable=True).to(features.device)
+    parts = features[order].split(group.bincount(minlength=len(sizes)).tolist())
     sums = run.sum(torch.stack([part.sum(0) for part in parts]))  # (P, D), in every process
     rows = torch.arange(run.rank, len(numbers), run.world_size)  # (q,) of this process
     numbers = numbers[rows].to(features.device)
@@ -76,10 +76,10 @@ def sample(query: Extracted, gallery: Extracted, dataset: Dataset, run: Run) -> 
     chosen = known[np.argsort(-sizes, kind='stable')[:EMBEDDED]]
     rows = np.flatnonzero(np.isin(pids, chosen))[:EMBEDDED_ROWS]  # (n,) of the queries, then the gallery
     features = torch.zeros(len(rows), query[0].size(1))
-    for (own, indices), first in ((query, 0), (gallery, len(q_pids))):
+    for (part, indices), first in ((query, 0), (gallery, len(q_pids))):
         held = indices.numpy() + first  # (m,) rows held by this process, ascending
-        here = np.isin(held, rows)
-        features[np.searchsorted(rows, held[here])] = own[torch.from_numpy(here).to(own.device)].cpu()
+        sampled = np.isin(held, rows)
+        features[np.searchsorted(rows, held[sampled])] = part[torch.from_numpy(sampled).to(part.device)].cpu()
     return {
         'embedding_features': run.sum(features).half().numpy(),
         'embedding_pids': pids[rows],
@@ -100,10 +100,10 @@ def rerank(
     return ranking.rerank(queries, items, q_pids, g_pids, q_camids, g_camids, *how)
 
 
-def _collect(own: Tensor, indices: Tensor, number: int, run: Run) -> Tensor:
+def _collect(features: Tensor, indices: Tensor, number: int, run: Run) -> Tensor:
     """All features (number, D), in every process, from the rows (n, D) at `indices` (n,) that each process has."""
-    everyone = own.new_zeros(number, own.size(1))
-    everyone[indices.to(own.device)] = own
+    everyone = features.new_zeros(number, features.size(1))
+    everyone[indices.to(features.device)] = features
     return run.sum(everyone)
 
 

@@ -33,20 +33,20 @@ class RunFolder:
 
         Copies of files may have lost their times: those of later positions are asked when they were written.
         """
-        found: tuple[Path, weights.Weights] | None = None
+        newest: tuple[Path, weights.Weights] | None = None
         for path in sorted(self.folder.glob('*_*.pth.tar'), key=age):
-            if path.name == 'best_model.pth.tar' or (found and _place(path) <= _place(found[0])):
+            if path.name == 'best_model.pth.tar' or (newest and _place(path) <= _place(newest[0])):
                 continue
             try:
                 loaded = weights.read(path)
             except UserError as damage:
                 print(f'Skipped: {damage}')
                 continue
-            if loaded.state is not None and (found is None or written(loaded.state) > written(found[1].state)):
-                found = path, loaded
-        if found is None:
+            if loaded.state is not None and (newest is None or written(loaded.state) > written(newest[1].state)):
+                newest = path, loaded
+        if newest is None:
             print(f'No checkpoint in {self.folder}: starting from {self.named[0] or "the beginning"}')
-        return found or (None, None)
+        return newest or (None, None)
 
     def clear(self, *patterns: str) -> None:
         """Delete the files whose full name matches one of the regular expressions."""
@@ -114,6 +114,6 @@ def modified(path: Path) -> int:
 def _is_part(folder: Path) -> bool:
     """Whether the results in a folder belong to the test of a run, and are not those of a separate test."""
     with contextlib.suppress(OSError, ValueError):
-        found = read_json(folder / 'results.json')
-        return isinstance(found, dict) and bool(found.get('part_of_a_test'))
+        results = read_json(folder / 'results.json')
+        return isinstance(results, dict) and bool(results.get('part_of_a_test'))
     return False

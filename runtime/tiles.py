@@ -131,10 +131,10 @@ def nearest_host(
         k = min(nearest.shape[1], len(places))
         bounds = np.partition(block, k - 1)[:, k - 1] if np.isnan(so_far).any() else so_far
     bounds = np.minimum(np.fmin(bounds, so_far), np.finfo(np.float32).max)
-    found, columns = np.divmod(np.flatnonzero(block <= bounds[:, None]), len(places))  # (n,)
-    order = np.arange(len(found)) - np.searchsorted(found, found)  # (n,) from 0, within the row
+    rows, columns = np.divmod(np.flatnonzero(block <= bounds[:, None]), len(places))  # (n,)
+    order = np.arange(len(rows)) - np.searchsorted(rows, rows)  # (n,) from 0, within the row
     keys = np.full((len(block), order.max(initial=0) + 1), NONE)
-    keys[found, order] = keys_of(block[found, columns], places[columns])
+    keys[rows, order] = keys_of(block[rows, columns], places[columns])
     return np.sort(keys, axis=1)[:, : nearest.shape[1]]
 
 

@@ -23,7 +23,7 @@ import evaluation
 import losses
 import models
 from arguments import DataOptions, RunOptions, TestOptions
-from dataset_loader import ImageDataset, train_loader
+from dataset_loader import ImageDataset, TrainLoader
 from readers.tree import ids_of
 from runtime import device, processes
 from runtime.device import Run
@@ -91,7 +91,7 @@ def steps(run):
 def batches(run, dataset):
     """The pixels and pids of an epoch, as they enter the network."""
     sampler = RandomIdentitySampler(dataset.train, 4, BATCH, seed=1)
-    loader = train_loader(ImageDataset(dataset.train), sampler, DataOptions(workers=0), run)
+    loader = TrainLoader(ImageDataset(dataset.train), sampler, DataOptions(workers=0), run)
     augment = TrainTransform(32, 16)
     return [(augment(images, draws), pids) for images, pids, draws in loader.epoch(2)]
 

@@ -7,7 +7,7 @@ from conftest import SCRIPTS
 
 import data_manager
 from arguments import DataOptions
-from dataset_loader import ImageDataset, train_loader
+from dataset_loader import ImageDataset, TrainLoader
 from readers.folder import Folder
 from readers.tree import Dataset
 from runtime.device import Run
@@ -72,7 +72,7 @@ def test_workers_processes_and_the_start_change_no_batch(sampler, images):
     def epoch(rank=0, world_size=1, workers=0, start=0):
         made = sampler(images, *between, 8, 3, groups)
         run = Run(torch.device('cpu'), processes=Processes(rank, world_size))
-        loader = train_loader(ImageDataset(images), made, DataOptions(workers=workers, balance='dataset'), run)
+        loader = TrainLoader(ImageDataset(images), made, DataOptions(workers=workers, balance='dataset'), run)
         return [(pids.tolist(), draws.tolist()) for _, pids, draws, *_ in loader.epoch(2, start)]
 
     whole = epoch()
@@ -86,7 +86,7 @@ def test_workers_processes_and_the_start_change_no_batch(sampler, images):
 def test_a_sampler_that_balances_nothing_is_refused(images, run):
     """As in the copy of a script that was made before the option."""
     with pytest.raises(UserError, match=r"^--balance camera: this script's sampler balances nothing; give it "):
-        train_loader(ImageDataset(images), RandomSampler(images, 8), DataOptions(balance='camera'), run)
+        TrainLoader(ImageDataset(images), RandomSampler(images, 8), DataOptions(balance='camera'), run)
 
 
 def weights_of(path):

@@ -21,8 +21,7 @@ from arguments import DataOptions
 from batches import caching, decoding
 from batches.feed import Feed
 from batches.workers import collate
-from dataset_loader import ImageDataset, VideoDataset, read_image, train_loader
-from dataset_loader import test_loader as items_loader  # its own name is that of a test
+from dataset_loader import ImageDataset, TestLoader, TrainLoader, VideoDataset, read_image
 from runtime.device import Run
 from runtime.errors import UserError
 from runtime.processes import Processes
@@ -50,7 +49,7 @@ def loader_of(items, batch_size=8, workers=0, identities=False, run=None, cache=
         RandomIdentitySampler(items, 4, batch_size, seed) if identities else RandomSampler(items, batch_size, seed)
     )
     options = DataOptions(workers=workers, cache=cache)
-    return train_loader(dataset or ImageDataset(items), sampler, options, run or share_of())
+    return TrainLoader(dataset or ImageDataset(items), sampler, options, run or share_of())
 
 
 def epoch_of(loader, epoch=0, start=0) -> list:
@@ -508,7 +507,7 @@ def test_draws_are_a_function_of_seed_epoch_and_position(kind, images):
 def test_draws_depend_on_the_seed(kind, images):
     options = DataOptions(workers=0)
     one, two = (
-        epoch_of(train_loader(kind(images), RandomSampler(images, 24, seed), options, share_of())) for seed in (1, 2)
+        epoch_of(TrainLoader(kind(images), RandomSampler(images, 24, seed), options, share_of())) for seed in (1, 2)
     )
     assert not set(one[0][3].tolist()) & set(two[0][3].tolist())
 
@@ -547,7 +546,7 @@ def test_a_cache_is_not_recommended_for_what_is_drawn_anew(kind, images, monkeyp
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_test_draws_the_same_each_time(workers, images):
     kept = states()
-    loaders = [items_loader(Noisy(images), batch_size, workers, share_of()) for batch_size in (5, 8)]
+    loaders = [TestLoader(Noisy(images), batch_size, workers, share_of()) for batch_size in (5, 8)]
     one, two, again = ([image for groups, *_ in each for image in in_order(groups)] for each in [*loaders, loaders[0]])
     assert_same(one, two)
     assert_same(one, again)
@@ -569,7 +568,7 @@ parser = arguments"""
 CHANGES = {
     'from torch.optim import Adam': 'import torch\nfrom torch.optim import Adam',
     'parser = arguments': OWN.format(declared='', drawn=0.5),
-    'train_loader(ImageDataset(dataset.train)': 'train_loader(Own(dataset.train)',
+    'TrainLoader(ImageDataset(dataset.train)': 'TrainLoader(Own(dataset.train)',
     'for imgs, pids, draws in': 'for imgs, pids, draws, masks, pose in',
     'replica(augment(imgs, draws))': 'replica(augment(imgs, draws) * masks)',
     'loss = criterion_xent(logits.float(), pids)': (
@@ -621,7 +620,7 @@ def test_a_copied_script_with_a_data_set_of_its_own(copied):
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('batch_size', [1, 5, 24, 100])
 def test_every_image_once_and_in_order(batch_size, workers, mixed):
-    loader = items_loader(ImageDataset(mixed), batch_size, workers, share_of())
+    loader = TestLoader(ImageDataset(mixed), batch_size, workers, share_of())
     for _ in range(2):  # each time anew
         batches = list(loader)
         assert len(batches) == len(loader) == -(-24 // batch_size)
@@ -636,7 +635,7 @@ def test_every_image_once_and_in_order(batch_size, workers, mixed):
 @pytest.mark.parametrize('sample', ['evenly', 'random', 'all'])
 def test_tracklets_come_as_flat_frames(sample, tracklets):
     dataset = VideoDataset(tracklets, 4, sample)
-    batches = list(items_loader(dataset, 2, 0, share_of()))
+    batches = list(TestLoader(dataset, 2, 0, share_of()))
     assert [indices.tolist() for _, indices, _ in batches] == [[0, 1], [2]]
     assert [counts.tolist() for _, _, counts in batches] == ([[8, 5], [2]] if sample == 'all' else [[4, 4], [4]])
     for groups, indices, counts in batches:
@@ -650,7 +649,7 @@ def test_tracklets_come_as_flat_frames(sample, tracklets):
 def test_processes_share_a_test_without_duplicates(world_size, mixed):
     shares = []
     for rank in range(world_size):
-        loader = items_loader(ImageDataset(mixed), 7, 0, share_of(rank, world_size))
+        loader = TestLoader(ImageDataset(mixed), 7, 0, share_of(rank, world_size))
         batches = list(loader)
         assert len(batches) == len(loader)
         shares += [index for _, indices, _ in batches for index in indices.tolist()]
@@ -658,7 +657,7 @@ def test_processes_share_a_test_without_duplicates(world_size, mixed):
 
 
 def test_an_empty_test_has_no_batches():
-    assert list(items_loader(ImageDataset([]), 4, 0, share_of())) == []
+    assert list(TestLoader(ImageDataset([]), 4, 0, share_of())) == []
 
 
 # The cache

@@ -583,7 +583,7 @@ def test_no_worker_outlives_a_run_that_was_killed():
 SIGNALLED = """
 import os, signal, sys, torch
 from arguments import DataOptions
-from dataset_loader import ImageDataset, train_loader
+from dataset_loader import ImageDataset, TrainLoader
 from runtime.device import Run
 from samplers import RandomSampler
 
@@ -592,7 +592,7 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, lambda number, _: got.append(number))
 items = [(path, index, 0) for index, path in enumerate(sys.argv[2:])]
 options, run = DataOptions(workers=2), Run(torch.device('cpu'))
-training = train_loader(ImageDataset(items), RandomSampler(items, 4), options, run)
+training = TrainLoader(ImageDataset(items), RandomSampler(items, 4), options, run)
 batches = training.epoch(0)
 next(batches)
 os.killpg(0, signal.SIGTERM)

@@ -39,7 +39,7 @@ import models
 PLACES = {
     'augmentation': 'transforms:TrainTransform.__call__',
     'augmentation of a CPU': 'transforms:TrainTransform._on_cpu',
-    'augmentation of a GPU': 'transforms:TrainTransform._anywhere',
+    'augmentation of a GPU': 'transforms:TrainTransform._by_index',
     'prefetching': 'batches.feed:Feed._send',
     'arrival of a batch': 'batches.feed:Feed.__next__',
     'copy of a batch': 'batches.workers:Block.images',

@@ -17,8 +17,8 @@ from samplers import (
     AllImagesSampler,
     RandomIdentitySampler,
     RandomSampler,
+    balanced_order,
     generator,
-    in_turn,
     repeated,
 )
 
@@ -252,7 +252,7 @@ def shares(groups, chosen):
 def test_every_batch_and_the_epoch_have_equal_shares_of_the_groups(sizes, batch):
     groups = np.random.default_rng(1).permutation(np.repeat([7, -3, 50, 4, 9, 12, 1, 0][: len(sizes)], sizes))
     count = len(groups) // batch * batch
-    chosen = in_turn(groups, count, batch, np.random.default_rng(5)).reshape(-1, batch)
+    chosen = balanced_order(groups, count, batch, np.random.default_rng(5)).reshape(-1, batch)
     for counts in (shares(groups, chosen), shares(groups, chosen.reshape(1, -1))):
         assert (counts.max(1) - counts.min(1) <= 1).all()
     times = np.bincount(chosen.ravel(), minlength=len(groups))
@@ -407,7 +407,7 @@ def test_the_pieces_of_an_identity_are_of_different_cameras_as_far_as_possible()
     rng = np.random.default_rng(0)
     for pid, counts in enumerate(COUNTS):
         own = np.flatnonzero(pids == pid)
-        pieces = sampler.mixed(own, rng)
+        pieces = sampler.mixed_pieces(own, rng)
         number = -(-len(own) // 4)
         assert pieces.shape == (number, 4) and set(pieces.ravel().tolist()) == set(own.tolist())
         different = sum(len(set(camids[piece])) for piece in pieces)

@@ -101,7 +101,7 @@ def run_script(name: str, arch: str, epochs: list, save_dir, monkeypatch) -> tup
     update = module.LossMeter.update
     monkeypatch.setattr(module.LossMeter, 'update', lambda *a, **all: losses.append(all['loss']) or update(*a, **all))
     monkeypatch.setattr(module.data_manager, 'init_dataset', lambda *_, **__: dataset)
-    monkeypatch.setattr(module, 'train_loader', lambda *_: Fixed(epochs))
+    monkeypatch.setattr(module, 'TrainLoader', lambda *_: Fixed(epochs))
     monkeypatch.setattr(module, 'TrainTransform', lambda *_: lambda images, draws: images)
     monkeypatch.setattr(module, 'Test', lambda *_: SimpleNamespace(is_due=lambda epoch: False))
     monkeypatch.setattr(module, 'Checkpoint', record)

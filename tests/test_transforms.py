@@ -86,7 +86,7 @@ def augment(request, monkeypatch):
     """TrainTransform by either of its ways."""
     monkeypatch.setattr(T.TrainTransform, 'on_cpu', request.param == 'on a CPU', raising=False)
     if request.param == 'as on a GPU':
-        monkeypatch.setattr(T.TrainTransform, '_on_cpu', T.TrainTransform._anywhere)
+        monkeypatch.setattr(T.TrainTransform, '_on_cpu', T.TrainTransform._by_index)
     return T.TrainTransform
 
 
@@ -103,7 +103,7 @@ def test_augmentation_is_close_to_the_per_image_pipeline(source, target, augment
 
 @pytest.mark.parametrize(('source', 'target'), SIZES)
 def test_augmentation_of_a_gpu_is_the_per_image_pipeline_pixel_by_pixel(source, target, monkeypatch):
-    monkeypatch.setattr(T.TrainTransform, '_on_cpu', T.TrainTransform._anywhere)
+    monkeypatch.setattr(T.TrainTransform, '_on_cpu', T.TrainTransform._by_index)
     pixels, draws = noise(8, *source), every_kind(8)
     assert_same_pixels(T.TrainTransform(*target)(group(pixels), draws), reference(pixels, draws, *target))
     bicubic = T.TrainTransform(*target, interpolation='bicubic')(group(pixels), draws)
@@ -200,7 +200,7 @@ MIXED = [(40, 20), (33, 25), (41, 21), (97, 9), (20, 60), (128, 64), (130, 60), 
 @pytest.mark.parametrize('padded', [1.0, 2.0, 1000.0])
 def test_images_of_several_sizes_at_once_have_the_pixels_of_each(padded, at_once, interpolation, monkeypatch):
     """As on a GPU, where they are padded to a common size."""
-    monkeypatch.setattr(T.TrainTransform, '_on_cpu', T.TrainTransform._anywhere)
+    monkeypatch.setattr(T.TrainTransform, '_on_cpu', T.TrainTransform._by_index)
     places = torch.randperm(2 * len(MIXED))
     images = [(places[2 * n : 2 * n + 2], torch.from_numpy(noise(2, *size))) for n, size in enumerate(MIXED)]
     draws = every_kind(len(places))
