@@ -18,6 +18,7 @@ from functools import partial
 from typing import Protocol
 
 import toy
+from files.paths import without_links
 from readers import cuhk03, folder, table
 from readers.faults import check
 from readers.joined import Joined, combined
@@ -253,19 +254,22 @@ _CANNOT = {False: 'is seen by two cameras', True: 'has two images'}
 
 def _note_shared(dataset: Dataset, target: Dataset) -> None:
     """Report how many test items are also training items, for example in another copy of the data."""
-    trained = {os.path.abspath(paths_of(item)[0]) for item in dataset.train}
+    trained = set(without_links(paths_of(item)[0] for item in dataset.train))
     items = [*target.query, *target.gallery]
-    if number := sum(os.path.abspath(paths_of(item)[0]) in trained for item in items):
+    if number := sum(path in trained for path in without_links(paths_of(item)[0] for item in items)):
         print(f'Notice: {number} of the {len(items)} items of {plain(target.name, 500)} that are tested are trained on')
 
 
 def fingerprint(dataset: Dataset, subsets: Sequence[str] = ('train', 'query', 'gallery')) -> str:
-    """16 hexadecimal digits that identify the file names, pids and camids of `subsets`, regardless of the folder."""
+    """16 hexadecimal digits that identify the file names, persons and camids of `subsets`, regardless of the folder."""
     digest = hashlib.sha256()
     for subset in subsets:
         for paths, pid, camid in getattr(dataset, subset):
+            person = dataset.train_pids[pid] if subset == 'train' else pid
             names = [os.path.basename(path) for path in ([paths] if isinstance(paths, str) else paths)]
-            digest.update(f'{pid} {camid} {" ".join(names)}\n'.encode(errors='surrogateescape'))
+            digest.update(
+                f'{dataset.names.get(person, pid)} {camid} {" ".join(names)}\n'.encode(errors='surrogateescape')
+            )
     return digest.hexdigest()[:16]
 
 

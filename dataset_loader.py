@@ -135,13 +135,15 @@ class TrainLoader:
     With --cache each item is read once, before the first epoch, and its pixels are kept in RAM or on the device.
 
     Raises:
-        UserError: --cache is used with a data set that takes `rng`, or --balance with a sampler without groups; later,
-            if an image cannot be read or the cache does not fit into memory.
+        UserError: the data set is a VideoDataset, --cache is used with a data set that takes `rng`, or --balance with a
+            sampler without groups; later, if an image cannot be read or the cache does not fit into memory.
     """
 
     def __init__(self, dataset: Items, sampler: EpochSampler, options: DataOptions, run: Run):
         if len(sampler.data_source) != len(dataset):
             raise ValueError(f'the sampler draws from {len(sampler.data_source)} images, but there are {len(dataset)}')
+        if isinstance(dataset, VideoDataset):
+            raise UserError('tracklets cannot be augmented as a whole: train on their frames, ImageDataset(frames)')
         if options.balance != 'none' and sampler.groups is None:
             raise UserError(
                 f"--balance {options.balance}: this script's sampler balances nothing; give it "

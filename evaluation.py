@@ -175,17 +175,21 @@ class TargetTest:
 
     def _extract(self, model: Network, subset: str) -> Extracted:
         items = getattr(self.dataset, subset)
-        file, distance = None, self.options.distance
+        file = None
         several = self.averaged if subset == 'query' else None  # with --multi-query, the images to be averaged
         if self.options.save_features:
             counts = np.bincount(several.groups)[several.of_queries] if several else None
             folder = self.options.save_dir
-            file = create_features(folder, subset, items, model.feat_dim, self.run, counts, distance)
+            file = create_features(folder, subset, items, model.feat_dim, self.run, counts, self.options.distance)
         if several:
             subset, items = 'multi-query', several.items
-        extracted = extract(model, items, self.options, self.run, None if several else file)
+        extracted = extract(model, items, self.options, self.run)
         print(f'Extracted features for {subset} set, obtained {len(items)}-by-{extracted[0].size(1)} matrix')
-        return mean_features(*extracted, several, self.run, file, distance) if several else extracted
+        if several:
+            extracted = mean_features(*extracted, several, self.run, self.options.distance)
+        if file:
+            file.write(*extracted)
+        return extracted
 
     def _rank(self, query: Extracted, gallery: Extracted) -> ranking.Ranking | None:
         """The ranking in the first process; None in the others."""
@@ -216,6 +220,8 @@ class TargetTest:
 
     def _cameras_left_out(self) -> str:
         """Why there is no table of cameras; '' if there is one."""
+        if self.dataset.no_cameras:
+            return 'the cameras are unknown'
         for option in ('any_camera', 'rerank', 'no_report'):
             if getattr(self.options, option):
                 return f'--{option.replace("_", "-")}'
@@ -242,6 +248,7 @@ class TargetTest:
             'distance': options.distance,
             'flip_test': options.flip_test,
             'any_camera': options.any_camera,
+            'no_cameras': dataset.no_cameras,
             'multi_query': self.averaged is not None and {'items': len(self.averaged.items)},
             'seq_len': options.seq_len if dataset.kind == 'video' else None,
             'pool': options.pool if dataset.kind == 'video' else None,
@@ -269,14 +276,11 @@ def tested_items(items: Sequence[Item], options: TestOptions) -> ImageDataset | 
 
 
 @torch.inference_mode()
-def extract(
-    model: Network, items: Sequence[Item], options: TestOptions, run: Run, file: np.ndarray | None = None
-) -> Extracted:
+def extract(model: Network, items: Sequence[Item], options: TestOptions, run: Run) -> Extracted:
     """Features of the images or tracklets that this process handles, and the indices of these items.
 
     A tracklet's feature is the mean or maximum over `--seq-len` of its frames. Apart from rounding, figures do not
-    depend on --test-batch. The model's mode is restored. If `file` (N, feat_dim) is given, each batch is also
-    written to its rows.
+    depend on --test-batch. The model's mode is restored.
 
     Returns:
         Features (n, feat_dim), float32, on the run's device, and indices (n,) int64, ascending. A single process gets
@@ -284,23 +288,21 @@ def extract(
     """
     dataset = tested_items(items, options)
     if isinstance(dataset, ImageDataset) and not isinstance(items[0][0], str):
-        return _extract_whole(model, items, dataset, options, run, file)
+        return _extract_whole(model, items, dataset, options, run)
     loader = TestLoader(dataset, options.test_batch, options.workers, run)
     item_indices = torch.tensor([item for batch in loader.items for item in batch], dtype=torch.int64)  # (n,)
     features = torch.empty(len(item_indices), model.feat_dim, device=run.device)  # (n, feat_dim)
     done = 0
-    for batch_features, indices, counts in _batches(model, loader, options, run):
+    for batch_features, _, counts in _batches(model, loader, options, run):
         if isinstance(dataset, VideoDataset):
             batch_features = pool(batch_features, counts, options.pool)  # (b, feat_dim)
         features[done : done + len(batch_features)] = batch_features
         done += len(batch_features)
-        if file is not None:
-            file[indices.numpy()] = batch_features.cpu().numpy()
     return features, item_indices
 
 
 def _extract_whole(
-    model: Network, items: Sequence[Item], frames: ImageDataset, options: TestOptions, run: Run, file: np.ndarray | None
+    model: Network, items: Sequence[Item], frames: ImageDataset, options: TestOptions, run: Run
 ) -> Extracted:
     """Like `extract`, with all frames of each tracklet, in batches of at most --test-batch times FRAMES frames."""
     sizes = torch.tensor([len(paths) for paths, _, _ in items])  # (N,)
@@ -316,8 +318,6 @@ def _extract_whole(
             row.copy_(row + part.sum(0) if options.pool == 'avg' else row.maximum(part.amax(0)))
     if options.pool == 'avg':
         features /= sizes[item_indices, None].to(run.device)
-    if file is not None:
-        file[item_indices.numpy()] = features.cpu().numpy()
     return features, item_indices
 
 

@@ -7,9 +7,13 @@
 The page is one file that needs no network and no server. Each test rewrites it.
 """
 
+from pathlib import Path
+
 from page import compare, write
 from page.activations import activations
 from runtime import commands, values
+
+MOST_MAPS = 600  # in a grid: a picture has at most 65535 rows of pixels
 
 
 def main() -> None:
@@ -45,6 +49,10 @@ def main() -> None:
         checkpoint, *images = args.activations
         if not images:
             parser.error('--activations: no image; give at least one after the checkpoint')
+        if len(images) > MOST_MAPS:
+            parser.error(f'--activations: {len(images)} images; give at most {MOST_MAPS}')
+        if args.out and Path(args.out).suffix.lower() != '.png':
+            parser.error(f'--out {args.out}: activation maps are written as PNG; give a name that ends in .png')
         path = activations(checkpoint, images, args.arch, args.assume, args.height, args.width, **out)
     elif len(args.save_dirs) > 1:
         path = compare(args.save_dirs, **out)

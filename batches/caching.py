@@ -1,5 +1,6 @@
 """Training images that are decoded once and kept in RAM or on the device (--cache)."""
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from batches.workers import Block, SizeGroup, Task, Workers, collate
 from runtime.device import Run
 from runtime.errors import UserError
 
+CGROUPS, GROUPS_OF_PROCESS = Path('/sys/fs/cgroup'), Path('/proc/self/cgroup')
 USABLE = 0.8  # fraction of the free memory that a cache may use
 CHUNK = 64  # items that a worker decodes at a time to fill the cache
 
@@ -86,12 +88,25 @@ def free_memory(device: torch.device) -> int:
         free = _numbers('/proc/meminfo')['MemAvailable'] * 1024
     except OSError:  # not Linux
         return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2
-    try:
-        group = Path('/sys/fs/cgroup') / Path('/proc/self/cgroup').read_text().rpartition('::')[2].strip().lstrip('/')
-        limit = int((group / 'memory.max').read_text())
-        return min(free, limit - _numbers(group / 'memory.stat')['anon'])
-    except (OSError, ValueError):  # no limit
-        return free
+    return min([free, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    """The bytes left to each control group that contains this process and has a memory limit (Linux).
+
+    A batch system may limit any of the groups around that of the process. Groups of version 1 have a tree for memory.
+    """
+    with contextlib.suppress(OSError):  # not Linux
+        for line in GROUPS_OF_PROCESS.read_text().splitlines():
+            _, controllers, group = line.split(':', 2)
+            if controllers and 'memory' not in controllers.split(','):
+                continue
+            top = CGROUPS / 'memory' if controllers else CGROUPS
+            limit, used = ('memory.limit_in_bytes', 'total_rss') if controllers else ('memory.max', 'anon')
+            folder = top / group.lstrip('/')
+            for place in (folder, *folder.parents[: len(folder.parts) - len(top.parts)]):
+                with contextlib.suppress(OSError, ValueError, KeyError):  # no limit here
+                    yield int((place / limit).read_text()) - _numbers(place / 'memory.stat')[used]
 
 
 def _numbers(path: str | os.PathLike) -> dict[str, int]:

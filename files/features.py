@@ -26,8 +26,34 @@ from readers.tree import Item
 from runtime.errors import UserError
 from runtime.tiles import DISTANCES
 
+COPIED_AT_ONCE = 4096  # features that are copied from a GPU together
+
 if TYPE_CHECKING:  # `python ranking.py` needs no device
     from runtime.device import Run
+
+
+class FeatureFile:
+    """features.npy, written by several processes, each some of its rows.
+
+    It is not memory-mapped, because hosts that share a folder would overwrite each other's rows, memory page by page.
+    """
+
+    def __init__(self, path: Path):
+        rows = np.load(path, mmap_mode='r')
+        self.path, self.begin, self.row_bytes = path, rows.offset, rows.strides[0]
+
+    def write(self, features: torch.Tensor, indices: torch.Tensor) -> None:
+        """Write features (n, feat_dim) to the rows with these indices (n,)."""
+        try:
+            with open(self.path, 'r+b') as file:
+                for some, rows in zip(features.split(COPIED_AT_ONCE), indices.split(COPIED_AT_ONCE), strict=True):
+                    for index, row in zip(rows.tolist(), some.float().cpu().numpy(), strict=True):
+                        file.seek(self.begin + index * self.row_bytes)
+                        file.write(row.tobytes())
+        except OSError as problem:
+            raise UserError(
+                f'--save-features: {self.path} cannot be written ({problem.strerror}); omit it'
+            ) from problem
 
 
 def create_features(
@@ -38,8 +64,8 @@ def create_features(
     run: 'Run',
     counts: np.ndarray | None = None,
     distance: str = 'euclidean',
-) -> np.ndarray:
-    """Create features.npy (N, feat_dim), and the other files beside it; return it memory-mapped, in every process.
+) -> FeatureFile:
+    """Create features.npy (N, feat_dim), and the other files beside it; returns it in every process.
 
     counts: (N,) integers, the number of items over which each feature is averaged; None if features are not averaged
 
@@ -68,8 +94,7 @@ def create_features(
         raise UserError(f'--save-features: {path} cannot be written ({os.strerror(failure)}); free space or omit it')
     if not path.exists():
         raise UserError(f'--save-features: {path} is not visible on every host; use a folder that all hosts share')
-    features: np.ndarray = np.load(path, mmap_mode='r+')
-    return features
+    return FeatureFile(path)
 
 
 def keep_features(save_dir: str, run: 'Run') -> None:

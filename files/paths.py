@@ -80,6 +80,18 @@ def same_files(
     return numbers[: len(q_pids)], numbers[len(q_pids) :]
 
 
+def without_links(paths: Iterable[str]) -> list[str]:
+    """The absolute paths, with the symbolic links of their folders followed, which are looked up once each."""
+    folders: dict[str, str] = {}
+    resolved = []
+    for path in paths:
+        head, tail = os.path.split(path)
+        if head not in folders:
+            folders[head] = os.path.realpath(head)
+        resolved.append(os.path.join(folders[head], tail))
+    return resolved
+
+
 def file_id(path: str) -> Hashable:
     """A key that is equal for two paths of the same file."""
     try:

@@ -1,6 +1,7 @@
 """The page of a test, made from its result files."""
 
 import itertools
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def render(path: Path, name: str, **content: object) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters['shell'] = shlex.join
     environment.filters['percent'] = lambda share, sign='': f'{100 * share:{sign}.1f}'.replace('-', '−')
     page = environment.get_template(name).render(**content)
     try:

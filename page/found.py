@@ -11,6 +11,7 @@ import page
 from page.lists import thumbnail
 
 QUERY_PICTURES = 8  # pictures shown of one query
+MOST_QUERIES = 200  # shown; their pictures are part of the page
 
 
 def write(path: Path, results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], limit: str) -> Path:
@@ -24,7 +25,8 @@ def write(path: Path, results: Sequence[Mapping[str, Any]], facts: Mapping[str, 
     Raises:
         UserError: it cannot be written.
     """
-    picture = functools.cache(thumbnail)
+    picture, number = functools.cache(thumbnail), len(results)
+    results = results[:MOST_QUERIES]
     root = os.path.dirname(
         os.path.commonpath([each['path'] for result in results for each in result['results']] or [''])
     )
@@ -49,6 +51,7 @@ def write(path: Path, results: Sequence[Mapping[str, Any]], facts: Mapping[str, 
         title=f'Search in {facts["gallery"]} image{"" if facts["gallery"] == 1 else "s"}',
         date=datetime.datetime.now().astimezone().isoformat(' ', 'minutes'),
         queries=queries,
+        number=number,
         facts=facts,
         limit=limit,
         decimals=decimals,

@@ -62,10 +62,13 @@ def _lists(
 
     def picture(run: TestedRun, subset: str, index: int) -> dict[str, Any]:
         paths = run.files[subset][index]
-        name, image = Path(paths[0]).name, small(tuple(paths), FRAMES_SHOWN[subset])
+        name, image = '/'.join(Path(paths[0]).parts[-2:]), small(tuple(paths), FRAMES_SHOWN[subset])
         if image is None:
-            missing.add(name)
+            missing.add(paths[0])
         return {'name': name, 'image': image}
+
+    def camera(run: TestedRun, camid: int) -> str:
+        return 'unknown camera' if run.summary.get('no_cameras') else f'camera {camid}'
 
     def nearest(run: TestedRun, query: int) -> list[dict[str, Any]]:
         arrays = run.arrays
@@ -75,6 +78,7 @@ def _lists(
                 'distance': float(distance),
                 'shown': run.distance(distance),
                 'camid': int(arrays['g_camids'][place]),
+                'camera': camera(run, arrays['g_camids'][place]),
                 'match': bool(arrays['g_pids'][place] == arrays['q_pids'][query]),
                 **picture(run, 'gallery', place),
             }
@@ -86,7 +90,7 @@ def _lists(
         {
             'index': int(query),
             'pid': first.name_of(int(first.arrays['q_pids'][query])),
-            'camid': int(first.arrays['q_camids'][query]),
+            'camera': camera(first, first.arrays['q_camids'][query]),
             'groups': [name for name, group in groups.items() if query in group],
             'rankings': [
                 {

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import io
 import json
 import math
 import zipfile
@@ -195,14 +196,16 @@ def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     if not path.exists():
         return {}, []
     rows: dict[tuple[str, str], list[float]] = {}  # (epoch, batch) -> numbers
-    with path.open(newline='', encoding='utf-8') as file:
-        reader = csv.DictReader(file, restval='')
-        names = list(reader.fieldnames or ())
-        for row in reader:
-            key, values = (row['epoch'], row['batch']), [float(row[name] or 'nan') for name in names]
-            # After a resume some rows are repeated, and the last one counts; the last test has its own row.
-            before = rows.get(key, values)
-            rows[key] = [old if math.isnan(new) else new for old, new in zip(before, values, strict=True)]
+    lines, _, _ = path.read_bytes().rpartition(b'\n')  # without a line that was not completed
+    reader = csv.DictReader(io.StringIO(lines.decode(), newline=''), restval='')
+    names = list(reader.fieldnames or ())
+    if not names:
+        return {}, []
+    for row in reader:
+        key, values = (row['epoch'], row['batch']), [float(row[name] or 'nan') for name in names]
+        # After a resume some rows are repeated, and the last one counts; the last test has its own row.
+        before = rows.get(key, values)
+        rows[key] = [old if math.isnan(new) else new for old, new in zip(before, values, strict=True)]
     table = np.array([*rows.values()], dtype=float).reshape(-1, len(names))  # (N, columns)
     order = np.lexsort([table[:, names.index(name)] for name in ('batch', 'epoch')])
     end = min(names.index(metric.name) for metric in eval_metrics.METRICS if metric.name in names)
@@ -249,7 +252,9 @@ def _listed(values: object, what: str) -> str:
 
 def interval(values: np.ndarray) -> np.ndarray:
     """(2, K): limits of the 95% percentile bootstrap intervals of the means of `values` (V, K) over V queries."""
-    number = len(values)
-    times = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), RESAMPLES)  # (1000, V)
-    ends: np.ndarray = np.percentile(times @ values / number, (2.5, 97.5), axis=0)
+    number, rng, means = len(values), np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        times = np.bincount(rng.integers(number, size=number), minlength=number)  # (V,), how often each is drawn
+        means.append(times @ values / number)  # (K,)
+    ends: np.ndarray = np.percentile(means, (2.5, 97.5), axis=0)
     return ends

@@ -18,7 +18,7 @@ PUBLISHED = {
     'detected': {'train': (767, 7365), 'query': (700, 1400), 'gallery': (700, 5332)},
     'labeled': {'train': (767, 7368), 'query': (700, 1400), 'gallery': (700, 5328)},
 }
-FOLDERS = ('cuhk03-np',)  # of the published form
+FOLDERS = ('cuhk03-np', 'cuhk03')  # of the published form
 LARGEST_IMAGE = 2**26  # bytes of an image, usually about 50 kB: a damaged file must not fill the memory
 # Camera pair, person, camera within the pair, number: as save_img.m of Zhong et al. interprets a name
 NAME = re.compile(r'([1-5])_(\d{3})_([12])_(\d{2})\.png', re.ASCII)
@@ -32,8 +32,8 @@ def read(boxes: str, data_dir: str = 'data') -> Dataset:
 
     The first existing of these is read:
 
-    - the published CUHK03-NP in `data_dir`/cuhk03-np, in any spelling: folders `detected` and `labeled`, each with
-      bounding_box_train, query and bounding_box_test as in Market1501;
+    - the published CUHK03-NP in `data_dir`/cuhk03-np or `data_dir`/cuhk03, in any spelling: folders `detected` and
+      `labeled`, each with bounding_box_train, query and bounding_box_test as in Market1501;
     - `data_dir`/cuhk03: the authors' cuhk03_release/cuhk-03.mat, and cuhk03_new_protocol_config_detected.mat and
       ..._labeled.mat of Zhong et al. The images are extracted once from the former, to images_detected or
       images_labeled, which needs the package h5py. torchreid extracts images to the same folders and names.
@@ -51,9 +51,14 @@ def read(boxes: str, data_dir: str = 'data') -> Dataset:
     try:
         root, untrainable = find(data_dir, name, FOLDERS, parts, [os.path.join(boxes, part) for part in TRAINING])
     except UserError:
-        if not raw:
-            raise
-        return Raw(raw, boxes)
+        if raw:
+            return Raw(raw, boxes)
+        if os.path.isdir(os.path.join(data_dir, 'cuhk03', 'cuhk03_release')):
+            raise UserError(
+                f'there is no {_split_of(os.path.join(data_dir, "cuhk03"), boxes)}, the split of cuhk03_release; get '
+                'it from github.com/zhunzhong07/person-re-ranking'
+            ) from None
+        raise
     return Published(os.path.join(root, boxes), boxes, untrainable)
 
 
@@ -81,6 +86,8 @@ class Raw(Dataset):
         path = _split_of(root, boxes)
         split = _read_split(path)
         folder = os.path.join(root, f'images_{boxes}')
+        if os.path.isdir(folder) and not set(split['names']) <= set(os.listdir(folder)):
+            raise UserError(f'{folder} is incomplete: remove it, and its images are extracted again')
         if not os.path.isdir(folder):
             _take_out(os.path.join(root, 'cuhk03_release', 'cuhk-03.mat'), boxes, split['names'], folder)
         items: list[Image] = [

@@ -88,7 +88,7 @@ def _of_images(dataset: Dataset, train: list[Item], test: list[Item], jobs: int)
     for path in empty:
         blurred.pop(path, None)
     yield False, 'images that are very blurred, the worst first', sorted(blurred, key=lambda path: blurred[path])
-    one, other = ([path for item in items for path in paths_of(item)] for items in (train, test))
+    one, other = ([paths_of(item)[0] for item in items] for items in (train, test))  # the first frames of tracklets
     yield False, *_near_duplicates(looks, one, other)
 
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 from batches.decoding import SUFFIXES
 from readers.split import one_of_each, smallest
@@ -12,16 +12,18 @@ from runtime.errors import UserError, plain
 CAMERA = re.compile(r'(?:^|_)c([0-9]{1,9})(?![0-9])')  # 0002_c1s1_000451_03.jpg, c3_17.png
 EXPECTED = 'it must contain a folder of images for each person, or train, query and gallery with these folders'
 
+NO_SPLIT = {'': ''}  # the folders of the persons are in the root
 NamedItem = tuple[str | tuple[str, ...], str, str]  # paths, person, camera or ''
 
 
 class Folder(Dataset):
     """A folder for each person, named after the person, with images, or with tracklets, which are folders of frames.
 
-    The folders of the persons are in train, query and gallery if any of these exists. Otherwise a share of the persons,
-    `test_share`, is drawn for the test by `seed`. All images of these persons form the gallery. One image of each
-    person and camera, also drawn, is a query, which stays in the gallery but never counts as its own match. Adding a
-    person changes the assignment of few others.
+    The folders of the persons are in train, query and gallery (in any case) if any of these exists. Otherwise a share
+    of the persons, `test_share`, is drawn for the test by `seed`. All images of these persons form the gallery, with
+    those of the distractors, which are in a folder 0000 or 0. One image of each person and camera, also drawn, is a
+    query, which stays in the gallery but never counts as its own match. Adding a person changes the assignment of few
+    others.
 
     Pids are names: any text, numbered as in a `readers.table.Table`; junk (-1, or 00-1 as in MARS) is left out. The
     camera is the number after a c, which is at the beginning of the name of an image (or of a tracklet's folder) or
@@ -36,7 +38,9 @@ class Folder(Dataset):
     def __init__(self, root: str, name: str = 'folder', test_share: float = 0.5, seed: int = 1) -> None:
         passed_over: list[str] = []
         splits = _splits(root)
-        by_split = {split: _scan(os.path.join(root, split), passed_over) for split in splits or ('',)}
+        if splits:
+            passed_over += [entry.path for entry in _entries(root) if entry.name not in splits.values()]
+        by_split = {split: _scan(os.path.join(root, name), passed_over) for split, name in (splits or NO_SPLIT).items()}
         persons = {person for items in by_split.values() for _, person, _ in items}
         pid_of, names = numbered(persons, 1, f'{plain(root, 500)}: persons')
         by_split = {split: [item for item in items if pid_of[item[1]] != JUNK] for split, items in by_split.items()}
@@ -50,7 +54,8 @@ class Folder(Dataset):
         unknown = next((paths for paths, _, camera in everything if not camera), None)
         drawn = ''
         if not splits:
-            by_split, drawn = _draw(everything, test_share, seed, by_camera=unknown is None)
+            nobody = {person for person, pid in pid_of.items() if pid == 0 or person == '0'}
+            by_split, drawn = _draw(everything, nobody, test_share, seed, by_camera=unknown is None)
         camid_of = {'': 0}
         if unknown is None:
             camid_of, _ = numbered((camera for _, _, camera in everything), 0, f'{plain(root, 500)}: cameras')
@@ -80,8 +85,8 @@ class Folder(Dataset):
 
 def kind_of(root: str) -> str:
     """'image' or 'video', according to the first non-empty folder of a person."""
-    for split in _splits(root) or ('',):
-        for person in _folders(os.path.join(root, split), []):
+    for name in (_splits(root) or NO_SPLIT).values():
+        for person in _folders(os.path.join(root, name), []):
             for entry in _entries(person.path):
                 if entry.is_dir():
                     if _frames(entry.path, []):
@@ -91,11 +96,15 @@ def kind_of(root: str) -> str:
     return 'image'
 
 
-def _splits(root: str) -> list[str]:
+def _splits(root: str) -> dict[str, str]:
+    """The names of the folders train, query and gallery, in any case; {} if there are none."""
     if not os.path.isdir(root):
         fault = 'is not a folder' if os.path.exists(root) else 'does not exist'
         raise UserError(f'{plain(root, 500)} {fault}; {EXPECTED}')
-    return [split for split in SPLITS if os.path.isdir(os.path.join(root, split))]
+    folders = {
+        entry.name.lower(): entry.name for entry in sorted(_entries(root), key=lambda each: each.name) if entry.is_dir()
+    }
+    return {split: folders[split] for split in SPLITS if split in folders}
 
 
 def _entries(folder: str) -> list[os.DirEntry]:
@@ -145,14 +154,15 @@ def _frames(folder: str, passed_over: list[str]) -> tuple[str, ...]:
 
 
 def _draw(
-    items: Sequence[NamedItem], share: float, seed: int, by_camera: bool
+    items: Sequence[NamedItem], nobody: Set[str], share: float, seed: int, by_camera: bool
 ) -> tuple[dict[str, list[NamedItem]], str]:
     """The split by identity, and a line that describes how it was drawn.
 
     The persons with the smallest digests of (seed, name) are for the test: at least one if the share is above 0; at
-    least two are left for training if it is below 1.
+    least two are left for training if it is below 1. `nobody`, the folders of distractors, are in the gallery only.
     """
-
+    distractors = [item for item in items if item[1] in nobody]
+    items = [item for item in items if item[1] not in nobody]
     persons = {person for _, person, _ in items}
     number = round(share * len(persons))
     if 0 < share < 1:
@@ -163,7 +173,7 @@ def _draw(
     split = {
         'train': [item for item in items if item[1] not in chosen],
         'query': queries,
-        'gallery': gallery,
+        'gallery': gallery + distractors if gallery else [],
     }
     each = 'person and camera' if by_camera else 'person'
     return split, (

@@ -1,8 +1,8 @@
 """Data sets made from others: several joined, `-d A,B`; query and gallery added to the training set, `--combine`."""
 
-import os
 from collections.abc import Sequence
 
+from files.paths import without_links
 from readers.tree import Dataset, Item, cameras_of, distractors, paths_of, train_items
 from runtime.errors import UserError, plain
 
@@ -94,13 +94,14 @@ def _check_joinable(datasets: Sequence[Dataset]) -> None:
                 f'-d: {plain(datasets[0].name, 500)} has {_THINGS[first]}, and {name} has {_THINGS[kind]}; give data '
                 'sets of one kind'
             )
-        shared = [path for path in _files(dataset) if path in by_file]
+        files = _files(dataset)
+        shared = [path for path in files if path in by_file]
         if shared:
             raise UserError(
                 f'-d: {by_file[shared[0]]} and {name} share {len(shared)} files of their training sets, the first one '
                 f'{plain(shared[0], 500)}, so that persons would have two labels; give one of the two'
             )
-        by_file |= dict.fromkeys(_files(dataset), name)
+        by_file |= dict.fromkeys(files, name)
 
 
 _THINGS = {'image': 'images', 'video': 'videos'}
@@ -108,4 +109,4 @@ _THINGS = {'image': 'images', 'video': 'videos'}
 
 def _files(dataset: Dataset) -> list[str]:
     """The first file of each training item."""
-    return [os.path.abspath(paths_of(item)[0]) for item in dataset.train]
+    return without_links(paths_of(item)[0] for item in dataset.train)

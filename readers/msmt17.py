@@ -26,7 +26,8 @@ class Msmt17(Dataset):
 
     It is found in `data_dir` as msmt17, MSMT17_V1 or MSMT17_V2, in any spelling, possibly nested, or as `data_dir`
     itself. The images of version 1 are in train and test; those of version 2, with masked faces, in mask_train_v2 and
-    mask_test_v2. If both versions exist, version 1 is read. Items are in the order of the lists.
+    mask_test_v2. If both versions exist, version 1 is read, unless only version 2 has a training set. Items are in the
+    order of the lists.
 
     list_val.txt is left out of training, as in torchreid (but not in TransReID); `val` contains its items, with pids as
     in `train_pids`. On disk, training and test persons are both numbered from 0. Here training persons are 1 to 1041
@@ -70,14 +71,19 @@ class Msmt17(Dataset):
 
 def _find(data_dir: str) -> tuple[str, str, str]:
     """The folder, its version, and why it cannot be trained on, '' if it can. Raises UserError if there is none."""
-    faults = []
+    faults, untrained = [], []
     for version, (train, test) in VERSIONS.items():
         parts = {train: '0000/0000_000_01_0303morning_0015_0.jpg ...', test: ''} | dict.fromkeys(LISTS, '')
         try:
             root, untrainable = find(data_dir, 'msmt17', FOLDERS, parts, (train, 'list_train.txt'))
-            return root, version, untrainable
         except UserError as fault:
             faults.append(fault)
+            continue
+        if not untrainable:
+            return root, version, ''
+        untrained.append((root, version, untrainable))
+    if untrained:
+        return untrained[0]
     raise min(faults, key=lambda fault: str(fault).count(' no '))  # of the more complete version
 
 

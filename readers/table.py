@@ -3,6 +3,7 @@
 import codecs
 import csv
 import os
+import re
 from collections.abc import Iterator
 from itertools import count, pairwise
 from operator import itemgetter
@@ -17,6 +18,7 @@ from runtime.errors import UserError, plain
 NEEDED_COLUMNS, VIDEO = ('path', 'pid', 'split'), ('tracklet', 'frame')
 COLUMNS = ('path', 'pid', 'camid', 'split', *VIDEO)
 DELIMITERS = ',;\t'  # as spreadsheets write them
+AS_FLOAT = re.compile(r'-?[0-9]+\.0+')
 WIDE = {codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 SHEETS: list[Kind] = [
     (rb'PK\x03\x04|\xd0\xcf\x11\xe0', 'is a spreadsheet or an archive', 'save the table as CSV (UTF-8)')
@@ -35,10 +37,10 @@ class Table(Dataset):
     rows are not in temporal order. Other columns are ignored. Paths are relative to the file. A split is train, query
     or gallery; not all of them need to be present.
 
-    pids and camids are any text. If all pids are integers, possibly padded with zeros, these are the pids: 0 means
-    distractors and -1 junk, which is left out, as in Market1501. Otherwise they are numbered from 1 in natural order,
-    and `names` contains the texts. camids are treated in the same way, but numbered from 0. If all are empty, or the
-    column is missing, the cameras are unknown.
+    pids and camids are any text; spaces around a cell are ignored, and 1.0 is read as 1. If all pids are integers,
+    possibly padded with zeros, these are the pids: 0 means distractors and -1 junk, which is left out, as in
+    Market1501. Otherwise they are numbered from 1 in natural order, and `names` contains the texts. camids are treated
+    in the same way, but numbered from 0. If all are empty, or the column is missing, the cameras are unknown.
 
     Each row is an item, in the order of the table. With a column tracklet, rows with equal split, pid, camid and
     tracklet are one item, in the place of its first row; its frames are sorted by `frame` in natural order.
@@ -130,8 +132,9 @@ def _read(file: TextIO, where: str, header: list[str], delimiter: str) -> Iterat
                     f'{len(fields)} cells, but line 1 has {width}; put texts that contain one into quotes',
                 )
             fields.append('')
-            row = cells(fields)
-            image, pid, _, split, tracklet, _ = row
+            image, *texts = cells(fields)
+            row = (image, *map(_text, texts))
+            _, pid, _, split, tracklet, _ = row
             if not image or not pid or '\0' in image or split not in SPLITS or (videos and not tracklet):
                 _refuse(where, reader, _fault(dict(zip(COLUMNS, row, strict=True)), videos))
             yield reader.line_num + 1, row
@@ -141,6 +144,12 @@ def _read(file: TextIO, where: str, header: list[str], delimiter: str) -> Iterat
         _refuse(where, reader, f'{plain(str(error))}; save the table as UTF-8')
     except OSError as error:
         raise UserError(f'{where} cannot be read: {error.strerror}') from error
+
+
+def _text(cell: str) -> str:
+    """A cell without spaces around it, and an integer that a program wrote as 1.0 as 1."""
+    text = cell.strip()
+    return text.split('.')[0] if text.endswith('0') and AS_FLOAT.fullmatch(text) else text
 
 
 def _refuse(where: str, reader: Iterator, fault: str) -> NoReturn:
@@ -213,7 +222,7 @@ def write(dataset: Dataset, path: str) -> int:
     cameras remain unknown. If persons or cameras have names, the names are written.
 
     Raises:
-        UserError: the file exists, or cannot be written.
+        UserError: the file exists, or cannot be written, or the name of a person would be read as another one.
     """
     where = plain(path, 500)
     if os.path.lexists(path):
@@ -237,6 +246,15 @@ def write(dataset: Dataset, path: str) -> int:
     return number
 
 
+def _written(name: str) -> str:
+    """The name of a person, if it would be read as it is."""
+    if _text(name) != name:
+        raise UserError(
+            f'the person {plain(repr(name), 100)} would be {plain(repr(_text(name)), 100)} in a table: rename it'
+        )
+    return name
+
+
 def _as_rows(dataset: Dataset, folder: str) -> Iterator[list[tuple]]:
     """The rows of each item."""
     folders: dict[str, str] = {}  # folder of a file -> the same relative to the table
@@ -253,7 +271,7 @@ def _as_rows(dataset: Dataset, folder: str) -> Iterator[list[tuple]]:
         for item in getattr(dataset, split):
             pid = dataset.train_pids[item[1]] if split == 'train' else item[1]
             camid = '' if dataset.no_cameras else dataset.camera_names.get(item[2], item[2])
-            common = dataset.name_of(pid), camid, split
+            common = _written(dataset.name_of(pid)), camid, split
             if isinstance(item[0], str):
                 yield [(relative(item[0]), *common)]
             else:

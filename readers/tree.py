@@ -272,6 +272,11 @@ def numbered(texts: Iterable[str], first: int, what: str) -> tuple[dict[str, int
     """
     different = sorted(set(texts), key=natural)
     if not all(map(INTEGER.fullmatch, different)):
+        if junk := next(
+            (text for text in different if INTEGER.fullmatch(text) and int(text.lstrip('0') or 0) == JUNK), ''
+        ):
+            other = next(text for text in different if not INTEGER.fullmatch(text))
+            print(f'{what}: {junk!r} counts as a name and not as junk, because {plain(repr(other), 100)} is no integer')
         numbers = {text: number for number, text in enumerate(different, start=first)}
         return numbers, {number: text for text, number in numbers.items()}
     text_of: dict[int, str] = {}

@@ -111,8 +111,10 @@ class Checkpoint:
         ):
             print(notice)
         self.model.trained = loaded.trained
+        if not weights_only and not self.options.auto_resume:
+            self._check_folder(where, state is not None)
         if state is None and not weights_only:
-            self._check_begins(where)
+            print(f'{where} has only weights: a new run starts from them, in epoch {self.epoch + 1}')
         print(f'Loaded {loaded.layout}')
         if assumed := loaded.assumed if self.options.evaluate else in_training(loaded.assumed):
             print(f'Assumed, because the file does not record: {", ".join(assumed)}; --assume changes that')
@@ -133,16 +135,22 @@ class Checkpoint:
         best = f'; best {self.judged_by} so far {max(self.best_rank1, 0):.1%}' if self.judged_by else ''
         print(f'Continuing {where}{best}')
 
-    def _check_begins(self, where: str) -> None:
-        """Raise UserError if a run that starts from weights alone would be mixed with the one in its folder."""
+    def _check_folder(self, where: str, resumes: bool) -> None:
+        """Raise UserError if the run of --resume would be mixed with another one in its folder, or remove itself."""
         held = [path for path in sorted(self.folder.glob('*.pth.tar')) if path.resolve() != Path(where).resolve()]
-        if held and not (self.options.overwrite or self.options.auto_resume):  # which has found no run to continue
+        contains = f'--save-dir {self.folder} contains the checkpoints of a run ({held[0].name})' if held else ''
+        if held and not resumes and not self.options.overwrite:
             raise UserError(
-                f'--resume {where} has only weights, from which a new run starts, and --save-dir {self.folder} '
-                f'contains the checkpoints of a run ({held[0].name}): choose another folder, or remove them with '
-                f'--overwrite'
+                f'--resume {where} has only weights, from which a new run starts, and {contains}: choose another '
+                f'folder, or remove them with --overwrite'
             )
-        print(f'{where} has only weights: a new run starts from them, in epoch {self.epoch + 1}')
+        if held and resumes and Path(where).resolve().parent != self.folder.resolve():
+            raise UserError(
+                f'--resume {where} continues the run of another folder, and {contains}: continue that one with '
+                f'--auto-resume, or choose another folder'
+            )
+        if resumes and self.options.overwrite:
+            raise UserError(f'--overwrite removes a run, and --resume {where} continues one: remove one of the two')
 
     def epochs(self, max_epoch: int) -> Iterator[int]:
         """The remaining epochs, counted from 0; the first one may start at batch `start_batch`.
@@ -172,7 +180,6 @@ class Checkpoint:
         self.saved = time.monotonic()
         self.run.rescue = self.rescue
         for self.epoch in range(first, max_epoch):
-            self.run.signals.hold()
             line = f'==> Epoch {self.epoch + 1}/{max_epoch}'
             if self.options.quiet and self.run.log:
                 self.run.log.note(line + '\n')

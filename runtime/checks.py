@@ -14,6 +14,7 @@ import torch
 
 import data_manager
 import models
+import reranking
 from extraction import compiling
 from files.kinds import not_a_file
 from runtime.errors import UserError, plain
@@ -24,6 +25,8 @@ class Reporter(Protocol):
     """The parser: it knows the kind of data and reports mistakes."""
 
     kind: str
+
+    def get_default(self, dest: str) -> object: ...
 
     def error(self, message: str) -> NoReturn: ...
 
@@ -123,6 +126,7 @@ def check_test(parser: Reporter, args: argparse.Namespace) -> None:
             '--any-camera does not work with --multi-query: averaged images in the gallery would count as matches; '
             'remove one of the two'
         )
+    reranking.check_options(parser, args)
 
 
 def check_compile(parser: Reporter, args: argparse.Namespace) -> None:

@@ -103,6 +103,7 @@ class LossMeter:
                 self.waited += time.perf_counter() - asked
                 self.timed += 1
                 self.count += 1
+                self.run.signals.hold()  # until a test: from now on a step is finished before the run ends
                 yield batch
                 bar.update()
                 if self.count % self.options.print_freq == 0:
@@ -218,6 +219,7 @@ class LossMeter:
 
         Columns that are missing are added: the losses and tested data sets are not known before their first rows.
         """
+        drop_partial_line(self.path)
         known: list[str] = []
         with contextlib.suppress(FileNotFoundError), open(self.path, newline='', encoding='utf-8') as file:
             known = next(csv.reader(file), [])
@@ -244,6 +246,13 @@ class LossMeter:
         return '\t '.join(
             [text] + [f'{name} {self.means[name].val:.4f} ({self.means[name].avg:.4f})' for name in others]
         )
+
+
+def drop_partial_line(path: Path) -> None:
+    """Remove a last line without an end, as is left by a full disk or a power cut. The file may not exist."""
+    with contextlib.suppress(FileNotFoundError), open(path, 'r+b') as file:
+        content = file.read()
+        file.truncate(content.rfind(b'\n') + 1)
 
 
 def _as_text(row: dict[str, float]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from runtime.errors import UserError
 
 ENVIRONMENT = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')  # set by torchrun
 RUN_ID = 'plain-command'  # run id of processes that a plain command starts, for --gpu-devices or --max-restarts
-TIMEOUT = datetime.timedelta(hours=1)  # for NCCL: others wait while the first process re-ranks a large gallery
+TIMEOUT = datetime.timedelta(hours=3)  # others wait while the first process re-ranks a large gallery
 REPORT_SECONDS = 30  # more than a launcher needs to end the other processes after one has failed
 
 
@@ -117,7 +117,7 @@ class Group:
             rank=processes.rank,
             world_size=processes.world_size,
             device_id=device if on_gpu else None,
-            timeout=TIMEOUT if on_gpu else None,
+            timeout=TIMEOUT,
         )
 
     def leave(self) -> None:
@@ -160,13 +160,19 @@ def hangup_is_ignored() -> bool:
     return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
+def usable_cores() -> int:
+    """The number of cores that this program may use; on Linux a batch job or a container may have a part of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
 def start_all(number: int, more: Sequence[str]) -> tuple[int, str]:
     """Run this command in `number` processes, like torchrun. Returns the exit status and a message to report."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ.setdefault('OMP_NUM_THREADS', str(max((os.cpu_count() or 1) // number, 1)))
+    if number > 1:  # a single process uses all cores by itself
+        os.environ.setdefault('OMP_NUM_THREADS', str(max(usable_cores() // number, 1)))
     logging.disable()  # for good: this process only starts the others, which report their own errors, and then ends
     config = LaunchConfig(
         min_nodes=1,

@@ -22,7 +22,7 @@ Extracted = tuple[Tensor, Tensor]  # features (n, D) of this process's items, an
 
 
 def mean_features(
-    features: Tensor, indices: Tensor, several: Averaged, run: Run, file: np.ndarray | None, distance: str = 'euclidean'
+    features: Tensor, indices: Tensor, several: Averaged, run: Run, distance: str = 'euclidean'
 ) -> Extracted:
     """The features of the queries: for each, the mean of the features (N, D) of all items of its person in its camera.
 
@@ -40,8 +40,6 @@ def mean_features(
     rows = torch.arange(run.rank, len(numbers), run.world_size)  # (q,) of this process
     numbers = numbers[rows].to(features.device)
     means = sums[numbers] / sizes.to(features.device)[numbers, None]  # (q, D)
-    if file is not None:
-        file[rows.numpy()] = means.cpu().numpy()
     print('Multi-query: the feature of a query is the mean over the images of its person in its camera')
     return means, rows
 
@@ -80,8 +78,10 @@ def sample(query: Extracted, gallery: Extracted, dataset: Dataset, run: Run) -> 
         held = indices.numpy() + first  # (m,) rows held by this process, ascending
         sampled = np.isin(held, rows)
         features[np.searchsorted(rows, held[sampled])] = part[torch.from_numpy(sampled).to(part.device)].cpu()
+    features = run.sum(features)
+    features /= (features.abs().max() / 1000).clamp(min=1)  # features beyond 65504 would be infinite in half precision
     return {
-        'embedding_features': run.sum(features).half().numpy(),
+        'embedding_features': features.half().numpy(),
         'embedding_pids': pids[rows],
         'embedding_camids': camids[rows],
         'embedding_is_query': rows < len(q_pids),

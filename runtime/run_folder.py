@@ -31,7 +31,8 @@ class RunFolder:
     def newest(self) -> tuple[Path | None, weights.Weights | None]:
         """The newest intact checkpoint of a run, and its path.
 
-        Copies of files may have lost their times: those of later positions are asked when they were written.
+        Copies of files may have lost their times: of files of later positions, and of those with other names than a run
+        writes, the time recorded in them counts.
         """
         newest: tuple[Path, weights.Weights] | None = None
         for path in sorted(self.folder.glob('*_*.pth.tar'), key=age):
@@ -51,8 +52,7 @@ class RunFolder:
     def clear(self, *patterns: str) -> None:
         """Delete the files whose full name matches one of the regular expressions."""
         for path in self._written('|'.join(patterns)):
-            if path.resolve() not in self._spared():
-                path.unlink()
+            self._delete(path)
 
     def clear_results(self) -> None:
         """Delete the results of tests, including those below the run's folder, and then empty folders."""
@@ -76,11 +76,17 @@ class RunFolder:
             print(f'{self.folder} cannot be listed ({problem.strerror}), and no old file is deleted; the run continues')
             return
         for path in paths[number:]:
-            if path != newest and path.resolve() not in self._spared():
-                try:
-                    path.unlink(missing_ok=True)
-                except OSError as problem:
-                    print(f'{path} cannot be deleted ({problem.strerror}); the run continues')
+            if path != newest:
+                self._delete(path)
+
+    def _delete(self, path: Path) -> None:
+        """Delete a file that the command does not name; a failure is reported."""
+        if path.resolve() in self._spared():
+            return
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as problem:
+            print(f'{path} cannot be deleted ({problem.strerror}); the run continues')
 
     def _written(self, pattern: str) -> list[Path]:
         return [path for path in self.folder.glob('*') if re.fullmatch(pattern, path.name)]
@@ -95,13 +101,11 @@ def age(path: Path) -> tuple[int, list[int], str]:
 
 
 def _place(path: Path) -> tuple[int, int]:
-    """The finished epochs, and the finished batches of the next one, according to the name of a file of a run."""
-    match [int(number) for number in re.findall(r'\d+', path.name)]:
-        case [epoch, batch]:
-            return epoch - 1, batch
-        case [epoch]:
-            return epoch, 0
-    return 0, 0
+    """The finished epochs, and the finished batches of the next one, by a file's name; 0, 0 for other names."""
+    numbers = [int(number) for number in re.findall(r'\d+', path.name)]
+    if re.fullmatch(POSITIONS, path.name):
+        return numbers[0] - 1, numbers[1]
+    return (numbers[0], 0) if re.fullmatch(TESTS, path.name) else (0, 0)
 
 
 def modified(path: Path) -> int:

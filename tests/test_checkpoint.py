@@ -471,6 +471,31 @@ def test_a_folder_that_was_copied_continues_where_it_was(tmp_path, capsys):
     assert begin(options(tmp_path, auto_resume=True), **parts()).path == tmp_path / 'checkpoint_ep2.pth.tar'
 
 
+@pytest.mark.parametrize('name', ['backup_20240501.pth.tar', 'market1501_ep20.pth.tar', 'a_resume_99_9.pth.tar'])
+def test_a_copy_with_a_name_of_its_own_is_not_newer_because_it_was_copied_later(name, tmp_path):
+    """Its name may have any numbers."""
+    _, early = saved(tmp_path)
+    copy = tmp_path / name
+    copy.write_bytes(early.read_bytes())
+    _, last = saved(tmp_path, epoch=4)
+    os.utime(copy, (2**40, 2**40))
+    assert begin(options(tmp_path, auto_resume=True), **parts()).path == last
+
+
+def test_a_run_is_not_mixed_with_the_one_in_another_folder(tmp_path):
+    _, theirs = saved(tmp_path / 'theirs')
+    _, ours = saved(tmp_path / 'ours')
+    before = theirs.read_bytes()
+    for changes in ({}, {'overwrite': True}):
+        with pytest.raises(UserError, match=r'continues the run of another folder, .* with --auto-resume, or choose'):
+            begin(options(tmp_path / 'theirs', resume=str(ours), **changes), **parts())
+    with pytest.raises(UserError, match=r'--overwrite removes a run, and --resume \S+ continues one'):
+        begin(options(tmp_path / 'ours', resume=str(ours), overwrite=True), **parts())
+    assert theirs.read_bytes() == before
+    assert begin(options(tmp_path / 'theirs', resume=str(ours), auto_resume=True), **parts()).path == theirs
+    assert begin(options(tmp_path / 'new', resume=str(ours)), **parts()).path == str(ours)
+
+
 @pytest.mark.parametrize('loss', [1.0, float('nan')])
 def test_overwrite_removes_the_old_run_after_the_first_step_of_the_new_one(loss, tmp_path):
     saved(tmp_path, epoch=7)

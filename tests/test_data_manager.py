@@ -1,5 +1,6 @@
 """The table of data sets, and the command that opens every image of one."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from test_readers import MARKET
 import data_manager
 import toy
 from readers import market1501, mars, pictures
+from readers.tree import Dataset
 from runtime import commands
 from runtime.errors import UserError
 
@@ -371,3 +373,18 @@ def test_the_room_is_cheap_to_import():
     program = "import sys, data_manager; print({'torch', 'scipy', 'dataset_loader'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout == 'set()\n'
+
+
+def test_a_fingerprint_includes_the_names_of_persons(tmp_path):
+    """Files may have equal names in the folders of all persons."""
+    marks = []
+    for place, persons in ('one', ('Anna', 'Bert')), ('other', ('Emil', 'Fred')):
+        for person in persons:
+            for split in 'train', 'query', 'gallery':
+                (tmp_path / place / split / person).mkdir(parents=True)
+                (tmp_path / place / split / person / 'c1_1.jpg').touch()
+        dataset = data_manager.init_dataset(f'folder:{tmp_path / place}')
+        marks.append([data_manager.fingerprint(dataset, [subset]) for subset in ('train', 'query', 'gallery')])
+    assert not set(marks[0]) & set(marks[1])
+    numbers = Dataset('x', [('a', 5, 0), ('b', 7, 1)], [('q', 3, 0)], [('g', 3, 1)])
+    assert data_manager.fingerprint(numbers) == hashlib.sha256(b'0 0 a\n1 1 b\n3 0 q\n3 1 g\n').hexdigest()[:16]

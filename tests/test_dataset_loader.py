@@ -86,6 +86,12 @@ def processes_of(training) -> list:
 # Data sets
 
 
+def test_tracklets_are_no_training_images():
+    tracklets = [(('a.jpg', 'b.jpg'), pid, 0) for pid in (0, 0, 1, 1)]
+    with pytest.raises(UserError, match=r'train on their frames, ImageDataset\(frames\)'):
+        TrainLoader(VideoDataset(tracklets), RandomSampler(tracklets, 2), DataOptions(), share_of())
+
+
 def test_items_of_images(images):
     dataset = ImageDataset(images)
     img, pid, camid = dataset[5]

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pictures
@@ -623,18 +622,28 @@ def test_free_memory_is_that_of_this_machine():
     assert 1e6 < free <= os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
-def test_free_memory_respects_the_limit_of_a_container(tmp_path, monkeypatch):
-    class There(type(Path())):
-        def __new__(cls, path):
-            return Path(
-                str(path).replace('/sys/fs/cgroup', str(tmp_path)).replace('/proc/self/cgroup', f'{tmp_path}/own')
-            )
-
-    (tmp_path / 'own').write_text('1:cpu:/x\n0::/jobs/7\n')
-    (tmp_path / 'jobs' / '7').mkdir(parents=True)
-    (tmp_path / 'jobs' / '7' / 'memory.max').write_text('3000000\n')
-    (tmp_path / 'jobs' / '7' / 'memory.stat').write_text('anon 1000000\nfile 1900000\n')
-    monkeypatch.setattr(caching, 'Path', There)
+@pytest.mark.parametrize('limited', ['jobs', 'jobs/7', 'jobs/7/task'])
+@pytest.mark.parametrize(
+    ('groups', 'tree', 'limit', 'used', 'none'),
+    [
+        ('1:cpu:/x\n0::/jobs/7/task\n', '', 'memory.max', 'anon', 'max\n'),
+        ('4:memory,hugetlb:/jobs/7/task\n', 'memory', 'memory.limit_in_bytes', 'total_rss', f'{2**63 - 4096}\n'),
+    ],
+)
+def test_free_memory_respects_the_limits_of_containers_and_batch_jobs(
+    limited, groups, tree, limit, used, none, tmp_path, monkeypatch
+):
+    """Of control groups of both versions, wherever the limit is set."""
+    (tmp_path / 'groups').write_text(groups)
+    (tmp_path / 'fs' / tree / 'jobs' / '7' / 'task').mkdir(parents=True)
+    monkeypatch.setattr(caching, 'CGROUPS', tmp_path / 'fs')
+    monkeypatch.setattr(caching, 'GROUPS_OF_PROCESS', tmp_path / 'groups')
+    for name in ('jobs', 'jobs/7', 'jobs/7/task'):
+        folder = tmp_path / 'fs' / tree / name
+        (folder / limit).write_text('3000000\n' if name == limited else none)
+        (folder / 'memory.stat').write_text(f'{used} 1000000\nfile 1900000\n')
     assert caching.free_memory(CPU) == 2_000_000
-    (tmp_path / 'jobs' / '7' / 'memory.max').write_text('max\n')
+    (tmp_path / 'fs' / tree / limited / limit).write_text(none)
+    assert caching.free_memory(CPU) > 2_000_000
+    (tmp_path / 'groups').unlink()
     assert caching.free_memory(CPU) > 2_000_000

@@ -13,15 +13,18 @@ from tiny import Tiny
 import data_manager
 import eval_metrics
 import evaluation
+import files.features
 import page
 import ranking
 from arguments import TestOptions
 from files import writing
 from files.features import create_features, read_paths
 from page import runs
-from readers.tree import ids_of
+from readers.tree import Dataset, ids_of
 from runtime import commands, testset
+from runtime.device import Run
 from runtime.errors import UserError
+from runtime.ranks import sample
 
 OPTIONS = TestOptions(
     arch='tiny', height=32, width=16, workers=0, test_batch=5, evaluate=True, no_report=True, seq_len=4
@@ -149,8 +152,7 @@ def test_all_frames_of_tracklets(pooled, test_batch, data_dir, run, tmp_path, mo
     batches = []
     monkeypatch.setattr(Whole, 'features', lambda model, x: batches.append(len(x)) or Whole.of(x))
     how = options(tmp_path, seq_len=0, pool=pooled, test_batch=test_batch)
-    file = np.zeros((len(dataset.gallery), 16), np.float32)
-    features, indices = evaluation.extract(Whole(3), dataset.gallery, how, run, file)
+    features, indices = evaluation.extract(Whole(3), dataset.gallery, how, run)
     assert indices.tolist() == list(range(len(dataset.gallery)))
     number = sum(len(paths) for paths, _, _ in dataset.gallery)
     assert batches == [2 * test_batch] * (number // (2 * test_batch)) + [number % (2 * test_batch)] * (
@@ -160,7 +162,6 @@ def test_all_frames_of_tracklets(pooled, test_batch, data_dir, run, tmp_path, mo
         frames = evaluation.extract(Whole(3), [(path, pid, camid) for path in paths], how, run)[0]  # as images
         expected = textbook.mean_feature(frames) if pooled == 'avg' else frames.amax(0).tolist()
         assert feature.tolist() == np.float32(expected).tolist()  # no sum of such numbers is rounded
-    np.testing.assert_array_equal(file, features)
 
 
 def test_all_frames_in_a_test(data_dir, model, run, tmp_path):
@@ -271,7 +272,7 @@ def system(request, monkeypatch):
 
 
 def test_features_that_do_not_fit_on_the_disk(system, dataset, run, small_disk):
-    """They are a map of the file, and a process that writes into one on a full disk ends by SIGBUS."""
+    """It is noticed before they are extracted."""
     with pytest.raises(UserError, match=r'--save-features: .*query/features.npy cannot be written \(No space left'):
         create_features(str(small_disk), 'query', dataset.query, 200_000 // len(dataset.query), run)
 
@@ -285,6 +286,20 @@ def test_space_is_reserved_and_contents_stay(system, tmp_path, monkeypatch):
     writing.allocate(path)
     assert path.stat().st_size == 1 << 16 <= path.stat().st_blocks * 512
     assert (np.load(path) == 7).all()
+
+
+def test_rows_of_a_file_of_features(dataset, run, tmp_path, monkeypatch):
+    """Each process writes its own; a device gives them in parts."""
+    monkeypatch.setattr(files.features, 'COPIED_AT_ONCE', 2)
+    items = dataset.gallery[:7]
+    file = create_features(str(tmp_path), 'gallery', items, 3, run)
+    rows = torch.arange(21.0).view(7, 3)
+    for rank in range(2):
+        file.write(rows[rank::2].bfloat16(), torch.arange(rank, 7, 2))
+    np.testing.assert_array_equal(np.load(file.path), rows)
+    file.path.unlink()
+    with pytest.raises(UserError, match=r'--save-features: .*features.npy cannot be written \(No such file'):
+        file.write(rows, torch.arange(7))
 
 
 def test_saved_features_are_ranked_from_disk(dataset, model, run, tmp_path, capsys, monkeypatch):
@@ -374,3 +389,17 @@ def test_saved_features_are_ranked_by_the_distance_of_the_test(
         ranking.main()
         assert printed(capsys) == lines
     assert expected != otherwise
+
+
+def test_the_embedding_of_large_features_is_finite():
+    """Half precision ends at 65504."""
+    items = [(f'{row}.jpg', row % 3, row % 2) for row in range(12)]
+    dataset, run = Dataset('x', [], items[:6], items[6:]), Run(torch.device('cpu'))
+    features = torch.linspace(-1, 1, 12 * 4).view(12, 4)
+    arrays = [
+        sample((scale * features[:6], torch.arange(6)), (scale * features[6:], torch.arange(6)), dataset, run)
+        for scale in (1, 1e6)
+    ]
+    small, large = (each['embedding_features'].astype(float) for each in arrays)
+    assert np.array_equal(small, features.half().numpy())
+    np.testing.assert_allclose(large / large.max(), small / small.max(), atol=1e-3)

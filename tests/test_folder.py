@@ -8,6 +8,7 @@ import pytest
 import data_manager
 from readers import folder
 from readers.folder import Folder
+from readers.tree import distractors
 from runtime.errors import UserError
 
 
@@ -48,7 +49,7 @@ def test_a_split_that_is_there(tmp_path, capsys):
     assert shown(dataset, dataset.gallery) == [('$(x) & y', 1, '0_c1.jpg'), ('z', 1, 'c1.JPG')]
     assert not dataset.no_cameras and not dataset.drawn
     printed = capsys.readouterr().out
-    assert 'Passed over: 2 files (' in printed and '1 folder (' in printed
+    assert 'Passed over: 3 files (' in printed and '1 folder (' in printed
 
 
 def test_without_a_split_persons_are_drawn(tmp_path, capsys):
@@ -158,6 +159,33 @@ def test_names_that_are_padded_integers_are_numbers_too(tmp_path):
     with pytest.raises(UserError) as error:
         Folder(root)
     assert str(error.value) == f"{root}: persons '0001' and '1' have the same number; write them alike, or rename one"
+
+
+def test_what_lies_beside_a_split_is_reported(tmp_path, capsys):
+    root = put(tmp_path / 'n', 'train/a/c1.jpg', 'val/a/c2.jpg', 'train_all/b/c1.jpg', 'list.txt')
+    dataset = Folder(root)
+    assert sorted(os.path.basename(path) for path in dataset.passed_over) == ['list.txt', 'train_all', 'val']
+    assert 'Passed over: 1 file (' in (printed := capsys.readouterr().out) and '2 folders (' in printed
+
+
+def test_a_split_may_be_spelled_in_any_case(tmp_path):
+    root = put(tmp_path / 'n', 'Train/a/c1.jpg', 'QUERY/b/c1.jpg', 'gallery/b/c2.jpg', 'Gallery/b/c3.jpg')
+    dataset = Folder(root)
+    assert folder.kind_of(root) == dataset.kind == 'image'
+    assert persons_of(dataset) == ({'a'}, {'b'}, {'b'}) and shown(dataset, dataset.gallery) == [('b', 2, 'c2.jpg')]
+    assert dataset.passed_over == [f'{root}/Gallery']
+
+
+@pytest.mark.parametrize(('name', 'others'), [('0000', '{:04}'), ('0', '{}'), ('0', 'p{}')])
+def test_a_folder_of_distractors_is_drawn_neither_for_training_nor_as_a_query(name, others, tmp_path):
+    images = [f'{person}/c{camera}_1.jpg' for person in (name, *map(others.format, (1, 2, 3, 4))) for camera in (1, 2)]
+    root = put(tmp_path / 'n', *images)
+    for seed in range(6):
+        dataset = Folder(root, test_share=0.5, seed=seed)
+        train, query, gallery = persons_of(dataset)
+        assert len(train) == len(query) == 2 and gallery == query | {name} and name not in train | query
+        assert len(distractors(dataset)) == 1
+    assert not Folder(root, test_share=0.0).gallery
 
 
 @pytest.mark.parametrize('stray', ['@eaDir/c1.jpg/THUMB.jpg', 'backup/x.txt', 'album.jpg/x.txt'])

@@ -97,6 +97,21 @@ def test_what_cannot_be_joined(places):
             Joined(datasets)
 
 
+def test_a_link_does_not_hide_that_data_are_the_same(places, tmp_path, capsys):
+    """data/README.md recommends links."""
+    (tmp_path / 'linked').symlink_to(places / 'market1501')
+    one, other = (
+        data_manager.init_dataset('market1501', str(places)),
+        data_manager.init_dataset(f'market:{tmp_path}/linked'),
+    )
+    with pytest.raises(UserError, match=f'share {len(one.train)} files of their training sets'):
+        Joined([one, other])
+    options = DataOptions('market1501', targets=f'market:{tmp_path}/linked', combine=True, data_dir=str(places))
+    capsys.readouterr()
+    data_manager.init_datasets(options)
+    assert 'that are tested are trained on\n' in capsys.readouterr().out
+
+
 def test_the_merged_table_reads_the_same(places, tmp_path, monkeypatch, capsys):
     place = tmp_path / 'a,b.csv'
     command = ['data_manager.py', '-d', BOTH, '--data-dir', places, '--write-csv', place]

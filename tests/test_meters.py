@@ -6,6 +6,7 @@ import torch
 
 import utils
 from arguments import ShowOptions
+from page import runs
 from runtime.errors import UserError
 from runtime.meters import LossMeter
 
@@ -127,6 +128,39 @@ def test_metrics_csv(meter, tmp_path, capsys):
         'epoch': '2',
         **{k: f'{v:g}' for k, v in FIGURES.items()},
     }
+
+
+@pytest.mark.parametrize('left', [1, 7, 14])
+def test_a_row_that_was_written_in_part_does_not_damage_the_next_one(left, meter, tmp_path):
+    """As a full disk or a power cut leaves it; `left` bytes of the last row are missing."""
+    path = tmp_path / 'metrics.csv'
+    watch(meter(1), [1.0, 2.0])
+    path.write_bytes(path.read_bytes()[:-left])
+    assert [row[0] for row in runs._read_metrics(path)[0].values()][:2] == [1, 1]
+    assert len(runs._read_metrics(path)[0]['epoch']) == 1
+    watch(meter(1), [3.0], epoch=1)
+    assert [(row['epoch'], row['loss'], row['rank1']) for row in rows(tmp_path)] == [('1', '1', ''), ('2', '3', '')]
+    path.write_text('epoch,bat')  # the names of the columns
+    assert runs._read_metrics(path) == ({}, [])
+    watch(meter(1), [4.0])
+    assert [row['loss'] for row in rows(tmp_path)] == ['4']
+
+
+def test_a_signal_before_the_first_batch_ends_the_run_at_once(meter, run):
+    """The loader may still decode all images for --cache; from the first batch on, steps are finished first."""
+    held = []
+
+    class Slow(Losses):
+        def epoch(self, epoch, start):
+            for loss in self.losses:
+                held.append(run.signals.held)
+                yield loss
+
+    loop = meter(1)
+    for _ in loop.watch(Slow(1.0, 2.0), 0):
+        held.append(run.signals.held)
+        loop.update(loss=torch.tensor(1.0))
+    assert held == [False, True, True, True]
 
 
 def test_metrics_csv_has_the_losses_and_tests_that_come_later(meter, tmp_path):

@@ -98,6 +98,7 @@ OPTIONS = [
     option('--any-camera --multi-query', '--any-camera does not work with --multi-query: averaged images in the '
            'gallery would count as matches; remove one of the two'),
     option('--k1 0', '--k1: must be an integer of at least 1'),
+    option('--k1 10', '--k1 is an option of re-ranking: add --rerank, or remove it'),
     option('--lambda 1.1', '--lambda: must be a number from 0 to 1', VIDEO),
     option('--seq-len 4', 'unrecognized arguments: --seq-len 4'),
     option('--margin -0.1', '--margin: must be a number of at least 0', HTRI),
@@ -569,6 +570,7 @@ BOTH, FEATURES = 'features/query features/gallery', 'features/query/features.npy
 RANKING = [
     features('no folders', '', 'the following arguments are required: query, gallery'),
     features('an unknown option', f'{BOTH} --fast', 'unrecognized arguments: --fast'),
+    features('no re-ranking', f'{BOTH} --lambda 0.5', '--lambda is an option of re-ranking: add --rerank'),
     features('no neighbours', f'{BOTH} --rerank --k1 0', '--k1: must be an integer of at least 1'),
     features('no weight', f'{BOTH} --rerank --lambda 2', '--lambda: must be a number from 0 to 1'),
     Mistake('paths of other features', f'{BOTH} --any-camera', 'paths.jsonl has 1 lines for 4',

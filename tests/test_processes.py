@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch.distributed as dist
 
@@ -161,3 +163,18 @@ def test_a_group_of_gpus_is_left_without_a_farewell(backend, at_once, monkeypatc
     monkeypatch.setattr(processes.os, '_exit', leave)
     with pytest.raises(Exit if at_once else SystemExit):
         processes.end(2)
+
+
+@pytest.mark.parametrize(('number', 'threads'), [(1, None), (2, '3'), (7, '1')])
+def test_processes_share_the_cores_that_the_program_may_use(number, threads, monkeypatch):
+    """A single process counts them itself."""
+    import torch.distributed.launcher.api as api
+
+    seen = []
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    monkeypatch.setattr(api, 'elastic_launch', lambda *_: lambda *_: seen.append(os.environ.get('OMP_NUM_THREADS')))
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(os, 'cpu_count', lambda: 128)
+    monkeypatch.setattr(processes.logging, 'disable', lambda: None)
+    assert processes.start_all(number, []) == (0, '')
+    assert seen == [threads]

@@ -95,6 +95,16 @@ def test_msmt17_that_is_not_whole(tmp_path):
         data_manager.init_dataset('msmt17', str(tmp_path), train=False)
 
 
+def test_a_complete_version_of_msmt17_is_preferred(tmp_path, capsys):
+    for version in (1, 2):
+        toy.draw_msmt17(tmp_path / f'MSMT17_V{version}', version=version, num_train=2, num_test=2, **SMALL)
+    shutil.rmtree(tmp_path / 'MSMT17_V1' / 'train')
+    assert not data_manager.init_dataset('msmt17', str(tmp_path)).untrainable
+    assert '=> MSMT17_V2 loaded' in capsys.readouterr().out
+    shutil.rmtree(tmp_path / 'MSMT17_V2' / 'mask_train_v2')
+    assert 'MSMT17_V1 contains no train;' in data_manager.init_dataset('msmt17', str(tmp_path), train=False).untrainable
+
+
 def test_the_papers_numbers_of_msmt17_add_up():
     """4101 persons, 126441 boxes: Wei et al., CVPR 2018."""
     assert tuple(map(sum, zip(*msmt17.PUBLISHED.values(), strict=True))) == (4101, 126441)
@@ -133,7 +143,7 @@ def test_distractors_join_the_gallery(tmp_path, capsys):
 # ---- CUHK03 ----
 
 
-@pytest.mark.parametrize('place', ['cuhk03-np', 'CUHK03-NP', 'cuhk03_np'])
+@pytest.mark.parametrize('place', ['cuhk03-np', 'CUHK03-NP', 'cuhk03_np', 'cuhk03'])
 def test_cuhk03_np(place, tmp_path, capsys):
     toy.draw_cuhk03(tmp_path / place, **SMALL)
     for boxes, number in (('detected', 7365), ('labeled', 7368)):
@@ -196,6 +206,14 @@ def test_cuhk03_from_the_authors_file(tmp_path, capsys):
     (tmp_path / 'cuhk03' / 'cuhk03_release' / 'cuhk-03.mat').unlink()  # once is enough
     again = data_manager.init_dataset('cuhk03_detected', str(tmp_path / 'cuhk03'))
     assert len(again.train) == len(dataset.train) and 'Taking' not in capsys.readouterr().out
+    image = Path(again.train[0][0])
+    content = image.read_bytes()
+    image.unlink()
+    with pytest.raises(
+        UserError, match=r'images_detected is incomplete: remove it, and its images are extracted again'
+    ):
+        data_manager.init_dataset('cuhk03_detected', str(tmp_path))
+    image.write_bytes(content)
     assert sorted(entry.name for entry in (tmp_path / 'cuhk03').iterdir()) == [
         'cuhk03_new_protocol_config_detected.mat', 'cuhk03_release', 'images_detected'
     ]  # fmt: skip
@@ -270,7 +288,12 @@ def test_a_split_that_is_damaged(tmp_path):
 
 
 def test_no_cuhk03_at_all(tmp_path):
-    with pytest.raises(UserError, match=r'no cuhk03-np in --data-dir'):
+    with pytest.raises(UserError, match=r'no cuhk03-np or cuhk03 in --data-dir'):
+        data_manager.init_dataset('cuhk03_labeled', str(tmp_path))
+    (tmp_path / 'cuhk03' / 'cuhk03_release').mkdir(parents=True)
+    with pytest.raises(
+        UserError, match=r'no \S+/cuhk03_new_protocol_config_labeled.mat, the split of cuhk03_release; get it'
+    ):
         data_manager.init_dataset('cuhk03_labeled', str(tmp_path))
 
 

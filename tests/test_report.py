@@ -426,6 +426,32 @@ def test_notices_that_are_none(notices, saved):
     assert 'Notice' not in report.write(saved).read_text()
 
 
+def test_unknown_cameras_are_not_numbered(saved):
+    put_summary(saved, no_cameras=True, any_camera=True, cameras_left_out='the cameras are unknown')
+    page = report.write(saved).read_text()
+    assert '<p>Left out: the cameras are unknown.</p>' in page and ', unknown camera</h3>' in page
+    assert not re.search(r'camera \d', page)
+
+
+def test_names_with_spaces_and_commands_can_be_used(saved):
+    """HTML collapses spaces, so an option needs its value; a shell separates words."""
+    put_summary(saved, command=['train.py', '-d', 'csv:my tables/p.csv'])
+    with np.load(saved / 'ranking.npz') as file:
+        pids = np.unique(file['q_pids'])
+    change(saved, named_pids=pids, pid_names=text([f'Ann  {pid}' for pid in pids]))
+    page = report.write(saved).read_text()
+    assert f'<option value="Ann  {pids[0]}">Ann  {pids[0]}</option>' in page
+    assert '<code>train.py -d &#39;csv:my tables/p.csv&#39;</code>' in page
+
+
+def test_missing_images_of_equal_names_are_counted_by_path(saved, market):
+    change(saved, gallery_files=text([f'gone/{i}/0001.jpg' for i in range(len(market.gallery))]))
+    page = report.write(saved).read_text()
+    missing = set(re.findall(r'aria-label="rank [^"]*picture not found" title="(\d+/0001.jpg)"', page))
+    number = int(re.search(r'<strong id="missing">(\d+) images', page)[1])
+    assert len(missing) == number > 20
+
+
 # ------------------------------------------------------------------------------------------------- activations, command
 
 
@@ -508,6 +534,8 @@ def test_command_writes_the_page(saved):
         (['a', '--height', '64'], 'are for --activations: remove them'),
         (['a', '--activations', 'b', 'c'], 'or --activations'),
         (['a', '--out', 'b'], 'report.html'),
+        (['--activations', 'a', 'b', '--out', 'b.jpg'], 'a name that ends in .png'),
+        (['--activations', 'a', *['b'] * 601], '601 images; give at most 600'),
     ],
 )
 def test_mistakes_are_reported_in_one_line(args, words, capsys, monkeypatch):

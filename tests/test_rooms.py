@@ -18,7 +18,7 @@ EXPERIMENT = (  # what a script may import
 MAY_IMPORT = {  # and each room, beside runtime.errors
     'arguments': 'data_manager models runtime.checks runtime.commands runtime.processes runtime.values',
     'data_manager': (
-        'page.sheet readers.cuhk03 readers.faults readers.folder readers.joined readers.market1501 '
+        'files.paths page.sheet readers.cuhk03 readers.faults readers.folder readers.joined readers.market1501 '
         'readers.market1501_500k readers.mars readers.msmt17 readers.split readers.table readers.tree '
         'runtime.commands runtime.values toy'
     ),
@@ -66,7 +66,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'readers.cuhk03': 'readers.market1501 readers.place readers.tree',
     'readers.faults': 'readers.pictures readers.tree',
     'readers.folder': 'batches.decoding readers.split readers.tree',
-    'readers.joined': 'readers.tree',
+    'readers.joined': 'files.paths readers.tree',
     'readers.market1501': 'batches.decoding readers.place readers.tree',
     'readers.market1501_500k': 'readers.market1501 readers.place',
     'readers.mars': 'batches.decoding files.kinds readers.place readers.tree',
@@ -112,7 +112,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
         'readers.tree runtime.best_model runtime.device runtime.meters runtime.notices runtime.provenance '
         'runtime.run_folder runtime.state utils weights'
     ),
-    'runtime.checks': 'data_manager extraction.compiling files.kinds models runtime.processes',
+    'runtime.checks': 'data_manager extraction.compiling files.kinds models reranking runtime.processes',
     'runtime.commands': 'runtime.console runtime.memory',
     'runtime.console': '',
     'runtime.cpu': '',

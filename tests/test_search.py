@@ -20,6 +20,7 @@ from tiny import Tiny
 
 import data_manager
 import evaluation
+import page.found
 import search
 import weights
 from extract import FeatureExtractor
@@ -368,6 +369,24 @@ def test_a_page_shows_the_images(command, gallery, queries, tmp_path):
     command(*args, '--threshold', 1e-9)
     text = page.read_text()
     assert text.count('<li class="result other"') == 6 and text.count(': unknown</h3>') == 2
+
+
+def test_a_page_of_many_queries_shows_the_first_ones(tmp_path, queries, monkeypatch):
+    """Their pictures are part of the page."""
+    near = {'rank': 1, 'path': queries[0], 'distance': 0.5, 'match': None}
+    results = [{'query': [queries[0]], 'unknown': None, 'results': [near]}] * (page.found.MOST_QUERIES + 3)
+    facts = {
+        'weights': 'w',
+        'arch': 'a',
+        'height': 9,
+        'width': 9,
+        'precision': 'fp32',
+        'distance': 'cosine',
+        'gallery': 7,
+    }
+    text = page.found.write(tmp_path / 'x.html', results, facts, '').read_text()
+    assert text.count('<article') == page.found.MOST_QUERIES
+    assert f'<h2>{page.found.MOST_QUERIES + 3} queries</h2>\n<p>The first {page.found.MOST_QUERIES} are shown. ' in text
 
 
 def test_names_cannot_change_the_page(command, gallery, queries, tmp_path):

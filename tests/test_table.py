@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import time
 
 import numpy as np
@@ -13,7 +14,7 @@ from readers import table
 from readers.market1501 import Market
 from readers.mars import Mars
 from readers.table import Table
-from readers.tree import natural, numbered
+from readers.tree import Dataset, natural, numbered
 from runtime.errors import UserError
 
 HEADER = 'path,pid,camid,split\n'
@@ -78,6 +79,29 @@ def test_integers_may_be_padded(tmp_path, capsys):
     table.write(dataset, str(tmp_path / 'again.csv'))
     assert by_name(Table(str(tmp_path / 'again.csv'))) == by_name(dataset)
     assert 'q.jpg,0001,01,query\n' in (tmp_path / 'again.csv').read_text()
+
+
+def test_spaces_around_cells_and_integers_of_other_programs(tmp_path, capsys):
+    """As spreadsheets leave them, and as pandas writes a column with an empty cell."""
+    rows = 'a.jpg,7 ,3.0,train\nb.jpg,\t7,3,train\nc.jpg,8.0,3 ,train \nq.jpg,9,3,query\ng.jpg, 9,4.00,gallery\n'
+    dataset = Table(put(tmp_path, HEADER + rows + 'd.jpg,0.0,4,gallery\nj.jpg,-1.0,4,gallery\n'))
+    assert (dataset.train_pids, dataset.names) == ([7, 8], {})
+    assert [item[1:] for items in lists(dataset) for item in items] == [(0, 3), (0, 3), (1, 3), (9, 3), (9, 4), (0, 4)]
+    capsys.readouterr()
+    path = put(tmp_path, HEADER + rows + 'j.jpg,-1,4,gallery\nx.jpg,7.5,4,gallery\n')
+    assert '7' in Table(path).names.values()
+    line = f"{path}: persons: '-1' counts as a name and not as junk, because '7.5' is no integer\n"
+    assert capsys.readouterr().out.startswith(line)
+
+
+def test_a_name_that_a_table_would_change_is_refused(tmp_path):
+    for name in ('Ann ', '1.0'):
+        dataset = Dataset('x', [('a', 1, 0), ('b', 2, 0)], [], [], names={1: name, 2: 'b'})
+        with pytest.raises(
+            UserError, match=re.escape(f'the person {name!r} would be {name[:-1].strip(".")!r} in a table')
+        ):
+            table.write(dataset, str(tmp_path / 'x.csv'))
+        assert not (tmp_path / 'x.csv').exists()
 
 
 @pytest.mark.parametrize(
