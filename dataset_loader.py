@@ -219,8 +219,7 @@ class TestLoader:
 
     `images` are the images of the batch's items in order; `counts` is the number of images of each item: 1, or the
     number of frames of a tracklet. Process r of W takes items r, r + W, ... of each batch; batches without items for it
-    are skipped. If `groups` (N,), the group of each item, is given, it takes all items of the
-    groups r, r + W, ...
+    are skipped. If `groups` (N,), the group of each item, is given, it takes all items of the groups r, r + W, ...
 
     Raises:
         UserError: an image cannot be read.

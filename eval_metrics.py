@@ -2,8 +2,8 @@
 
 The protocol is Market-1501's (Zheng et al., Scalable Person Re-identification: A Benchmark, ICCV 2015): for each query,
 gallery items of the same pid and the same camid are dropped; the remaining items of the same pid are its matches; a
-query without a match is skipped. AP is the mean of the precisions at the matches, as in the original; their own
-code applies the trapezoidal rule to the precision-recall curve. Items are sorted by distance, ties by gallery index.
+query without a match is skipped. AP is the mean of the precisions at the matches, as in the original; the code of Zheng
+et al. applies the trapezoidal rule to the precision-recall curve. Items are sorted by distance, ties by gallery index.
 With --any-camera file numbers replace the camids (`files.paths.same_files`), so that a query drops only its own file.
 
 METRICS lists the reported metrics. To add one, add a function and a row: it is then printed, written to results.json,

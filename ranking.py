@@ -32,7 +32,7 @@ from eval_metrics import (
     same_identity,
 )
 from files.features import distance_of, read, read_files
-from reranking import check_options, reranked
+from reranking import reranked
 from runtime import commands, values
 from runtime.tiles import (
     DISTANCES,
@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument('--k2', type=values.positive_int, default=6, help='as for a test (default: 6)')
     parser.add_argument('--lambda', type=values.fraction, default=0.3, dest='lambda_value', help='(default: 0.3)')
     args = parser.parse_args()
-    check_options(parser, args)
+    values.check_reranking(parser, args)
     (queries, *q_ids), (gallery, *g_ids) = read(args.query, labelled=True), read(args.gallery, labelled=True)
     q_pids, g_pids, q_camids, g_camids = check_ids(q_ids[0], g_ids[0], q_ids[1], g_ids[1])
     if args.any_camera:

@@ -13,7 +13,7 @@ from page import compare, write
 from page.activations import activations
 from runtime import commands, values
 
-MOST_MAPS = 600  # in a grid: a picture has at most 65535 rows of pixels
+MOST_MAPS = 600  # in a grid: matplotlib draws at most 65535 rows of pixels, enough for images 4 times as high as wide
 
 
 def main() -> None:

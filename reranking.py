@@ -1,9 +1,7 @@
 """k-reciprocal re-ranking: distances that take the neighbours of neighbours into account, in bounded memory."""
 
-import argparse
 from collections.abc import Callable
 from threading import Lock
-from typing import NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -29,21 +27,6 @@ from runtime.tiles import (
 )
 
 LISTED = 4  # times k1 nearest items are kept for re-ranking; few neighbours of neighbours are farther away
-
-
-class OptionParser(Protocol):
-    """A parser of --rerank, --k1, --k2 and --lambda."""
-
-    def get_default(self, dest: str, /) -> object: ...
-
-    def error(self, message: str, /) -> NoReturn: ...
-
-
-def check_options(parser: OptionParser, args: argparse.Namespace) -> None:
-    """Report options that have no effect without --rerank."""
-    for flag, name in (('--k1', 'k1'), ('--k2', 'k2'), ('--lambda', 'lambda_value')):
-        if not args.rerank and getattr(args, name) != parser.get_default(name):
-            parser.error(f'{flag} is an option of re-ranking: add --rerank, or remove it')
 
 
 def reranked(

@@ -33,17 +33,22 @@ if TYPE_CHECKING:  # `python ranking.py` needs no device
 
 
 class FeatureFile:
-    """features.npy, written by several processes, each some of its rows.
-
-    It is not memory-mapped, because hosts that share a folder would overwrite each other's rows, memory page by page.
+    """features.npy, written by several processes, each some of its rows, in turn: over a network, hosts write pages of
+    memory, which contain rows of others.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, run: 'Run'):
         rows = np.load(path, mmap_mode='r')
-        self.path, self.begin, self.row_bytes = path, rows.offset, rows.strides[0]
+        self.path, self.begin, self.row_bytes, self.run = path, rows.offset, rows.strides[0], run
 
     def write(self, features: torch.Tensor, indices: torch.Tensor) -> None:
-        """Write features (n, feat_dim) to the rows with these indices (n,)."""
+        """Write features (n, feat_dim) to the rows with these indices (n,). Every process must call this."""
+        for rank in range(self.run.world_size):
+            if rank == self.run.rank:
+                self._write(features, indices)
+            self.run.sum(torch.zeros(1))  # wait for it
+
+    def _write(self, features: torch.Tensor, indices: torch.Tensor) -> None:
         try:
             with open(self.path, 'r+b') as file:
                 for some, rows in zip(features.split(COPIED_AT_ONCE), indices.split(COPIED_AT_ONCE), strict=True):
@@ -94,12 +99,11 @@ def create_features(
         raise UserError(f'--save-features: {path} cannot be written ({os.strerror(failure)}); free space or omit it')
     if not path.exists():
         raise UserError(f'--save-features: {path} is not visible on every host; use a folder that all hosts share')
-    return FeatureFile(path)
+    return FeatureFile(path, run)
 
 
 def keep_features(save_dir: str, run: 'Run') -> None:
     """Replace the features of an earlier test by the new ones, which are complete."""
-    run.sum(torch.zeros(1))  # wait until every process has filled its rows
     if run.rank == 0:
         folder = Path(save_dir) / '.features'
         for path in folder.glob('*/*'):

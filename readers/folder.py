@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence, Set
 
 from batches.decoding import SUFFIXES
 from readers.split import one_of_each, smallest
-from readers.tree import JUNK, SPLITS, Dataset, Item, natural, numbered
+from readers.tree import JUNK, SPLITS, Dataset, Item, natural, numbered, persons_of
 from runtime.errors import UserError, plain
 
 CAMERA = re.compile(r'(?:^|_)c([0-9]{1,9})(?![0-9])')  # 0002_c1s1_000451_03.jpg, c3_17.png
@@ -19,11 +19,11 @@ NamedItem = tuple[str | tuple[str, ...], str, str]  # paths, person, camera or '
 class Folder(Dataset):
     """A folder for each person, named after the person, with images, or with tracklets, which are folders of frames.
 
-    The folders of the persons are in train, query and gallery (in any case) if any of these exists. Otherwise a share
-    of the persons, `test_share`, is drawn for the test by `seed`. All images of these persons form the gallery, with
-    those of the distractors, which are in a folder 0000 or 0. One image of each person and camera, also drawn, is a
-    query, which stays in the gallery but never counts as its own match. Adding a person changes the assignment of few
-    others.
+    The folders of the persons are in train, query and gallery, in upper or lower case, if any of these exists.
+    Otherwise a share of the persons, `test_share`, is drawn for the test by `seed`. All images of these persons form
+    the gallery, with those of the distractors, which are in folders 0, 00, and so on. One image of each person and
+    camera, also drawn, is a query, which stays in the gallery but never counts as its own match. Adding a person
+    changes the assignment of few others.
 
     Pids are names: any text, numbered as in a `readers.table.Table`; junk (-1, or 00-1 as in MARS) is left out. The
     camera is the number after a c, which is at the beginning of the name of an image (or of a tracklet's folder) or
@@ -42,7 +42,7 @@ class Folder(Dataset):
             passed_over += [entry.path for entry in _entries(root) if entry.name not in splits.values()]
         by_split = {split: _scan(os.path.join(root, name), passed_over) for split, name in (splits or NO_SPLIT).items()}
         persons = {person for items in by_split.values() for _, person, _ in items}
-        pid_of, names = numbered(persons, 1, f'{plain(root, 500)}: persons')
+        pid_of, names = persons_of(persons, plain(root, 500))
         by_split = {split: [item for item in items if pid_of[item[1]] != JUNK] for split, items in by_split.items()}
         everything = [item for items in by_split.values() for item in items]
         if not everything:
@@ -54,8 +54,11 @@ class Folder(Dataset):
         unknown = next((paths for paths, _, camera in everything if not camera), None)
         drawn = ''
         if not splits:
-            nobody = {person for person, pid in pid_of.items() if pid == 0 or person == '0'}
+            nobody = {person for person in persons if not person.strip('0')}
+            if nobody >= {person for _, person, _ in everything}:
+                raise UserError(f'{plain(root, 500)} contains no image of a person; {EXPECTED}')
             by_split, drawn = _draw(everything, nobody, test_share, seed, by_camera=unknown is None)
+            everything = list(dict.fromkeys(item for items in by_split.values() for item in items))
         camid_of = {'': 0}
         if unknown is None:
             camid_of, _ = numbered((camera for _, _, camera in everything), 0, f'{plain(root, 500)}: cameras')
@@ -161,19 +164,18 @@ def _draw(
     The persons with the smallest digests of (seed, name) are for the test: at least one if the share is above 0; at
     least two are left for training if it is below 1. `nobody`, the folders of distractors, are in the gallery only.
     """
-    distractors = [item for item in items if item[1] in nobody]
-    items = [item for item in items if item[1] not in nobody]
-    persons = {person for _, person, _ in items}
+    persons = {person for _, person, _ in items} - nobody
     number = round(share * len(persons))
     if 0 < share < 1:
         number = max(1, min(number, len(persons) - 2))
     chosen = smallest(persons, number, seed)
-    gallery = [item for item in items if item[1] in chosen]
-    queries = one_of_each(gallery, lambda item: (item[1], item[2] if by_camera else ''), _name, seed)
+    gallery = [item for item in items if item[1] in chosen | nobody] if chosen else []
+    of_persons = [item for item in gallery if item[1] in chosen]
+    queries = one_of_each(of_persons, lambda item: (item[1], item[2] if by_camera else ''), _name, seed)
     split = {
-        'train': [item for item in items if item[1] not in chosen],
+        'train': [item for item in items if item[1] in persons - chosen],
         'query': queries,
-        'gallery': gallery + distractors if gallery else [],
+        'gallery': gallery,
     }
     each = 'person and camera' if by_camera else 'person'
     return split, (

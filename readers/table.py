@@ -12,7 +12,7 @@ from typing import NoReturn, TextIO
 
 from files.kinds import HEAD, Kind, recognised
 from files.writing import write_whole
-from readers.tree import JUNK, SPLITS, Dataset, Item, natural, numbered, paths_of
+from readers.tree import JUNK, SPLITS, Dataset, Item, natural, numbered, paths_of, persons_of
 from runtime.errors import UserError, plain
 
 NEEDED_COLUMNS, VIDEO = ('path', 'pid', 'split'), ('tracklet', 'frame')
@@ -37,7 +37,7 @@ class Table(Dataset):
     rows are not in temporal order. Other columns are ignored. Paths are relative to the file. A split is train, query
     or gallery; not all of them need to be present.
 
-    pids and camids are any text; spaces around a cell are ignored, and 1.0 is read as 1. If all pids are integers,
+    pids and camids are any text; spaces around them are ignored, and 1.0 is read as 1. If all pids are integers,
     possibly padded with zeros, these are the pids: 0 means distractors and -1 junk, which is left out, as in
     Market1501. Otherwise they are numbered from 1 in natural order, and `names` contains the texts. camids are treated
     in the same way, but numbered from 0. If all are empty, or the column is missing, the cameras are unknown.
@@ -54,7 +54,7 @@ class Table(Dataset):
         with _opened(path) as file:
             header, others, rows = _rows(file, path)
             subsets, pids, cameras = (_videos if 'tracklet' in header else _images)(rows, path)
-        pid_of, names = numbered(pids, 1, f'{plain(path, 500)}: persons')
+        pid_of, names = persons_of(pids, plain(path, 500))
         no_cameras = set(cameras) <= {''}
         camid_of, camera_names = {'': 0}, dict[int, str]()
         if not no_cameras:

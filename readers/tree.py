@@ -247,9 +247,11 @@ def cameras_of(dataset: Dataset, *subsets: Iterable[Item]) -> dict[int, str]:
 
 
 def distractors(dataset: Dataset) -> set[int]:
-    """The pids in the gallery that are not persons: 0, and a person named 0 in a table, unless a query has this pid."""
+    """The pids in the gallery that are not persons: 0, and a person named 0 or 0000, unless a query has this pid."""
     queries = {pid for _, pid, _ in dataset.query}
-    return {pid for _, pid, _ in dataset.gallery if pid not in queries and (pid == 0 or dataset.name_of(pid) == '0')}
+    return {
+        pid for _, pid, _ in dataset.gallery if pid not in queries and (pid == 0 or not dataset.name_of(pid).strip('0'))
+    }
 
 
 def usable(read: Callable[[], list[AnyItem]], untrainable: str) -> tuple[list[AnyItem], str]:
@@ -272,11 +274,6 @@ def numbered(texts: Iterable[str], first: int, what: str) -> tuple[dict[str, int
     """
     different = sorted(set(texts), key=natural)
     if not all(map(INTEGER.fullmatch, different)):
-        if junk := next(
-            (text for text in different if INTEGER.fullmatch(text) and int(text.lstrip('0') or 0) == JUNK), ''
-        ):
-            other = next(text for text in different if not INTEGER.fullmatch(text))
-            print(f'{what}: {junk!r} counts as a name and not as junk, because {plain(repr(other), 100)} is no integer')
         numbers = {text: number for number, text in enumerate(different, start=first)}
         return numbers, {number: text for text, number in numbers.items()}
     text_of: dict[int, str] = {}
@@ -285,6 +282,16 @@ def numbered(texts: Iterable[str], first: int, what: str) -> tuple[dict[str, int
             raise UserError(f'{what} {other!r} and {text!r} have the same number; write them alike, or rename one')
     names = {number: text for number, text in text_of.items() if text != str(number)}
     return {text: number for number, text in text_of.items()}, names
+
+
+def persons_of(texts: Iterable[str], where: str) -> tuple[dict[str, int], dict[int, str]]:
+    """`numbered` for persons, from 1; prints if one is named like junk, which only an integer among integers is."""
+    pid_of, names = numbered(texts, 1, f'{where}: persons')
+    for text in pid_of if JUNK not in pid_of.values() else ():
+        if INTEGER.fullmatch(text) and int(text.lstrip('0') or 0) == JUNK:
+            other = next(name for name in pid_of if not INTEGER.fullmatch(name))
+            print(f'{where}: {text!r} counts as a person, not as junk, because {plain(repr(other), 100)} is no integer')
+    return pid_of, names
 
 
 def natural(text: str) -> tuple[list[Any], str]:

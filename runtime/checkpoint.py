@@ -144,7 +144,8 @@ class Checkpoint:
                 f'--resume {where} has only weights, from which a new run starts, and {contains}: choose another '
                 f'folder, or remove them with --overwrite'
             )
-        if held and resumes and Path(where).resolve().parent != self.folder.resolve():
+        places = Path(where).resolve().parent, Path(where).parent.resolve()  # they differ if the file is a link
+        if held and resumes and self.folder.resolve() not in places:
             raise UserError(
                 f'--resume {where} continues the run of another folder, and {contains}: continue that one with '
                 f'--auto-resume, or choose another folder'

@@ -14,9 +14,9 @@ import torch
 
 import data_manager
 import models
-import reranking
 from extraction import compiling
 from files.kinds import not_a_file
+from runtime import values
 from runtime.errors import UserError, plain
 from runtime.processes import of_environment
 
@@ -126,7 +126,7 @@ def check_test(parser: Reporter, args: argparse.Namespace) -> None:
             '--any-camera does not work with --multi-query: averaged images in the gallery would count as matches; '
             'remove one of the two'
         )
-    reranking.check_options(parser, args)
+    values.check_reranking(parser, args)
 
 
 def check_compile(parser: Reporter, args: argparse.Namespace) -> None:

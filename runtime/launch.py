@@ -91,7 +91,7 @@ def _run(experiment: Experiment, args: Arguments, group: Group, unwritten: Unwri
                 print(stopped)
                 with contextlib.suppress(RuntimeError):  # another process ended without leaving
                     group.leave()
-            else:  # in a test, before which the position was saved; or a second SIGINT, which does not wait for a save
+            else:  # before the first batch, or in a test, before which the position was saved; or a second SIGINT
                 saved = '' if signals.held else _rescue(run)
                 print(f'{stopped}; {saved}' if saved else stopped)
             return 128 + stopped.signal, ''

@@ -184,9 +184,11 @@ class LossMeter:
         return max([int(row['batch']) for row in self._rows() if (row.get('batch') or '').isdecimal()], default=1)
 
     def _rows(self) -> list[dict[str, str]]:
-        """The rows of metrics.csv; none if it cannot be read."""
-        with contextlib.suppress(OSError, ValueError, csv.Error), open(self.path, newline='', encoding='utf-8') as file:
-            return list(csv.DictReader(file))
+        """The complete rows of metrics.csv; none if it cannot be read."""
+        with contextlib.suppress(OSError, ValueError, csv.Error):
+            drop_partial_line(self.path)
+            with open(self.path, newline='', encoding='utf-8') as file:
+                return list(csv.DictReader(file))
         return []
 
     def _print(self, bar: tqdm) -> None:

@@ -20,7 +20,8 @@ from runtime.errors import UserError
 
 ENVIRONMENT = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')  # set by torchrun
 RUN_ID = 'plain-command'  # run id of processes that a plain command starts, for --gpu-devices or --max-restarts
-TIMEOUT = datetime.timedelta(hours=3)  # others wait while the first process re-ranks a large gallery
+# Others wait while the first process re-ranks a large gallery; a CPU is slower, and gloo notices lost connections.
+TIMEOUTS = {'nccl': datetime.timedelta(hours=1), 'gloo': datetime.timedelta(hours=3)}
 REPORT_SECONDS = 30  # more than a launcher needs to end the other processes after one has failed
 
 
@@ -111,13 +112,14 @@ class Group:
         if processes.world_size == 1:
             return
         on_gpu = device.type == 'cuda'
+        backend = 'nccl' if on_gpu else 'gloo'
         dist.init_process_group(
-            'nccl' if on_gpu else 'gloo',
+            backend,
             store=self.store,
             rank=processes.rank,
             world_size=processes.world_size,
             device_id=device if on_gpu else None,
-            timeout=TIMEOUT,
+            timeout=TIMEOUTS[backend],
         )
 
     def leave(self) -> None:
@@ -161,7 +163,7 @@ def hangup_is_ignored() -> bool:
 
 
 def usable_cores() -> int:
-    """The number of cores that this program may use; on Linux a batch job or a container may have a part of them."""
+    """The number of cores to which this program is bound, as by Slurm or a cpuset (Linux); otherwise, all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 

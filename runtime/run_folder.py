@@ -36,7 +36,7 @@ class RunFolder:
         """
         newest: tuple[Path, weights.Weights] | None = None
         for path in sorted(self.folder.glob('*_*.pth.tar'), key=age):
-            if path.name == 'best_model.pth.tar' or (newest and _place(path) <= _place(newest[0])):
+            if path.name == 'best_model.pth.tar' or (newest and _is_earlier(path, newest[0])):
                 continue
             try:
                 loaded = weights.read(path)
@@ -100,12 +100,18 @@ def age(path: Path) -> tuple[int, list[int], str]:
     return -modified(path), [-int(number) for number in re.findall(r'\d+', path.name)], path.name
 
 
-def _place(path: Path) -> tuple[int, int]:
-    """The finished epochs, and the finished batches of the next one, by a file's name; 0, 0 for other names."""
+def _is_earlier(path: Path, other: Path) -> bool:
+    """Whether the position in the first name is not later than that in the second; False if either name has none."""
+    place, others = _place(path), _place(other)
+    return place is not None and others is not None and place <= others
+
+
+def _place(path: Path) -> tuple[int, int] | None:
+    """The finished epochs, and the finished batches of the next one, by a file's name; None for other names."""
     numbers = [int(number) for number in re.findall(r'\d+', path.name)]
     if re.fullmatch(POSITIONS, path.name):
         return numbers[0] - 1, numbers[1]
-    return (numbers[0], 0) if re.fullmatch(TESTS, path.name) else (0, 0)
+    return (numbers[0], 0) if re.fullmatch(TESTS, path.name) else None
 
 
 def modified(path: Path) -> int:

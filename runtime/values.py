@@ -5,7 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 Value = TypeVar('Value')
 
@@ -66,3 +66,18 @@ def gpu_list(text: str) -> str:
     if not all(index.isdecimal() for index in indices) or len({int(index) for index in indices}) < len(indices):
         raise argparse.ArgumentTypeError(f'{text!r} is not a list of GPU indices such as 0 or 0,1,2,3')
     return text
+
+
+class OptionParser(Protocol):
+    """A parser of --rerank, --k1, --k2 and --lambda."""
+
+    def get_default(self, dest: str, /) -> object: ...
+
+    def error(self, message: str, /) -> NoReturn: ...
+
+
+def check_reranking(parser: OptionParser, args: argparse.Namespace) -> None:
+    """Report options that have no effect without --rerank."""
+    for flag, name in (('--k1', 'k1'), ('--k2', 'k2'), ('--lambda', 'lambda_value')):
+        if not args.rerank and getattr(args, name) != parser.get_default(name):
+            parser.error(f'{flag} is an option of re-ranking: add --rerank, or remove it')

@@ -478,8 +478,12 @@ def test_a_copy_with_a_name_of_its_own_is_not_newer_because_it_was_copied_later(
     copy = tmp_path / name
     copy.write_bytes(early.read_bytes())
     _, last = saved(tmp_path, epoch=4)
-    os.utime(copy, (2**40, 2**40))
+    os.utime(copy, (later := last.stat().st_mtime + 1000, later))
     assert begin(options(tmp_path, auto_resume=True), **parts()).path == last
+    for number, path in enumerate((copy, last)):  # all have names of their own
+        other = path.rename(tmp_path / f'{path.stem}_{number}.tar.pth.tar')
+        os.utime(other, (later + 9 - number,) * 2)
+    assert begin(options(tmp_path, auto_resume=True), **parts()).path == other
 
 
 def test_a_run_is_not_mixed_with_the_one_in_another_folder(tmp_path):
@@ -494,6 +498,10 @@ def test_a_run_is_not_mixed_with_the_one_in_another_folder(tmp_path):
     assert theirs.read_bytes() == before
     assert begin(options(tmp_path / 'theirs', resume=str(ours), auto_resume=True), **parts()).path == theirs
     assert begin(options(tmp_path / 'new', resume=str(ours)), **parts()).path == str(ours)
+    saved(tmp_path / 'ours', epoch=4)
+    moved = ours.rename(tmp_path / 'scratch.pth.tar')
+    ours.symlink_to(moved)  # to save space in the folder of the run
+    assert begin(options(tmp_path / 'ours', resume=str(ours)), **parts()).path == str(ours)
 
 
 @pytest.mark.parametrize('loss', [1.0, float('nan')])

@@ -169,15 +169,18 @@ def test_what_lies_beside_a_split_is_reported(tmp_path, capsys):
 
 
 def test_a_split_may_be_spelled_in_any_case(tmp_path):
-    root = put(tmp_path / 'n', 'Train/a/c1.jpg', 'QUERY/b/c1.jpg', 'gallery/b/c2.jpg', 'Gallery/b/c3.jpg')
+    root = put(tmp_path / 'n', 'Train/a/c1.jpg', 'QUERY/b/c1.jpg', 'gallery/b/c2.jpg')
     dataset = Folder(root)
     assert folder.kind_of(root) == dataset.kind == 'image'
     assert persons_of(dataset) == ({'a'}, {'b'}, {'b'}) and shown(dataset, dataset.gallery) == [('b', 2, 'c2.jpg')]
-    assert dataset.passed_over == [f'{root}/Gallery']
+    if not (tmp_path / 'n' / 'GALLERY').exists():  # the file system has upper and lower case
+        put(tmp_path / 'n', 'Gallery/b/c3.jpg')
+        dataset = Folder(root)
+        assert shown(dataset, dataset.gallery) == [('b', 2, 'c2.jpg')] and dataset.passed_over == [f'{root}/Gallery']
 
 
-@pytest.mark.parametrize(('name', 'others'), [('0000', '{:04}'), ('0', '{}'), ('0', 'p{}')])
-def test_a_folder_of_distractors_is_drawn_neither_for_training_nor_as_a_query(name, others, tmp_path):
+@pytest.mark.parametrize(('name', 'others'), [('0000', '{:04}'), ('0', '{}'), ('0', 'p{}'), ('0000', 'p{}')])
+def test_a_folder_of_distractors_is_drawn_neither_for_training_nor_as_a_query(name, others, tmp_path, capsys):
     images = [f'{person}/c{camera}_1.jpg' for person in (name, *map(others.format, (1, 2, 3, 4))) for camera in (1, 2)]
     root = put(tmp_path / 'n', *images)
     for seed in range(6):
@@ -185,7 +188,12 @@ def test_a_folder_of_distractors_is_drawn_neither_for_training_nor_as_a_query(na
         train, query, gallery = persons_of(dataset)
         assert len(train) == len(query) == 2 and gallery == query | {name} and name not in train | query
         assert len(distractors(dataset)) == 1
+        assert [path for path, _, _ in dataset.gallery] == sorted(path for path, _, _ in dataset.gallery)
+    capsys.readouterr()
     assert not Folder(root, test_share=0.0).gallery
+    assert '  total    |     4 |        8\n' in capsys.readouterr().out
+    with pytest.raises(UserError, match=r'contains no image of a person'):
+        Folder(put(tmp_path / 'o', f'{name}/c1.jpg'))
 
 
 @pytest.mark.parametrize('stray', ['@eaDir/c1.jpg/THUMB.jpg', 'backup/x.txt', 'album.jpg/x.txt'])

@@ -138,6 +138,7 @@ def test_a_row_that_was_written_in_part_does_not_damage_the_next_one(left, meter
     path.write_bytes(path.read_bytes()[:-left])
     assert [row[0] for row in runs._read_metrics(path)[0].values()][:2] == [1, 1]
     assert len(runs._read_metrics(path)[0]['epoch']) == 1
+    assert not meter(1).has_test(0, {'loss': 2.0})
     watch(meter(1), [3.0], epoch=1)
     assert [(row['epoch'], row['loss'], row['rank1']) for row in rows(tmp_path)] == [('1', '1', ''), ('2', '3', '')]
     path.write_text('epoch,bat')  # the names of the columns

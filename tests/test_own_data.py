@@ -102,7 +102,7 @@ def test_results_name_the_persons(people, tmp_path, script):
     assert all(row['pid'] == f'Nr. {os.path.basename(row["query"])[:4]}' for row in rows)
     assert {row['nearest_wrong'][:4] for row in rows} <= {'Nr. ', ''}
     html = page.write(tmp_path / 'log').read_text()
-    assert f'<option>{rows[0]["pid"]}</option>' in html and f'Identity {rows[0]["pid"]}, camera' in html
+    assert f'<option value="{rows[0]["pid"]}">' in html and f'Identity {rows[0]["pid"]}, camera' in html
     assert f'data-pid="{rows[0]["pid"]}"' in html
     checkpoint = (tmp_path / 'log' / 'checkpoint_ep1.pth.tar').read_bytes()
     assert b'Nr. 0' not in checkpoint  # digests of the names alone

@@ -171,7 +171,8 @@ def test_processes_share_the_cores_that_the_program_may_use(number, threads, mon
     import torch.distributed.launcher.api as api
 
     seen = []
-    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    monkeypatch.setenv('OMP_NUM_THREADS', '')  # restored afterwards, also if it is not set
+    monkeypatch.delenv('OMP_NUM_THREADS')
     monkeypatch.setattr(api, 'elastic_launch', lambda *_: lambda *_: seen.append(os.environ.get('OMP_NUM_THREADS')))
     monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(6)), raising=False)
     monkeypatch.setattr(os, 'cpu_count', lambda: 128)

@@ -112,7 +112,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
         'readers.tree runtime.best_model runtime.device runtime.meters runtime.notices runtime.provenance '
         'runtime.run_folder runtime.state utils weights'
     ),
-    'runtime.checks': 'data_manager extraction.compiling files.kinds models reranking runtime.processes',
+    'runtime.checks': 'data_manager extraction.compiling files.kinds models runtime.processes runtime.values',
     'runtime.commands': 'runtime.console runtime.memory',
     'runtime.console': '',
     'runtime.cpu': '',

@@ -90,7 +90,7 @@ def test_spaces_around_cells_and_integers_of_other_programs(tmp_path, capsys):
     capsys.readouterr()
     path = put(tmp_path, HEADER + rows + 'j.jpg,-1,4,gallery\nx.jpg,7.5,4,gallery\n')
     assert '7' in Table(path).names.values()
-    line = f"{path}: persons: '-1' counts as a name and not as junk, because '7.5' is no integer\n"
+    line = f"{path}: '-1' counts as a person, not as junk, because '7.5' is no integer\n"
     assert capsys.readouterr().out.startswith(line)
 
 
