@@ -41,5 +41,5 @@ fuzz: .venv/dev
 gpu: .venv/dev
 	$(PY) benchmarks/gpu.py
 
-bench: .venv/run
+bench: .venv/dev
 	$(PY) benchmarks/table.py $(if $(filter full,$(BENCH)),--full)

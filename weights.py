@@ -239,7 +239,7 @@ def pretrain(model: Network, pretrained: str) -> None:
         assumed = layouts.in_training(weights.assumed)
 
     target = model.state_dict()
-    kept = model.options if trained.of_imagenet else ()
+    kept = model.variants if trained.of_imagenet else ()
     dropped = [
         key for key in state_dict
         if key.startswith('classifier.') or key in kept or (key.startswith(HEAD_PARTS) and key not in target)
@@ -250,7 +250,7 @@ def pretrain(model: Network, pretrained: str) -> None:
     fresh = {key: value for key, value in target.items() if key.startswith(random)}
     loading.load_into(model, taken | fresh, allow_other_classifier=False, where=where)
     trained = replace(trained, project='', test={})  # network and test are those of the script
-    model.trained = replace(trained, random=listed(key for key in fresh if not key.startswith('classifier.')))
+    model.trained = replace(trained, missing=listed(key for key in fresh if not key.startswith('classifier.')))
     print(f'Loaded pretrained weights from {where} ({layout})')
     if assumed:
         print(f'Assumed, because {where} does not record: {", ".join(assumed)}')

@@ -30,7 +30,7 @@ from arguments import RunOptions
 from losses import CrossEntropyLabelSmooth, TripletLoss
 from runtime import device
 from runtime.device import Run
-from runtime.processes import Group, of_environment
+from runtime.processes import Group, of_environment, usable_cores
 from table import Row, in_a_fresh_process, row
 
 HEIGHT, WIDTH, CLASSES = 256, 128, 751
@@ -97,7 +97,7 @@ def main() -> None:
         run = device.start(RunOptions(width=WIDTH), group)
     on_cpu = run.device.type == 'cpu'
     alone = Run(run.device, run.precision, run.test_precision, run.seed)
-    cores, many, steps = os.cpu_count() or 1, run.world_size, 1 if on_cpu else 50
+    cores, many, steps = usable_cores(), run.world_size, 1 if on_cpu else 50
     share = 32 // many if on_cpu else 64
     together, apart = trainer(run, share), trainer(alone, share)
     whole = trainer(alone, 32 if on_cpu else 64) if run.rank == 0 else None

@@ -203,10 +203,12 @@ def machine() -> str:
     """A description of the machine; asking for its GPUs takes memory of each until this process ends."""
     import torch
 
+    from runtime.processes import usable_cores
+
     names = {line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if 'name' in line}
     gpus = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())} or {'no CUDA device'}
     return (
-        f'{os.cpu_count()} CPUs ({", ".join(sorted(names))}), {", ".join(sorted(gpus))}, Python '
+        f'{usable_cores()} of {os.cpu_count()} CPUs ({", ".join(sorted(names))}), {", ".join(sorted(gpus))}, Python '
         f'{platform.python_version()}, torch {torch.__version__}; load at the start {os.getloadavg()[0]:.1f}'
     )
 

@@ -247,8 +247,17 @@ def from_files(persons: int, turns: int, limit_target: float, compiled: bool = F
             quiet = SimpleNamespace(update=lambda loss: None)
             train(batches, replica, lambda imgs, _: imgs, criterion, optimizer, quiet, run)
 
-        take_turns(1 if compiled else 2, ours=whole, limit=bare)
-        times = take_turns(turns, ours=whole, limit=bare)
+        def finished(work: Callable[[], None]) -> Callable[[], None]:
+            def waited() -> None:
+                work()
+                if run.device.type == 'cuda':
+                    torch.cuda.synchronize()
+
+            return waited
+
+        sides = {'ours': finished(whole), 'limit': finished(bare)}
+        take_turns(1 if compiled else 2, **sides)
+        times = take_turns(turns, **sides)
     how = f'{run.precision}{", compiled" * compiled}, --cache {cache}'
     what = f'training from files, {how}; limit: the step on a resident batch'
     return row(what, times, things=len(loader) * BATCH, limit_target=limit_target)

@@ -52,7 +52,7 @@ class DenseNet121(Network):
     signature = ('base.norm5.weight', (1024,))
     absent = ('base.denseblock4.denselayer17.norm1.weight',)
     published = (FEATURES, FC512, FT_NET_DENSE)
-    options = (*Network.options, 'last_relu', 'last_pool_overlaps')
+    variants = (*Network.variants, 'last_relu', 'last_pool_overlaps')
 
     last_relu: Tensor | None  # any tensor: ReLU after the last normalisation
     last_pool_overlaps: Tensor | None  # any tensor: the pool of the last transition has stride 1
@@ -60,8 +60,8 @@ class DenseNet121(Network):
     def __init__(self, num_classes: int, loss: Set[str] = frozenset({'xent'})):
         super().__init__(num_classes, loss)
         self.base = densenet121(weights=None).features
-        for option in ('last_relu', 'last_pool_overlaps'):
-            self.register_buffer(option, None)
+        for variant in ('last_relu', 'last_pool_overlaps'):
+            self.register_buffer(variant, None)
         self.classifier = nn.Linear(self.feat_dim, num_classes)
 
     def maps(self, x: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class ResNet50(Network):
 
     He et al., Deep Residual Learning for Image Recognition, CVPR 2016, arXiv:1512.03385.
 
-    Weights of networks with a different stem set the options `stem_linear`: no ReLU after the first normalisation; and
+    Weights of networks with a different stem set the variants `stem_linear`: no ReLU after the first normalisation; and
     `stem_ceil`: the pool has no padding and includes partial windows (ceil_mode).
     """
 
@@ -111,7 +111,7 @@ class ResNet50(Network):
         'fc_fusion.0.weight',
     )  # the last two of ResNet50M, resnet50mid
     published: tuple[Layout, ...] = RESNETS
-    options = (*Network.options, 'stem_linear', 'stem_ceil')
+    variants = (*Network.variants, 'stem_linear', 'stem_ceil')
 
     stem_linear: Tensor | None
     stem_ceil: Tensor | None
@@ -121,8 +121,8 @@ class ResNet50(Network):
         self.base = backbone(self.build)
         self.non_local: nn.ModuleDict | None = None  # number of a stage -> its non-local blocks
         self.classifier = nn.Linear(self.feat_dim, num_classes)
-        for option in ('stem_linear', 'stem_ceil'):
-            self.register_buffer(option, None)
+        for variant in ('stem_linear', 'stem_ceil'):
+            self.register_buffer(variant, None)
 
     def maps(self, x: Tensor) -> Tensor:
         conv, norm, relu, pool, *stages = self.base

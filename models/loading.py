@@ -228,16 +228,16 @@ def load_into(
     classifier or one of a different size is accepted with a notice, and the model keeps its own. Anything else that is
     missing, unexpected or of a different shape raises UserError, which lists it and guesses the weights' architecture.
 
-    A model's `options` are the names of buffers that are None, and therefore not saved, unless the network of the
+    A model's `variants` are the names of buffers that are None, and therefore not saved, unless the network of the
     weights computes differently; the weights determine which of them are set.
 
     where: the file, for the messages
     """
     target = model.state_dict()
-    for option in model.options:
-        target.pop(option, None)
-        if option in state_dict:
-            target[option] = torch.tensor(True, device=next(model.parameters()).device)
+    for variant in model.variants:
+        target.pop(variant, None)
+        if variant in state_dict:
+            target[variant] = torch.tensor(True, device=next(model.parameters()).device)
     missing = [key for key in target if key not in state_dict and not key.endswith('.num_batches_tracked')]
     unexpected = [key for key in state_dict if key not in target]
     unlike = [key for key in target if key in state_dict and not _alike(key, state_dict[key], target[key])]
@@ -277,8 +277,8 @@ def load_into(
         )
     if broken := [key for key, value in state_dict.items() if not bool(value.isfinite().all())]:
         raise UserError(f'{where} has weights that are not finite, in {listed(broken)}; get the file again')
-    for option in model.options:
-        setattr(model, option, target.get(option))
+    for variant in model.variants:
+        setattr(model, variant, target.get(variant))
     model.load_state_dict({**target, **{key: value for key, value in state_dict.items() if key not in classifier}})
     left_out = others or (f'{listed(absent)}, which it does not contain' if absent else '')
     return [f'Not loaded from {where}: {left_out}'] if left_out else []

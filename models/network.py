@@ -40,7 +40,7 @@ class Training:
     options:     all options of the run that wrote the file, {} for files of other projects
     fingerprint: of the training data (`data_manager.fingerprint`), None if unknown
     num_pids:    number of training persons, None if the file has no classifier
-    random:      missing parameters that features depend on, '' if there are none
+    missing:     parameters that features depend on and the file lacks, so that they are random; '' if there are none
     arch:        architecture of the weights, '' if it is not one of this project
     project:     note on the layout of a file of another project, '' for files of this one
     test:        options of that project's test
@@ -51,7 +51,7 @@ class Training:
     options: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
     num_pids: int | None = None
-    random: str = ''
+    missing: str = ''
     arch: str = ''
     project: str = ''
     test: Mapping[str, Any] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class Network(nn.Module):
         absent: names that only the weights of related networks have.
         published: the layouts of other projects' files, see `models.layouts`.
         notice: a line to be reported with the network, such as the licence of its weights.
-        options: buffers that are None, and so not saved, unless weights of other projects need another computation.
+        variants: buffers that are None, and so not saved, unless weights of other projects need another computation.
         trained: what is known about the training of the loaded weights; None if none are loaded.
     """
 
@@ -98,7 +98,7 @@ class Network(nn.Module):
     absent: tuple[str, ...] = ()
     published: tuple[Layout, ...] = ()
     notice = ''
-    options: tuple[str, ...] = ('embedding_linear',)
+    variants: tuple[str, ...] = ('embedding_linear',)
     trained: Training | None = None
 
     classifier: nn.Module
@@ -143,7 +143,7 @@ class Network(nn.Module):
 
     def add_embedding(self, length: int) -> None:
         """Add a linear layer, batch normalisation and ReLU between the pooled maps and the classifier; changes
-        `feat_dim`. Weights of networks without this ReLU set the option `embedding_linear`.
+        `feat_dim`. Weights of networks without this ReLU set the variant `embedding_linear`.
         """
         self.embedding = nn.Sequential(nn.Linear(self.feat_dim, length), nn.BatchNorm1d(length))
         self.feat_dim = length

@@ -191,13 +191,18 @@ def read(save_dir: str | Path) -> TestedRun:
     return run
 
 
+def complete_lines(path: Path) -> str:
+    """The text of a file without a last line that has no end, as is left by a full disk or a power cut."""
+    lines, end, _ = path.read_bytes().rpartition(b'\n')
+    return (lines + end).decode()
+
+
 def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     """The columns of metrics.csv, with rows sorted by epoch and batch, tests last; and which columns are losses."""
     if not path.exists():
         return {}, []
     rows: dict[tuple[str, str], list[float]] = {}  # (epoch, batch) -> numbers
-    lines, _, _ = path.read_bytes().rpartition(b'\n')  # without a line that was not completed
-    reader = csv.DictReader(io.StringIO(lines.decode(), newline=''), restval='')
+    reader = csv.DictReader(io.StringIO(complete_lines(path), newline=''), restval='')
     names = list(reader.fieldnames or ())
     if not names:
         return {}, []

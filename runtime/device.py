@@ -27,7 +27,7 @@ from files.writing import Unwritten
 from models.network import Network
 from runtime import cards, cpu
 from runtime.errors import UserError
-from runtime.precision import allow_tf32, has_bf16
+from runtime.precision import allow_tf32, check_agreement, has_bf16
 from runtime.processes import Group, Processes
 from runtime.signals import Signals
 from utils import Logger
@@ -252,8 +252,8 @@ def start(
     """Choose device and precision, join the other processes, and set the seeds for weights and centers.
 
     Raises:
-        UserError: a GPU does not exist or cannot be used; the device does not support the precision; --sync-bn or
-        --compile is used in training on a CPU.
+        UserError: a GPU does not exist or cannot be used; a device does not support the precision, or they have
+        different ones; --sync-bn or --compile is used in training on a CPU.
     """
     group = group or Group(Processes())
     group.meet()
@@ -272,18 +272,12 @@ def start(
     np.random.seed(options.seed % 2**32)  # noqa: NPY002 (for the user's code that draws from it)
     torch.manual_seed(options.seed)
     group.join(device)
-    return Run(
-        device,
-        chosen,
-        'fp32' if options.precision == 'auto' else chosen,
-        options.seed,
-        compiled=options.compile,
-        sync_bn=options.sync_bn,
-        processes=group.processes,
-        signals=signals,
-        unwritten=unwritten,
-        log=log,
-    )
+    run = Run(
+        device, chosen, 'fp32' if options.precision == 'auto' else chosen, options.seed, compiled=options.compile,
+        sync_bn=options.sync_bn, processes=group.processes, signals=signals, unwritten=unwritten, log=log,
+    )  # fmt: skip
+    check_agreement(chosen, run.stack)
+    return run
 
 
 def _device(options: RunOptions, processes: Processes) -> torch.device:

@@ -3,7 +3,9 @@
 import contextlib
 import csv
 import importlib.util
+import io
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -18,7 +20,7 @@ from tqdm import tqdm
 from arguments import ShowOptions
 from eval_metrics import METRICS
 from files.writing import write_whole
-from page.runs import VALIDATION
+from page.runs import VALIDATION, complete_lines
 from runtime.device import Run
 from runtime.errors import UserError
 from utils import AverageMeter
@@ -186,9 +188,7 @@ class LossMeter:
     def _rows(self) -> list[dict[str, str]]:
         """The complete rows of metrics.csv; none if it cannot be read."""
         with contextlib.suppress(OSError, ValueError, csv.Error):
-            drop_partial_line(self.path)
-            with open(self.path, newline='', encoding='utf-8') as file:
-                return list(csv.DictReader(file))
+            return list(csv.DictReader(io.StringIO(complete_lines(self.path), newline='')))
         return []
 
     def _print(self, bar: tqdm) -> None:
@@ -221,7 +221,9 @@ class LossMeter:
 
         Columns that are missing are added: the losses and tested data sets are not known before their first rows.
         """
-        drop_partial_line(self.path)
+        with contextlib.suppress(FileNotFoundError):
+            if (whole := len(complete_lines(self.path).encode())) < self.path.stat().st_size:
+                os.truncate(self.path, whole)
         known: list[str] = []
         with contextlib.suppress(FileNotFoundError), open(self.path, newline='', encoding='utf-8') as file:
             known = next(csv.reader(file), [])
@@ -248,13 +250,6 @@ class LossMeter:
         return '\t '.join(
             [text] + [f'{name} {self.means[name].val:.4f} ({self.means[name].avg:.4f})' for name in others]
         )
-
-
-def drop_partial_line(path: Path) -> None:
-    """Remove a last line without an end, as is left by a full disk or a power cut. The file may not exist."""
-    with contextlib.suppress(FileNotFoundError), open(path, 'r+b') as file:
-        content = file.read()
-        file.truncate(content.rfind(b'\n') + 1)
 
 
 def _as_text(row: dict[str, float]) -> dict[str, str]:

@@ -56,8 +56,8 @@ def of_test(model: Network, dataset: Dataset, options: TestOptions, run: Run) ->
     if trained is None:
         return ['neither --resume nor --pretrained gave weights, so the network is random']
     notices = of_size(trained, options.height, options.width)
-    if trained.random:
-        notices.append(f'not in {trained.where}, and therefore random: {trained.random}')
+    if trained.missing:
+        notices.append(f'not in {trained.where}, and therefore random: {trained.missing}')
     if not trained.of_imagenet:
         pooling = POOLING if dataset.kind == 'video' else ()
         ours = {name: getattr(options, name) for name in (*pooling, 'distance', 'flip_test', 'interpolation')}

@@ -1,12 +1,14 @@
 """The precision of a device's products."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
 import torch
+
+from runtime.errors import UserError
 
 _SETTING = RLock()  # held by the thread that has changed the setting
 
@@ -23,6 +25,17 @@ def has_bf16(device: torch.device) -> bool:
         words = Path('/proc/cpuinfo').read_text(encoding='ascii', errors='replace').split()
         return 'amx_bf16' in words or ('avx512_bf16' in words and 'GenuineIntel' not in words)
     return False
+
+
+def check_agreement(precision: str, stack: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Raise UserError, in all processes, if they have different precisions: `auto` chooses by the device of each.
+
+    stack: stacks a tensor of every process
+    """
+    codes = ('fp32', 'tf32', 'bf16')
+    different = sorted({codes[number] for number in stack(torch.tensor(codes.index(precision))).tolist()})
+    if len(different) > 1:
+        raise UserError(f'--precision auto chose {" and ".join(different)} on different devices: choose one of the two')
 
 
 def allow_tf32(allowed: bool) -> None:

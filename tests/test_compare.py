@@ -16,11 +16,15 @@ import torch
 from conftest import ROOT
 
 SCRIPT = 'train_img_model_xent'
+# Without the variables by which git, in a hook, tells its repository, and without the user's settings
+CLEAN = {name: value for name, value in os.environ.items() if not name.startswith('GIT_')}
+CLEAN |= {'GIT_CONFIG_GLOBAL': os.devnull, 'GIT_CONFIG_NOSYSTEM': '1'}
 
 
 def git(folder, *args):
     identity = ['-c', 'user.name=a', '-c', 'user.email=a@example.org', '-c', 'commit.gpgsign=false']
-    return subprocess.run(['git', '-C', folder, *identity, *args], capture_output=True, text=True, check=True).stdout
+    command = ['git', '-C', folder, *identity, *args]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=CLEAN).stdout
 
 
 @pytest.fixture
@@ -49,7 +53,7 @@ def start(repository, tmp_path):
         return subprocess.Popen(
             [sys.executable, repository / 'tests' / 'compare.py', *args], text=True, cwd=tmp_path,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-            env={**os.environ, 'TMPDIR': str(temporary), **environment},
+            env={**CLEAN, 'TMPDIR': str(temporary), **environment},
         )  # fmt: skip
 
     yield run

@@ -267,3 +267,11 @@ def test_which_gpu_a_process_takes(monkeypatch):
     assert [each.index for each in taken] == [2, 1, 3] and checked == taken
     with pytest.raises(UserError, match='0,1,2: 3 GPUs for 2 processes on this host'):
         take(1, 2, '0,1,2')
+
+
+def test_processes_of_different_precision():
+    """As --precision auto chooses on unequal hosts or GPUs."""
+    for stack in (lambda tensor: tensor[None], lambda tensor: torch.stack([tensor, tensor])):
+        precision.check_agreement('bf16', stack)
+    with pytest.raises(UserError, match=r'--precision auto chose bf16 and fp32 on different devices: choose one'):
+        precision.check_agreement('bf16', lambda tensor: torch.stack([tensor, torch.zeros_like(tensor)]))

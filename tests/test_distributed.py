@@ -192,7 +192,12 @@ def test_one_process_per_listed_gpu(name, data_dir, tmp_path, script, capsys):
     assert script(name, *options, '--save-dir', last, '--resume', two / 'checkpoint_ep2.pth.tar', '--max-epoch', 3) == 0
     assert 'Continuing after epoch 2' in capsys.readouterr().out
     mine, theirs = (torch.load(folder / 'checkpoint_ep3.pth.tar', weights_only=True) for folder in (two, last))
-    assert mine['state_dict'].keys() == theirs['state_dict'].keys()
+    assert mine['state']['scheduler'] == theirs['state']['scheduler'] and mine['epoch'] == theirs['epoch'] == 2
+    steps = [
+        {key: held['step'].item() for key, held in each['state']['optimizer']['state'].items()}
+        for each in (mine, theirs)
+    ]
+    assert steps[0] == steps[1] and min(steps[0].values()) > 0
     assert mine['best_rank1'] >= torch.load(one / 'best_model.pth.tar', weights_only=True)['best_rank1']
 
 

@@ -144,7 +144,9 @@ def test_it_contains_no_paths_of_this_machine(kind, folder):
     if kind == 'pt2':
         with zipfile.ZipFile(folder / 'tiny.pt2') as archive:
             contents += map(archive.read, archive.namelist())
-    for place in (ROOT, folder, Path.home(), Path(torch.__file__).parent, 'secret', 'File "', '.py'):
+    home = os.environ.get('HOME', '')
+    places = (ROOT, folder, Path(torch.__file__).parent, *[home] * (len(home) > 4), 'secret', 'File "', '.py')
+    for place in places:  # a home like / is in any file
         assert not any(str(place).encode() in each for each in contents), place
 
 

@@ -340,6 +340,10 @@ def test_in_a_process_that_must_not_start_others(file, files, extractor):
         assert np.allclose(pool.apply(features_in_a_pool, (file, files)), expected, atol=1e-5)
 
 
+newer_names = pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, 'fp32_precision'), reason='before PyTorch 2.9')
+
+
+@newer_names
 @pytest.mark.parametrize('allowed', [False, True])
 def test_tf32_is_restored(allowed):
     def settings():
@@ -353,10 +357,9 @@ def test_tf32_is_restored(allowed):
     assert settings() == before
 
 
+@newer_names
 def test_tf32_is_changed_by_one_thread_at_a_time():
     """Otherwise two extractors would compute in each other's precision, and leave it behind."""
-    if not hasattr(torch.backends.cuda.matmul, 'fp32_precision'):
-        pytest.skip('before PyTorch 2.9')
     matmul, seen = torch.backends.cuda.matmul, []
     before = matmul.fp32_precision
 

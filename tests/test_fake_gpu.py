@@ -55,7 +55,7 @@ PLACES = {
 }
 REAL = [name for name, model in models.factory.items() if model.__module__.startswith('models.')]
 EPOCHS = 2
-OPTIONS = ['-a', 'tiny', '--height', '32', '--width', '16', '--pretrained', 'none', '--workers', '0', '--k1', '4']
+OPTIONS = ['-a', 'tiny', '--height', '32', '--width', '16', '--pretrained', 'none', '--workers', '0']
 OPTIONS += ['--train-batch', '8', '--max-epoch', str(EPOCHS), '--print-freq', '100']
 
 pytestmark = [
@@ -207,7 +207,7 @@ def test_a_script_computes_what_it_computes_on_the_cpu(name, on_cpu, data_dir, t
     assert not of_steps(gpu, marks), '\n'.join(map(str, of_steps(gpu, marks)))
     assert not gpu.of(RACE, MIXED)
     assert set(calls) == set(reached)
-    fused = ['_fused_adam_'] + ['_fused_sgd_'] * (name == 'train_img_model_cent')
+    fused = ['_fused_adam_'] + ['_fused_sgd_'] * (name in ('train_img_model_cent', 'train_img_model_strong'))
     assert all(gpu.operations[each] == len(marks) for each in fused)
     assert all(report.lines for report in gpu.reports)
 
@@ -288,9 +288,9 @@ def test_all_loaders_copy_on_one_stream(data_dir, tmp_path, monkeypatch):
     ('name', 'options'),
     [
         ('train_img_model_xent', []),
-        ('train_img_model_xent', ['--rerank']),
+        ('train_img_model_xent', ['--rerank', '--k1', '4']),
         ('train_vid_model_xent_htri', ['--save-features', '--pool', 'max', '--test-batch', '3']),
-        ('train_vid_model_xent_htri', ['--rerank']),
+        ('train_vid_model_xent_htri', ['--rerank', '--k1', '4']),
         ('train_img_model_xent', ['--multi-query', '--save-features']),
         ('train_img_model_xent', ['--any-camera']),
         ('train_vid_model_xent_htri', ['--seq-len', '0', '--save-features']),

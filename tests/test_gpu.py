@@ -37,7 +37,7 @@ DEVICE = torch.device('cpu') if ON_CPU else torch.device('cuda', 0)
 WHERE = ['--use-cpu'] if ON_CPU else ['--gpu-devices', '0']
 RESIDENT = 'ram' if ON_CPU else 'device'  # values of --cache
 REAL = [name for name, model in models.factory.items() if model.__module__.startswith('models.')]
-EPOCHS, SOON = 2, 120  # seconds; NCCL itself would wait for a lost process for 10 minutes
+EPOCHS, SOON = 2, 300  # seconds; NCCL itself would wait for a lost process for 10 minutes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,7 +53,7 @@ needs_two = pytest.mark.skipif(not ON_CPU and torch.cuda.device_count() < 2, rea
 def arguments_of(name: str, data_dir: Path, folder: Path, *options, arch: str = 'tiny', where=WHERE) -> list[str]:
     height, width = (32, 16) if arch == 'tiny' else (96, 48)
     argv = [f'{name}.py', '-a', arch, '--height', height, '--width', width, '--pretrained', 'none', '--workers', 2]
-    argv += ['--train-batch', 8, '--max-epoch', EPOCHS, '--k1', 4, '--no-report', '--data-dir', data_dir]
+    argv += ['--train-batch', 8, '--max-epoch', EPOCHS, '--no-report', '--data-dir', data_dir]
     return [*map(str, [*argv, '--save-dir', folder, *where, *options])]
 
 
@@ -279,7 +279,7 @@ def test_a_compiled_script_prints_the_losses_of_an_eager_one(data_dir, tmp_path)
             Shell(name, data_dir, tmp_path / name / side, *options, *more)
             for side, more in (('eager', []), ('fast', compiled))
         ]
-        for name in ('train_img_model_xent_htri', 'train_img_model_cent')
+        for name in ('train_img_model_xent_htri', 'train_img_model_cent', 'train_img_model_strong')
     ]
     for pair in for_each:
         (eager, _), (fast, err) = (run.end() for run in pair)
@@ -347,7 +347,7 @@ def trained(data_dir, tmp_path_factory) -> Callable[[str], Path]:
     return checkpoint
 
 
-@pytest.mark.parametrize('rerank', [[], ['--rerank']])
+@pytest.mark.parametrize('rerank', [[], ['--rerank', '--k1', '4']])
 @pytest.mark.parametrize('name', ['train_img_model_xent', 'train_vid_model_xent'])
 def test_figures_are_those_of_the_cpu(name, rerank, trained, data_dir, tmp_path):
     """By default in float32, up to features that differ in the last bits."""
@@ -452,7 +452,7 @@ def test_two_gpus_replay_compiled_steps(data_dir, tmp_path):
 
 
 @needs_two
-@pytest.mark.parametrize('rerank', [[], ['--rerank']])
+@pytest.mark.parametrize('rerank', [[], ['--rerank', '--k1', '4']])
 def test_two_gpus_share_a_test(rerank, data_dir, tmp_path):
     name, arch = 'train_img_model_xent', 'tiny'
     run_here(name, data_dir, tmp_path / 'trained', arch=arch)

@@ -47,8 +47,8 @@ def model_of(arch, num_classes=NUM_CLASSES):
     """This project's network as if it were new, but for its weights, which are sevens."""
     model = _model(arch).train()
     model.classifier = nn.Linear(model.feat_dim, num_classes)
-    for option in model.options:
-        setattr(model, option, None)
+    for variant in model.variants:
+        setattr(model, variant, None)
     for tensor in model.state_dict().values():
         tensor.fill_(7)
     return model

@@ -104,18 +104,6 @@ def test_a_collapsed_network_under_the_soft_margin():
     assert criterion.collapsed == 1
 
 
-@pytest.mark.parametrize('margin', [0.3, None])
-@pytest.mark.parametrize('batch', ['one identity', 'one image per identity', 'one image'])
-def test_a_batch_without_a_triplet_is_a_zero_that_can_be_differentiated(batch, margin):
-    pids = torch.tensor(BATCHES[batch])
-    features = draw(len(pids), 5, scale=0.01)  # well inside the margin
-    criterion = TripletLoss(margin)
-    loss = criterion(features, pids)
-    loss.backward()
-    assert loss.item() == 0 and criterion.active.item() == 0
-    assert torch.equal(features.grad, torch.zeros_like(features))
-
-
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_a_collapsed_network_is_at_the_margin_without_a_gradient(dtype):
     features = torch.full((8, 5), 0.7, dtype=dtype, requires_grad=True)

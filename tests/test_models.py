@@ -181,6 +181,11 @@ def test_resnet50m_compiles_whole():
     compiles_whole(models.init_model('resnet50m', 5, loss={'xent', 'htri'}), training=True)
 
 
+def test_the_network_of_the_strong_script_compiles_whole():
+    network = models.init_model('resnet18', 5, loss={'xent', 'htri', 'cent'}, last_stride=1, neck=True)
+    compiles_whole(network, training=True)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize('training', [True, False])
 def test_model_compiles_whole(fresh, training):

@@ -212,7 +212,7 @@ def test_foreign_text_stays_in_one_line(noticed, trained, script, tmp_path):
 
 def test_imagenet_weights_are_not_of_reid(data_dir, run, tmp_path):
     model, dataset = tiny.Tiny(3), data_manager.init_dataset('market1501', str(data_dir))
-    model.trained = Training('some weights', of_imagenet=True, num_pids=1000, random='fc_fuse.0.weight')
+    model.trained = Training('some weights', of_imagenet=True, num_pids=1000, missing='fc_fuse.0.weight')
     assert notices.of_test(model, dataset, options(tmp_path), run) == [
         'the network has ImageNet weights (some weights) and was not trained for re-ID',
         'not in some weights, and therefore random: fc_fuse.0.weight',

@@ -9,9 +9,6 @@ from eval_metrics import evaluate, match_ranks, same_identity
 from runtime import tiles
 from runtime.errors import UserError
 
-gpu = pytest.mark.gpu
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-
 
 @pytest.fixture(autouse=True)
 def two_threads(one_thread):
@@ -225,20 +222,6 @@ def test_shapes_that_do_not_fit_are_refused():
         ranking.rank(torch.ones(2, 4), torch.ones(3, 4), [1] * 2, [1] * 5, [0] * 2, [1] * 5)
     with pytest.raises(UserError, match='query has 2 pids but 1 camids'):
         ranking.rank(torch.ones(2, 4), torch.ones(3, 4), [1] * 2, [1] * 3, [0], [1] * 3)
-
-
-@gpu
-@needs_cuda
-def test_cuda_equals_cpu():
-    rng = np.random.default_rng(9)
-    ids = draw_ids(rng, 300, 2000, 40, 4)
-    features = draw_integers(rng, 300, 2000, 32, 3)
-    on_gpu = [some.cuda() for some in features]
-    for how in (ranking.rank, ranking.rerank):
-        found, expected = how(*on_gpu, *ids), how(*features, *ids)
-        np.testing.assert_array_equal(found.ranks, expected.ranks)
-        np.testing.assert_array_equal(found.nearest, expected.nearest)
-    check(ranking.rank(*on_gpu, *ids, tile=(70, 333)), exact_distances(*features), ids)
 
 
 def test_the_cosine_distance_is_one_minus_the_cosine():
