@@ -422,7 +422,7 @@ def test_imagenet_weights_from_the_cache(model, hub, capsys):
     assert 'Initialised at random: ' in said
     assert ('fc_fuse.1.running_mean' in said) == (model.arch == 'resnet50m')
     assert taken.classifier.weight.shape[0] == 4
-    assert taken.trained.of_imagenet and ('fc_fuse.1.running_mean' in taken.trained.random) == ('fc_fuse' in said)
+    assert taken.trained.of_imagenet and ('fc_fuse.1.running_mean' in taken.trained.missing) == ('fc_fuse' in said)
     assert weights.read(hub / Path(imagenet.IMAGENET1K_V1.url).name).trained.of_imagenet  # given by --resume
 
 
@@ -498,7 +498,7 @@ def test_pretrained_path(resnet, folder, capsys):
     weights.pretrain(middle, str(path))
     assert_equal(middle.base.state_dict(), resnet.base.state_dict())
     assert 'fc_fuse.0.weight' in capsys.readouterr().out
-    assert middle.trained.random.startswith('fc_fuse.0.weight, ')
+    assert middle.trained.missing.startswith('fc_fuse.0.weight, ')
 
     torch.save(middle.state_dict(), path)
     with pytest.raises(UserError, match=r'unexpected fc_fuse\.0\.weight.*try --arch resnet50m'):
