@@ -109,11 +109,9 @@ class Shared(Recipe):
 
     given: frozenset[str] = frozenset()  # the options on the command line
 
-    @property
-    def test_epochs(self) -> frozenset[int]:
-        """The epochs, from 0, after which the model is tested."""
-        last = self.max_epoch - 1
-        return frozenset({last, *range(self.eval_step - 1, last, self.eval_step)} if self.eval_step > 0 else {last})
+    def is_tested(self, epoch: int) -> bool:
+        """Whether the model is tested after this epoch, counted from 0."""
+        return epoch == self.max_epoch - 1 or (self.eval_step > 0 and (epoch + 1) % self.eval_step == 0)
 
 
 @dataclass(frozen=True)

@@ -218,8 +218,9 @@ class TestLoader:
     """Each item of a data set once, in order: batches (images, indices int64 (b,), counts int64 (b,)).
 
     `images` are the images of the batch's items in order; `counts` is the number of images of each item: 1, or the
-    number of frames of a tracklet. Process r of W takes items r, r + W, ... of each batch; batches without items for it
-    are skipped. If `groups` (N,), the group of each item, is given, it takes all items of the groups r, r + W, ...
+    number of frames of a tracklet. Process r of W takes items r, r + W, ... of each batch, which has at
+    least W items; batches without items for it are skipped. If `groups` (N,), the group of each item, is given, it
+    takes all items of the groups r, r + W, ...
 
     Raises:
         UserError: an image cannot be read.
@@ -229,10 +230,11 @@ class TestLoader:
 
     def __init__(self, dataset: Items, batch_size: int, workers: int, run: Run, groups: np.ndarray | None = None):
         items: Sequence[int] = range(len(dataset))
+        batch_size = max(batch_size, run.world_size)
         shares = (items[at : at + batch_size][run.rank :: run.world_size] for at in items[::batch_size])
         if groups is not None:
             in_process: list[int] = np.flatnonzero(groups % run.world_size == run.rank).tolist()
-            step = max(1, batch_size // run.world_size)
+            step = batch_size // run.world_size
             shares = (in_process[at : at + step] for at in range(0, len(in_process), step))
         self.items = [list(share) for share in shares if share]
         self.dataset, self.workers, self.run = dataset, workers, run

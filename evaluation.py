@@ -75,7 +75,7 @@ class Test:
 
     def is_due(self, epoch: int) -> bool:
         """Whether to test after this epoch (from 0): every --eval-step epochs, and after the last one."""
-        return epoch in self.options.test_epochs
+        return self.options.is_tested(epoch)
 
     def __call__(self, model: Network) -> dict[str, float]:
         """Print the same figures as the original; write results.json, results.csv, ranking.npz and the page.

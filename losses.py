@@ -58,7 +58,8 @@ class TripletLoss(nn.Module):
     Distances are Euclidean, between features that are not normalised, and at least 1e-6. Corner cases: identical
     features have a zero gradient; if all features of a batch are identical (a collapsed network), the loss is the
     margin and all triplets are active; an anchor without another image of its identity is its own positive, as in the
-    original; a batch without a triplet (one identity, or one image per identity) gives a differentiable zero.
+    original; a batch without a triplet (one identity, or one image per identity) gives a differentiable zero. With
+    margin 0 or a soft margin, a triplet whose two distances are equal is not active.
 
     Args:
         margin: how much farther a negative must be than a positive, in units of the features. None is the paper's soft

@@ -26,8 +26,9 @@ def main() -> None:
         help='folder of a tested run; several are compared',
     )
     parser.add_argument(
-        '--out', type=values.path, help='file to write (default: SAVE_DIR/report.html, compare.html, activations.png)'
-    )
+        '--out', type=values.path,
+        help='file to write for a comparison or activation maps (default: compare.html, activations.png)',
+    )  # fmt: skip
     parser.add_argument(
         '--activations',
         nargs='+',

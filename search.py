@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -212,6 +213,7 @@ def show(results: Sequence[dict[str, Any]], limit: dict[str, Any] | None) -> Non
 
 def parse() -> argparse.Namespace:
     parser = commands.Parser(description='Find the images in a gallery that are nearest to each query.')
+    names = ', '.join([*data_manager.get_names('image'), data_manager.OWN_NAMES])
     parser.add_argument('--gallery', nargs='+', default=[], type=values.path, metavar='IMAGES', help=IMAGES_HELP)
     parser.add_argument('--query', nargs='+', default=[], type=values.path, metavar='IMAGES', help='the same')
     parser.add_argument('-k', type=values.positive_int, default=10, help='images listed for each query (default: 10)')
@@ -221,11 +223,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument('--false-match-rate', type=values.fraction, metavar='R', help='the same, from a calibration')
     parser.add_argument('--calibrate', action='store_true', help='measure distances on -d, and store them')
-    parser.add_argument('-d', '--dataset', help=f'to calibrate on: {", ".join(data_manager.get_names())}')
+    parser.add_argument('-d', '--dataset', help=f'to calibrate on: {names}')
     parser.add_argument('--data-dir', type=values.path, default='data', help='where the data sets are (default: data)')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     parser.add_argument('--page', type=values.path, metavar='FILE', help='write a page that shows the images')
-    parser.add_argument('--index', type=values.path, default=index.default_root(), help='(default: %(default)s)')
+    parser.add_argument('--index', type=values.path, default=str(index.default_root()), help='(default: %(default)s)')
     parser.add_argument('--forget', action='store_true', help='remove the index of --weights, or all indices')
     add_options(parser)
     args = parser.parse_args()
@@ -241,6 +243,8 @@ def parse() -> argparse.Namespace:
         parser.error('-d is the data set of --calibrate: add this option, or remove -d')
     if args.threshold is not None and args.false_match_rate is not None:
         parser.error('--threshold and --false-match-rate: give one of them')
+    if args.index.startswith('~'):
+        parser.error('--index: your home folder is not known; give a folder')
     if args.forget and (args.gallery or args.calibrate):
         parser.error('--forget removes the index, and does nothing else')
     return args
@@ -292,6 +296,8 @@ def main() -> None:
         print(f'Left out: {missing} images that another program has just removed; search again', file=sys.stderr)
     features = extractor([path for query in queries for path in query])  # (Q, D)
     if args.fuse:
+        if extractor.distance == 'cosine':  # which compares directions: no picture counts more than another
+            features = F.normalize(features)
         queries, features = [[path for query in queries for path in query]], features.mean(0, keepdim=True)
     results = search(queries, features, gallery, args.k, extractor.distance, limit['threshold'] if limit else None)
     facts = {'weights': args.weights, **extractor.description, 'gallery': len(gallery.paths), 'limit': limit}

@@ -107,7 +107,8 @@ class Draft:
             with contextlib.suppress(OSError):  # a full disk, which is the problem
                 self.file.close()
             if isinstance(problem, UserError):
-                raise UserError(f'{problem}; {self.done} of {len(self.items)} are done, and the same command resumes')
+                at = f'after {self.done} of {len(self.items)}'
+                raise UserError(f'{problem}; once that is mended, the same command resumes {at}')
             return
         with self._explained(), contextlib.closing(self.file):
             os.fsync(self.file.fileno())

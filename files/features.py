@@ -145,8 +145,12 @@ def _array(folder: Path, name: str, kinds: str) -> np.ndarray:
     except (OSError, ValueError, EOFError) as problem:
         reason = getattr(problem, 'strerror', None) or ' '.join(str(problem).split())
         raise UserError(f'{path} cannot be read ({reason}); write it with --evaluate --save-features') from None
-    if array.dtype.kind not in kinds:
-        raise UserError(f'{path} contains {array.dtype}; write it with --evaluate --save-features')
+    if not isinstance(array, np.ndarray):
+        raise UserError(f'{path} contains several arrays; write it with --evaluate --save-features')
+    dtype = array.dtype
+    dimensions = 2 if name == 'features' else 1
+    if dtype.kind not in kinds or dtype.itemsize > 8 or not dtype.isnative or array.ndim != dimensions:
+        raise UserError(f'{path} contains {dtype} of shape {array.shape}; write it with --evaluate --save-features')
     return array
 
 

@@ -279,5 +279,6 @@ def forget(root: str | os.PathLike, digest: str = '') -> list[Path]:
 
 
 def default_root() -> Path:
-    """The default folder of the indices, in the user's cache."""
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'deep-person-reid' / 'index'
+    """The default folder of the indices, in the user's cache. It begins with ~ if the user has no home folder."""
+    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    return Path(cache) / 'deep-person-reid' / 'index'

@@ -161,8 +161,9 @@ def _draw(
 ) -> tuple[dict[str, list[NamedItem]], str]:
     """The split by identity, and a line that describes how it was drawn.
 
-    The persons with the smallest digests of (seed, name) are for the test: at least one if the share is above 0; at
-    least two are left for training if it is below 1. `nobody`, the folders of distractors, are in the gallery only.
+    The persons with the smallest digests of (seed, name) are for the test: at least one if the share is above 0; if it
+    is below 1, two or more are left for training, provided that there are three persons. `nobody`, the folders of
+    distractors, are in the gallery only.
     """
     persons = {person for _, person, _ in items} - nobody
     number = round(share * len(persons))

@@ -263,6 +263,8 @@ def _as_rows(dataset: Dataset, folder: str) -> Iterator[list[tuple]]:
         head, tail = os.path.split(name)
         if head not in folders:
             place = os.path.relpath(head or os.curdir, folder)
+            if place.startswith(os.pardir):  # if the table is read through a link, `..` is the parent of its target
+                place = os.path.relpath(head or os.curdir, os.path.realpath(folder))
             folders[head] = '' if place == os.curdir else os.path.join(place, '')
         return folders[head] + tail
 

@@ -13,7 +13,6 @@ from torch.optim.lr_scheduler import LRScheduler
 import weights
 from arguments import SaveOptions
 from data_manager import digests, fingerprint
-from files.writing import free_space
 from models import loading
 from models.layouts import in_training
 from models.network import Network
@@ -86,6 +85,8 @@ class Checkpoint:
             print(f"Loading checkpoint from '{self.path}'")
             self._load(loaded)
         if not self.resumes:
+            if not options.evaluate:
+                self.files.check_named()
             for part in parts.values():
                 if isinstance(part, LRScheduler):
                     advance(part, options.start_epoch)
@@ -124,7 +125,8 @@ class Checkpoint:
             restore(part, name, state['state'], self.path)
         self.epoch, self.start_batch = state['epoch'] + 1, state.get('batch', 0)
         self.best_rank1 = state['best_rank1']
-        theirs = state.get('provenance', {}).get('dataset_fingerprint')
+        origin = state.get('provenance')
+        theirs = origin.get('dataset_fingerprint') if isinstance(origin, dict) else None  # someone may have removed it
         if theirs not in (None, self.provenance['dataset_fingerprint']):
             print('The data set has changed since this checkpoint was written: the run continues with different files')
         for notice in notices.of_resumed(loaded.trained, self.options.arguments):
@@ -163,12 +165,12 @@ class Checkpoint:
         """
         first = self.epoch
         if first >= max_epoch:
-            if self.options.auto_resume:
+            if self.options.auto_resume and first == max_epoch and not self.start_batch:
                 print(f'{self.path}: all {max_epoch} epochs of --max-epoch are finished')
                 return
             raise UserError(
-                f'--resume {self.options.resume} has finished epoch {first} of --max-epoch {max_epoch}: there is '
-                f'nothing left to train; raise --max-epoch'
+                f'{self.path} has finished epoch {first}, and --max-epoch is {max_epoch}: there is nothing left to '
+                f'train; raise --max-epoch, or test the file with --evaluate --resume'
             )
         check_saved(self._state(first - 1, self.start_batch, None))
         if self.run.rank == 0:
@@ -176,8 +178,8 @@ class Checkpoint:
             if self.resumes and self.path:  # perhaps from another folder
                 theirs = Path(self.path).with_name('best_model.pth.tar')
                 best_model.inherit(theirs, self.folder, self.best_rank1, self.run.unwritten)
-        if not self.options.overwrite:  # it frees space
-            self._check_room()
+        size = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        self.files.check_room(size, self.run, emptied=self.options.overwrite)
         self.saved = time.monotonic()
         self.run.rescue = self.rescue
         for self.epoch in range(first, max_epoch):
@@ -195,16 +197,6 @@ class Checkpoint:
         self.run.rescue = None
         self.run.signals.release()
 
-    def _check_room(self) -> None:
-        """Raise UserError, in every process, if no checkpoint could be saved."""
-        free = int(self.run.stack(torch.tensor(free_space(self.folder)))[0])  # in the first process, which saves
-        needed = sum(tensor.nbytes for tensor in self.model.state_dict().values())
-        if 0 <= free < needed:
-            raise UserError(
-                f'--save-dir {self.folder}: {free / 1e6:.1f} MB are free on its disk, but the weights alone take '
-                f'{needed / 1e6:.1f} MB; free some space, or choose another folder'
-            )
-
     def after_step(self, epoch: int, meter: LossMeter) -> None:
         """Save the state every --save-minutes, before a test, and when a signal stops the run.
 
@@ -216,7 +208,7 @@ class Checkpoint:
             self.meter = meter
             self._begin(afresh=(epoch, self.done) == (0, 1))
         stop = self.run.stopping(last)
-        if stop or (last and epoch in self.options.test_epochs):
+        if stop or (last and self.options.is_tested(epoch)):
             meter.record()  # ends the run if a loss was not finite
             self._save_position()
         elif self.run.rank == 0 and time.monotonic() - self.saved > 60 * self.options.save_minutes:

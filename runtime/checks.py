@@ -71,6 +71,8 @@ def check_names(parser: Reporter, args: argparse.Namespace) -> None:
             f'--height {args.height} --width {args.width} is too small: -a {args.arch} needs at least {smallest} '
             f'pixels in each dimension'
         )
+    if getattr(args, 'padding', 0) >= min(args.height, args.width):  # the crops would be black
+        parser.error(f'--padding {args.padding} is too large for --height {args.height} --width {args.width}')
     if args.pretrained not in ('imagenet', 'none') and not os.path.isfile(args.pretrained):
         reason = not_a_file(args.pretrained)
         reason = f' {reason}' if reason else ': no such file; give a path, imagenet or none'

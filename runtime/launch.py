@@ -51,9 +51,14 @@ def _main(experiment: Experiment, parser: ExperimentParser) -> int:
     supervises = not ours.started and (args.run.several_gpus or args.run.max_restarts > 0)
     unwritten = Unwritten()
     with contextlib.ExitStack() as stack:
-        if ours.is_first and not supervises and not args.evaluate:
-            stack.enter_context(_alone_in(args.save_dir))
-        log = stack.enter_context(Logger(path, unwritten)) if ours.is_first else None
+        try:
+            if ours.is_first and not supervises and not args.evaluate:
+                stack.enter_context(_alone_in(args.save_dir))
+            log = stack.enter_context(Logger(path, unwritten)) if ours.is_first else None
+        except OSError as problem:
+            raise UserError(
+                f'--save-dir: {problem.filename} cannot be written ({problem.strerror}); choose another folder'
+            ) from problem
         if log is None:
             stack.enter_context(_silence())
         status, text = _supervise(args.run) if supervises else _run(experiment, args, Group(ours), unwritten, log)

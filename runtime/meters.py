@@ -202,14 +202,17 @@ class LossMeter:
 
     def _record(self, row: dict[str, float], step: int, board: str) -> None:
         with self.run.unwritten.excuse(self.path):
-            self._add(row)
+            try:
+                self._add(row)
+            except (ValueError, csv.Error) as problem:  # another program changed the file
+                raise OSError(f'it is not the table of a run ({problem}); move it away') from problem
         if not self.options.tensorboard:
             return
-        if self.board is None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self.board = SummaryWriter(self.options.save_dir)
         with self.run.unwritten.excuse(self.options.save_dir):
+            if self.board is None:
+                from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+                self.board = SummaryWriter(self.options.save_dir)
             for name, value in row.items():
                 if name not in ('epoch', 'batch'):
                     held_out = name.startswith(f'{VALIDATION}/')  # a validation is not a test

@@ -5,10 +5,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 import weights
+from files.writing import free_space
 from page.results import FILES
 from page.runs import TARGETS, VALIDATION
 from runtime.best_model import RECORD
+from runtime.device import Run
 from runtime.errors import UserError
 from runtime.state import written
 from utils import read_json
@@ -48,6 +52,29 @@ class RunFolder:
         if newest is None:
             print(f'No checkpoint in {self.folder}: starting from {self.named[0] or "the beginning"}')
         return newest or (None, None)
+
+    def check_named(self) -> None:
+        """Raise UserError if a new run in this folder would replace a file that the command names."""
+        for path in self._spared():
+            if path.parent == self.folder.resolve() and re.fullmatch(f'{POSITIONS}|{TESTS}|{BEST}', path.name):
+                raise UserError(
+                    f'{path} is to be the start of a new run, which would replace it: rename the file, or choose '
+                    f'another --save-dir'
+                )
+
+    def check_room(self, weights: int, run: Run, emptied: bool) -> None:
+        """Raise UserError, in every process, if the disk has no space for a checkpoint with so many bytes of weights.
+
+        emptied: the run deletes the files of an earlier one after its first step
+        """
+        old = self._written(f'{POSITIONS}|{TESTS}|{BEST}') if emptied else []
+        frees = sum(path.stat().st_size for path in old if path.exists())
+        free = int(run.stack(torch.tensor(free_space(self.folder)))[0])  # in the first process, which saves
+        if free >= 0 and free + frees < weights:
+            raise UserError(
+                f'--save-dir {self.folder}: {(free + frees) / 1e6:.1f} MB are free on its disk, but the weights alone '
+                f'take {weights / 1e6:.1f} MB; free some space, or choose another folder'
+            )
 
     def clear(self, *patterns: str) -> None:
         """Delete the files whose full name matches one of the regular expressions."""

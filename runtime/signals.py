@@ -32,7 +32,8 @@ def how_to_continue(processes: Processes) -> str:
     launcher = ['python']
     if processes.by_torchrun:
         launcher = ['torchrun', '--standalone', '--nproc-per-node', str(processes.local_world_size)]
-    command = [word for word in sys.argv if word not in ('--overwrite', '--auto-resume')]
+    options = '--overwrite', '--auto-resume'  # argparse accepts their first letters too
+    command = [word for word in sys.argv if len(word) < 3 or not any(option.startswith(word) for option in options)]
     return f'Continue with:\n{shlex.join([*launcher, *command, "--auto-resume"])}'
 
 

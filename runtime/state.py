@@ -1,8 +1,9 @@
 """The saved state of a run: checks it against the current run, and restores it into the parts of the run."""
 
+import math
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, Protocol
@@ -13,8 +14,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from arguments import SaveOptions
 from runtime.errors import UserError
+from runtime.values import MOST_INT
 
-ENTRIES = {'recipe': dict, 'state': dict, 'epoch': int, 'best_rank1': int | float}  # that a run needs to continue
+# The entries that a run needs to continue, and what they must be. `batch` is 0 if a file does not have it.
+ENTRIES: dict[str, Callable[[Any], bool]] = {
+    'recipe': lambda value: isinstance(value, dict) and all(isinstance(name, str) for name in value),
+    'state': lambda value: isinstance(value, dict),
+    'epoch': lambda value: isinstance(value, int) and -1 <= value <= MOST_INT,
+    'batch': lambda value: isinstance(value, int) and 0 <= value <= MOST_INT,
+    'best_rank1': lambda value: isinstance(value, int | float) and math.isfinite(value),
+}
 
 # What `weights.read` accepts
 SIMPLE = {str, int, float, bool, NoneType, np.float32, np.float64}
@@ -43,7 +52,7 @@ def check(
 
     Options that the script gained after the file was written have their defaults.
     """
-    wrong = [repr(name) for name, kind in ENTRIES.items() if not isinstance(state.get(name), kind)]
+    wrong = [repr(name) for name, fits in ENTRIES.items() if not fits(({'batch': 0} | state).get(name))]
     if wrong:
         raise UserError(
             f'--resume {where}: its {", ".join(wrong)} is missing or invalid; get the file again, or load only its '

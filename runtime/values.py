@@ -3,11 +3,13 @@
 import argparse
 import math
 import os
-import sys
 from collections.abc import Callable
 from typing import NoReturn, Protocol, TypeVar
 
 Value = TypeVar('Value')
+
+MOST_INT = 2**31 - 1  # of counts and sizes
+SMALLEST = 2.0**-126  # the smallest normal float32: what is smaller may become 0, and must not divide
 
 
 def _number(text: str, kind: Callable[[str], Value], least: float, expected: str, most: float = math.inf) -> Value:
@@ -27,7 +29,7 @@ def path(text: str) -> str:
 
 
 def positive_int(text: str) -> int:
-    return _number(text, int, 1, 'an integer of at least 1')
+    return _number(text, int, 1, f'an integer of at least 1 (at most {MOST_INT})', most=MOST_INT)
 
 
 def seed(text: str) -> int:
@@ -35,11 +37,11 @@ def seed(text: str) -> int:
 
 
 def nonnegative_int(text: str) -> int:
-    return _number(text, int, 0, 'an integer of at least 0')
+    return _number(text, int, 0, f'an integer of at least 0 (at most {MOST_INT})', most=MOST_INT)
 
 
 def positive_float(text: str) -> float:
-    return _number(text, float, sys.float_info.min, 'a number greater than 0')
+    return _number(text, float, SMALLEST, 'a number greater than 0 (at least 1.2e-38)')
 
 
 def nonnegative_float(text: str) -> float:

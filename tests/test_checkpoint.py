@@ -364,7 +364,7 @@ def test_an_option_that_a_file_does_not_know_has_its_default(script, value, tmp_
 def test_weights_alone_begin_a_run_of_their_own(tmp_path):
     state, path = saved(tmp_path)
     fresh = parts()
-    begun = options(tmp_path, resume=str(path), resume_weights_only=True, recipe={'lr': 1.0}, start_epoch=2)
+    begun = options(tmp_path / 'new', resume=str(path), resume_weights_only=True, recipe={'lr': 1.0}, start_epoch=2)
     checkpoint = begin(begun, **fresh)
     assert equal(fresh['model'].state_dict(), state['model'].state_dict())
     assert list(checkpoint.epochs(4)) == [2, 3]
@@ -420,6 +420,40 @@ def test_a_finished_run_has_nothing_left(tmp_path):
     _, path = saved(tmp_path, epoch=1)
     with pytest.raises(UserError, match='nothing left to train; raise --max-epoch'):
         next(begin(options(tmp_path, resume=str(path)), **parts()).epochs(2))
+    assert list(begin(options(tmp_path, auto_resume=True), **parts()).epochs(2)) == []
+    with pytest.raises(UserError, match=r'ep2.pth.tar has finished epoch 2, and --max-epoch is 1: .* raise'):
+        next(begin(options(tmp_path, auto_resume=True), **parts()).epochs(1))
+
+
+def test_a_run_in_the_middle_of_an_epoch_is_past_the_one_before(tmp_path):
+    """And was not tested after that epoch, if --max-epoch was greater."""
+    _, path = saved(tmp_path, epoch=1)
+    state = torch.load(path)
+    torch.save({**state, 'batch': 2}, path)
+    with pytest.raises(UserError, match='has finished epoch 2, and --max-epoch is 2: there is nothing left to train'):
+        next(begin(options(tmp_path, auto_resume=True), **parts()).epochs(2))
+
+
+def test_a_file_without_its_origin_continues(tmp_path):
+    _, path = saved(tmp_path)
+    torch.save({**torch.load(path), 'provenance': None}, path)
+    assert begin(options(tmp_path, resume=str(path)), **parts()).epoch == 1
+
+
+@pytest.mark.parametrize('flag', ['resume', 'pretrained'])
+@pytest.mark.parametrize('more', [{'overwrite': True}, {'auto_resume': True}])
+def test_a_new_run_does_not_replace_the_file_that_it_starts_from(flag, more, tmp_path):
+    saved(tmp_path)
+    best = tmp_path / 'best_model.pth.tar'
+    (tmp_path / 'checkpoint_ep1.pth.tar').unlink()
+    named = {
+        'resume': {'resume': str(best), 'resume_weights_only': True},
+        'pretrained': {'arguments': {flag: str(best)}},
+    }
+    with pytest.raises(UserError, match=r'best_model.pth.tar is to be the start of a new run, .*: rename the file, or'):
+        begin(options(tmp_path, **named[flag], **more), **parts())
+    begin(options(tmp_path / 'other', **named[flag], **more), **parts())
+    begin(options(tmp_path, **named['resume'], evaluate=True), **parts())
 
 
 def test_a_file_of_another_script_is_refused(tmp_path):
@@ -507,7 +541,7 @@ def test_a_run_is_not_mixed_with_the_one_in_another_folder(tmp_path):
 @pytest.mark.parametrize('loss', [1.0, float('nan')])
 def test_overwrite_removes_the_old_run_after_the_first_step_of_the_new_one(loss, tmp_path):
     saved(tmp_path, epoch=7)
-    begun_with = tmp_path / 'resume_1_1.pth.tar'
+    begun_with = tmp_path / 'begun.pth.tar'
     others = ['.mine.pth.tar.bak', 'checkpoint_ep20_mine.pth.tar', 'mine.pth.tar', 'old_resume_1_1.pth.tar']
     kept = sorted([*others, 'log_train.txt', begun_with.name])
     old = ['best_model.pth.tar', 'checkpoint_ep8.pth.tar', 'metrics.csv', 'report.html', 'resume_2_9.pth.tar', *kept]

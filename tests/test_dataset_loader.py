@@ -662,6 +662,11 @@ def test_processes_share_a_test_without_duplicates(world_size, mixed):
     assert sorted(shares) == list(range(24))
 
 
+def test_no_process_is_idle_in_a_test_with_small_batches(mixed):
+    loaders = [TestLoader(ImageDataset(mixed), 2, 0, share_of(rank, 8)) for rank in range(8)]
+    assert [sum(len(indices) for _, indices, _ in loader) for loader in loaders] == [3] * 8
+
+
 def test_an_empty_test_has_no_batches():
     assert list(TestLoader(ImageDataset([]), 4, 0, share_of())) == []
 

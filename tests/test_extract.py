@@ -452,8 +452,8 @@ def test_an_interrupted_command_continues(command, files, tmp_path):
     status, _, error = command(*files[:12], broken, *files[12:], *args)
     assert (status, error.splitlines()[-1]) == (
         2,
-        f'error: cannot read the image {broken}: it is not a JPEG, PNG, BMP, GIF, PPM, TIFF or WEBP file; 10 of '
-        f'{len(files) + 1} are done, and the same command resumes',
+        f'error: cannot read the image {broken}: it is not a JPEG, PNG, BMP, GIF, PPM, TIFF or WEBP file; once '
+        f'that is mended, the same command resumes after 10 of {len(files) + 1}',
     )
     assert not (tmp_path / 'out').exists()
     status, out, _ = command(*files, *args)

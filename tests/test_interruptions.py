@@ -527,12 +527,15 @@ def test_what_a_killed_save_left_is_removed(script, tmp_path):
     assert not left.exists()
 
 
-def test_weights_only_with_overwrite_spares_the_file_it_begins_with(script, tmp_path):
+def test_weights_only_with_overwrite_spares_the_file_it_begins_with(script, tmp_path, capsys):
     assert script('train_img_model_xent', '--max-epoch', 2, '--eval-step', 1, '--save-dir', tmp_path) == 0
-    begin = ['--resume', tmp_path / 'checkpoint_ep1.pth.tar', '--resume-weights-only', '--overwrite']
-    assert script('train_img_model_xent', *begin, '--max-epoch', 3, '--save-dir', tmp_path) == 0
+    begin = ['--resume-weights-only', '--overwrite', '--max-epoch', 3, '--save-dir', tmp_path, '--resume']
+    first = tmp_path / 'checkpoint_ep1.pth.tar'
+    assert script('train_img_model_xent', *begin, first) == 2
+    assert f'error: {first} is to be the start of a new run, which would replace it: rename' in capsys.readouterr().err
+    assert script('train_img_model_xent', *begin, first.rename(tmp_path / 'checkpoint_first.pth.tar')) == 0
     found = [name for name in names(tmp_path) if name.startswith('check')]
-    assert found == ['checkpoint_ep1.pth.tar', 'checkpoint_ep3.pth.tar']
+    assert found == ['checkpoint_ep3.pth.tar', 'checkpoint_first.pth.tar']
 
 
 def test_positions_are_kept_by_number(script, tmp_path):
@@ -602,9 +605,10 @@ def test_a_disk_that_fails_ends_no_training(script, at_batch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(('total', 'status'), [(10**9, 2), (0, 0)])  # some network file systems report zeros
-def test_a_disk_without_room_for_the_weights_begins_no_training(total, status, script, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize('more', [[], ['--overwrite']])
+def test_a_disk_without_room_begins_no_training(total, status, more, script, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(shutil, 'disk_usage', lambda _: SimpleNamespace(total=total, free=0))
-    assert script('train_img_model_xent', '--max-epoch', 1, '--save-dir', tmp_path) == status
+    assert script('train_img_model_xent', '--max-epoch', 1, '--save-dir', tmp_path, *more) == status
     out, err = capsys.readouterr()
     if status:
         assert err.startswith(f'error: --save-dir {tmp_path}: 0.0 MB are free on its disk, but the weights alone take')

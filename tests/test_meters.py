@@ -1,4 +1,5 @@
 import csv
+import errno
 import re
 
 import pytest
@@ -145,6 +146,25 @@ def test_a_row_that_was_written_in_part_does_not_damage_the_next_one(left, meter
     assert runs._read_metrics(path) == ({}, [])
     watch(meter(1), [4.0])
     assert [row['loss'] for row in rows(tmp_path)] == ['4']
+
+
+@pytest.mark.parametrize('content', ['\ufeffepoch,batch\n1,10\n'.encode('utf-16'), b'epoch,batch\n"1\x00,1\n'])
+def test_a_table_that_another_program_changed_ends_no_run(content, meter, run, tmp_path, capsys):
+    (tmp_path / 'metrics.csv').write_bytes(content)
+    watch(meter(1), [1.0, 2.0])
+    if run.unwritten:
+        assert f'error: {tmp_path}/metrics.csv: it is not the table of a run' in capsys.readouterr().out
+        assert (tmp_path / 'metrics.csv').read_bytes() == content
+    assert run.unwritten or content.startswith(b'epoch')
+
+
+def test_a_full_disk_for_tensorboard_ends_no_run(meter, run, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EDQUOT, 'Disk quota exceeded')
+
+    monkeypatch.setattr('torch.utils.tensorboard.SummaryWriter', fail)
+    watch(meter(1, tensorboard=True), [1.0])
+    assert run.unwritten == [f'{tmp_path}: Disk quota exceeded']
 
 
 def test_a_signal_before_the_first_batch_ends_the_run_at_once(meter, run):

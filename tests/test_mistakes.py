@@ -71,9 +71,13 @@ def option(options: str, message: str, script: str = XENT, process: bool = False
 
 OPTIONS = [
     option('--train-batch 1', '--train-batch 1: a batch needs at least 2 images, for BatchNorm', process=True),
-    option('--train-batch 0', "--train-batch: must be an integer of at least 1, not '0'"),
+    option('--train-batch 0', "--train-batch: must be an integer of at least 1 (at most 2147483647), not '0'"),
     option('--train-batch x', '--train-batch: must be an integer of at least 1'),
     option(f'--test-batch {10**400}', '--test-batch: must be an integer of at least 1'),
+    option(f'--height {10**20}', '--height: must be an integer of at least 1 (at most 2147483647)'),
+    option(f'--padding {10**20}', '--padding: must be an integer of at least 0 (at most 2147483647)'),
+    option(f'--workers {10**20}', '-j/--workers: must be an integer of at least 0 (at most 2147483647)'),
+    option('--padding 16', '--padding 16 is too large for --height 32 --width 16'),
     option('--lr 0', '--lr/--learning-rate: must be a number greater than 0'),
     option('--lr nan', '--lr/--learning-rate: must be a number greater than 0'),
     option('--gamma -1', '--gamma: must be a number greater than 0'),
@@ -104,6 +108,7 @@ OPTIONS = [
     option('--margin -0.1', '--margin: must be a number of at least 0', HTRI),
     option('--num-instances 5', '--train-batch 8 is not a multiple of --num-instances 5', HTRI),
     option('--weight-cent 0', '--weight-cent: must be a number greater than 0', 'train_img_model_cent'),
+    option('--weight-cent 1e-50', '--weight-cent: must be a number greater than 0 (at least', 'train_img_model_cent'),
     option('--lr-cent 0', '--lr-cent: must be a number greater than 0', 'train_img_model_cent'),
     option('--resume nowhere.pth.tar', '--resume nowhere.pth.tar: no such file'),
     option('--resume run', '--resume run is a folder; the newest checkpoint in it is run/checkpoint_ep1.pth.tar'),
@@ -121,6 +126,11 @@ OPTIONS = [
     option('--max-epoch', '--max-epoch: expected one argument'),
     Mistake('features into a file', '--save-features', '--save-features: log/features cannot be written to; remove it',
             lambda folder: ((folder / 'log').mkdir(), (folder / 'log/features').touch()), logged=False),
+    *(
+        Mistake(f'{name} that is a folder', '', rf'--save-dir: log/{name} cannot be written \(Is a directory\); choose',
+                lambda folder, name=name: (folder / 'log' / name).mkdir(parents=True), logged=False)
+        for name in ('log_train.txt', '.lock')
+    ),
 ]  # fmt: skip
 
 
@@ -472,6 +482,12 @@ CHECKPOINTS = [
                "weights.pth: its 'recipe' is missing or invalid; get"),
     checkpoint('an epoch that is a word', edited(lambda state: state.update(epoch='one')),
                "weights.pth: its 'epoch' is missing or invalid; get"),
+    *(
+        checkpoint(f'{name} is {value}', edited(lambda state, name=name, value=value: state.update({name: value})),
+                   f"weights.pth: its '{name}' is missing or invalid; get")
+        for name, value in [('epoch', 10**25), ('epoch', -9), ('batch', None), ('batch', '1'), ('batch', -3),
+                            ('best_rank1', float('nan')), ('recipe', {1: 2})]
+    ),
     checkpoint('nothing left', removed('file'), 'there is nothing left to train; raise --max-epoch',
                f'--resume {RESUMED} --max-epoch 1'),
     checkpoint('an old run that is to go', written('weights.pth', b''), 'weights.pth is empty',
@@ -590,7 +606,14 @@ RANKING = [
              features=np.zeros((5, 8), np.float32)),
     features('features of another model', BOTH, r'the query features have shape \(4, 9\), not \(4, 8\)',
              features=np.zeros((4, 9), np.float32)),
-    features('one number for features', BOTH, 'features have shape', features=np.array(1.0, np.float32)),
+    features('one number for features', BOTH, r'features.npy contains float32 of shape \(\); write',
+             features=np.array(1.0, np.float32)),
+    features('one person', BOTH, r'pids.npy contains int64 of shape \(\); write', pids=np.array(1)),
+    features('numbers of another machine', BOTH, 'features.npy contains >f4', features=np.zeros((4, 8), '>f4')),
+    features('numbers of 16 bytes', BOTH, 'features.npy contains float128', features=np.zeros((4, 8), np.longdouble)),
+    Mistake('several arrays', BOTH, 'features.npy contains several arrays; write it with',
+            lambda folder: (np.savez(folder / 'x.npz', a=np.zeros(1)), (folder / 'x.npz').rename(folder / FEATURES)),
+            'ranking', logged=False),
     features('NaN', BOTH, '4 of 4 query features are not finite', features=np.full((4, 8), np.nan, np.float32)),
     features('too large', BOTH, '4 of 4 query features are .*too large', features=np.full((4, 8), 1e30, np.float32)),
     features('persons who are not in the gallery', BOTH, 'none of the 4 queries has a match', pids=np.full(4, 99)),

@@ -108,7 +108,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.best_model': 'files.writing models.loading models.network runtime.device utils weights',
     'runtime.cards': '',
     'runtime.checkpoint': (
-        'arguments data_manager files.writing models.layouts models.loading models.network page.results page.runs '
+        'arguments data_manager models.layouts models.loading models.network page.results page.runs '
         'readers.tree runtime.best_model runtime.device runtime.meters runtime.notices runtime.provenance '
         'runtime.run_folder runtime.state utils weights'
     ),
@@ -132,9 +132,11 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.processes': '',
     'runtime.provenance': 'runtime.device',
     'runtime.ranks': 'arguments ranking readers.tree runtime.device runtime.testset',
-    'runtime.run_folder': 'page.results page.runs runtime.best_model runtime.state utils weights',
+    'runtime.run_folder': (
+        'files.writing page.results page.runs runtime.best_model runtime.device runtime.state utils weights'
+    ),
     'runtime.signals': 'runtime.processes runtime.system',
-    'runtime.state': 'arguments',
+    'runtime.state': 'arguments runtime.values',
     'runtime.system': 'runtime.commands',
     'runtime.targets': 'eval_metrics page.runs',
     'runtime.testset': 'arguments data_manager eval_metrics files.paths readers.tree runtime.device',

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from PIL import Image
 from tiny import Tiny
@@ -159,6 +160,36 @@ def test_several_pictures_of_one_person_are_one_query(found, file, gallery, quer
     files = files_of([str(gallery)])
     distances = (extractor(files) - extractor(queries[:3]).mean(0)).square().sum(1)
     assert [each['path'] for each in result['results']] == [files[place] for place in distances.argsort()[:3]]
+
+
+def test_pictures_of_a_fused_query_count_alike_by_cosine_distance(found, file, gallery, queries, monkeypatch):
+    """As in a multi-query test; the mean of features of different lengths would be nearly that of the longest."""
+    state = {'state_dict': Tiny(6).state_dict(), 'arguments': OPTIONS | {'distance': 'cosine'}}
+    torch.save({'format': weights.FORMAT, **state}, file)
+    extract = FeatureExtractor.__call__
+
+    def scaled(self, images):
+        return extract(self, images) * torch.tensor([[100.0 if image == queries[1] else 1.0] for image in images])
+
+    monkeypatch.setattr(FeatureExtractor, '__call__', scaled)
+    (result,) = found('--query', *queries[:2], '--fuse', '-k', 24)['queries']
+    files, extractor = files_of([str(gallery)]), FeatureExtractor(file, 'cpu')
+    among, each = (F.normalize(extract(extractor, some)) for some in (files, queries[:2]))
+    order = (among @ F.normalize(each.mean(0), dim=0)).argsort(descending=True)
+    assert [each['path'] for each in result['results']] == [files[place] for place in order]
+    assert not torch.equal(order, (among @ each[1]).argsort(descending=True))
+
+
+def test_the_index_needs_a_folder(command, gallery, queries, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', '')
+    monkeypatch.setattr(os.path, 'expanduser', lambda text: text)  # as for a user without a home
+    status, _, error = command('--gallery', gallery, '--query', queries[0])
+    assert (status, error) == (2, 'error: --index: your home folder is not known; give a folder\n')
+
+
+def test_help_names_data_sets_of_images_and_the_users_own(command, capsys):
+    status, out, _ = command('-h', path='')
+    assert status == 0 and 'csv:FILE' in out and 'toy_market1501' in out and 'mars' not in out
 
 
 def test_images_that_cannot_be_read_are_left_out(command, gallery, queries):

@@ -21,8 +21,9 @@ from runtime.signals import STOPS, Signals, Stopped
         (Processes(hosts=2, by_torchrun=True), 'Continue with the same command and --auto-resume on each host'),
     ],
 )
-def test_how_to_continue(processes, command, monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['train.py', '--overwrite'])
+@pytest.mark.parametrize('option', ['--overwrite', '--over', '--auto-resume', '--auto'])
+def test_how_to_continue(processes, command, option, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['train.py', option])
     stopped = Signals(processes).stop(signal.SIGTERM, Path('x'))
     assert str(stopped) == f'Stopped by SIGTERM after saving x. {command}' and stopped.together
     assert str(Signals(processes).stop(signal.SIGINT, None)) == 'Stopped by SIGINT'

@@ -3,7 +3,9 @@
 import csv
 import os
 import re
+import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -289,6 +291,22 @@ def test_a_table_reads_as_the_data_set_that_was_written(name, data_dir, tmp_path
     assert data_manager.digests(again) == data_manager.digests(dataset)
     assert rows == len(written.read_text().splitlines()) - 1
     assert not written.read_text().splitlines()[1].startswith('/')  # relative to the table
+
+
+def test_a_table_is_read_through_a_link_to_its_folder(data_dir, tmp_path, monkeypatch):
+    """The parent of a linked folder is that of its target. Images below the folder are named relative to it."""
+    (tmp_path / 'elsewhere' / 'deep' / 'tables').mkdir(parents=True)
+    (tmp_path / 'work').mkdir()
+    (tmp_path / 'work' / 'data').symlink_to(data_dir)
+    (tmp_path / 'work' / 'tables').symlink_to(tmp_path / 'elsewhere' / 'deep' / 'tables')
+    monkeypatch.chdir(tmp_path / 'work')
+    dataset = data_manager.init_dataset('market1501', 'data')
+    table.write(dataset, 'tables/m.csv')
+    again = data_manager.init_dataset('csv:tables/m.csv')
+    assert all(os.path.samefile(mine[0], theirs[0]) for mine, theirs in zip(again.query, dataset.query, strict=True))
+    inside = shutil.copytree(data_dir / 'market1501', tmp_path / 'work' / 'tables' / 'market1501')
+    table.write(data_manager.init_dataset('market1501', str(inside.parent)), 'tables/inside.csv')
+    assert {row.split('/')[0] for row in Path('tables/inside.csv').read_text().splitlines()[1:]} == {'market1501'}
 
 
 def test_names_and_cameras_survive_a_table(tmp_path):
