@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from files.writing import Unwritten, write_whole
+from files.writing import Unwritten, torch_errors, write_whole
 from runtime.console import Console, report
 
 
@@ -84,12 +84,7 @@ def save_checkpoint(state: dict, is_best: bool, fpath: str | Path) -> None:
     """Write `state` to `fpath`, completely or not at all; if `is_best`, also to best_model.pth.tar in its folder."""
 
     def write(path: Path) -> None:
-        try:
-            with open(path, 'wb') as file:
-                torch.save(state, file)
-        except RuntimeError as problem:  # torch's error for a full disk
-            if isinstance(problem.__context__, OSError):
-                raise problem.__context__ from None
-            raise
+        with torch_errors(), open(path, 'wb') as file:
+            torch.save(state, file)
 
     write_whole(fpath, write, *[Path(fpath).with_name('best_model.pth.tar')] * bool(is_best))

@@ -16,10 +16,10 @@ from torch import Tensor
 
 import models
 from files import download, safetensors, unpickling
-from files.writing import new_file
+from files.writing import new_file, torch_errors
 from models import layouts, loading
 from models.loading import arch_of, listed
-from models.network import Network, Training
+from models.network import LENGTHS, Network, Training
 from runtime import commands, values
 from runtime.errors import UserError, plain
 
@@ -161,10 +161,11 @@ def build(loaded: Weights, arch: str | None, where: str, report: Callable[[str],
     arch = arch or options.get('arch') or arch_of(state_dict)
     if not isinstance(arch, str):
         raise UserError(f'{where}: its architecture cannot be recognised by its weights; give it with --arch')
+    size = _size(loaded)
     model = models.init_model(
         arch,
-        num_classes=len(state_dict.get('classifier.weight', [0])),
-        size=_size(loaded),
+        num_classes=_num_classes(loaded, models.network_of(arch, size)),
+        size=size,
         report=report,
         **{**loaded.made, **loading.parts(state_dict)},
     )
@@ -173,10 +174,17 @@ def build(loaded: Weights, arch: str | None, where: str, report: Callable[[str],
     return _prepared(model, loaded, report).eval()
 
 
+def _num_classes(loaded: Weights, network: type[Network]) -> int:
+    """The classes of the classifier; 1 if it has other columns than features, so that its rows need not be believed."""
+    classifier = loaded.state_dict.get('classifier.weight', torch.empty(0))
+    length = loading.parts(loaded.state_dict).get('embedding') or getattr(network, 'feat_dim', None)
+    return len(classifier) if classifier.ndim == 2 and classifier.size(1) == (length or classifier.size(1)) else 1
+
+
 def _size(loaded: Weights) -> tuple[int, int] | None:
-    """The image size (height, width) of a run of this project, None if unknown."""
-    height, width = (loaded.trained.options.get(name) for name in ('height', 'width'))
-    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+    """The image size (height, width) of a run of this project, None if unknown or impossible."""
+    height, width = (loaded.trained.options.get(name, 0) for name in ('height', 'width'))
+    return (height, width) if all(isinstance(side, int) and side in LENGTHS for side in (height, width)) else None
 
 
 def _prepared(model: Network, loaded: Weights, report: Callable[[str], object] = print) -> Network:
@@ -188,14 +196,15 @@ def _prepared(model: Network, loaded: Weights, report: Callable[[str], object] =
     return model
 
 
-def rebuilt(model: Network, loaded: Weights, keep_arch: bool) -> Network:
+def rebuilt(model: Network, loaded: Weights, keep_arch: bool, size: tuple[int, int] | None = None) -> Network:
     """The network for testing the weights: `model`, or a new one with the architecture and parts of the weights.
 
     keep_arch: keep the architecture of `model`, which the user chose
+    size: height and width of the images; needed only for networks of timm
     """
     recorded = loaded.trained.options.get('arch')
     arch = '' if keep_arch else loaded.trained.arch or (recorded if isinstance(recorded, str) else '')
-    network = models.network_of(arch, _size(loaded)) if arch else type(model)
+    network = models.network_of(arch, size) if arch else type(model)
     before = {**models.DEFAULT_PARTS, **model.made}
     shown = loading.parts(loaded.state_dict)
     of_recipe = shown['neck'] == before['neck']  # else the script's other parts say nothing about the file's
@@ -289,11 +298,11 @@ def describe(path: str, assume: str) -> Iterator[str]:
         yield f'test: {layouts.written(test) or "as the options of the script say"}'
     yield f'licence of the weights: {loaded.licence}'
     if arch:
-        network = models.assemble(models.factory[arch], loaded.trained.num_pids or 1, {'xent'}, **made)
+        network = models.assemble(models.factory[arch], _num_classes(loaded, models.factory[arch]), {'xent'}, **made)
         loading.load_into(network, loaded.state_dict, allow_other_classifier=True, where=where)
 
 
-def convert(path: str, out: str, assume: str) -> None:
+def convert(path: str, out: str, assume: str, arch: str | None = None) -> None:
     """Writes the weights of a file in this project's layout, with its records, the assumptions and the test options.
 
     Raises:
@@ -302,19 +311,20 @@ def convert(path: str, out: str, assume: str) -> None:
     loaded, where, target = read(path, assume), plain(path, 500), plain(out, 500)
     if not out.endswith(('.pth.tar', '.pth', '.pt', '.safetensors')):
         raise UserError(f'{target}: give a name that ends in .pth.tar or .safetensors')
-    model = build(loaded, None, where)
+    model = build(loaded, arch, where)
     test = dict(loaded.trained.test)
     contents: dict[str, Any] = {
         'format': FORMAT, 'converted': loaded.trained.project or loaded.layout, 'model': model.made, 'test': test,
         'licence': loaded.licence, 'imagenet': loaded.trained.of_imagenet, 'rank1': loaded.rank1, 'epoch': loaded.epoch,
-        'arguments': {**loaded.trained.options, **({'arch': loaded.trained.arch} if loaded.trained.arch else {})},
+        'arguments': {**loaded.trained.options, **({'arch': name} if (name := arch or loaded.trained.arch) else {})},
     }  # fmt: skip
     tensors = {name: tensor.contiguous().clone() for name, tensor in loaded.state_dict.items()}
     with new_file(out) as temporary:
         if out.endswith('.safetensors'):
             safetensors.save(temporary, tensors, safetensors.metadata(contents))
         else:
-            torch.save({**contents, 'state_dict': tensors}, temporary)
+            with torch_errors(), open(temporary, 'wb') as file:
+                torch.save({**contents, 'state_dict': tensors}, file)
     print(f'Wrote {target}')
 
 
@@ -324,12 +334,13 @@ def main() -> None:
     parser.add_argument(
         'out', type=values.path, nargs='?', metavar='OUT', help='new file for the weights, .pth.tar or .safetensors'
     )
+    parser.add_argument('-a', '--arch', help='architecture, to convert weights that do not show it, such as timm:NAME')
     parser.add_argument('--assume', default='', metavar='NAME=VALUE,...', help='replaces assumptions about FILE')
     args = parser.parse_args()
     for line in describe(args.file, args.assume):
         print(line)
     if args.out:
-        convert(args.file, args.out, args.assume)
+        convert(args.file, args.out, args.assume, args.arch)
 
 
 if __name__ == '__main__':

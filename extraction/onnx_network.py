@@ -17,7 +17,8 @@ from torch import Tensor
 
 from batches.resizing import KERNELS, Normalisation
 from data_manager import get_names, names_of
-from models.network import Network, Training
+from files.kinds import not_a_file
+from models.network import LENGTHS, Network, Training
 from runtime.errors import UserError, plain
 from runtime.tiles import DISTANCES
 
@@ -26,7 +27,6 @@ LAYOUT = 'uint8 (batch, height, width, 3), RGB -> float32 (batch, feat_dim)'
 INPUT, OUTPUT = 'images', 'features'
 # The training options that `search.py --calibrate` and the notices need; the others may contain the user's paths
 KEPT_OPTIONS = ('dataset', 'combine', 'validate', 'test_share', 'seed', 'height', 'width', 'pool')
-LENGTHS = range(1, 4097)  # pixels of a side, and dimensions of a feature, that files of strangers may ask for
 PIXELS: Normalisation = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # leaves pixels as they are, 0 to 255
 
 
@@ -100,10 +100,25 @@ def facts_of(metadata: Mapping[str, str], where: str) -> Facts:
             distance=metadata['distance'],
             flip_test=held['flip_test'] is True,
             digest=metadata['digest'],
-            trained=Training(**{**held['trained'], 'options': dict(held['trained']['options']), 'where': where}),
+            trained=_training_of(held['trained'], where),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as problem:
         raise UserError(f'{where} has incomplete metadata ({plain(str(problem))}): export the weights again') from None
+
+
+def _training_of(held: Mapping[str, Any], where: str) -> Training:
+    """What a file records about its training; texts are made printable."""
+    number, fingerprint = held['num_pids'], held['fingerprint']
+    return Training(
+        where=where,
+        of_imagenet=held['of_imagenet'] is True,
+        options=dict(held['options']),
+        fingerprint=None if fingerprint is None else plain(fingerprint),
+        num_pids=None if number is None else int(number),
+        missing=plain(held['missing']),
+        arch=plain(held['arch']),
+        project=plain(held['project']),
+    )
 
 
 def _length(text: str) -> int:
@@ -120,8 +135,10 @@ def need(packages: Sequence[str], what: str) -> None:
         raise UserError(f'{what} needs the {several} {" and ".join(missing)}: pip install {" ".join(missing)}')
 
 
-def session_of(contents: bytes, what: str, instead: str) -> Any:
+def session_of(contents: bytes, what: str, instead: str, compiled: bool = True) -> Any:
     """An ONNX file loaded by onnxruntime on the CPU, with as many threads as torch uses at this moment.
+
+    compiled: if False, constants are not computed, which may take any memory or time
 
     Raises:
         UserError: it cannot be loaded; the message says `what`, why, and what can be done `instead`.
@@ -131,6 +148,8 @@ def session_of(contents: bytes, what: str, instead: str) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors, which are raised as well
+    if not compiled:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(contents, options, providers=['CPUExecutionProvider'])
     except Exception as problem:  # of any type: another library parses the file
@@ -141,24 +160,28 @@ class Session:
     """A file written by `export.py`, run by onnxruntime.
 
     Attributes:
-        metadata: the metadata of the file.
+        facts: the metadata of the file.
         digest: 16 hexadecimal digits, computed from all bytes of the file; any change to the graph changes it.
 
     Raises:
-        UserError: onnxruntime is not installed, or the file cannot be read.
+        UserError: onnxruntime is not installed, the file cannot be read, or `export.py` did not write it (`facts_of`).
     """
 
     def __init__(self, path: str | os.PathLike):
         where = plain(os.fspath(path), 500)
         need(['onnxruntime'], where)
+        if what := not_a_file(path):
+            raise UserError(f'{where} {what}')
         try:
             with open(path, 'rb') as file:
                 contents = file.read()
         except OSError as problem:
             raise UserError(f'{where} cannot be read ({problem.strerror}); give the path of an ONNX file') from problem
-        self.session = session_of(contents, where, 'export the weights again')
+        instead = 'export the weights again'
+        only_read = session_of(contents, where, instead, compiled=False)  # other files are refused before computing
+        self.facts = facts_of(only_read.get_modelmeta().custom_metadata_map, where)
+        self.session = session_of(contents, where, instead)
         self.digest = hashlib.sha256(contents).hexdigest()[:16]
-        self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """uint8 (B, H, W, 3) -> features (B, D), float32."""
@@ -191,10 +214,10 @@ def open_onnx(path: str | os.PathLike) -> tuple[OnnxNetwork, Facts]:
     """The network of a file written by `export.py`. onnxruntime reads it; no Python code in it is run.
 
     Raises:
-        UserError: see `Session` and `facts_of`; or the graph does not fit the metadata.
+        UserError: see `Session`; or the graph does not fit the metadata.
     """
     where, session = plain(os.fspath(path), 500), Session(path)
-    facts = facts_of(session.metadata, where)
+    facts = session.facts
     network = OnnxNetwork(session, facts)
     try:
         shape = tuple(network(torch.zeros(1, 3, facts.height, facts.width)).shape)

@@ -52,11 +52,13 @@ def write(program: ExportedProgram, path: Path, kind: str, metadata: Mapping[str
         for module in program.graph_module.modules():
             for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
                 node.meta.pop('stack_trace', None)  # it contains paths of this machine
-        with quiet(), open(path, 'wb') as file:
+        file = io.BytesIO()  # torch aborts the process if a file cannot be written
+        with quiet():
             torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata)})
-        return
-    with quiet():
-        contents = onnx_of(program, AXES, metadata, f'{what} cannot be written as ONNX', '--format pt2 may work')
+        contents = file.getvalue()
+    else:
+        with quiet():
+            contents = onnx_of(program, AXES, metadata, f'{what} cannot be written as ONNX', '--format pt2 may work')
     path.write_bytes(contents)
 
 

@@ -13,8 +13,8 @@ from arguments import RunOptions
 from batches.resizing import KERNELS
 from extraction import compiling, onnx_network
 from extraction.engines import ENGINES, ByEngine
-from extraction.onnx_network import LENGTHS, need
-from models.network import Network, Training
+from extraction.onnx_network import need
+from models.network import LENGTHS, Network, Training
 from models.Timm import PREFIX
 from runtime import notices
 from runtime.device import precision_of

@@ -66,7 +66,8 @@ class Draft:
             self.file.seek(0, os.SEEK_END)
 
     def _check_new(self) -> None:
-        if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
+        is_empty = self.out.is_dir() and not self.out.is_symlink() and not any(self.out.iterdir())
+        if os.path.lexists(self.out) and not is_empty:
             raise UserError(f'-o {plain(str(self.out), 500)} exists; remove it, or choose another folder')
 
     def _kept(self, what: Mapping[str, object], batch: int) -> int:
@@ -114,8 +115,8 @@ class Draft:
             os.fsync(self.file.fileno())
             for name, value in ('pids', -1), ('camids', -1), ('counts', 1):
                 np.save(self.folder / f'{name}.npy', np.full(len(self.items), value))
-            (self.folder / STAMPS).unlink()
             self.folder.replace(self.out)
+            (self.out / STAMPS).unlink()  # last, so that a failure loses no feature
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -103,14 +103,23 @@ def create_features(
 
 
 def keep_features(save_dir: str, run: 'Run') -> None:
-    """Replace the features of an earlier test by the new ones, which are complete."""
+    """Replace the features of an earlier test by the new ones, which are complete; other files in their folder remain.
+
+    All are replaced at once: files of two tests would be ranked against each other.
+    """
     if run.rank == 0:
         folder = Path(save_dir) / '.features'
-        for path in folder.glob('*/*'):
-            kept = folder.with_name('features') / path.relative_to(folder)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(kept)
-        shutil.rmtree(folder)
+        kept, old = folder.with_name('features'), folder.with_name('.features.old')
+        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
+        if kept.exists():
+            for path in [path for path in kept.rglob('*') if path.is_file()]:
+                place = folder / path.relative_to(kept)
+                if not place.exists():
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    path.replace(place)
+            kept.replace(old)
+        folder.replace(kept)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def read(folder: str | Path, labelled: bool = False) -> list[np.ndarray]:
@@ -142,7 +151,7 @@ def _array(folder: Path, name: str, kinds: str) -> np.ndarray:
     path = folder / f'{name}.npy'
     try:
         array: np.ndarray = np.load(path, mmap_mode='c')
-    except (OSError, ValueError, EOFError) as problem:
+    except Exception as problem:  # of any type: NumPy evaluates the header as Python
         reason = getattr(problem, 'strerror', None) or ' '.join(str(problem).split())
         raise UserError(f'{path} cannot be read ({reason}); write it with --evaluate --save-features') from None
     if not isinstance(array, np.ndarray):

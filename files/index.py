@@ -29,6 +29,7 @@ from runtime.errors import UserError, plain
 from runtime.tiles import NONE, Points, distances_of, in_threads, nearer, nearest_host, points, squared_distances
 
 WIDTH = 16384  # rows that are compared at a time: 32 MB of 512 dimensions
+QUERIES = 1024  # that are compared at a time, by each thread: 64 MB of distances
 WASTE = 1000  # unused rows may exceed the used ones by at most this number
 LOCK_SECONDS = 60  # seconds to wait for a transaction of another process
 
@@ -54,8 +55,12 @@ class Gallery(NamedTuple):
         features: (Q, D), of the queries
         distance: the one passed to `Index.gallery`
         """
-        queries = points(features, self.points.features[:0], len(features), 0, distance)[0][:]
         order = np.argsort(self.rows, kind='stable')  # (G,) in the order of the file
+        parts = [self._nearest(some, order, k, distance) for some in features.split(QUERIES)]
+        return np.concatenate([places for places, _ in parts]), np.concatenate([distances for _, distances in parts])
+
+    def _nearest(self, features: Tensor, order: np.ndarray, k: int, distance: str) -> tuple[np.ndarray, np.ndarray]:
+        queries = points(features, self.points.features[:0], len(features), 0, distance)[0][:]
         keys = np.full((len(features), k), NONE)  # (Q, k)
         lock, spare = Lock(), list[Tensor]()
 

@@ -81,6 +81,17 @@ def new_file(fpath: str) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def torch_errors() -> Iterator[None]:
+    """Raise the OSError of a failed write, such as on a full disk, which torch replaces by a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as problem:
+        if isinstance(problem.__context__, OSError):
+            raise problem.__context__ from None
+        raise
+
+
 def _name(temporary: Path, path: Path) -> None:
     """Rename a file; FileExistsError if the new name exists."""
     try:

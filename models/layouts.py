@@ -91,7 +91,8 @@ TORCHVISION = Layout(
     marks=(r'^conv1\.weight$',),
     lacks=(r'^classifier\.', r'^fc\.\d'),
 )
-# torchreid, deep-person-reid v1.4.0 (also v0.5.0 to v1.0.6): last stride 2, no neck, Euclidean distance
+# torchreid, deep-person-reid v1.4.0 (also v0.5.0 to v1.0.6): no neck, Euclidean distance, and last stride 2, except for
+# resnet50_fc512
 TORCHREID = Layout(
     "torchreid's names translated",
     RESNET,
@@ -104,7 +105,7 @@ TORCHREID_FC512 = Layout(
     "torchreid's names translated, its fc is the embedding here",
     (*RESNET, *EMBEDDING),
     marks=(r'^conv1\.weight$', r'^fc\.0\.weight$'),
-    made={'last_stride': 2},
+    made={'last_stride': 1},
     test=tested(),
 )
 
@@ -163,13 +164,14 @@ def fastreid(kind: str, *marks: str, lacks: tuple[str, ...] = (), height: int = 
 
 
 # fast-reid: v0.1 and v0.1.1 (May and July 2020) have heads.bnneck, a padded pool in the stem, and in both AGW and SBS a
-# GeM with a learned exponent. v1.0.0 and v1.3.0 have heads.bottleneck.0, a pool without padding in ceil_mode, and in
-# AGW a GeM with the fixed exponent 3. All test the feature behind the neck, with cosine distance and bicubic resizing.
+# GeM with a learned exponent, so that their files look the same; SBS is tested at 384x128. v1.0.0 and v1.3.0 have
+# heads.bottleneck.0, a pool without padding in ceil_mode, and in AGW a GeM with the fixed exponent 3. All test the
+# feature behind the neck, with cosine distance and bicubic resizing.
 EARLY = r'^heads\.bnneck\.weight$'
 LATE = r'^heads\.bottleneck\.0\.weight$'
 FASTREID = (
     fastreid('v0.1, average pooling', EARLY, lacks=(EXPONENT,), stem_pool='padded', pooling='avg'),
-    fastreid('v0.1, GeM', EARLY, EXPONENT, stem_pool='padded'),
+    fastreid('v0.1, GeM: AGW at 256x128; for SBS give --height 384', EARLY, EXPONENT, stem_pool='padded'),
     fastreid('v1, bagtricks', LATE, lacks=(EXPONENT, ATTENTION), stem_pool='ceil', pooling='avg'),
     fastreid('v1, AGW', LATE, ATTENTION, lacks=(EXPONENT,), stem_pool='ceil', pooling='gem'),
     fastreid('v1, SBS', LATE, EXPONENT, stem_pool='ceil', height=384),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import models
 from models.layouts import ASSUMPTIONS, FLAGS, OF_TIMM, OF_WEIGHTS, OWN_WITH_NECK, Layout
-from models.network import Network
+from models.network import LENGTHS, Network
 from runtime.errors import UserError, plain
 from transforms import IMAGENET
 
@@ -196,7 +196,7 @@ def parts(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     seen: dict[str, Any] = {'neck': 'bottleneck.weight' in state_dict}
     if 'pool.p' in state_dict:
         seen['pooling'] = 'gem'
-    if embedding is not None and embedding.ndim == 2 and len(embedding):
+    if embedding is not None and embedding.ndim == 2 and len(embedding) in LENGTHS:
         seen['embedding'] = len(embedding)
     if any(key.startswith('non_local.') for key in state_dict):
         seen['non_local'] = True

@@ -31,6 +31,9 @@ class WeightsFile:
         return self.url
 
 
+LENGTHS = range(1, 4097)  # pixels of a side, and dimensions of a feature, that files of strangers may ask for
+
+
 @dataclass(frozen=True)
 class Training:
     """What is known about the training of weights.

@@ -104,7 +104,8 @@ class Checkpoint:
             check(state, self.options, self.provenance, self.labels, self.path)
         where, weights_only = str(self.path), self.options.evaluate or self.options.resume_weights_only
         if self.options.evaluate:
-            network = weights.rebuilt(self.model, loaded, 'arch' in self.options.given)
+            height, width = (self.options.arguments.get(name, 0) for name in ('height', 'width'))
+            network = weights.rebuilt(self.model, loaded, 'arch' in self.options.given, (height, width))
             self.model = self.model if network is self.model else self.run.place(network)
             loading.fit_classifier(self.model, loaded.state_dict, where)
         for notice in loading.load_into(

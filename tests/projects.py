@@ -197,7 +197,7 @@ class Fc512(Backbone):
     """torchreid v1.4.0, resnet50_fc512."""
 
     def __init__(self):
-        super().__init__(stride=2)
+        super().__init__(stride=1)
         self.fc = nn.Sequential(nn.Linear(2048, 512), nn.BatchNorm1d(512), nn.ReLU())
         self.classifier = nn.Linear(512, NUM_CLASSES)
 

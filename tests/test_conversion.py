@@ -2,12 +2,14 @@
 
 import importlib
 import json
+import resource
 import sys
 
 import projects
 import pytest
 import torch
 
+import models
 import weights
 from files import safetensors
 from runtime import commands, launch
@@ -53,6 +55,29 @@ def test_what_a_file_is(files, command):
         'test: --height 256 --width 128 --interpolation bilinear --distance euclidean no --flip-test',
         'licence of the weights: unknown',
     ]
+
+
+@pytest.mark.parametrize('suffix', ['.pth.tar', '.safetensors'])
+def test_a_file_that_is_too_large_for_its_disk(suffix, files, command, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        status, _, err = command(files / 'osnet.pth.tar', tmp_path / f'x{suffix}')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (status, err.count('\n')) == (2, 1) and 'cannot be written (File too large)' in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_do_not_show_their_architecture(command, tmp_path):
+    pytest.importorskip('timm')
+    network = models.init_model('timm:test_resnet', 5, size=(64, 32))
+    torch.save(network.state_dict(), tmp_path / 'bare.pth')
+    out = tmp_path / 'x.safetensors'
+    status, _, err = command(tmp_path / 'bare.pth', out)
+    assert status == 2 and err.endswith('its architecture cannot be recognised by its weights; give it with --arch\n')
+    assert command(tmp_path / 'bare.pth', out, '-a', 'timm:test_resnet')[0] == 0
+    assert 'architecture: timm:test_resnet\n' in command(out)[1]
 
 
 def test_what_an_unknown_file_is(command, tmp_path):

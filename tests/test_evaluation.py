@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -300,6 +301,39 @@ def test_rows_of_a_file_of_features(dataset, run, tmp_path, monkeypatch):
     file.path.unlink()
     with pytest.raises(UserError, match=r'--save-features: .*features.npy cannot be written \(No such file'):
         file.write(rows, torch.arange(7))
+
+
+def test_features_of_two_tests_are_never_mixed(dataset, run, tmp_path, monkeypatch):
+    """Files of the user beside them remain. A process that is killed while it replaces them leaves no mixture."""
+
+    def save(value):
+        for subset in ('query', 'gallery'):
+            file = create_features(str(tmp_path), subset, dataset.query, 3, run)
+            file.write(torch.full((len(dataset.query), 3), value), torch.arange(len(dataset.query)))
+        files.features.keep_features(str(tmp_path), run)
+
+    def values():
+        return [np.load(tmp_path / 'features' / subset / 'features.npy')[0, 0] for subset in ('query', 'gallery')]
+
+    save(1.0)
+    (tmp_path / 'features' / 'query' / 'mine.txt').write_text('mine')
+    save(2.0)
+    assert values() == [2, 2] and (tmp_path / 'features' / 'query' / 'mine.txt').read_text() == 'mine'
+    replace = Path.replace
+
+    def killed(path, target):
+        if path.name == '.features':
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, 'replace', killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(3.0)
+    assert not (tmp_path / 'features').exists()
+    monkeypatch.undo()
+    save(4.0)
+    assert values() == [4, 4] and sorted(path.name for path in tmp_path.iterdir()) == ['features']
+    assert (tmp_path / 'features' / 'query' / 'mine.txt').read_text() == 'mine'
 
 
 def test_saved_features_are_ranked_from_disk(dataset, model, run, tmp_path, capsys, monkeypatch):

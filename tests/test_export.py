@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import os
+import resource
 import runpy
 import sys
 import zipfile
@@ -421,6 +422,8 @@ def test_its_activation_maps_cannot_be_shown(folder, images):
         ({'interpolation': 'lanczos'}, r'has incomplete metadata \(unknown interpolation or distance\)'),
         ({'distance': 'manhattan'}, r'has incomplete metadata \(unknown interpolation or distance\)'),
         ({'mean': '3'}, 'has incomplete metadata'),
+        ({'trained': 200_000 * '['}, 'has incomplete metadata'),
+        ({'trained': '{"options": {}, "num_pids": [1]}'}, 'has incomplete metadata'),
     ],
 )
 def test_a_file_of_others_is_refused(change, message, folder, tmp_path):
@@ -442,6 +445,49 @@ def test_a_damaged_file(folder, tmp_path):
         FeatureExtractor(tmp_path / 'w.onnx')
     with pytest.raises(UserError, match=r'none\.onnx cannot be read \(No such file'):
         FeatureExtractor(tmp_path / 'none.onnx')
+
+
+@needs_onnx
+def test_a_file_of_others_is_not_computed(folder, tmp_path, monkeypatch):
+    """Constants could take any memory or time. Texts of the file, which notices print, are made printable."""
+    onnx, onnxruntime = pytest.importorskip('onnx'), pytest.importorskip('onnxruntime')
+    levels, make = [], onnxruntime.InferenceSession
+
+    def recorded(contents, options, providers):
+        levels.append(options.graph_optimization_level)
+        return make(contents, options, providers=providers)
+
+    monkeypatch.setattr(onnxruntime, 'InferenceSession', recorded)
+    model = onnx.load(folder / 'tiny.onnx')
+    held = {entry.key: entry.value for entry in model.metadata_props}
+    trained = json.dumps(json.loads(held['trained']) | {'fingerprint': '\x1b[31m'})
+    onnx.helper.set_model_props(model, held | {'trained': trained})
+    onnx.save(model, tmp_path / 'w.onnx')
+    assert onnx_network.open_onnx(tmp_path / 'w.onnx')[1].trained.fingerprint == r'\x1b[31m'
+    read, computed = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL, onnxruntime.SessionOptions()
+    assert levels == [read, computed.graph_optimization_level] and read != levels[1]
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / 'w.onnx')
+    with pytest.raises(UserError, match=r'was not written by export\.py'):
+        onnx_network.open_onnx(tmp_path / 'w.onnx')
+    assert levels[2:] == [read]
+    os.mkfifo(tmp_path / 'pipe.onnx')
+    with pytest.raises(UserError, match=r'pipe\.onnx is not a regular file'):
+        onnx_network.open_onnx(tmp_path / 'pipe.onnx')
+
+
+@pytest.mark.parametrize('kind', [pytest.param('onnx', marks=needs_onnx), 'pt2'])
+def test_a_file_that_is_too_large_for_its_disk(kind, folder, tmp_path, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        status = start(
+            'export.py', '--weights', folder / 'tiny.pth.tar', '--format', kind, '-o', tmp_path / f'w.{kind}'
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 2 and 'cannot be written (File too large)' in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_program_of_torch_is_not_loaded(folder):

@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -460,6 +461,24 @@ def test_an_interrupted_command_continues(command, files, tmp_path):
     assert status == 0 and out.startswith(f'Resuming after 10 of {len(files)} items\n')
     assert command(*files, '-o', tmp_path / 'other', '--batch', 5)[0] == 0
     assert np.array_equal(*(read(tmp_path / name)[0] for name in ('out', 'other')))
+
+
+def test_a_folder_that_cannot_be_named_at_the_end_loses_no_feature(command, files, tmp_path, monkeypatch):
+    (tmp_path / 'link').symlink_to(tmp_path / 'nowhere')
+    status, _, error = command(*files, '-o', tmp_path / 'link')
+    assert status == 2 and error.endswith('link exists; remove it, or choose another folder\n')
+    rename = Path.replace
+
+    def failing(path, target):
+        if path.name == '.out.unfinished':
+            raise OSError(errno.ENOTEMPTY, 'Directory not empty')
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, 'replace', failing)
+    assert command(*files, '-o', tmp_path / 'out')[0] == 2
+    monkeypatch.setattr(Path, 'replace', rename)
+    status, out, _ = command(*files, '-o', tmp_path / 'out')
+    assert status == 0 and out.startswith(f'Resuming after {len(files)} of {len(files)} items\n')
 
 
 @pytest.mark.parametrize('args', [['--batch', 5, '--height', 64], ['--batch', 5, '--tracklets']])

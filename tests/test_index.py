@@ -240,6 +240,7 @@ def test_a_full_disk_changes_nothing(small_disk, tmp_path, names):
 def test_the_nearest_are_those_of_the_ranking(distance, k, tmp_path, monkeypatch):
     """With ties, rows in another order than the gallery, gaps between them, and several blocks."""
     monkeypatch.setattr(index, 'WIDTH', 7)
+    monkeypatch.setattr(index, 'QUERIES', 4)
     torch.manual_seed(0)
     number = 30
     features = torch.randint(0, 3, (number, 4)).float()

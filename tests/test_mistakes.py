@@ -598,6 +598,8 @@ RANKING = [
     instead('no bytes', written(FEATURES, b'')),
     instead('features that are cut short', cut(FEATURES, 200)),
     instead('a folder', emptied(FEATURES)),
+    instead('a header that is no Python', written(FEATURES, b"\x93NUMPY\x01\x00\x16\x00{'descr': '<f4', ((('''\n")),
+    instead('a zip file without an end', written(FEATURES, b'PK\x03\x04' + bytes(99))),
     features('whole numbers for features', BOTH, 'features.npy contains int64', features=np.zeros((4, 8), np.int64)),
     features('words for persons', BOTH, 'pids.npy contains <U1', pids=np.array(['a'] * 4)),
     features('objects for persons', BOTH, 'pids.npy cannot be read', pids=np.array([{}] * 4, object)),

@@ -72,7 +72,7 @@ CASES = {  # network, the architecture and its parts here, what is assumed, opti
     'ft_net, IBN': (functools.partial(projects.FtNet, ibn=True), 'resnet50_ibn_a', {'embedding': 512},
         'last_stride=2', FT),
     'ft_net_dense': (projects.FtNetDense, 'densenet121', {'embedding': 512}, 'transition_stride=2', FT),
-    'resnet50_fc512': (projects.Fc512, 'resnet50', {'embedding': 512}, '', TORCHREID),
+    'resnet50_fc512': (projects.Fc512, 'resnet50', {'last_stride': 1, 'embedding': 512}, '', TORCHREID),
     'densenet121_fc512': (projects.DenseFc512, 'densenet121', {'embedding': 512}, '', TORCHREID),
     'moco': (projects.Moco, 'resnet50', {}, '', {}),
     'tonylins': (functools.partial(projects.Tonylins, 7), 'mobilenet_v2', {}, '', {}),
@@ -450,10 +450,22 @@ def test_a_network_that_a_checkpoint_names_but_names_of_weights_do_not(path):
     options = {'arch': 'timm:test_vit', 'height': 96, 'width': 48}
     torch.save({'format': weights.FORMAT, 'state_dict': model.state_dict(), 'arguments': options}, path)
     loaded = weights.read(path)
-    network = weights.rebuilt(models.init_model('resnet18', 5), loaded, keep_arch=False)
+    network = weights.rebuilt(models.init_model('resnet18', 5), loaded, keep_arch=False, size=(96, 48))
     loading.load_into(network, loaded.state_dict, allow_other_classifier=False, where='a file')
     given = torch.ones(1, 3, 96, 48)
     assert torch.equal(network.eval()(given), model.eval()(given))
+
+
+def test_a_transformer_trained_with_images_of_another_size(path):
+    pytest.importorskip('timm')
+    arch = 'timm:vit_tiny_patch16_224'
+    options = {'arch': arch, 'height': 96, 'width': 48}
+    state_dict = models.init_model(arch, 5, size=(96, 48)).state_dict()
+    torch.save({'format': weights.FORMAT, 'state_dict': state_dict, 'arguments': options}, path)
+    loaded = weights.read(path)
+    network = weights.rebuilt(models.init_model('resnet18', 5), loaded, keep_arch=False, size=(128, 64))
+    with pytest.raises(UserError, match='it was trained with images of another size: give its --height and --width'):
+        loading.load_into(network, loaded.state_dict, allow_other_classifier=True, where='a file')
 
 
 # ---- reid-strong-baseline or timm: equal names and shapes, and another arithmetic ----

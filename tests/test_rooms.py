@@ -98,7 +98,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'extraction.engines': 'extraction.onnx_network extraction.programs models.network',
     'extraction.graph': 'models.network',
     'extraction.images': 'batches.decoding readers.tree',
-    'extraction.onnx_network': 'batches.resizing data_manager models.network runtime.tiles',
+    'extraction.onnx_network': 'batches.resizing data_manager files.kinds models.network runtime.tiles',
     'extraction.programs': 'extraction.graph extraction.onnx_network',
     'extraction.source': (
         'arguments batches.resizing extraction.compiling extraction.engines extraction.onnx_network models.Timm '

@@ -1,5 +1,6 @@
 """Weight files: every published layout is recognised, and weights that do not fit a model are refused completely."""
 
+import contextlib
 import copy
 import multiprocessing
 import pickle
@@ -525,3 +526,30 @@ def test_counters_of_any_type_are_accepted():
     state_dict = {key: tensor.half() for key, tensor in halved.state_dict().items()}
     assert loading.load_into(model, state_dict, allow_other_classifier=False, where='a.pth') == []
     torch.testing.assert_close(model.classifier.weight, halved.classifier.weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    'altered',
+    [
+        {'classifier.weight': torch.zeros(400_000, 0, dtype=torch.int64)},
+        {'classifier.weight': torch.zeros(400_000, 1)},
+        {'classifier.weight': torch.tensor(1.0)},
+        {'embedding.0.weight': torch.zeros(400_000, 1)},
+    ],
+)
+def test_rows_of_a_strangers_file_are_not_believed(altered, tmp_path, monkeypatch):
+    """A network with so many classes would take thousands of times the memory of the file."""
+    made, init = [], models.init_model
+    monkeypatch.setattr(models, 'init_model', lambda *args, **parts: made.append(init(*args, **parts)) or made[-1])
+    torch.save(models.init_model('osnet_x0_25', 5).state_dict() | altered, tmp_path / 'x.pth')
+    with contextlib.suppress(UserError):
+        weights.build(weights.read(tmp_path / 'x.pth'), None, 'x')
+    assert all(value.numel() < 1e6 for value in made[-1].state_dict().values())
+
+
+def test_an_image_size_of_a_strangers_file_is_not_believed(tmp_path):
+    """A network of timm is tried with an image of this size."""
+    state = {'format': weights.FORMAT, 'state_dict': tiny.Tiny(5).state_dict()}
+    for height, expected in ((40_000, None), ('1', None), (None, None), (64, (64, 32))):
+        torch.save(state | {'arguments': {'height': height, 'width': 32}}, tmp_path / 'x.pth')
+        assert weights._size(weights.read(tmp_path / 'x.pth')) == expected
