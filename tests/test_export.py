@@ -558,7 +558,9 @@ def of_backbone(name, tmp_path, kind, **parts):
     prepare = TestTransform(*size, model.normalisation, model.interpolation)
     with torch.inference_mode():
         expected = torch.cat([model(prepare([(torch.arange(1), torch.from_numpy(image)[None])])) for image in images])
-    programs.write(programs.program_of(Graph(model, *size, model.interpolation), name), path, kind, {}, name)
+    usage = model.interpolation, model.normalisation, 'euclidean', False
+    metadata = onnx_network.metadata(onnx_network.Facts(name, model.feat_dim, *size, *usage, 'digest', Training('w')))
+    programs.write(programs.program_of(Graph(model, *size, model.interpolation), name), path, kind, metadata, name)
     run, _ = programs.opened(path, kind)
     outcome = agreement.check(run, images, expected.clone(), 'euclidean')
     assert outcome.error < 1e-5 and outcome.passed, outcome

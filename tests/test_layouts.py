@@ -440,9 +440,9 @@ def test_a_checkpoint_of_a_densenet121_holds_its_last_relu(path):
     assert loading.normalised(bare, 'x')[0].keys() == model.state_dict().keys()
     write_checkpoint(model, path.parent)
     written = path.with_name('checkpoint_ep1.pth.tar')
-    for how in ({}, {'resume_weights_only': True}, {'evaluate': True}):
+    for how, folder in (({}, ''), ({'resume_weights_only': True}, 'new'), ({'evaluate': True}, '')):
         resumed = model_of('densenet121')
-        assert begin(resumed, path.parent, resume=str(written), **how).epoch == (not how)
+        assert begin(resumed, path.parent / folder, resume=str(written), **how).epoch == (not how)
         assert_same_features(resumed, theirs)
 
 
