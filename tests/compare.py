@@ -35,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -251,28 +251,35 @@ def read_all(side: Side, run: Run) -> dict[str, Any]:
     """The contents of each file."""
     files = {path.name: path for path in (side.cwd / run.folder).glob('*') if path.name != '.lock'}
     files |= {name: side.cwd / f'{run.folder}.{name}' for name in ('stdout', 'stderr')}
-    return {name: read(path, side.root) for name, path in files.items()}
+    old = side.cwd.parent / 'commit'  # both sides may have the best model of the commit, from whose run they continue
+    return {name: read(path, side.root, old) for name, path in files.items()}
 
 
-def read(path: Path, root: Path) -> Any:
-    """The contents of a file, but for what varies from run to run and for where the checkout `root` is."""
+def read(path: Path, *roots: Path) -> Any:
+    """The contents of a file, but for what varies from run to run and for where the checkouts `roots` are."""
     if path.name.endswith('.pth.tar'):
         import torch
 
         state = torch.load(path, map_location='cpu', weights_only=True)
-        provenance = json.dumps(state.get('provenance', {})).replace(f'{root}/', '')
+        provenance = _without(roots, json.dumps(state.get('provenance', {})))
         return _lasting(state) | {'provenance': _lasting(json.loads(provenance))}
     if path.suffix == '.npz':
         import numpy as np
 
         with np.load(path) as arrays:
             return dict(arrays)
-    text = path.read_text(encoding='utf-8', errors='surrogateescape').replace(f'{root}/', '')
+    text = _without(roots, path.read_text(encoding='utf-8', errors='surrogateescape'))
     if path.suffix == '.json':
         return _lasting(json.loads(text))
     if path.suffix == '.csv':
         return [_lasting(row) for row in csv.DictReader(text.splitlines())]
     return VARYING_TEXT.sub('...', text).splitlines()
+
+
+def _without(roots: Iterable[Path], text: str) -> str:
+    for root in roots:
+        text = text.replace(f'{root}/', '')
+    return text
 
 
 def _lasting(entries: dict) -> dict:

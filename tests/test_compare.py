@@ -153,6 +153,12 @@ def test_values_are_compared_bit_for_bit():
         assert list(compare.compare_values({'x': old}, {'x': new})) == expected
 
 
+def test_paths_in_either_checkout_are_equal(tmp_path):
+    """The best model of the commit is copied into a run that continues in another folder, on both sides."""
+    (tmp_path / 'x').write_text(f'{tmp_path}/commit/a.py\n{tmp_path}/tree/a.py\n')
+    assert compare.read(tmp_path / 'x', tmp_path / 'tree', tmp_path / 'commit') == ['a.py', 'a.py']
+
+
 def test_lines_are_compared_without_what_varies(tmp_path):
     text = 'Args:Namespace(lr=0.1, steps=inf{})\n{}/a.py\nof {}.0 GB free memory\nelapsed time (h:m:s): 0:00:0{}\n'
     sides = []
