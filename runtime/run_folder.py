@@ -68,11 +68,13 @@ class RunFolder:
         emptied: the run deletes the files of an earlier one after its first step
         """
         old = self._written(f'{POSITIONS}|{TESTS}|{BEST}') if emptied else []
-        frees = sum(path.stat().st_size for path in old if path.exists())
-        free = int(run.stack(torch.tensor(free_space(self.folder)))[0])  # in the first process, which saves
-        if free >= 0 and free + frees < weights:
+        free = free_space(self.folder)
+        if free >= 0:
+            free += sum(path.stat().st_size for path in old if path.exists())
+        free = int(run.stack(torch.tensor(free))[0])  # in the first process, which saves
+        if 0 <= free < weights:
             raise UserError(
-                f'--save-dir {self.folder}: {(free + frees) / 1e6:.1f} MB are free on its disk, but the weights alone '
+                f'--save-dir {self.folder}: {free / 1e6:.1f} MB are free on its disk, but the weights alone '
                 f'take {weights / 1e6:.1f} MB; free some space, or choose another folder'
             )
 
