@@ -21,9 +21,11 @@ import data_manager
 import models
 from runtime import commands
 from runtime.checks import check
+from runtime.errors import UserError
 from runtime.processes import REPORT_SECONDS, of_environment
 from runtime.values import (
     Value,
+    check_reranking,
     epochs_or_never,
     fraction,
     gpu_list,
@@ -245,7 +247,6 @@ class ExperimentParser(commands.Parser):
         self.experiment = self.add_argument_group(
             'the experiment (a resumed run must use the same values, except for --max-epoch and --pretrained)'
         )
-        self.requirements: list[tuple[Callable[[argparse.Namespace], bool], str]] = []
 
     def add_argument(self, *names: str, **how: Any) -> argparse.Action:
         """Add an option of the experiment, as scripts do."""
@@ -257,19 +258,16 @@ class ExperimentParser(commands.Parser):
             time.sleep(REPORT_SECONDS)
         super().error(message)  # of another process, if it alone found the mistake
 
-    def require(self, holds: Callable[[argparse.Namespace], bool], message: str) -> None:
-        """Reject the options unless `holds(args)`. `message` may contain their values: `--margin {margin}`."""
-        self.requirements.append((holds, message))
-
     def parse_args(self, args: Sequence[str] | None = None) -> Arguments:  # type: ignore[override]  # no namespace
         options = vars(super().parse_args(args))
         restarted = {'auto_resume': True, 'overwrite': False} if of_environment().restarts else {}  # by torchrun
         resumed = {'pretrained': 'none'} if options['resume'] else {}  # nothing is downloaded when weights are given
         parsed = Arguments(**options | restarted | resumed)
-        for holds, message in self.requirements:
-            if not holds(parsed):
-                self.error(message.format(**vars(parsed)))
-        check(self, parsed)
+        check_reranking(self, parsed)
+        try:
+            check(self.kind, parsed)
+        except UserError as mistake:
+            self.error(str(mistake))
         plain = vars(parsed.plain())
         recipe = [each for each in self._actions if each not in self.shared and each.dest not in ('help', *FREE)]
         more = {

@@ -31,8 +31,6 @@ from readers.tree import Dataset, paths_of
 from runtime import commands, values
 from runtime.errors import UserError, plain
 
-__all__ = ['Market1501', 'Mars', 'get_names', 'init_dataset', 'init_datasets']
-
 
 def toy_market1501(data_dir: str, hard: bool = False) -> Market1501:
     """A toy in Market1501's format, drawn if it does not exist; if `hard`, with much occlusion and changes of light."""
@@ -264,9 +262,10 @@ def fingerprint(dataset: Dataset, subsets: Sequence[str] = ('train', 'query', 'g
     """16 hexadecimal digits that identify the file names, persons and camids of `subsets`, regardless of the folder."""
     digest = hashlib.sha256()
     for subset in subsets:
-        for paths, pid, camid in getattr(dataset, subset):
+        for item in getattr(dataset, subset):
+            _, pid, camid = item
             person = dataset.train_pids[pid] if subset == 'train' else pid
-            names = [os.path.basename(path) for path in ([paths] if isinstance(paths, str) else paths)]
+            names = [os.path.basename(path) for path in paths_of(item)]
             digest.update(
                 f'{dataset.names.get(person, pid)} {camid} {" ".join(names)}\n'.encode(errors='surrogateescape')
             )

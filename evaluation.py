@@ -19,7 +19,7 @@ from data_manager import fingerprint, names_of
 from dataset_loader import ImageDataset, TestLoader, VideoDataset
 from eval_metrics import METRICS
 from files.features import create_features, keep_features
-from models.network import Network
+from models.network import Network, embed
 from page import cameras, results
 from page.runs import VALIDATION
 from readers.tree import Dataset, Item, ids_of
@@ -332,10 +332,7 @@ def _batches(
     for images, indices, counts in bar_over(loader, 'Extracting features', options.quiet, unit='batch'):
         batch = prepare(images)  # (images, 3, h, w)
         with run.autocast(testing=True):
-            features = model(batch).float()
-        if options.flip_test:
-            with run.autocast(testing=True):
-                features = (features + model(batch.flip(3)).float()) / 2
+            features = embed(model, batch, options.flip_test)
         yield features, indices, counts
     model.train(was_training)
 

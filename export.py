@@ -34,7 +34,7 @@ def named(weights: str, kind: str) -> str:
 
 
 def images_of(names: list[str]) -> list[np.ndarray]:
-    """The images (H, W, 3) for the check: from files and folders, at most agreement.MOST of them; by default drawn."""
+    """The images (H, W, 3) of the check: at most agreement.MOST_IMAGES of the files in `names`, or drawn ones."""
     available = files_of(names) if names else []
     paths = agreement.evenly(available)
     if len(paths) < len(available):

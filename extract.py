@@ -32,6 +32,7 @@ from extraction.images import IMAGES_HELP, cut, files_of, listed, pixels_of, tra
 from extraction.source import source_of
 from files.draft import Draft
 from files.paths import Paths
+from models.network import embed
 from runtime import cards, commands, cpu, values
 from runtime.device import Run
 from runtime.errors import UserError, plain
@@ -192,20 +193,14 @@ class FeatureExtractor:
         with torch.inference_mode():
             batch = self.prepare(groups)  # (b, 3, h, w)
             with self.arithmetic():
-                features: Tensor = self.network(batch).float()
-            if self.mirrors:
-                with self.arithmetic():
-                    features = (features + self.network(batch.flip(3)).float()) / 2
-            features = features.cpu()
+                features = embed(self.network, batch, self.mirrors).cpu()
         return features.clone()  # which the caller may change
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
         """Context with the precision of the extractor; on GPUs, for one thread of the process at a time."""
-        with contextlib.ExitStack() as stack:
-            if self.device.type != 'cpu':
-                stack.enter_context(tf32(self.precision == 'tf32'))
-            stack.enter_context(self.run.autocast(testing=True))
+        setting = contextlib.nullcontext() if self.device.type == 'cpu' else tf32(self.precision == 'tf32')
+        with setting, self.run.autocast(testing=True):
             yield
 
     @property

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from batches.rounds import balanced_order, repeated, split_by
 from runtime.errors import UserError
 from transforms import DRAWS_OF_ERASING
 
@@ -77,49 +78,6 @@ class EpochSampler(Sampler):
         return torch.from_numpy(indices).view(shape), torch.from_numpy(draws).view(*shape, DRAWS)
 
 
-def balanced_order(groups: np.ndarray, count: int, batch: int, rng: np.random.Generator) -> np.ndarray:
-    """Indices int64 (count,) of `count` items in batches of `batch`, with equal shares of the groups.
-
-    groups: (N,), the group of each item, any integers
-
-    The groups take turns, in random order, so the shares of two groups, in a batch and in total, differ by at most 1;
-    in a batch that is smaller than the number of groups, all items are from different groups. The items of a group are
-    used in random order, all of them before any is repeated, and none is twice in a batch unless its group has fewer
-    items than its share of that batch. Within a batch the order is random.
-    """
-    items = split_by(groups)
-    chosen = np.empty(count, dtype=np.int64)
-    for turn, group in enumerate(rng.permutation(len(items))):
-        places = np.arange(turn, count, len(items))
-        chosen[places] = repeated(items[group], places // batch, rng)
-    for begin in range(0, count, batch):
-        rng.shuffle(chosen[begin : begin + batch])
-    return chosen
-
-
-def repeated(items: np.ndarray, batches: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Items in random order, all of them before any is repeated, one for each element of `batches`: (n,).
-
-    batches: (n,), ascending: the batch of each. No item is twice in a batch, unless there are too few items.
-    """
-    rounds, count = [rng.permutation(items)], len(items)
-    while count < len(batches):
-        begin, end = np.searchsorted(batches, batches[count], 'left'), np.searchsorted(batches, batches[count], 'right')
-        before = rounds[-1][begin - count :] if begin < count else rounds[-1][:0]  # earlier in this batch
-        more = rng.permutation(items)
-        first = np.flatnonzero(~np.isin(more, before))[: end - count]  # that complete this batch
-        rounds.append(np.concatenate([more[first], np.delete(more, first)]))
-        count += len(items)
-    return np.concatenate(rounds)[: len(batches)]
-
-
-def split_by(values: np.ndarray) -> list[np.ndarray]:
-    """The indices of each distinct value of `values` (N,), in ascending order of the values."""
-    by_value = np.argsort(values, kind='stable')  # (N,)
-    _, starts = np.unique(values[by_value], return_index=True)
-    return np.split(by_value, starts[1:])
-
-
 class RandomSampler(EpochSampler):
     """Every image once per epoch, in random order, in batches of `batch_size`; the remainder of an epoch is left out.
 
@@ -172,7 +130,8 @@ class RandomIdentitySampler(EpochSampler):
     Args:
         data_source: list of (anything, pid, camid).
         num_instances: K.
-        batch_size: P * K, over all processes; needed for `draw` but not for iterating.
+        batch_size: P * K, over all processes; needed for `draw` but not for iterating, unless `groups` shall not repeat
+            an identity in a batch.
         groups: (N,), the group of each item, such as its data set or camera.
 
     Raises:
@@ -310,13 +269,28 @@ class AllImagesSampler(RandomIdentitySampler):
                 more = instances.choice(others, -len(images) % k, replace=len(images) < k)
                 pieces_of.append(np.concatenate([images, more]).reshape(-1, k)[:number])  # (pieces, K)
         pieces = np.concatenate(pieces_of)  # (all, K)
-        surplus = len(pieces) - self.batches * (self.batch_size // k)
-        pieces = np.delete(pieces, order.choice(len(pieces), surplus, replace=False), axis=0)
-        # Piece i goes to batch i % batches; an identity's pieces, consecutive and at most `batches`, to different ones.
-        batches = pieces.reshape(-1, self.batches, k).transpose(1, 0, 2)  # (batches, P, K)
-        if self.group_of is not None:  # shuffle, as the pieces of a batch are in the order of their groups
-            batches = batches[np.arange(self.batches)[:, None], np.argsort(order.random(batches.shape[:2]), axis=1)]
-        return order.permutation(batches).ravel()
+        owners = np.repeat(np.arange(len(pieces_of)), [len(own) for own in pieces_of])  # (all,), places in `identities`
+        surplus = order.choice(len(pieces), len(pieces) - self.batches * (self.batch_size // k), replace=False)
+        pieces, owners = np.delete(pieces, surplus, axis=0), np.delete(owners, surplus)
+        batches = pieces[np.argsort(self.distributed(owners, identities, order), kind='stable')]
+        batches = batches.reshape(self.batches, -1, k)  # (batches, P, K)
+        shuffled = np.argsort(order.random(batches.shape[:2]), axis=1)  # as they are in the order of their identities
+        return batches[np.arange(self.batches)[:, None], shuffled].ravel()
+
+    def distributed(self, owners: np.ndarray, identities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The batch of each piece, int64 (pieces,): P in each batch, and those of an identity in different ones.
+
+        The batches are used in rounds, each in a new random order, so that identities meet different others in each. A
+        group that does not fill its last round begins with a round of that length; such rounds of all groups take turns
+        among the batches.
+        """
+        turns, places = rng.permutation(self.batches), []
+        groups = np.zeros_like(owners) if self.group_of is None else self.group_of[identities[owners]]  # in runs
+        for some in np.split(owners, np.flatnonzero(np.diff(groups)) + 1):
+            rest = len(some) % self.batches
+            places.append(repeated(turns, some, rng, first_round=turns[:rest]))
+            turns = np.roll(turns, -rest)
+        return np.concatenate(places)
 
     def balanced_pieces(self, identities: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """The identities ordered by group, and the number of pieces of each in an epoch: (identities,) each."""

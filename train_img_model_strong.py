@@ -31,10 +31,6 @@ parser.add_argument('--weight-cent', type=arguments.positive_float, default=0.00
 parser.add_argument('--lr-cent', type=arguments.positive_float, default=0.5, help='learning rate of the centers')
 parser.add_argument('--warmup', type=arguments.nonnegative_int, default=10, help='epochs of the linear rise to --lr')
 parser.add_argument('--decays', type=arguments.positive_int, nargs='+', default=[40, 70], help='lr decays after these')
-parser.require(
-    lambda args: args.evaluate or args.train_batch % args.num_instances == 0,
-    '--train-batch {train_batch} is not a multiple of --num-instances {num_instances} (P identities x K images)',
-)
 
 
 def main(args: arguments.Arguments, run: Run) -> None:

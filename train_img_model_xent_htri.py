@@ -25,10 +25,6 @@ parser = arguments.parser(__doc__, dataset='market1501', test_batch=32)
 parser.set_defaults(max_epoch=180, stepsize=60)
 parser.add_argument('--margin', type=arguments.nonnegative_float, default=0.3, help='margin of the triplet loss')
 parser.add_argument('--num-instances', type=arguments.positive_int, default=4, help='K, images per identity in a batch')
-parser.require(
-    lambda args: args.evaluate or args.train_batch % args.num_instances == 0,
-    '--train-batch {train_batch} is not a multiple of --num-instances {num_instances} (P identities x K images)',
-)
 
 
 def main(args: arguments.Arguments, run: Run) -> None:

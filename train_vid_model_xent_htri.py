@@ -25,10 +25,6 @@ parser = arguments.parser(__doc__, dataset='mars', test_batch=5)
 parser.set_defaults(max_epoch=500, stepsize=200)
 parser.add_argument('--margin', type=arguments.nonnegative_float, default=0.3, help='margin of the triplet loss')
 parser.add_argument('--num-instances', type=arguments.positive_int, default=4, help='K, images per identity in a batch')
-parser.require(
-    lambda args: args.evaluate or args.train_batch % args.num_instances == 0,
-    '--train-batch {train_batch} is not a multiple of --num-instances {num_instances} (P identities x K images)',
-)
 
 
 def main(args: arguments.Arguments, run: Run) -> None:
@@ -64,7 +60,7 @@ def main(args: arguments.Arguments, run: Run) -> None:
             with run.autocast():
                 logits, features = replica(augment(imgs, draws))  # (B, num_train_pids), (B, feat_dim)
             xent = criterion_xent(logits.float(), pids)
-            htri = criterion_htri(*run.gather(features.float(), pids))  # the hardest of the whole batch
+            htri = criterion_htri(*run.gather(features.float(), pids))  # mines the whole batch
             loss = xent + htri
             optimizer.zero_grad()
             loss.backward()

@@ -1,1 +1,1 @@
-"""Batches: decoded by workers, cached, copied to the device, and resized there."""
+"""Batches: composed in rounds, decoded by workers, cached, copied to the device, and resized there."""

@@ -10,7 +10,7 @@ more than 32 source pixels, the sum of the lower halves may be rounded, by far l
 import torch
 from torch import Tensor, nn
 
-from models.network import Network
+from models.network import Network, embed
 
 HALF = 1 << 11  # two halves of 11 bits are the 22 bits of Pillow's weights
 
@@ -40,10 +40,7 @@ class Graph(nn.Module):
         rows = halves(images.size(1), self.height, self.interpolation)  # (2 * h, H)
         pixels = rounded(*(rows @ pixels).chunk(2, dim=2))  # (B, 3, h, w)
         batch = (pixels * self.scale + self.shift).contiguous(memory_format=torch.channels_last)
-        features: Tensor = self.network(batch).float()  # (B, D)
-        if self.flip_test:
-            features = (features + self.network(batch.flip(3)).float()) / 2
-        return features
+        return embed(self.network, batch, self.flip_test)  # (B, D)
 
 
 def halves(source: int, target: int, interpolation: str) -> Tensor:

@@ -85,7 +85,7 @@ def cut(frame: Tensor, boxes: Any) -> list[Tensor]:
             f'{len(empty)} of {len(array)} boxes are empty or outside the frame of {width} x {height} pixels: rows '
             f'{rows}; leave them out'
         )
-    return [frame[:, y : y + h, x : x + w] for x, y, w, h in _places(edges)]
+    return [frame[:, top:bottom, left:right] for left, top, right, bottom in edges.astype(np.int64).tolist()]
 
 
 def _rows(boxes: Any) -> Any:
@@ -95,15 +95,10 @@ def _rows(boxes: Any) -> Any:
     return [row.tolist() if isinstance(row, Tensor) else row for row in boxes]
 
 
-def _places(edges: np.ndarray) -> list[tuple[int, int, int, int]]:
-    left, top, right, bottom = edges.astype(np.int64).T
-    return list(zip(left.tolist(), top.tolist(), (right - left).tolist(), (bottom - top).tolist(), strict=True))
-
-
 IMAGES_HELP = "files, folders, patterns such as 'cam*/*.jpg', or - for a list on stdin"  # as `files_of` reads them
 
 
-def files_of(names: Sequence[str], what: str = 'images') -> list[str]:
+def files_of(names: Sequence[str]) -> list[str]:
     """The image files named by arguments: files, folders searched recursively, patterns, or - for a list on stdin.
 
     Files are sorted within each folder and pattern, and listed once; hidden files and folders are skipped, and symbolic
@@ -117,7 +112,7 @@ def files_of(names: Sequence[str], what: str = 'images') -> list[str]:
         some = _lines() if name == '-' else _matching(name)
         files = [file for path in some for file in (_below(path) if os.path.isdir(path) else [path])]
         if not files:
-            raise UserError(f'{plain(name, 500)}: no {what} found; give files, folders, a pattern, or - for stdin')
+            raise UserError(f'{plain(name, 500)}: no images found; give files, folders, a pattern, or - for stdin')
         found.update(dict.fromkeys(files))
     return list(found)
 

@@ -33,8 +33,8 @@ if TYPE_CHECKING:  # `python ranking.py` needs no device
 
 
 class FeatureFile:
-    """features.npy, written by several processes, each some of its rows, in turn: over a network, hosts write pages of
-    memory, which contain rows of others.
+    """features.npy. The processes write their rows one after another: on a network file system a host writes whole
+    pages, which also contain rows of other processes.
     """
 
     def __init__(self, path: Path, run: 'Run'):

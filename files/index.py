@@ -137,7 +137,7 @@ class Index:
             raise sqlite3.DatabaseError(f'{path.name} is too short')
 
     def drop(self, folders: Iterable[str], present: Iterable[str], unread: Iterable[str] = ()) -> int:
-        """Remove those that are gone from the files below `folders`, and those in `unread`; return their number.
+        """Remove the entries of files below `folders` that no longer exist or are in `unread`. Returns how many.
 
         present: files that are there, which need not be looked for. Another search may have added others meanwhile.
         """

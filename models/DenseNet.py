@@ -1,22 +1,12 @@
 """DenseNet121."""
 
 from collections.abc import Set
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchvision.models import DenseNet121_Weights, densenet121
 
 from models.layouts import EMBEDDING, FT_NET_DENSE, Layout, tested
 from models.network import Network
-
-__all__ = ['DenseNet121']
-
-
-def with_last_relu(state_dict: dict[str, Tensor]) -> dict[str, Any]:
-    state_dict['last_relu'] = torch.tensor(True)
-    return {}
-
 
 # torchvision, and torchreid v1.4.0 (the same since v0.5.0), which has the same names
 FEATURES = Layout(
@@ -24,7 +14,7 @@ FEATURES = Layout(
     ((r'^features\.', 'base.'),),
     marks=(r'^features\.',),
     lacks=(r'^fc\.',),
-    adapt=with_last_relu,
+    sets=('last_relu',),
     made={'last_stride': 2},
     test=tested(),
 )
@@ -32,7 +22,7 @@ FC512 = Layout(
     "torchreid's names features.* translated, last_relu set, its fc is the embedding here",
     ((r'^features\.', 'base.'), *EMBEDDING),
     marks=(r'^features\.', r'^fc\.0\.weight$'),
-    adapt=with_last_relu,
+    sets=('last_relu',),
     made={'last_stride': 2},
     test=tested(),
 )

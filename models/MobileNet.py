@@ -8,8 +8,6 @@ from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
 from models.layouts import Layout
 from models.network import Network
 
-__all__ = ['MobileNetV2']
-
 TORCHVISION_MOBILENET = Layout(
     "torchvision's names translated",
     ((r'^features\.', 'base.'), (r'^classifier\.1\.', 'classifier.')),

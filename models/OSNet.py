@@ -9,10 +9,6 @@ from torch.nn import functional as F
 from models.layouts import Layout, tested
 from models.network import Network
 
-__all__ = [
-    'OSNet', 'OSNet025', 'OSNet050', 'OSNet075', 'OSNetAIN', 'OSNetAIN025', 'OSNetAIN050', 'OSNetAIN075', 'OSNetIBN',
-]  # fmt: skip
-
 OF_OSNET_IBN, OF_OSNET_AIN = 'conv2.0.IN.weight', 'conv2.0.conv2.0.layers.0.conv1.weight'
 # torchreid (deep-person-reid v1.4.0), which has the same names
 TORCHREID_OSNET = Layout("torchreid's names", marks=(r'^conv5\.conv\.weight$',), made={'last_stride': 2}, test=tested())

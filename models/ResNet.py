@@ -22,8 +22,6 @@ from torchvision.models.resnet import BasicBlock
 from models.layouts import RESNET, RESNETS, RESNETS_IBN, Layout, tested
 from models.network import Network, WeightsFile
 
-__all__ = ['ResNet18', 'ResNet34', 'ResNet50', 'ResNet50IBN', 'ResNet50M', 'ResNet101']
-
 # Layouts in which the original, and torchreid v1.4.0 (unchanged since v0.5.0), save these networks
 SECOND_NAMES = Layout(
     "second names of ResNet50M's layers merged",

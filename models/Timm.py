@@ -14,8 +14,6 @@ from models.network import Network, WeightsFile
 from models.ResNet import ResNet50
 from runtime.errors import UserError, plain
 
-__all__ = ['PREFIX', 'Timm', 'named']
-
 PREFIX = 'timm:'  # timm:NAME
 
 

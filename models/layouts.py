@@ -42,8 +42,8 @@ class Layout:
     marks:   patterns, each of which matches a name in every file of this layout
     lacks:   patterns that match no name in a file of this layout
     unused:  pattern of the names of tensors that the project's test does not use, which are left out; '' for none
-    adapt:   changes renamed weights in place where the project computes differently; returns test options contained in
-             the file
+    sets:    the buffers of `Network.variants` that its networks need
+    adapt:   removes from the renamed weights what is an option of a test, and returns these options
     made:    arguments of `models.init_model` that the project's networks always have, besides those seen in the names
     assumed: what its files do not record: a name of ASSUMPTIONS -> the value in the project's published configuration
     test:    options of the project's test; empty if its weights are not trained for re-ID
@@ -54,6 +54,7 @@ class Layout:
     marks: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
     unused: str = ''
+    sets: tuple[str, ...] = ()
     adapt: Callable[[dict[str, Tensor]], Mapping[str, Any]] = lambda _: {}
     made: Mapping[str, Any] = field(default_factory=dict)
     assumed: Mapping[str, str] = field(default_factory=dict)
@@ -110,11 +111,6 @@ TORCHREID_FC512 = Layout(
 )
 
 
-def without_stem_relu(state_dict: dict[str, Tensor]) -> dict[str, Any]:
-    state_dict['stem_linear'] = torch.tensor(True)
-    return {}
-
-
 # reid-strong-baseline, April 2020 (unchanged since March 2019): its ResNets have no ReLU after the stem's bn1, but its
 # ResNet50-IBN-a does, and also has an unused `fc`. The published configurations test with 256x128.
 STRONG: dict[str, Any] = {
@@ -125,7 +121,7 @@ STRONG: dict[str, Any] = {
 }
 STRONG_BASELINE = Layout(
     "reid-strong-baseline's names translated, stem_linear set: no ReLU behind the first normalisation",
-    adapt=without_stem_relu,
+    sets=('stem_linear',),
     **STRONG | {'assumed': {'project': 'reid-strong-baseline', **STRONG['assumed']}},
 )
 STRONG_BASELINE_IBN = Layout("reid-strong-baseline's names translated", unused=r'^base\.fc\.', **STRONG)
@@ -178,17 +174,12 @@ FASTREID = (
 )
 
 
-def without_embedding_relu(state_dict: dict[str, Tensor]) -> dict[str, Any]:
-    state_dict['embedding_linear'] = torch.tensor(True)
-    return {}
-
-
 # Person_reID_baseline_pytorch, v1.1.0 of May 2025 (unchanged since v1.0.1 of December 2021): the feature is the output
 # of a linear layer and batch normalisation, without a ReLU; features of mirror images are added. Earlier releases,
 # whose files look the same, may have had a LeakyReLU there.
 FT_NET: dict[str, Any] = {
     'marks': (r'^model\.', r'^classifier\.add_block\.0\.weight$'),
-    'adapt': without_embedding_relu,
+    'sets': ('embedding_linear',),
     'test': tested('cosine', 'bicubic', flip_test=True),
 }
 FT_NET_HEAD: Names = (

@@ -112,6 +112,7 @@ def normalised(state_dict: Mapping[str, Tensor], where: str, seen: str = '', ask
                     kept = {name: value for name, value in layout.assumed.items() if name != 'project'}
                     layout = replace(layout, assumed=kept)
             ours = _renamed(used, lambda key, layout=layout: _translated(key, layout), where)  # type: ignore[misc]
+            ours |= dict.fromkeys(layout.sets, torch.tensor(True))
             test = {**layout.test, **layout.adapt(ours)}
             if not _is_normalisation(*test.get('normalisation', IMAGENET)):
                 raise UserError(f'{where} has a pixel_mean or pixel_std that cannot be used; get the file again')
@@ -163,9 +164,10 @@ def settled(
         UserError: an assumption is unknown, or does not apply to the file.
     """
     state_dict = dict(named.state_dict)
-    default = OWN_WITH_NECK if 'bottleneck.weight' in state_dict and not recorded else Layout('')
+    has_neck = 'bottleneck.weight' in state_dict
+    default = OWN_WITH_NECK if has_neck and not recorded else Layout('')
     layout = named.layout or default
-    assumed = {name: value for name, value in layout.assumed.items() if _is_open(name, state_dict)}
+    assumed = {name: value for name, value in layout.assumed.items() if has_neck or name != 'neck_feature'}
     for name, value in chosen.items():
         if name not in ASSUMPTIONS or value not in ASSUMPTIONS[name]:
             choices = ', '.join(f'{name}={"|".join(values)}' for name, values in ASSUMPTIONS.items())
@@ -183,11 +185,6 @@ def settled(
     if made.get('pooling') == 'gem':
         state_dict.setdefault('pool.p', torch.tensor([3.0]))
     return state_dict, made, [f'{name}={value}' for name, value in values.items()]
-
-
-def _is_open(name: str, state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether the weights leave the assumption `name` open; `neck_feature` needs a neck."""
-    return name != 'neck_feature' or 'bottleneck.weight' in state_dict
 
 
 def parts(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:

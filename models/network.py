@@ -167,6 +167,14 @@ class Network(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.001)
 
 
+def embed(network: nn.Module, images: Tensor, flip_test: bool) -> Tensor:
+    """Features (B, feat_dim), float32, of (B, 3, H, W); with `flip_test` the mean of those of each image and its mirror
+    image.
+    """
+    features: Tensor = network(images).float()
+    return (features + network(images.flip(3)).float()) / 2 if flip_test else features
+
+
 class Replacement(Network):
     """Computes another network's features by other means, such as a compiled graph; images are prepared as for it."""
 

@@ -16,7 +16,7 @@ import eval_metrics
 import page
 from files.writing import Unwritten, write_whole
 from ranking import Ranking
-from readers.tree import Dataset
+from readers.tree import Dataset, ids_of, paths_of
 from runtime.errors import UserError
 from utils import write_json
 
@@ -58,10 +58,7 @@ def write(
     arrays = {
         'query_files': _files(query),
         'gallery_files': _files(gallery),
-        'q_pids': _column(query, 1),
-        'g_pids': _column(gallery, 1),
-        'q_camids': _column(query, 2),
-        'g_camids': _column(gallery, 2),
+        **dict(zip(('q_pids', 'g_pids', 'q_camids', 'g_camids'), ids_of(query, gallery), strict=True)),
         **{name: getattr(result, name) for name in KEPT},
         **more,
     }
@@ -95,10 +92,6 @@ def write_page(folder: str | Path, unwritten: Unwritten) -> None:
             raise OSError(f'the page cannot be created ({type(problem).__name__}: {problem})') from problem
 
 
-def _column(items: Sequence[tuple], column: int) -> np.ndarray:
-    return np.array([item[column] for item in items])
-
-
 def _write_table(
     path: Path, dataset: Dataset, result: Ranking, g_pids: np.ndarray, scores: dict[str, np.ndarray]
 ) -> None:
@@ -109,18 +102,19 @@ def _write_table(
         listed = range(1, result.nearest.shape[1] + 1)
         names = [name for rank in listed for name in (f'nearest_{rank}', f'match_{rank}')]
         table.writerow(['query', 'pid', 'camid', 'AP', 'first_rank', 'matches', 'nearest_wrong', *scores, *names])
-        for row, (paths, pid, camid) in enumerate(dataset.query):
+        for row, query in enumerate(dataset.query):
+            _, pid, camid = query
             begin, end = result.offsets[row : row + 2]
             first_rank = result.ranks[begin] if end > begin else ''
             near = [int(place) for place in result.nearest[row] if place >= 0]
             wrong = next((dataset.name_of(g_pids[place]) for place in near if g_pids[place] != pid), '')
             named: list[tuple[str, object]] = [
-                (_frames(dataset.gallery[place][0])[0], int(g_pids[place] == pid)) for place in near
+                (paths_of(dataset.gallery[place])[0], int(g_pids[place] == pid)) for place in near
             ]
             named += [('', '')] * (len(listed) - len(near))
             ap, *added = (_shown(values[row]) for values in (precisions, *scores.values()))
             person, camera, matches = dataset.name_of(pid), '' if dataset.no_cameras else camid, end - begin
-            table.writerow([_frames(paths)[0], person, camera, ap, first_rank, matches, wrong, *added, *chain(*named)])
+            table.writerow([paths_of(query)[0], person, camera, ap, first_rank, matches, wrong, *added, *chain(*named)])
 
 
 def _shown(score: float) -> str:
@@ -133,14 +127,10 @@ def _files(items: Sequence[tuple]) -> np.ndarray:
     If a name contains one of these separators, each separator is preceded by a NUL, which cannot occur in names, and a
     NUL ends the text.
     """
-    rows = [frames[:: -(-len(frames) // FRAMES_WRITTEN)] for frames in (_frames(paths) for paths, _, _ in items)]
+    rows = [frames[:: -(-len(frames) // FRAMES_WRITTEN)] for frames in map(paths_of, items)]
     mark = '\0' if any('\n' in path or '\t' in path for frames in rows for path in frames) else ''
     text = f'{mark}\n'.join(f'{mark}\t'.join(frames) for frames in rows) + mark
     return np.frombuffer(text.encode('utf-8', 'surrogateescape'), np.uint8)
-
-
-def _frames(paths: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (paths,) if isinstance(paths, str) else paths
 
 
 def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:

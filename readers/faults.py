@@ -62,7 +62,7 @@ def _unmatched(dataset: Dataset, others: list[Item]) -> Iterator[Finding]:
 
 def _of_images(dataset: Dataset, train: list[Item], test: list[Item], jobs: int) -> Iterator[Finding]:
     """The findings that need all images to be opened."""
-    persons: dict[str, set[int]] = {}  # those that a file is listed for
+    persons: dict[str, set[int]] = {}  # for whom each file is listed
     for items, ignored in ((train, set[int]()), (test, distractors(dataset))):
         for item in items:
             for path in paths_of(item):

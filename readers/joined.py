@@ -15,8 +15,6 @@ class Joined(Dataset):
     Distractors keep pid 0. Cameras are renumbered from 0 in the same way. If the cameras of one data set are unknown,
     all cameras count as unknown.
 
-    `set_of` is the number, from 0, of the data set of each training item.
-
     Raises UserError if a data set is given twice, if images and videos are mixed, or if two training sets share files,
     because their persons would then have two labels.
     """
@@ -50,11 +48,7 @@ class Joined(Dataset):
             camera_names=camera_names,
             no_cameras=no_cameras,
         )
-        self._set_of = [number for number, dataset in enumerate(datasets) for _ in dataset.train]
-
-    @property
-    def set_of(self) -> Sequence[int]:
-        return self._set_of
+        self.set_of = [number for number, dataset in enumerate(datasets) for _ in dataset.train]
 
 
 def combined(dataset: Dataset) -> Dataset:
@@ -91,8 +85,7 @@ def _check_joinable(datasets: Sequence[Dataset]) -> None:
         kind, first = dataset.kind, datasets[0].kind
         if kind != first:
             raise UserError(
-                f'-d: {plain(datasets[0].name, 500)} has {_THINGS[first]}, and {name} has {_THINGS[kind]}; give data '
-                'sets of one kind'
+                f'-d: {plain(datasets[0].name, 500)} has {first}s, and {name} has {kind}s; give data sets of one kind'
             )
         files = _files(dataset)
         shared = [path for path in files if path in by_file]
@@ -102,9 +95,6 @@ def _check_joinable(datasets: Sequence[Dataset]) -> None:
                 f'{plain(shared[0], 500)}, so that persons would have two labels; give one of the two'
             )
         by_file |= dict.fromkeys(files, name)
-
-
-_THINGS = {'image': 'images', 'video': 'videos'}
 
 
 def _files(dataset: Dataset) -> list[str]:

@@ -95,6 +95,7 @@ class Dataset:
         self.kind = 'image' if all(isinstance(paths, str) for paths, _, _ in some) else 'video'
         labels = {pid: label for label, pid in enumerate(self.train_pids)}
         self.train: list[Item] = [(paths, labels[pid], camid) for paths, pid, camid in train]
+        self.set_of: Sequence[int] = [0] * len(train)
         self.query, self.gallery = list(query), list(gallery)
         self.num_train_pids, self.num_query_pids, self.num_gallery_pids = map(
             count_pids, (self.train, self.query, self.gallery)
@@ -111,10 +112,6 @@ class Dataset:
             print(f'Passed over: {listed(named, os.path.dirname(os.path.dirname(named[0])))}')
         if differences := self.differences():
             print(f'It differs from the published {title or name}: {"; ".join(differences)}')
-
-    @property
-    def set_of(self) -> Sequence[int]:
-        return [0] * len(self.train)
 
     def name_of(self, pid: int) -> str:
         """The person's name or number in the data."""

@@ -4,13 +4,12 @@ Each process of a run computes its share of a batch; gradients, mined triplets a
 batch.
 """
 
-import contextlib
 import functools
 import inspect
 import os
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -90,12 +89,10 @@ class Run:
         """
         return torch.cuda.Stream(self.device) if self.device.type == 'cuda' else None
 
-    @contextlib.contextmanager
-    def autocast(self, testing: bool = False) -> Iterator[None]:
+    def autocast(self, testing: bool = False) -> torch.autocast:
         """Autocast to bfloat16 for the model call, if that is this run's precision. Weights stay float32."""
         precision = self.test_precision if testing else self.precision
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == 'bf16'):
-            yield
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == 'bf16')
 
     def place(self, module: Module) -> Module:
         """Move `module` to the device, in the channels_last layout, in which convolutions are fastest."""

@@ -35,8 +35,8 @@ class RunFolder:
     def newest(self) -> tuple[Path | None, weights.Weights | None]:
         """The newest intact checkpoint of a run, and its path.
 
-        Copies of files may have lost their times: of files of later positions, and of those with other names than a run
-        writes, the time recorded in them counts.
+        Copying may change modification times. Therefore files of later positions, and files with names that a run does
+        not write, are compared by the time recorded in them.
         """
         newest: tuple[Path, weights.Weights] | None = None
         for path in sorted(self.folder.glob('*_*.pth.tar'), key=age):

@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable
-from typing import NoReturn, Protocol, TypeVar
+from typing import TypeVar
 
 Value = TypeVar('Value')
 
@@ -70,15 +70,7 @@ def gpu_list(text: str) -> str:
     return text
 
 
-class OptionParser(Protocol):
-    """A parser of --rerank, --k1, --k2 and --lambda."""
-
-    def get_default(self, dest: str, /) -> object: ...
-
-    def error(self, message: str, /) -> NoReturn: ...
-
-
-def check_reranking(parser: OptionParser, args: argparse.Namespace) -> None:
+def check_reranking(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Report options that have no effect without --rerank."""
     for flag, name in (('--k1', 'k1'), ('--k2', 'k2'), ('--lambda', 'lambda_value')):
         if not args.rerank and getattr(args, name) != parser.get_default(name):

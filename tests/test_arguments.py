@@ -173,12 +173,3 @@ def test_a_home_folder_that_the_shell_left_alone(script, tmp_path, monkeypatch):
     assert parse(script, '--resume=~/file').resume == expected['file']
     assert sorted(path.name for path in tmp_path.iterdir()) == ['file', 'log']
     assert not {'save_dir', 'data_dir', 'resume', 'pretrained'} & set(args.save.recipe)  # it resumes elsewhere
-
-
-def test_a_requirement_names_the_values():
-    parser = arguments.parser('an experiment', dataset='market1501', test_batch=1)
-    parser.add_argument('--alpha', type=float, default=1.0, help='of the experiment')
-    parser.require(lambda args: args.alpha < 2, '--alpha {alpha} is too much')
-    assert parser.parse_args(['--alpha', '1.5']).save.recipe['alpha'] == 1.5
-    with pytest.raises(SystemExit):
-        parser.parse_args(['--alpha', '2.5'])

@@ -35,14 +35,14 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     ),
     'extract': (
         'batches.workers dataset_loader evaluation extraction.engines extraction.images extraction.source '
-        'files.draft files.paths runtime.cards runtime.commands runtime.cpu runtime.device runtime.precision '
-        'runtime.values transforms'
+        'files.draft files.paths models.network runtime.cards runtime.commands runtime.cpu runtime.device '
+        'runtime.precision runtime.values transforms'
     ),
     'losses': '',
     'ranking': 'eval_metrics files.features reranking runtime.commands runtime.tiles runtime.values',
     'report': 'page page.activations runtime.commands runtime.values',
     'reranking': 'eval_metrics runtime.tiles',
-    'samplers': 'transforms',
+    'samplers': 'batches.rounds transforms',
     'search': (
         'arguments data_manager evaluation extract extraction.images files.index files.paths page.found ranking '
         'runtime.commands runtime.notices runtime.testset runtime.values'
@@ -81,6 +81,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'batches.decoding': 'files.kinds',
     'batches.feed': 'batches.caching batches.workers',
     'batches.resizing': '',
+    'batches.rounds': '',
     'batches.workers': 'runtime.memory runtime.signals runtime.system',
     'files': '',
     'files.download': 'models.network',
@@ -112,7 +113,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
         'readers.tree runtime.best_model runtime.device runtime.meters runtime.notices runtime.provenance '
         'runtime.run_folder runtime.state utils weights'
     ),
-    'runtime.checks': 'data_manager extraction.compiling files.kinds models runtime.processes runtime.values',
+    'runtime.checks': 'data_manager extraction.compiling files.kinds models runtime.processes',
     'runtime.commands': 'runtime.console runtime.memory',
     'runtime.console': '',
     'runtime.cpu': '',

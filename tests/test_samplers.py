@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from batches.rounds import balanced_order, repeated
 from runtime.errors import UserError
 from samplers import (
     AUGMENTATION,
@@ -17,9 +18,7 @@ from samplers import (
     AllImagesSampler,
     RandomIdentitySampler,
     RandomSampler,
-    balanced_order,
     generator,
-    repeated,
 )
 
 
@@ -107,6 +106,18 @@ def test_other_identities_meet_in_each_epoch():
     expected = 200 * 10 * 6 / 190  # batches, pairs in each, pairs of identities
     assert len(met) == 190
     assert max(abs(count - expected) for count in met.values()) < 6 * expected**0.5
+
+
+@pytest.mark.parametrize('sets', [1, 2, 3])
+def test_an_identity_meets_many_others_in_an_epoch(sets):
+    """Of the 59 others an identity meets 27 in 5 batches of 8 if these are independent of each other, and 13 if they are consecutive."""
+    data = images(*[20] * 60)
+    groups = np.array([pid % sets for _, pid, _ in data]) if sets > 1 else None
+    met = np.zeros((60, 60))
+    for batch in AllImagesSampler(data, 4, 32, groups=groups).draw(0)[0].tolist():
+        pids = list({data[index][1] for index in batch})
+        met[np.ix_(pids, pids)] = 1
+    assert met.sum(1).mean() - 1 > 24
 
 
 def test_all_images_of_an_identity_are_drawn_equally_often():

@@ -1,0 +1,50 @@
+"""Orders in which items are used in rounds: all of them in random order, before any is repeated."""
+
+import numpy as np
+
+
+def balanced_order(groups: np.ndarray, count: int, batch: int, rng: np.random.Generator) -> np.ndarray:
+    """Indices int64 (count,) of `count` items in batches of `batch`, with equal shares of the groups.
+
+    groups: (N,), the group of each item, any integers
+
+    The groups take turns, in random order, so the shares of two groups, in a batch and in total, differ by at most 1;
+    in a batch that is smaller than the number of groups, all items are from different groups. The items of a group are
+    used in random order, all of them before any is repeated, and none is twice in a batch unless its group has fewer
+    items than its share of that batch. Within a batch the order is random.
+    """
+    items = split_by(groups)
+    chosen = np.empty(count, dtype=np.int64)
+    for turn, group in enumerate(rng.permutation(len(items))):
+        places = np.arange(turn, count, len(items))
+        chosen[places] = repeated(items[group], places // batch, rng)
+    for begin in range(0, count, batch):
+        rng.shuffle(chosen[begin : begin + batch])
+    return chosen
+
+
+def repeated(
+    items: np.ndarray, batches: np.ndarray, rng: np.random.Generator, first_round: np.ndarray | None = None
+) -> np.ndarray:
+    """Items in random order, all of them before any is repeated, one for each element of `batches`: (n,).
+
+    batches: (n,), ascending: the batch of each. No item is twice in a batch, unless there are too few items.
+    first_round: some of the items, to be used before all others
+    """
+    rounds = [rng.permutation(items if first_round is None else first_round)]
+    count = len(rounds[0])
+    while count < len(batches):
+        begin, end = np.searchsorted(batches, batches[count], 'left'), np.searchsorted(batches, batches[count], 'right')
+        before = rounds[-1][begin - count :] if begin < count else rounds[-1][:0]  # earlier in this batch
+        more = rng.permutation(items)
+        first = np.flatnonzero(~np.isin(more, before))[: end - count]  # that complete this batch
+        rounds.append(np.concatenate([more[first], np.delete(more, first)]))
+        count += len(items)
+    return np.concatenate(rounds)[: len(batches)]
+
+
+def split_by(values: np.ndarray) -> list[np.ndarray]:
+    """The indices of each distinct value of `values` (N,), in ascending order of the values."""
+    by_value = np.argsort(values, kind='stable')  # (N,)
+    _, starts = np.unique(values[by_value], return_index=True)
+    return np.split(by_value, starts[1:])
