@@ -78,7 +78,8 @@ class Recipe:
     width: int = option(128, 'image width, in pixels', type=positive_int)
     train_batch: int = option(32, 'images per batch, over all GPUs together', type=positive_int)
     balance: str = option('none',
-        'equal shares of the data sets of -d A,B, or of the cameras, in every batch; see docs/data.md',
+        'equal shares of the data sets of -d A,B, or of the cameras, in every batch; in P x K batches the K images of '
+        'an identity from different cameras; see docs/data.md',
         choices=('none', 'dataset', 'camera'))  # fmt: skip
     padding: int = option(0, 'black pixels to add around an image for a random crop, which replaces the translation',
         type=nonnegative_int)  # fmt: skip
@@ -92,7 +93,9 @@ class Recipe:
         type=epochs_or_never)  # fmt: skip
     gamma: float = option(0.1, 'factor by which the learning rate is multiplied at each decay', type=positive_float)
     weight_decay: float = option(5e-4, 'L2 penalty, as implemented in Adam', type=nonnegative_float)
-    seed: int = option(1, 'random seed for initial weights, data order and augmentation', type=seed)
+    seed: int = option(1,
+        'random seed for initial weights, data order and augmentation, and for drawing persons (folder:DIR, '
+        '--validate)', type=seed)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -309,12 +309,12 @@ def generators_kept() -> Iterator[None]:
 
 
 def estimate(dataset: Items) -> tuple[int, bool]:
-    """By a sample of 64: bytes of all images, and whether reading them draws from the global random generators."""
+    """Bytes of all images, by at most 64 of them, and whether reading them draws from the global random generators."""
 
     def drawn() -> tuple[float, ...]:
         return random.random(), np.random.random(), torch.rand(()).item()  # noqa: NPY002
 
-    indices = range(0, len(dataset), max(len(dataset) // 64, 1))
+    indices = range(0, len(dataset), max(-(-len(dataset) // 64), 1))
     with generators_kept():
         seed_generators(0)
         first = drawn()

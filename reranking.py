@@ -80,7 +80,7 @@ def reranked(
         block = (1 - lambda_value) * (1 - shared / (2 - shared))
         for left in range(0, width, 2048):
             columns = slice(left, left + 2048)
-            euclidean = squared_distances(queries[rows], gallery[columns]).cpu().numpy()
+            euclidean = squared_distances(queries[rows], gallery[columns]).clamp_(min=0).cpu().numpy()
             block[:, columns] += lambda_value * euclidean / farthest[: len(queries)][rows, None]
         return block
 
@@ -125,7 +125,10 @@ def _graph(places: np.ndarray) -> sparse.csr_array:
 
 
 def _distances_between(everyone: Points, keys: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """(n,) float32: distances of n pairs of points, looked up in the keys (N, k) of the nearest points, or computed."""
+    """(n,) float32: distances of n pairs of points, looked up in the keys (N, k) of the nearest points, or computed.
+
+    Those that rounding made negative are 0: they are divided by the largest distance, which may be next to 0.
+    """
     number = len(keys)
     listed = (np.arange(number)[:, None] * number + (keys & 0xFFFFFFFF)).ravel()  # (N k,)
     order = np.argsort(listed)
@@ -137,4 +140,4 @@ def _distances_between(everyone: Points, keys: np.ndarray, rows: np.ndarray, col
         ours, theirs = everyone[torch.from_numpy(rows[part])], everyone[torch.from_numpy(columns[part])]
         products = (ours.features * theirs.features).sum(1)  # (512,)
         distances[part] = (ours.norms + theirs.norms - 2 * products).cpu()
-    return distances
+    return distances.clip(min=0)

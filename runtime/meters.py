@@ -111,7 +111,7 @@ class LossMeter:
                 if self.count % self.options.print_freq == 0:
                     self._print(bar)
         self.record()
-        if HIDDEN in self.means and self.means[HIDDEN].avg == 1 and not self.warned:
+        if HIDDEN in self.means and self.means[HIDDEN].avg == 1 and not (start or self.warned):
             self.warned = True
             print(
                 f'Collapse: throughout epoch {epoch + 1} the network gave nearly equal features to all images of a '

@@ -51,7 +51,7 @@ def points(
     """Queries and gallery as checked `Points` on the gallery's device. Raises UserError like `rank`.
 
     The cosine distance, 1 - cosine, is the squared Euclidean distance of features scaled to length sqrt(1/2). A zero
-    feature has distance 1 from all others.
+    feature, or one too short to be scaled (about 1e-19), has distance 1 from all others.
     """
     gallery = torch.as_tensor(g_features).detach()
     queries = torch.as_tensor(q_features).detach().to(gallery.device)
@@ -69,7 +69,7 @@ def points(
                 f'index {wrong[0]}: check the weights and the precision of the model'
             )
         if distance == 'cosine':
-            scales = torch.where(norms > 0, (0.5 / norms).sqrt(), 0)
+            scales = torch.where(norms >= torch.finfo(torch.float32).tiny, (0.5 / norms).sqrt(), 0)
             both.append(Points(features, torch.full_like(norms, 0.5), scales))
         else:
             both.append(Points(features, norms))

@@ -95,6 +95,9 @@ def test_collapse_is_reported_once_when_it_lasts_an_epoch(capsys, meter):
     for loss, value in ((0.3, 1.0), (0.3, 0.0)):
         watch(sometimes, [loss], collapsed=torch.tensor(value))
     assert capsys.readouterr().out.count('Collapse: ') == 1  # the first of these two epochs
+    resumed = meter(1)
+    watch(resumed, [0.3, 0.3], start=1, collapsed=torch.tensor(1.0))  # the rest of an epoch does not count
+    assert 'Collapse' not in capsys.readouterr().out
 
 
 def rows(folder):

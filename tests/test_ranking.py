@@ -84,6 +84,15 @@ def test_collapsed_features(high, path):
     check(ranking.rank(*features, *ids, tile=(7, 16)), exact_distances(*features), ids)
 
 
+@pytest.mark.parametrize('length', [0, 1e-30, 1e-21, 1e-20])
+def test_features_too_short_for_the_cosine_distance_have_distance_1_from_all_others(length, path):
+    """The factor that would scale them is infinite, so that distances were NaN, and all matches came first."""
+    rng = np.random.default_rng(0)
+    ids = draw_ids(rng, 20, 150, 5, 3)
+    features = [length * np.ones((number, 4), np.float32) for number in (20, 150)]
+    check(ranking.rank(*features, *ids, distance='cosine'), np.ones((20, 150)), ids)
+
+
 def test_a_run_that_computes_with_0_in_place_of_small_numbers_ranks_equally(path):
     """Distances of exactly 0 are nearer than the next larger number, and equally near."""
     rng = np.random.default_rng(0)

@@ -83,6 +83,21 @@ def test_reranking_of_collapsed_features_is_defined():
     assert result.ranks.tolist() == [*range(1, 10)] * 3
 
 
+@pytest.mark.usefixtures('path')
+def test_reranking_of_a_collapsed_network_is_as_bad_as_chance():
+    """Rounding makes distances of equal features negative; they were divided by a number next to 0, and all NaN."""
+    pids, camids = np.arange(120) % 20, np.arange(120) % 3
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        features = torch.randn(512, generator=generator) + 1e-7 * (seed % 2) * torch.randn(
+            120, 512, generator=generator
+        )
+        features = features.expand(120, 512).contiguous()
+        ids = pids[:40], pids[40:], camids[:40], camids[40:]
+        result = ranking.rerank(features[:40], features[40:], *ids)
+        assert np.isfinite(result.distances).all() and result.mAP < 0.3
+
+
 @pytest.mark.parametrize('parameters', [(0, 6, 0.3), (20, 0, 0.3), (20, 6, 1.5)])
 def test_reranking_refuses_odd_parameters(parameters):
     with pytest.raises(UserError, match='re-ranking needs'):

@@ -110,7 +110,7 @@ def test_other_identities_meet_in_each_epoch():
 
 @pytest.mark.parametrize('sets', [1, 2, 3])
 def test_an_identity_meets_many_others_in_an_epoch(sets):
-    """Of the 59 others an identity meets 27 in 5 batches of 8 if these are independent of each other, and 13 if they are consecutive."""
+    """Of 59 others an identity meets 27 in 5 batches of 8 that are independent, and 13 in consecutive ones."""
     data = images(*[20] * 60)
     groups = np.array([pid % sets for _, pid, _ in data]) if sets > 1 else None
     met = np.zeros((60, 60))
