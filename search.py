@@ -71,8 +71,15 @@ def _features(
         if len(files) == 1:
             unread[files[0]] = str(problem)
             return [], torch.empty(0, extractor.feat_dim)
-    parts = [_features(extractor, [file], unread) for file in files]  # the others, one by one
+    middle = len(files) // 2  # search for the file in the halves, so that few batches are small
+    parts = [_features(extractor, half, unread) for half in (files[:middle], files[middle:])]
     return [file for some, _ in parts for file in some], torch.cat([features for _, features in parts])
+
+
+def report(unread: Mapping[str, str]) -> None:
+    """Print why images were left out."""
+    for reason in unread.values():
+        print(f'Left out: {plain(reason, 1000)}', file=sys.stderr)
 
 
 def calibrate(extractor: FeatureExtractor, name: str, data_dir: str) -> dict[str, Any]:
@@ -228,7 +235,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     parser.add_argument('--page', type=values.path, metavar='FILE', help='write a page that shows the images')
     parser.add_argument('--index', type=values.path, default=str(index.default_root()), help='(default: %(default)s)')
-    parser.add_argument('--forget', action='store_true', help='remove the index of --weights, or all indices')
+    parser.add_argument(
+        '--forget',
+        action='store_true',
+        help='remove the index of --weights, used with the same options, or all indices',
+    )
     add_options(parser)
     args = parser.parse_args()
     if bool(args.gallery) != bool(args.query) or not (args.gallery or args.calibrate or args.forget):
@@ -266,11 +277,11 @@ def main() -> None:
     args = parse()
     if args.forget:
         digest = extractor_of(args).digest if args.weights else ''
-        removed = index.forget(args.index, digest)
-        print('\n'.join(f'Removed {folder}' for folder in removed) or f'There is no index in {args.index}')
+        none = f'There is no index {"of these weights and options " if digest else ""}in {args.index}'
+        print('\n'.join(f'Removed {folder}' for folder in index.forget(args.index, digest)) or none)
         return
     files = files_of(args.gallery)
-    queries = [[path] for path in files_of(args.query)]
+    pictures: Sequence[str] = files_of(args.query)
     extractor = extractor_of(args)
     place = index.Index(args.index, extractor.digest, extractor.feat_dim)
     if args.calibrate:
@@ -280,25 +291,29 @@ def main() -> None:
         for rate in PRINTED_RATES:
             with contextlib.suppress(UserError):  # too few pairs
                 print(f'Match: {words_of(threshold_of(calibration, rate))}')
-    if not queries:
+    if not pictures:
         return
     limit = limit_of(args, place, extractor.distance)
     files = list(dict.fromkeys(map(os.path.abspath, files)))  # one file may be named in several ways
     folders = [os.path.abspath(folder) for folder in folders_of(args.gallery)]
     unread = refresh(place, extractor, files, folders)
-    for reason in unread.values():
-        print(f'Left out: {plain(reason, 1000)}', file=sys.stderr)
+    report(unread)
     readable = [file for file in files if file not in unread]
     gallery = place.gallery(readable, extractor.distance)
     if not gallery.paths:
         raise UserError('no image of the gallery can be read')
     if missing := len(readable) - len(gallery.paths):  # of another search, or --forget
         print(f'Left out: {missing} images that another program has just removed; search again', file=sys.stderr)
-    features = extractor([path for query in queries for path in query])  # (Q, D)
+    unread = {}
+    pictures, features = _features(extractor, pictures, unread)  # (Q, D)
+    report(unread)
+    if not pictures:
+        raise UserError('no image of the query can be read')
+    queries = [[picture] for picture in pictures]
     if args.fuse:
         if extractor.distance == 'cosine':  # which compares directions: no picture counts more than another
             features = F.normalize(features)
-        queries, features = [[path for query in queries for path in query]], features.mean(0, keepdim=True)
+        queries, features = [[*pictures]], features.mean(0, keepdim=True)
     results = search(queries, features, gallery, args.k, extractor.distance, limit['threshold'] if limit else None)
     facts = {'weights': args.weights, **extractor.description, 'gallery': len(gallery.paths), 'limit': limit}
     if args.page:

@@ -205,7 +205,9 @@ def machine() -> str:
 
     from runtime.processes import usable_cores
 
-    names = {line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if 'name' in line}
+    facts = Path('/proc/cpuinfo')  # only on Linux
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    names = {line.split(':')[1].strip() for line in lines if 'name' in line} or {platform.machine()}
     gpus = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())} or {'no CUDA device'}
     return (
         f'{usable_cores()} of {os.cpu_count()} CPUs ({", ".join(sorted(names))}), {", ".join(sorted(gpus))}, Python '

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import eval_metrics
-from page.runs import VALIDATION, TestedRun, interval
+from page.runs import VALIDATION, TestedRun, interval, labelled
 from runtime.errors import plain
 
 if TYPE_CHECKING:  # matplotlib is slow to import
@@ -198,7 +198,9 @@ def embedding(run: TestedRun) -> Chart | None:
             colour, marker = SERIES[number % 6], 'os^DvP'[number // 6 % 6]
             for queried, style in enumerate((SMALL, LARGE)):
                 some = (pids == pid) & (is_query == queried)
-                label = plain(run.name_of(int(pid)), 24) if queried or not is_query[pids == pid].any() else None
+                label = (
+                    labelled(plain(run.name_of(int(pid)), 24)) if queried or not is_query[pids == pid].any() else None
+                )
                 axes.scatter(*plane[some].T, color=colour, marker=marker, label=label, **style)
         axes.set_aspect('equal', 'datalim')  # distances are the same in every direction
         small: dict[str, Any] = {'fontsize': 9, 'title_fontsize': 9, 'labelspacing': 0.25, 'handletextpad': 0.1}

@@ -5,7 +5,8 @@ The page is made from these files and the images alone.
 
 import csv
 import importlib.util
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ def write(
       nearest item of another identity if that is among the ten nearest, its score by each added metric, and for each of
       the ten nearest items its path and whether it is a match (1 or 0). The path of a tracklet is that of its first
       frame.
-    - ranking.npz: the arrays KEPT of `result`, the paths, pids and camids of query and gallery, and `more`; if persons
-      have names, the pids of the queries and their names.
+    - ranking.npz: the arrays KEPT of `result`, the absolute paths, pids and camids of query and gallery, and `more`; if
+      persons have names, the pids of the queries and their names.
 
     results.csv names persons as in the data, and leaves unknown cameras empty.
     """
@@ -64,8 +65,7 @@ def write(
     }
     if dataset.names:
         pids = sorted({pid for _, pid, _ in query})
-        named = [(dataset.name_of(pid), pid, 0) for pid in pids]
-        arrays |= {'named_pids': np.array(pids), 'pid_names': _files(named)}
+        arrays |= {'named_pids': np.array(pids), 'pid_names': _lines([dataset.name_of(pid)] for pid in pids)}
     writers: dict[str, Callable[[Path], object]] = {
         'results.csv': lambda path: _write_table(path, dataset, result, arrays['g_pids'], scores),
         'ranking.npz': lambda path: _save_arrays(path, arrays),
@@ -122,12 +122,18 @@ def _shown(score: float) -> str:
 
 
 def _files(items: Sequence[tuple]) -> np.ndarray:
-    """uint8: the path of each item, one per line; for a tracklet, up to FRAMES_WRITTEN frames separated by tabs.
+    """The absolute path of each item, for a tracklet up to FRAMES_WRITTEN of its frames; see `_lines`."""
+    some = (frames[:: -(-len(frames) // FRAMES_WRITTEN)] for frames in map(paths_of, items))
+    return _lines([os.path.abspath(path) for path in frames] for frames in some)
+
+
+def _lines(names: Iterable[Sequence[str]]) -> np.ndarray:
+    """uint8: a line for each row of names, which are separated by tabs.
 
     If a name contains one of these separators, each separator is preceded by a NUL, which cannot occur in names, and a
     NUL ends the text.
     """
-    rows = [frames[:: -(-len(frames) // FRAMES_WRITTEN)] for frames in map(paths_of, items)]
+    rows = list(names)
     mark = '\0' if any('\n' in path or '\t' in path for frames in rows for path in frames) else ''
     text = f'{mark}\n'.join(f'{mark}\t'.join(frames) for frames in rows) + mark
     return np.frombuffer(text.encode('utf-8', 'surrogateescape'), np.uint8)

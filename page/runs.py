@@ -36,6 +36,11 @@ def shown(name: str) -> str:
     return name.encode('utf-8', 'replace').decode()
 
 
+def labelled(name: str) -> str:
+    """A name as it can be in a legend: matplotlib leaves out names that begin with an underscore."""
+    return f' {name}' if name.startswith('_') else name
+
+
 @dataclass(frozen=True, eq=False)
 class TestedRun:
     """The contents of a run's files, and quantities derived from them."""
@@ -68,7 +73,7 @@ class TestedRun:
     def short_name(self) -> str:
         """For legends."""
         name = shown(self.name)
-        return name if len(name) <= 24 else f'…{name[-23:]}'
+        return labelled(name if len(name) <= 24 else f'…{name[-23:]}')
 
     @property
     def notices(self) -> list[str]:
@@ -174,7 +179,13 @@ def read(save_dir: str | Path) -> TestedRun:
         if lacking := NEEDED - summary.keys() - arrays.keys():
             raise ValueError(f'{min(lacking)} is missing in results.json or ranking.npz')
         place = folder.resolve().parent if summary.get('validation') else folder
-        run = TestedRun(str(save_dir), summary, arrays, *_read_metrics(place / 'metrics.csv'))
+        where = place / 'metrics.csv'
+        try:
+            curves = _read_metrics(where)
+        except (ValueError, LookupError, TypeError) as problem:
+            reason = plain(f'{type(problem).__name__}: {problem}')
+            raise UserError(f'{where} is damaged ({reason}); without it the page has no curves: rename it') from problem
+        run = TestedRun(str(save_dir), summary, arrays, *curves)
         _ = run.targets  # checks their form
         same = run.valid.any() and abs(run.ap[run.valid].mean() - summary['mAP']) < 1e-4
         complete = len(run.queries) == len(run.valid) and len(run.files['gallery']) == len(arrays['g_pids'])
@@ -218,7 +229,7 @@ def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
 
 
 def _split(paths: np.ndarray) -> list[list[str]]:
-    """The inverse of `results._files`: the frames of each item."""
+    """The inverse of `results._lines`: the frames of each item."""
     text = paths.tobytes().decode('utf-8', 'surrogateescape')
     mark = '\0' if text.endswith('\0') else ''
     return [line.split(f'{mark}\t') for line in text.removesuffix('\0').split(f'{mark}\n')]

@@ -21,6 +21,7 @@ from test_report import put_run
 import data_manager
 import report
 import toy
+from page import found
 
 WINDOW = 1340, 2220  # pixels
 
@@ -212,6 +213,30 @@ def test_nothing_runs_out_of_a_narrow_window(page):
     page.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', narrow)
     assert page.execute_script('return document.documentElement.scrollWidth') == 400
     assert all(head.size['height'] < 40 for head in page.find_elements('css selector', '.cameras th'))  # unbroken
+
+
+@pytest.mark.parametrize('width', [400, 800, 1340])
+def test_wide_pictures_and_long_names_stay_in_their_place(page, saved, tmp_path, width):
+    """Pictures of a square and of a strip of 8 frames, on the page of a search."""
+    files = []
+    for number in range(12):
+        files.append(str(tmp_path / f'{"a_long_name_without_a_break_" * 3}{number}.png'))
+        Image.new('RGB', (60 + 8 * number, 60), 'red').save(files[-1])
+    near = [{'rank': rank, 'path': path, 'distance': 1.0, 'match': None} for rank, path in enumerate(files[:10], 1)]
+    results = [{'query': query, 'unknown': None, 'results': near} for query in (files[:1], files[:8])]
+    facts = dict.fromkeys(('arch', 'height', 'width', 'precision', 'distance'), 'x')
+    facts |= {'weights': f'{"long_" * 30}.pth', 'gallery': 12}
+    show(page, found.write(tmp_path / 'found.html', results, facts, ''))
+    size = {'width': width, 'height': 900, 'deviceScaleFactor': 1, 'mobile': False}
+    page.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', size)
+    assert page.execute_script('return document.documentElement.scrollWidth') == width
+    script = 'return [...document.images].map(each => [each, each.parentElement].map(e => e.getBoundingClientRect()))'
+    places = page.execute_script(script)
+    assert len(places) == 22
+    for image, around in places:
+        assert image['width'] > 30 and image['right'] <= around['right'] + 1 and image['left'] >= around['left']
+    lists = page.execute_script('return [...document.querySelectorAll("ol")].map(each => each.clientWidth)')
+    assert min(lists) >= width / 2  # the results have most of the place
 
 
 def test_no_error_and_no_request(browser, saved, tmp_path):

@@ -217,6 +217,16 @@ def test_names_that_are_no_utf8(saved, market):
     assert 'lost?.jpg' in report.write(saved).read_text()
 
 
+def test_names_that_begin_with_an_underscore_are_in_the_legends(tmp_path, market, monkeypatch):
+    folders = [put_run(tmp_path / name, market) for name in ('_old', 'new')]
+    pids = np.unique([pid for _, pid, _ in market.query])
+    change(folders[0], named_pids=pids, pid_names=text([f'_unknown {pid}' for pid in pids]))
+    assert report.write(folders[0]).read_text().count('> _unknown ') >= 2
+    monkeypatch.chdir(tmp_path)
+    compared = report.compare(['_old', 'new'], 'compare.html').read_text()
+    assert compared.count('> _old</text>') == compared.count('>new</text>') >= 3
+
+
 def test_pictures_that_are_gone_leave_a_box(saved, market):
     change(saved, gallery_files=text([f'gone/{i}.jpg' for i in range(len(market.gallery))]))
     page = report.write(saved).read_text()
@@ -272,6 +282,16 @@ def test_a_folder_without_results_is_refused_in_one_line(saved, spoil):
     with pytest.raises(UserError) as refused:
         report.write(saved)
     assert '\n' not in str(refused.value) and str(saved) in str(refused.value)
+
+
+@pytest.mark.parametrize('rows', ['epoch;batch;loss\n1;2;3\n', 'epoch,batch\n1,x\n', 'epoch,batch,mAP\n'])
+def test_a_damaged_table_of_the_training_is_named(saved, rows):
+    """A test writes it no better, so the advice is another one than for the results."""
+    (saved / 'metrics.csv').write_text(rows)
+    with pytest.raises(UserError, match=rf'{saved}/metrics\.csv is damaged \(.*\); without it the page has no curves'):
+        report.write(saved)
+    (saved / 'metrics.csv').unlink()
+    assert report.write(saved).exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers

@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ import search
 import weights
 from extract import FeatureExtractor
 from extraction.images import files_of
-from runtime.errors import UserError
+from runtime.errors import Unreadable, UserError
 
 OPTIONS = {'arch': 'tiny', 'height': 32, 'width': 16}
 
@@ -203,6 +204,32 @@ def test_images_that_cannot_be_read_are_left_out(command, gallery, queries):
     assert (status, error.splitlines()[-1]) == (2, 'error: no image of the gallery can be read')
 
 
+def test_queries_that_cannot_be_read_are_left_out(command, gallery, queries, tmp_path):
+    broken = tmp_path / 'broken.jpg'
+    broken.write_text('no image')
+    whole = command('--gallery', gallery, '--query', *queries[:2])[1]
+    status, out, error = command('--gallery', gallery, '--query', queries[0], broken, queries[1])
+    assert (status, out) == (0, whole) and f'Left out: cannot read the image {broken}: it is not a JPEG' in error
+    status, _, error = command('--gallery', gallery, '--query', broken)
+    assert (status, error.splitlines()[-1]) == (2, 'error: no image of the query can be read')
+
+
+def test_a_broken_image_costs_few_small_batches(tmp_path):
+    """Its batch is divided into halves, not into single images."""
+    files, asked = [f'{number}.jpg' for number in range(256)], []
+
+    def extract(some):
+        asked.append(len(some))
+        if '100.jpg' in some:
+            raise Unreadable('cannot read the image 100.jpg')
+        return torch.zeros(len(some), 3)
+
+    extractor, unread = Mock(side_effect=extract, feat_dim=3), {}
+    readable, features = search._features(extractor, files, unread)
+    assert [*unread] == ['100.jpg'] and readable == [file for file in files if file != '100.jpg']
+    assert features.shape == (255, 3) and len(asked) == 17 and sum(asked) < 3 * 256
+
+
 def test_other_faults_are_not_those_of_images(command, gallery, queries, monkeypatch):
     def forward(model, x):
         raise UserError('--compile: no compiler')
@@ -350,6 +377,9 @@ def test_a_picture_that_is_gone_leaves_the_index_also_with_a_pattern(command, ga
     os.remove(gone)
     assert command(*args)[0] == 0
     assert rows() == {*others}
+    shutil.rmtree(tmp_path / 'cams' / '1')  # the pattern no longer matches the folder
+    assert command(*args)[0] == 0
+    assert rows() == {path for path in others if '/cams/0/' in path} and len(rows()) < len(others)
 
 
 def test_files_without_numbers_are_told_apart_by_their_names(monkeypatch, gallery, queries):
@@ -385,6 +415,8 @@ def test_the_index_is_removed(command, found, queries, tmp_path):
     (folder,) = (tmp_path / 'cache' / 'deep-person-reid' / 'index').iterdir()
     assert command('--forget')[:2] == (0, f'Removed {folder}\n')
     assert command('--forget', path=None)[:2] == (0, f'There is no index in {folder.parent}\n')
+    expected = f'There is no index of these weights and options in {folder.parent}\n'
+    assert command('--forget')[:2] == (0, expected)
     assert not folder.exists()
 
 
