@@ -37,7 +37,7 @@ HELD_OUT_NOTICE = (
     'these figures are for persons held out of the training set, by which best_model.pth.tar is chosen; they are not '
     'those of a test set'
 )
-FRAMES = 15  # with --seq-len 0, frames per tracklet of --test-batch, the default of --seq-len
+FRAMES = 15  # of a tracklet: the default of --seq-len; with --seq-len 0, those that count for --test-batch
 
 
 class Test:

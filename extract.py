@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from batches.workers import SizeGroup, collate
 from dataset_loader import ImageDataset, TestLoader, VideoDataset
-from evaluation import pool
+from evaluation import FRAMES, pool
 from extraction.engines import ENGINES
 from extraction.images import IMAGES_HELP, cut, files_of, listed, pixels_of, tracklets_of
 from extraction.source import source_of
@@ -40,7 +40,6 @@ from runtime.precision import tf32
 from transforms import TestTransform
 
 DEFAULT_BATCH = {'cpu': 32, 'cuda': 256}  # images per batch: a GPU needs more to be fully used
-SEQ_LEN = 15  # per tracklet, the default of --seq-len
 
 
 class FeatureExtractor:
@@ -167,7 +166,7 @@ class FeatureExtractor:
             yield features
             done += len(features)
 
-    def stream_tracklets(self, tracklets: Sequence[tuple[str, ...]], frames: int = SEQ_LEN) -> Iterator[Tensor]:
+    def stream_tracklets(self, tracklets: Sequence[tuple[str, ...]], frames: int = FRAMES) -> Iterator[Tensor]:
         """The features (b, D) of tracklets, given as the paths of their frames in order.
 
         As in a test, a feature is the mean over `frames` frames, or the maximum for weights trained with --pool max.
@@ -303,13 +302,13 @@ def main() -> None:
     parser.add_argument('-o', '--out', type=values.path, required=True, help='folder to write; it must not exist yet')
     parser.add_argument('--tracklets', action='store_true', help='the images of a folder are frames of one tracklet')
     parser.add_argument(
-        '--seq-len', type=values.positive_int, help=f'frames taken of each tracklet (default: {SEQ_LEN})'
+        '--seq-len', type=values.positive_int, help=f'frames taken of each tracklet (default: {FRAMES})'
     )
     add_options(parser)
     args = parser.parse_args()
     if args.seq_len and not args.tracklets:
         parser.error('--seq-len: images have no frames; add --tracklets, or remove it')
-    frames = args.seq_len or SEQ_LEN
+    frames = args.seq_len or FRAMES
     files = files_of(args.images)
     items: list[Paths] = [*(tracklets_of(files) if args.tracklets else files)]
     extractor = extractor_of(args)

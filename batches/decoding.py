@@ -7,7 +7,7 @@ import time
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from files.kinds import HEAD, PICTURES, recognised
+from files.kinds import PICTURES, recognised_file
 from runtime.errors import Unreadable
 
 FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'PPM', 'TIFF', 'WEBP')  # Pillow reads these without running another program
@@ -38,19 +38,11 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error and more
             failure = error
     if isinstance(failure, UnidentifiedImageError):
-        reason = _recognised(path) or f'it is not a {", ".join(FORMATS[:-1])} or {FORMATS[-1]} file'
+        unknown = f'is not a {", ".join(FORMATS[:-1])} or {FORMATS[-1]} file'
+        reason = f'it {recognised_file(path, *PICTURES) or unknown}'
     else:
         reason = getattr(failure, 'strerror', None) or str(failure) or type(failure).__name__
     raise Unreadable(' '.join(f'cannot read the image {os.fspath(path)}: {reason}'.splitlines())) from failure
-
-
-def _recognised(path: str | os.PathLike) -> str:
-    try:
-        with open(path, 'rb') as file:
-            what = recognised(file.read(HEAD), *PICTURES)
-    except OSError:
-        return ''
-    return f'it {what}' if what else ''
 
 
 def decode(path: str | os.PathLike) -> Image.Image:

@@ -21,7 +21,7 @@ from extract import FeatureExtractor
 from extraction.images import files_of
 from files.index import Gallery
 from runtime import cpu
-from runtime.tiles import DISTANCES, points
+from runtime.tiles import DISTANCES, points_of
 from table import Row, in_a_fresh_process, row, seconds, take_turns
 
 ARCH, NUMBER, DIM = 'osnet_x1_0', 1_000_000, 512
@@ -64,7 +64,7 @@ def searched(turns: int) -> list[tuple[str, list[float], float]]:
         features = torch.from_numpy(np.memmap(path, '<f4', 'c', shape=(NUMBER, DIM)))
         query = features[4711:4712] + 0.1
         for distance in DISTANCES:
-            loaded = points(features[:0], features, 0, NUMBER, distance)[1]
+            loaded = points_of('gallery', features, distance)
             gallery = Gallery(['image'] * NUMBER, np.arange(NUMBER), loaded)
             assert gallery.nearest(query, 10, distance)[0][0, 0] == 4711
             before, most = anonymous(), [0.0]

@@ -71,31 +71,35 @@ class Compiled(Replacement):
         return features
 
 
-def check_compiler(what: str) -> None:
-    """Raise UserError, a line about the option `what`, unless a C++ compiler and Python's header files are found."""
-    compiler = os.environ.get('CXX')  # torch uses CXX as it is, else g++, on macOS clang++
-    usual = 'clang++' if sys.platform == 'darwin' else 'g++'
+# Language, environment variable, usual programs, and the environment variables of folders of header files
+CPP = 'C++', 'CXX', ('clang++' if sys.platform == 'darwin' else 'g++',), ('CPATH', 'CPLUS_INCLUDE_PATH')  # for torch
+C = 'C', 'CC', ('gcc', 'clang'), ('CPATH', 'C_INCLUDE_PATH')  # for triton, which compiles its launcher
+
+
+def check_compiler(language: str, variable: str, usual: tuple[str, ...], folders: tuple[str, ...]) -> None:
+    """Raise UserError, a line about --compile, unless a compiler and Python's header files are found."""
+    compiler = os.environ.get(variable)  # used as it is
     if compiler is not None and not shutil.which(compiler):
         raise UserError(
-            f'{what} needs a C++ compiler, and CXX is {compiler!r} in the environment, which was not found: set it to '
-            f'the path of one, or remove {what}'
+            f'--compile needs a {language} compiler, and {variable} is {compiler!r} in the environment, which was not '
+            f'found: set it to the path of one, or remove --compile'
         )
-    if compiler is None and not shutil.which(usual):
+    if compiler is None and not any(map(shutil.which, usual)):
         raise UserError(
-            f'{what} needs a C++ compiler, and there is no {usual}: install it, set CXX in the environment to the path '
-            f'of another, or remove {what}'
+            f'--compile needs a {language} compiler, and there is no {" or ".join(usual)}: install one, set {variable} '
+            f'in the environment to the path of another, or remove --compile'
         )
-    check_headers(what, ('CPATH', 'CPLUS_INCLUDE_PATH'))
+    check_headers(folders)
 
 
-def check_headers(what: str, variables: tuple[str, ...]) -> None:
+def check_headers(variables: tuple[str, ...]) -> None:
     """Raise UserError unless Python.h is in one of the folders of `include_folders`."""
     folders = include_folders(variables)
     if not any((folder / 'Python.h').is_file() for folder in folders):
         version = '.'.join(map(str, sys.version_info[:2]))
         raise UserError(
-            f"{what} needs Python's header files, and there is no {folders[0] / 'Python.h'}: install them (on "
-            f'Debian and Ubuntu the package python{version}-dev), or remove {what}'
+            f"--compile needs Python's header files, and there is no {folders[0] / 'Python.h'}: install them (on "
+            f'Debian and Ubuntu the package python{version}-dev), or remove --compile'
         )
 
 

@@ -78,7 +78,7 @@ class Source:
             UserError: it is on a GPU or in an ONNX file, or there is no compiler.
         """
         self._check_for_cpu('--compile', device)
-        compiling.check_compiler('--compile')
+        compiling.check_compiler(*compiling.CPP)
         return compiling.Compiled(self.model, self.usage.height, self.usage.width, batch)
 
     def by_engine(self, device: torch.device, engine: str, precision: str, batch: int) -> Network:

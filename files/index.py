@@ -26,7 +26,7 @@ from torch import Tensor
 
 from files.paths import Stamp, stamp_of
 from runtime.errors import UserError, plain
-from runtime.tiles import NONE, Points, distances_of, in_threads, nearer, nearest_host, points, squared_distances
+from runtime.tiles import NONE, Points, distances_of, in_threads, nearer, nearest_host, points_of, squared_distances
 
 WIDTH = 16384  # rows that are compared at a time: 32 MB of 512 dimensions
 QUERIES = 1024  # that are compared at a time, by each thread: 64 MB of distances
@@ -60,7 +60,7 @@ class Gallery(NamedTuple):
         return np.concatenate([places for places, _ in parts]), np.concatenate([distances for _, distances in parts])
 
     def _nearest(self, features: Tensor, order: np.ndarray, k: int, distance: str) -> tuple[np.ndarray, np.ndarray]:
-        queries = points(features, self.points.features[:0], len(features), 0, distance)[0][:]
+        queries = points_of('query', features, distance)[:]
         keys = np.full((len(features), k), NONE)  # (Q, k)
         lock, spare = Lock(), list[Tensor]()
 
@@ -190,7 +190,7 @@ class Index:
         held = [path for path in paths if os.fsencode(path) in known]
         rows = np.array([known[os.fsencode(path)] for path in held], np.int64)  # (G,)
         whole = torch.from_numpy(features)
-        return Gallery(held, rows, points(whole[:0], whole, 0, len(whole), distance)[1])
+        return Gallery(held, rows, points_of('gallery', whole, distance))
 
     def fact(self, name: str) -> Any:
         """The value stored under a name, None if there is none."""

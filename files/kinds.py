@@ -64,6 +64,15 @@ def recognised(head: bytes, *kinds: Kind) -> str:
     return ''
 
 
+def recognised_file(path: str | os.PathLike, *kinds: Kind) -> str:
+    """`recognised` of the first bytes of a file; '' if it cannot be read."""
+    try:
+        with open(path, 'rb') as file:
+            return recognised(file.read(HEAD), *kinds)
+    except OSError:
+        return ''
+
+
 def recognised_zip(names: Iterable[str]) -> str:
     """Like `recognised`, for a zip file with these records."""
     names = list(names)

@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from batches.decoding import SUFFIXES
-from files.kinds import HEAD, recognised
+from files.kinds import HEAD, recognised, recognised_file
 from readers.place import find
 from readers.tree import Dataset, Tracklet, camids_of, usable
 from runtime.errors import UserError, plain
@@ -192,12 +192,7 @@ def _read_table(path: str, key: str) -> np.ndarray:
 
 def _recognised(path: str, key: str) -> str:
     """The kind of a file that scipy cannot read, and what to do; '' if it is not recognised."""
-    try:
-        with open(path, 'rb') as file:
-            head = file.read(HEAD)
-    except OSError:
-        return ''
     advice = f"load it in MATLAB or Octave, and save('{os.path.basename(path)}', '{key}', '-v7')"
     new = rb'MATLAB 7\.3|\x89HDF', 'is a .mat file of version 7.3 (HDF5), which is not supported', advice
     octave = b'# Created by Octave|Octave-1-', "is in Octave's own format, which is not supported", advice
-    return recognised(head, new, octave)
+    return recognised_file(path, new, octave)

@@ -4,7 +4,6 @@ import argparse
 import importlib.util
 import math
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -136,7 +135,7 @@ def check_compile(args: argparse.Namespace) -> None:
     if args.compile and not args.evaluate:
         check_training(args)
     elif args.compile and (args.use_cpu or not torch.cuda.is_available()):
-        compiling.check_compiler('--compile')
+        compiling.check_compiler(*compiling.CPP)
 
 
 def check_training(args: argparse.Namespace) -> None:
@@ -156,18 +155,7 @@ def check_training(args: argparse.Namespace) -> None:
         )
     if not importlib.util.find_spec('triton'):
         raise UserError('--compile needs triton, which is not installed: pip install triton, or remove --compile')
-    compiler = os.environ.get('CC')  # triton compiles its launcher with CC, else gcc, else clang
-    if compiler is not None and not shutil.which(compiler):
-        raise UserError(
-            f'--compile needs a C compiler, and CC is {compiler!r} in the environment, which was not found: set it to '
-            f'the path of one, or remove --compile'
-        )
-    if compiler is None and not (shutil.which('gcc') or shutil.which('clang')):
-        raise UserError(
-            '--compile needs a C compiler, and there is no gcc or clang: install one, set CC in the environment to '
-            'the path of another, or remove --compile'
-        )
-    compiling.check_headers('--compile', ('CPATH', 'C_INCLUDE_PATH'))
+    compiling.check_compiler(*compiling.C)
 
 
 def check_resume(args: argparse.Namespace) -> None:

@@ -16,12 +16,8 @@ from runtime.device import Run
 from runtime.errors import plain
 
 POOLING, RERANKING = ('seq_len', 'pool'), ('k1', 'k2', 'lambda_value')
-# The options of a test outside the recipe: those that change its figures, and those that do not
+# The options of a test outside the recipe that change its figures
 CHANGING = (*POOLING, 'distance', 'flip_test', 'any_camera', 'multi_query', 'rerank', *RERANKING)
-UNCHANGING = (
-    'test_batch', 'save_features', 'evaluate', 'eval_step', 'no_report', 'save_dir', 'resume', 'quiet', 'workers',
-    'given',
-)  # fmt: skip
 
 
 def as_in_project(options: TestOptions, model: Network) -> TestOptions:

@@ -48,32 +48,34 @@ def points(
     num_gallery: int,
     distance: str = 'euclidean',
 ) -> tuple[Points, Points]:
-    """Queries and gallery as checked `Points` on the gallery's device. Raises UserError like `rank`.
-
-    The cosine distance, 1 - cosine, is the squared Euclidean distance of features scaled to length sqrt(1/2). A zero
-    feature, or one too short to be scaled (about 1e-19), has distance 1 from all others.
-    """
+    """Queries and gallery as checked `Points` on the gallery's device. Raises UserError like `rank`."""
     gallery = torch.as_tensor(g_features).detach()
     queries = torch.as_tensor(q_features).detach().to(gallery.device)
-    both = []
     for subset, features, number in (('query', queries, num_queries), ('gallery', gallery, num_gallery)):
         if tuple(features.shape) != (number, gallery.size(-1)):
             raise UserError(
                 f'the {subset} features have shape {tuple(features.shape)}, not ({number}, {gallery.size(-1)})'
             )
-        norms = _squared_norms(features)
-        wrong = (4 * norms).isfinite().logical_not().nonzero().flatten().tolist()  # 4 |x|^2 bounds |q - g|^2
-        if wrong:
-            raise UserError(
-                f'{len(wrong)} of {number} {subset} features are not finite or too large to be squared, the first at '
-                f'index {wrong[0]}: check the weights and the precision of the model'
-            )
-        if distance == 'cosine':
-            scales = torch.where(norms >= torch.finfo(torch.float32).tiny, (0.5 / norms).sqrt(), 0)
-            both.append(Points(features, torch.full_like(norms, 0.5), scales))
-        else:
-            both.append(Points(features, norms))
-    return both[0], both[1]
+    return points_of('query', queries, distance), points_of('gallery', gallery, distance)
+
+
+def points_of(subset: str, features: Tensor, distance: str) -> Points:
+    """The features (N, D) of queries or of a gallery as `Points`. Raises UserError if one is not finite or too large.
+
+    The cosine distance, 1 - cosine, is the squared Euclidean distance of features scaled to length sqrt(1/2). A zero
+    feature, or one too short to be scaled (about 1e-19), has distance 1 from all others.
+    """
+    norms = _squared_norms(features)
+    wrong = (4 * norms).isfinite().logical_not().nonzero().flatten().tolist()  # 4 |x|^2 bounds |q - g|^2
+    if wrong:
+        raise UserError(
+            f'{len(wrong)} of {len(features)} {subset} features are not finite or too large to be squared, the first '
+            f'at index {wrong[0]}: check the weights and the precision of the model'
+        )
+    if distance != 'cosine':
+        return Points(features, norms)
+    scales = torch.where(norms >= torch.finfo(torch.float32).tiny, (0.5 / norms).sqrt(), 0)
+    return Points(features, torch.full_like(norms, 0.5), scales)
 
 
 def joined(queries: Points, gallery: Points) -> Points:

@@ -149,7 +149,7 @@ def test_a_test_on_a_cpu_needs_a_compiler(gpu, cpu, monkeypatch, capsys):
     assert parse(*options).compile
     (cpu / 'bin' / 'g++').rename(cpu / 'bin' / 'cc')
     assert refused(capsys, *options).startswith(
-        'error: --compile needs a C++ compiler, and there is no g++: install it'
+        'error: --compile needs a C++ compiler, and there is no g++: install one'
     )
     monkeypatch.setenv('CXX', 'cc')
     assert parse(*options).compile
