@@ -78,8 +78,8 @@ class Recipe:
     width: int = option(128, 'image width, in pixels', type=positive_int)
     train_batch: int = option(32, 'images per batch, over all GPUs together', type=positive_int)
     balance: str = option('none',
-        'equal shares of the data sets of -d A,B, or of the cameras, in every batch; in P x K batches the K images of '
-        'an identity from different cameras; see docs/data.md',
+        'equal shares of the data sets of -d A,B, or of the cameras, in every batch; camera in P x K batches: the K '
+        'images of an identity from different cameras; see docs/data.md',
         choices=('none', 'dataset', 'camera'))  # fmt: skip
     padding: int = option(0, 'black pixels to add around an image for a random crop, which replaces the translation',
         type=nonnegative_int)  # fmt: skip

@@ -192,7 +192,8 @@ class FeatureExtractor:
         with torch.inference_mode():
             batch = self.prepare(groups)  # (b, 3, h, w)
             with self.arithmetic():
-                features = embed(self.network, batch, self.mirrors).cpu()
+                features = embed(self.network, batch, self.mirrors)
+            features = features.cpu()
         return features.clone()  # which the caller may change
 
     @contextlib.contextmanager

@@ -281,7 +281,7 @@ class AllImagesSampler(RandomIdentitySampler):
         """The batch of each piece, int64 (pieces,): P in each batch, and those of an identity in different ones.
 
         The batches are used in rounds, each in a new random order, so that identities meet different others in each. A
-        group that does not fill its last round begins with a round of that length; such rounds of all groups take turns
+        group that does not fill all its rounds begins with a shorter one; the shorter rounds of all groups take turns
         among the batches.
         """
         turns, places = rng.permutation(self.batches), []

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
@@ -27,6 +26,7 @@ import data_manager
 import evaluation
 import ranking
 from arguments import TestOptions
+from batches.decoding import read_image
 from extract import FeatureExtractor, add_options, extractor_of
 from extraction.images import IMAGES_HELP, files_of, folders_of
 from files import index
@@ -67,13 +67,15 @@ def _features(
     """The readable files and their features; the reasons why the others cannot be read are added to `unread`."""
     try:
         return files, extractor(files)
-    except Unreadable as problem:
-        if len(files) == 1:
-            unread[files[0]] = str(problem)
-            return [], torch.empty(0, extractor.feat_dim)
-    middle = len(files) // 2  # search for the file in the halves, so that few batches are small
-    parts = [_features(extractor, half, unread) for half in (files[:middle], files[middle:])]
-    return [file for some, _ in parts for file in some], torch.cat([features for _, features in parts])
+    except Unreadable:
+        readable = []
+    for file in files:
+        try:
+            read_image(file)
+            readable.append(file)
+        except Unreadable as problem:
+            unread[file] = str(problem)
+    return readable, extractor(readable)
 
 
 def report(unread: Mapping[str, str]) -> None:

@@ -24,23 +24,25 @@ def balanced_order(groups: np.ndarray, count: int, batch: int, rng: np.random.Ge
 
 
 def repeated(
-    items: np.ndarray, batches: np.ndarray, rng: np.random.Generator, first_round: np.ndarray | None = None
+    items: np.ndarray, blocks: np.ndarray, rng: np.random.Generator, first_round: np.ndarray | None = None
 ) -> np.ndarray:
-    """Items in random order, all of them before any is repeated, one for each element of `batches`: (n,).
+    """Items in random order, all of them before any is repeated, one for each element of `blocks`: (n,).
 
-    batches: (n,), ascending: the batch of each. No item is twice in a batch, unless there are too few items.
-    first_round: some of the items, to be used before all others
+    blocks: (n,), ascending: the block of each, such as a batch. The items of a block are different ones, and if it has
+        more than there are, they are in it equally often, to within one.
+    first_round: some of the items; a shorter round of these precedes the rounds of all
     """
     rounds = [rng.permutation(items if first_round is None else first_round)]
     count = len(rounds[0])
-    while count < len(batches):
-        begin, end = np.searchsorted(batches, batches[count], 'left'), np.searchsorted(batches, batches[count], 'right')
-        before = rounds[-1][begin - count :] if begin < count else rounds[-1][:0]  # earlier in this batch
+    while count < len(blocks):
+        begin, end = np.searchsorted(blocks, blocks[count], 'left'), np.searchsorted(blocks, blocks[count], 'right')
+        before = np.concatenate(rounds)[begin:]  # earlier in this block
         more = rng.permutation(items)
-        first = np.flatnonzero(~np.isin(more, before))[: end - count]  # that complete this batch
+        times = (more[:, None] == before).sum(1)  # that each is in this block
+        first = np.argsort(times, kind='stable')[: end - count]  # the rarest complete it
         rounds.append(np.concatenate([more[first], np.delete(more, first)]))
         count += len(items)
-    return np.concatenate(rounds)[: len(batches)]
+    return np.concatenate(rounds)[: len(blocks)]
 
 
 def split_by(values: np.ndarray) -> list[np.ndarray]:

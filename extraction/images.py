@@ -118,18 +118,8 @@ def files_of(names: Sequence[str]) -> list[str]:
 
 
 def folders_of(names: Sequence[str]) -> list[str]:
-    """The folders that are searched for the images: those named by arguments, and those in which a pattern begins.
-
-    Folders in a list on stdin are not included.
-    """
-    return [folder for name in names if name != '-' and os.path.isdir(folder := _fixed(name))]
-
-
-def _fixed(name: str) -> str:
-    """`name` itself if it exists, otherwise the part of a pattern before the first folder with a wildcard."""
-    while not os.path.exists(name) and glob.has_magic(name):
-        name = os.path.dirname(name)
-    return name or os.curdir
+    """The folders named by arguments, directly or by a pattern; folders in a list on stdin are not included."""
+    return [path for name in names if name != '-' for path in _matching(name) if os.path.isdir(path)]
 
 
 def _matching(name: str) -> list[str]:

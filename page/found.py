@@ -55,7 +55,14 @@ def write(path: Path, results: Sequence[Mapping[str, Any]], facts: Mapping[str, 
         facts=facts,
         limit=limit,
         decimals=decimals,
-        missing=len({each['name'] for query in queries for each in [query, *query['results']] if not each['image']}),
+        missing=len(
+            {
+                os.path.abspath(each['name'])
+                for query in queries
+                for each in [query, *query['results']]
+                if not each['image']
+            }
+        ),
         tracklets=False,
         runs=[None],
         charts=[],

@@ -61,7 +61,7 @@ def _lists(
     small = functools.cache(thumbnail)
 
     def picture(run: TestedRun, subset: str, index: int) -> dict[str, Any]:
-        paths = run.files[subset][index]
+        paths = [run.located(path) for path in run.files[subset][index]]
         name, image = '/'.join(Path(paths[0]).parts[-2:]), small(tuple(paths), FRAMES_SHOWN[subset])
         if image is None:
             missing.add(paths[0])

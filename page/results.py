@@ -44,8 +44,8 @@ def write(
       nearest item of another identity if that is among the ten nearest, its score by each added metric, and for each of
       the ten nearest items its path and whether it is a match (1 or 0). The path of a tracklet is that of its first
       frame.
-    - ranking.npz: the arrays KEPT of `result`, the absolute paths, pids and camids of query and gallery, and `more`; if
-      persons have names, the pids of the queries and their names.
+    - ranking.npz: the arrays KEPT of `result`, the paths, pids and camids of query and gallery, the folder from which
+      the paths begin, and `more`; if persons have names, the pids of the queries and their names.
 
     results.csv names persons as in the data, and leaves unknown cameras empty.
     """
@@ -59,6 +59,7 @@ def write(
     arrays = {
         'query_files': _files(query),
         'gallery_files': _files(gallery),
+        'folder': _lines([[_here()]]),
         **dict(zip(('q_pids', 'g_pids', 'q_camids', 'g_camids'), ids_of(query, gallery), strict=True)),
         **{name: getattr(result, name) for name in KEPT},
         **more,
@@ -122,9 +123,16 @@ def _shown(score: float) -> str:
 
 
 def _files(items: Sequence[tuple]) -> np.ndarray:
-    """The absolute path of each item, for a tracklet up to FRAMES_WRITTEN of its frames; see `_lines`."""
-    some = (frames[:: -(-len(frames) // FRAMES_WRITTEN)] for frames in map(paths_of, items))
-    return _lines([os.path.abspath(path) for path in frames] for frames in some)
+    """The path of each item, for a tracklet up to FRAMES_WRITTEN of its frames; see `_lines`."""
+    return _lines(frames[:: -(-len(frames) // FRAMES_WRITTEN)] for frames in map(paths_of, items))
+
+
+def _here() -> str:
+    """The working directory; '' if it was removed."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ''
 
 
 def _lines(names: Iterable[Sequence[str]]) -> np.ndarray:

@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import math
+import os
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -158,6 +159,12 @@ class TestedRun:
         """'query' and 'gallery' -> for each item the path of its image, or those of up to 8 frames of a tracklet."""
         return {subset: _split(self.arrays[f'{subset}_files']) for subset in ('query', 'gallery')}
 
+    def located(self, path: str) -> str:
+        """The path of an image from here, or from the folder in which the test ran."""
+        if 'folder' not in self.arrays or os.path.exists(path):
+            return path
+        return os.path.join(_split(self.arrays['folder'])[0][0], path)
+
     @functools.cached_property
     def queries(self) -> list[tuple[str, int, int]]:
         """File name (the folder may have been moved), pid and camid: tests can be compared if these are equal."""
@@ -182,7 +189,7 @@ def read(save_dir: str | Path) -> TestedRun:
         where = place / 'metrics.csv'
         try:
             curves = _read_metrics(where)
-        except (ValueError, LookupError, TypeError) as problem:
+        except (ValueError, LookupError, TypeError, csv.Error) as problem:
             reason = plain(f'{type(problem).__name__}: {problem}')
             raise UserError(f'{where} is damaged ({reason}); without it the page has no curves: rename it') from problem
         run = TestedRun(str(save_dir), summary, arrays, *curves)

@@ -96,9 +96,10 @@ def check_batch(args: argparse.Namespace) -> None:
         raise UserError(f'--train-batch {args.train_batch}: a batch needs at least 2 images, for BatchNorm')
     instances = getattr(args, 'num_instances', 1)  # K of P x K batches
     if args.train_batch % instances:
+        below = max(args.train_batch // instances, 2) * instances
         raise UserError(
             f'--train-batch {args.train_batch} is not a multiple of --num-instances {instances} (P identities x K '
-            f'images)'
+            f'images): use {below} or {below + instances}'
         )
     processes = number_of_processes(args)
     if processes == 1 or (args.train_batch % processes == 0 and args.train_batch >= 2 * processes):

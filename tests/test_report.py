@@ -284,7 +284,9 @@ def test_a_folder_without_results_is_refused_in_one_line(saved, spoil):
     assert '\n' not in str(refused.value) and str(saved) in str(refused.value)
 
 
-@pytest.mark.parametrize('rows', ['epoch;batch;loss\n1;2;3\n', 'epoch,batch\n1,x\n', 'epoch,batch,mAP\n'])
+@pytest.mark.parametrize(
+    'rows', ['epoch;batch;loss\n1;2;3\n', 'epoch,batch\n1,x\n', 'epoch,batch,mAP\n', 'epoch,batch\n\0' + '0' * 200_000]
+)
 def test_a_damaged_table_of_the_training_is_named(saved, rows):
     """A test writes it no better, so the advice is another one than for the results."""
     (saved / 'metrics.csv').write_text(rows)

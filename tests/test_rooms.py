@@ -44,8 +44,8 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'reranking': 'eval_metrics runtime.tiles',
     'samplers': 'batches.rounds transforms',
     'search': (
-        'arguments data_manager evaluation extract extraction.images files.index files.paths page.found ranking '
-        'runtime.commands runtime.notices runtime.testset runtime.values'
+        'arguments batches.decoding data_manager evaluation extract extraction.images files.index files.paths '
+        'page.found ranking runtime.commands runtime.notices runtime.testset runtime.values'
     ),
     'transforms': 'batches.resizing',
     'utils': 'files.writing runtime.console',

@@ -120,6 +120,16 @@ def test_an_identity_meets_many_others_in_an_epoch(sets):
     assert met.sum(1).mean() - 1 > 24
 
 
+def test_identities_of_a_small_group_are_spread_evenly_over_the_batches():
+    data = images(*[9] * 12, 30, 50)  # the last two share half of each batch, so each is there several times
+    groups = np.array([int(pid >= 12) for _, pid, _ in data])
+    for seed in range(20):
+        sampler = AllImagesSampler(data, 4, 24, seed, groups)
+        pids = np.array([pid for _, pid, _ in data])[sampler.draw(0)[0].numpy()].reshape(-1, 6, 4)[:, :, 0]
+        for pid in (12, 13):
+            assert np.ptp((pids == pid).sum(1)) <= 1
+
+
 def test_all_images_of_an_identity_are_drawn_equally_often():
     data = images(10, 10)
     sampler = RandomIdentitySampler(data, 4, 8)

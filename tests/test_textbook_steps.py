@@ -4,7 +4,7 @@
 last step (test, checkpoint) is replaced. So the losses and their weights, the optimizers with their learning rates and
 the schedule are all held here.
 
-Either side takes its three steps alone, and both must end at the same weights, to 1e-6. The tiny network starts as a
+Either side takes its three steps alone, and both must end at the same weights, to 1e-6, and statistics, to 1e-5. The tiny network starts as a
 training does. ResNet50 continues as a resumed training does: with residual branches as calm as trained ones, and with
 second moments that are not zero. Adam's first step is nearly the sign of the gradient, which float32 leaves open where
 a gradient is of the size of its rounding error, and 53 BatchNorms over random weights make millions of such differences
@@ -36,6 +36,7 @@ LOSSES = {
 }
 STRONG = '--warmup 2 --decays 1'  # half of --lr in the first epoch; all of it in the second, which the decay halves
 TOLERANCE = 1e-6
+OF_FEATURES = 1e-5  # of centers and running statistics, which are made of features, whose rounding depends on the CPU
 BEFORE = {'tiny': 0, 'resnet50': 1000}  # steps of Adam that were taken before
 SQUARE = 1e-2  # second moment that they left
 
@@ -177,12 +178,12 @@ def test_three_steps_are_the_textbook_s(script, arch, tmp_path, monkeypatch):
             adam.step(params, grads, lr)
             if centers_grad is not None:
                 modules['cent'].centers -= LR_CENT * centers_grad
-                torch.testing.assert_close(after['cent'].centers, modules['cent'].centers, rtol=0, atol=TOLERANCE)
+                torch.testing.assert_close(after['cent'].centers, modules['cent'].centers, rtol=0, atol=OF_FEATURES)
 
         for param, expected in zip(trained(after['model']), params, strict=True):
             torch.testing.assert_close(param, expected, rtol=0, atol=TOLERANCE)
         for buffer, expected in zip(after['model'].buffers(), modules['model'].buffers(), strict=True):
-            torch.testing.assert_close(buffer, expected, rtol=TOLERANCE, atol=TOLERANCE)
+            torch.testing.assert_close(buffer, expected, rtol=OF_FEATURES, atol=OF_FEATURES)
     first = trained(snapshots[0]['model'])
     moved = sum((a - b).abs().gt(TOLERANCE).sum() for a, b in zip(params, first, strict=True))
     assert moved > 0.01 * sum(param.numel() for param in params)  # else nothing is held
