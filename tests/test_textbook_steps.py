@@ -4,11 +4,11 @@
 last step (test, checkpoint) is replaced. So the losses and their weights, the optimizers with their learning rates and
 the schedule are all held here.
 
-Either side takes its three steps alone, and both must end at the same weights, to 1e-6, and statistics, to 1e-5. The tiny network starts as a
-training does. ResNet50 continues as a resumed training does: with residual branches as calm as trained ones, and with
-second moments that are not zero. Adam's first step is nearly the sign of the gradient, which float32 leaves open where
-a gradient is of the size of its rounding error, and 53 BatchNorms over random weights make millions of such differences
-in two more steps.
+Either side takes its three steps alone, and both must end at the same weights, to 1e-6, and statistics, to 1e-5. The
+tiny network starts as a training does. ResNet50 continues as a resumed training does: with residual branches as calm as
+trained ones, and with second moments that are not zero. Adam's first step is nearly the sign of the gradient, which
+float32 leaves open where a gradient is of the size of its rounding error, and 53 BatchNorms over random weights make
+millions of such differences in two more steps.
 """
 
 import copy
