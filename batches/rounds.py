@@ -32,17 +32,17 @@ def repeated(
         more than there are, they are in it equally often, to within one.
     first_round: some of the items; a shorter round of these precedes the rounds of all
     """
-    rounds = [rng.permutation(items if first_round is None else first_round)]
-    count = len(rounds[0])
+    first = rng.permutation(items if first_round is None else first_round)
+    order, count = np.empty(len(blocks) + len(items), dtype=items.dtype), len(first)
+    order[:count] = first
     while count < len(blocks):
         begin, end = np.searchsorted(blocks, blocks[count], 'left'), np.searchsorted(blocks, blocks[count], 'right')
-        before = np.concatenate(rounds)[begin:]  # earlier in this block
         more = rng.permutation(items)
-        times = (more[:, None] == before).sum(1)  # that each is in this block
+        times = (more[:, None] == order[begin:count]).sum(1)  # that each is in this block so far
         first = np.argsort(times, kind='stable')[: end - count]  # the rarest complete it
-        rounds.append(np.concatenate([more[first], np.delete(more, first)]))
+        order[count : count + len(items)] = np.concatenate([more[first], np.delete(more, first)])
         count += len(items)
-    return np.concatenate(rounds)[: len(blocks)]
+    return order[: len(blocks)]
 
 
 def split_by(values: np.ndarray) -> list[np.ndarray]:
