@@ -56,7 +56,7 @@ STAGES = [  # runs by name and what they add to OPTIONS; the second stage reads 
 ]
 SHARED = 'train_img_model_xent_htri'  # is run in two processes: its loss needs the features of both
 VARYING_TEXT = re.compile(r'(?<=elapsed time \(h:m:s\): )\S+|\S+(?= GB free memory)')
-VARYING = ('date', 'revision', 'written', 'images_per_s', 'data_wait')  # entries that no two runs have in common
+VARYING = ('date', 'revision', 'written', 'folder', 'images_per_s', 'data_wait')  # entries that no two runs share
 FIRST = ('exit status', 'stderr', 'stdout', 'metrics.csv', 'results.json')  # in the report; then the other files
 SHOWN = 4  # files of a run, and lines of a file, that are listed
 STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
@@ -267,7 +267,7 @@ def read(path: Path, *roots: Path) -> Any:
         import numpy as np
 
         with np.load(path) as arrays:
-            return dict(arrays)
+            return _lasting(dict(arrays))
     text = _without(roots, path.read_text(encoding='utf-8', errors='surrogateescape'))
     if path.suffix == '.json':
         return _lasting(json.loads(text))

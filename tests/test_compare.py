@@ -173,14 +173,15 @@ def test_lines_are_compared_without_what_varies(tmp_path):
 
 
 def test_files_are_compared_by_what_they_hold(tmp_path):
-    """Notes, time, speed and revision aside; one more file, and another status, are differences."""
+    """Notes, time, place, speed and revision aside; one more file, and another status, are differences."""
     sides = []
     for number, name in enumerate(('old', 'new')):
         folder = tmp_path / name
         folder.mkdir()
         (folder / 'metrics.csv').write_text(f'epoch,images_per_s,data_wait,loss\n1,{number},{number},0.{number}\n')
         (folder / 'results.json').write_text(json.dumps({'mAP': 0.5, 'date': number, 'command': [f'{folder}/a.py']}))
-        np.savez(folder / 'ranking.npz', ranks=np.array([1, 2 + number]))
+        place = np.frombuffer(str(folder).encode(), np.uint8)
+        np.savez(folder / 'ranking.npz', ranks=np.array([1, 2 + number]), folder=place)
         made = {'revision': number, 'command': [f'{folder}/a.py']}
         options = {'lr': 1.0} | ({'new': 1} if number else {})
         state = {'arguments': options, 'recipe': options, 'provenance': made, 'state_dict': {'a': torch.zeros(1)}}
