@@ -291,7 +291,7 @@ def main() -> int:
     names = f'{", ".join(get_names())}, {OWN_NAMES}'
     parser.add_argument('-d', '--dataset', default='market1501', help=f'{names} (default: market1501)')
     parser.add_argument('--data-dir', type=values.path, default='data', help='where the data sets are (default: data)')
-    parser.add_argument('-j', '--jobs', type=int, default=os.cpu_count() or 1, help='processes (default: all cores)')
+    parser.add_argument('-j', '--jobs', type=values.positive_int, help='processes (default: all cores)')
     parser.add_argument(
         '--test-share', type=values.fraction, default=0.5,
         help='share of the persons of folder:DIR without a split to draw for the test (default: 0.5)',
@@ -304,13 +304,14 @@ def main() -> int:
     )  # fmt: skip
     args = parser.parse_args()
     started = time.monotonic()
-    if args.jobs < 1:
-        raise UserError(f'-j {args.jobs}: at least one process is needed')
     datasets = {
         name: init_dataset(name, args.data_dir, False, args.test_share, args.seed) for name in names_of(args.dataset)
     }
     if not (args.write_csv or args.sheet):
-        return max(_report_faults(dataset, name, args.jobs, started) for name, dataset in datasets.items())
+        from runtime.processes import usable_cores  # with torch, which the other uses of this room do not need
+
+        jobs = args.jobs or usable_cores()
+        return max(_report_faults(dataset, name, jobs, started) for name, dataset in datasets.items())
     dataset = Joined([*datasets.values()]) if len(datasets) > 1 else next(iter(datasets.values()))
     if args.write_csv:
         print(f'Wrote {plain(args.write_csv, 500)}: {table.write(dataset, args.write_csv)} rows')

@@ -132,9 +132,10 @@ def rerank(
     queries, gallery = points(q_features, g_features, len(ids[0]), len(ids[1]), distance)
     pairs, places = same_identity(*ids), np.arange(len(gallery))
     distances = np.zeros(len(pairs.places), np.float32)
-    tally = _no_tally(len(pairs.places), len(queries), NEAREST)
+    tally, lock = _no_tally(len(pairs.places), len(queries), NEAREST), Lock()
+    if not len(gallery):
+        return assemble(pairs, distances, tally)
     block_of = reranked(queries, gallery, k1, k2, lambda_value)
-    lock = Lock()
 
     def work(q: slice) -> None:
         block = block_of(q)  # (B, G)
@@ -146,7 +147,7 @@ def rerank(
         with lock:
             tally.histogram[:] += block_tally.histogram
 
-    step = max(1, BLOCK // max(1, len(gallery)))
+    step = max(1, BLOCK // len(gallery))
     in_threads(work, [(slice(top, top + step),) for top in range(0, len(queries), step)], torch.device('cpu'))
     return assemble(pairs, distances, tally)
 
@@ -188,10 +189,9 @@ def count(
     queries: Points, gallery: Points, places: np.ndarray, pairs: Pairs, distances: np.ndarray, tile: Tile | None = None
 ) -> Tally:
     """Count the items of the gallery, or of its part at `places`, that precede each pair, at `distances` (P,)."""
-    tally = _no_tally(len(pairs.places), len(queries), NEAREST)
+    tally, lock = _no_tally(len(pairs.places), len(queries), NEAREST), Lock()
     device = gallery.features.device
     tally_block = _tally_host if is_host(device) else _tally_device
-    lock = Lock()
 
     def work(q: slice, g: slice) -> None:
         block = squared_distances(queries[q], gallery[g])  # (B, W)

@@ -7,6 +7,7 @@
 The page is one file that needs no network and no server. Each test rewrites it.
 """
 
+import os
 from pathlib import Path
 
 from page import compare, write
@@ -54,8 +55,12 @@ def main() -> None:
             parser.error(f'--activations: {len(images)} images; give at most {MOST_MAPS}')
         if args.out and Path(args.out).suffix.lower() != '.png':
             parser.error(f'--out {args.out}: activation maps are written as PNG; give a name that ends in .png')
+        if args.out and os.path.realpath(args.out) in map(os.path.realpath, images):
+            parser.error(f'--out {args.out} is one of the images; give another name')
         path = activations(checkpoint, images, args.arch, args.assume, args.height, args.width, **out)
     elif len(args.save_dirs) > 1:
+        if args.out and Path(args.out).suffix.lower() != '.html':
+            parser.error(f'--out {args.out}: a comparison is a page; give a name that ends in .html')
         path = compare(args.save_dirs, **out)
     elif args.out:
         parser.error('--out: the page of a single run is report.html in its folder; remove the option')

@@ -235,7 +235,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument('-d', '--dataset', help=f'to calibrate on: {names}')
     parser.add_argument('--data-dir', type=values.path, default='data', help='where the data sets are (default: data)')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
-    parser.add_argument('--page', type=values.path, metavar='FILE', help='write a page that shows the images')
+    parser.add_argument('--page', type=values.page, metavar='FILE', help='write a page that shows the images')
     parser.add_argument('--index', type=values.path, default=str(index.default_root()), help='(default: %(default)s)')
     parser.add_argument(
         '--forget',

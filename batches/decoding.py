@@ -58,6 +58,7 @@ def decode(path: str | os.PathLike) -> Image.Image:
         if image.mode == 'F':
             raise ValueError('its pixels are floating-point numbers')
         if not image.mode.startswith('I'):
+            image.info.pop('transparency', None)  # of a palette; Pillow would warn that it is dropped
             return image.convert('RGB')
         grey = np.asarray(image)  # I;16 and similar modes, or 32 bits that hold 16; Pillow would clip them at 255
         if grey.min() < 0 or grey.max() >= 1 << 16:

@@ -47,9 +47,12 @@ class Folder(Dataset):
         everything = [item for items in by_split.values() for item in items]
         if not everything:
             raise UserError(f'{plain(root, 500)} contains no image of a person; {EXPECTED}')
-        if len({isinstance(paths, str) for paths, _, _ in everything}) > 1:
+        images = [paths for paths, _, _ in everything if isinstance(paths, str)]
+        tracklets = [os.path.dirname(paths[0]) for paths, _, _ in everything if not isinstance(paths, str)]
+        if images and tracklets:
             raise UserError(
-                f'{plain(root, 500)} contains images of some persons, and folders of frames of others; {EXPECTED}'
+                f'{plain(root, 500)} contains images of some persons, and folders of frames of others, such as '
+                f'{plain(images[0], 500)} and {plain(tracklets[0], 500)}; {EXPECTED}'
             )
         unknown = next((paths for paths, _, camera in everything if not camera), None)
         drawn = ''
@@ -69,12 +72,11 @@ class Folder(Dataset):
             ]
             for split in SPLITS
         ]
-        videos = not isinstance(everything[0][0], str)
         super().__init__(
             name,
             *lists,
             total=len(everything),
-            lengths=[len(paths) for paths, _, _ in everything] if videos else [],
+            lengths=[len(paths) for paths, _, _ in everything] if tracklets else [],
             passed_over=passed_over,
             names=names,
             no_cameras=unknown is not None,
@@ -91,7 +93,7 @@ def kind_of(root: str) -> str:
     for name in (_splits(root) or NO_SPLIT).values():
         for person in _folders(os.path.join(root, name), []):
             for entry in _entries(person.path):
-                if entry.is_dir():
+                if _is_folder(entry):
                     if _frames(entry.path, []):
                         return 'video'
                 elif entry.name.lower().endswith(SUFFIXES):
@@ -105,7 +107,9 @@ def _splits(root: str) -> dict[str, str]:
         fault = 'is not a folder' if os.path.exists(root) else 'does not exist'
         raise UserError(f'{plain(root, 500)} {fault}; {EXPECTED}')
     folders = {
-        entry.name.lower(): entry.name for entry in sorted(_entries(root), key=lambda each: each.name) if entry.is_dir()
+        entry.name.lower(): entry.name
+        for entry in sorted(_entries(root), key=lambda each: each.name)
+        if _is_folder(entry)
     }
     return {split: folders[split] for split in SPLITS if split in folders}
 
@@ -120,10 +124,17 @@ def _entries(folder: str) -> list[os.DirEntry]:
     return [seen[name] for name in sorted(seen, key=natural)]
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or into a folder that may not be entered
+        return False
+
+
 def _folders(folder: str, passed_over: list[str]) -> Iterator[os.DirEntry]:
     """The folders in `folder`; adds the rest to `passed_over`."""
     for entry in _entries(folder):
-        if entry.is_dir():
+        if _is_folder(entry):
             yield entry
         else:
             passed_over.append(entry.path)
@@ -137,9 +148,9 @@ def _scan(folder: str, passed_over: list[str]) -> list[NamedItem]:
         for entry in _entries(person.path):
             camera = CAMERA.search(entry.name)
             number = camera[1].lstrip('0') or '0' if camera else ''
-            if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir():
+            if entry.name.lower().endswith(SUFFIXES) and not _is_folder(entry):
                 items.append((entry.path, person.name, number))
-            elif entry.is_dir() and (frames := _frames(entry.path, passed_over)):
+            elif _is_folder(entry) and (frames := _frames(entry.path, passed_over)):
                 items.append((frames, person.name, number))
             else:
                 passed_over.append(entry.path)
@@ -150,10 +161,10 @@ def _scan(folder: str, passed_over: list[str]) -> list[NamedItem]:
 
 def _frames(folder: str, passed_over: list[str]) -> tuple[str, ...]:
     entries = _entries(folder)
-    frames = tuple(entry.path for entry in entries if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir())
+    frames = {entry.path: None for entry in entries if entry.name.lower().endswith(SUFFIXES) and not _is_folder(entry)}
     if frames:
-        passed_over += {entry.path for entry in entries}.difference(frames)
-    return frames
+        passed_over += [entry.path for entry in entries if entry.path not in frames]
+    return tuple(frames)
 
 
 def _draw(

@@ -79,7 +79,7 @@ class Market(Dataset):
         data need no such folder: the queries are used instead.
         """
         folder = os.path.join(self.root, 'gt_bbox')
-        if not os.path.isdir(folder) or not os.listdir(folder):
+        if not os.path.isdir(folder) or not _listed(folder):
             if not self.whole:
                 return self.query
             again = 'it is part of Market-1501-v15.09.15.zip: unzip that again'
@@ -106,10 +106,7 @@ class Market1501(Market):
 
 def _scan(folder: str, passed_over: list[str]) -> list[Image]:
     """(path, pid, camera) of the images in a folder, without junk, sorted by name; adds the rest to `passed_over`."""
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise UserError(f'{folder} cannot be read: {error.strerror}') from error
+    names = _listed(folder)
     items, others = [], []
     for name in names:
         if name.startswith('.') or not name.lower().endswith(SUFFIXES):
@@ -134,6 +131,13 @@ def _scan(folder: str, passed_over: list[str]) -> list[Image]:
         raise UserError(f'{folder} contains no images of persons{_instead(folder, others, len(names))}')
     passed_over += others
     return items
+
+
+def _listed(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f'{folder} cannot be read: {error.strerror}') from error
 
 
 def _instead(folder: str, others: list[str], total: int) -> str:

@@ -5,6 +5,7 @@ import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from batches.decoding import read_image
-from runtime.errors import UserError
+from runtime.errors import ProcessLost, UserError
 
 SIDE = 16  # of a perceptual hash, in bits
 # Near-duplicates may differ in this number of SIDE * SIDE bits. When 120 images of Market1501 were saved as JPEG of
@@ -37,10 +38,16 @@ class Look(NamedTuple):
 
 
 def look_at_all(paths: Sequence[str], jobs: int) -> Iterator[Look]:
-    """`look` at each path, in order, in `jobs` processes; shows a progress bar on a terminal."""
+    """`look` at each path, in order, in `jobs` processes; shows a progress bar on a terminal.
+
+    Raises ProcessLost if one of these is killed.
+    """
     pool = ProcessPoolExecutor(min(jobs, len(paths)))
     try:
         yield from tqdm(pool.map(look, paths, chunksize=64), total=len(paths), unit='image', leave=False, disable=None)
+    except BrokenProcessPool as problem:
+        why = 'a process that checks images was killed, probably because memory ran out: use fewer -j'
+        raise ProcessLost(why) from problem
     finally:
         pool.shutdown(cancel_futures=True)  # on an interruption, do not wait for the remaining images
 

@@ -28,6 +28,13 @@ def path(text: str) -> str:
     return os.path.expanduser(text)
 
 
+def page(text: str) -> str:
+    """The path of a page to write. It replaces a file of this name, so other kinds of files are refused."""
+    if not text.lower().endswith('.html'):
+        raise argparse.ArgumentTypeError(f'must end in .html, not {text!r}')
+    return path(text)
+
+
 def positive_int(text: str) -> int:
     return _number(text, int, 1, f'an integer of at least 1 (at most {MOST_INT})', most=MOST_INT)
 

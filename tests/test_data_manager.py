@@ -1,9 +1,11 @@
 """The table of data sets, and the command that opens every image of one."""
 
+import errno
 import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -20,7 +22,31 @@ import toy
 from readers import market1501, mars, pictures
 from readers.tree import Dataset
 from runtime import commands
-from runtime.errors import UserError
+from runtime.errors import ProcessLost, UserError
+
+
+def test_a_lost_process_of_the_check_is_one_line(monkeypatch):
+    """As when memory runs out."""
+    monkeypatch.setattr(pictures, 'look', die)
+    with pytest.raises(ProcessLost, match=r'^a process that checks images was killed, .*: use fewer -j$'):
+        list(pictures.look_at_all(['a.jpg'], 1))
+
+
+def die(path):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_boxes_that_may_not_be_read_are_one_line(data_dir, monkeypatch):
+    dataset, listdir = market1501.Market1501(str(data_dir)), os.listdir
+
+    def refused(folder):
+        if os.path.basename(folder) == 'gt_bbox':
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return listdir(folder)
+
+    monkeypatch.setattr(os, 'listdir', refused)
+    with pytest.raises(UserError, match=r'gt_bbox cannot be read: Permission denied$'):
+        dataset.multi_query()
 
 
 def test_toys_are_drawn_and_read(tmp_path, monkeypatch):
@@ -351,8 +377,8 @@ def test_mistakes_of_the_command_are_one_line(tmp_path, checked):
     for name, args, fault in (
         ('duke', (), "there is no data set 'duke'"),
         ('market1501', (), 'no market1501 or Market-1501-v15.09.15 in --data-dir'),
-        ('toy_mars', ('-j', '0'), '-j 0: at least one process is needed'),
-        ('toy_mars', ('-j', 'all'), "-j/--jobs: invalid int value: 'all'"),
+        ('toy_mars', ('-j', '0'), '-j/--jobs: must be an integer of at least 1 '),
+        ('toy_mars', ('-j', 'all'), '-j/--jobs: must be an integer of at least 1 '),
     ):
         status, _, errors = checked(name, *args)
         assert (status, errors[: len(fault) + 7]) == (2, f'error: {fault}')

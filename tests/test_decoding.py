@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import warnings
 import zlib
 
 import numpy as np
@@ -57,6 +58,15 @@ def test_other_kinds_of_pixels_become_rgb(mode, name, tolerance, tmp_path):
     assert image.mode == 'RGB' and image.size == (16, 32)
     difference = np.asarray(image).astype(int) - np.asarray(original.convert('RGB'))
     assert np.abs(difference).max() <= tolerance
+
+
+def test_a_palette_with_transparency_is_read_without_a_warning(tmp_path):
+    original = pictures.noise(32, 16).quantize(16)
+    original.save(tmp_path / 'a.png', transparency=bytes(range(16)))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        pixels = np.asarray(read_image(tmp_path / 'a.png'))
+    assert (pixels == np.asarray(original.convert('RGB'))).all()
 
 
 @pytest.mark.parametrize('name', ['a.png', 'a.tif'])

@@ -134,6 +134,7 @@ GREY = np.zeros((9, 9), np.uint8)
         (GREY, None, r'image 0 is an array of uint8 \(9, 9\): give uint8 \(H, W, 3\)'),
         ([np.zeros((9, 9, 3))], None, r'image 0 is an array of float64 \(9, 9, 3\)'),
         (['none.jpg'], None, 'cannot read the image none.jpg: No such file'),
+        (None, None, 'image 0 is a NoneType: give a path, a PIL image, an array or a tensor'),
         ([3], None, 'image 0 is a int: give a path, a PIL image, an array or a tensor'),
         (torch.zeros(9, 9, 3, dtype=torch.uint8), None, r'image 0 is a tensor of uint8 \(9, 9, 3\): give \(3, H, W\)'),
         (torch.full((3, 9, 9), -0.1), None, 'image 0 has values that are not from 0 to 1'),

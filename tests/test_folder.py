@@ -116,7 +116,7 @@ def test_videos(tmp_path):
         ((), ' does not exist; it must contain a folder of images for each person, or train, query and gallery'),
         (('a.jpg', 'b/x.txt'), ' contains no image of a person; it must contain a folder of images'),
         (('train/a.jpg',), ' contains no image of a person; '),
-        (('a/1.jpg', 'b/t1/1.jpg'), ' contains images of some persons, and folders of frames of others; '),
+        (('a/1.jpg', 'b/t1/1.jpg'), ' contains images of some persons, and folders of frames of others, such as '),
     ],
 )
 def test_mistakes_are_one_line(paths, fault, tmp_path):
@@ -207,6 +207,24 @@ def test_links_are_followed(tmp_path):
     root = people(tmp_path / 'people', persons=3)
     (tmp_path / 'people' / 'linked').symlink_to(tmp_path / 'people' / 'p0')
     assert Folder(root, test_share=0.0).num_train_pids == 4
+
+
+def test_a_link_that_cannot_be_followed_is_no_folder(tmp_path):
+    """One with the name of an image counts as one, and is reported when it is read."""
+    root = people(tmp_path / 'people', persons=3)
+    broken = [f'{root}/{name}' for name in ('loop', 'p0/c1_9.jpg', 'p0/loop')]
+    for path in broken:
+        os.symlink(os.path.basename(path), path)
+    assert folder.kind_of(root) == 'image'
+    dataset = Folder(root, test_share=0.0)
+    assert [path for path, _, _ in dataset.train if path in broken] == broken[1:2]
+    assert dataset.passed_over == [broken[0], broken[2]]
+
+
+def test_what_lies_beside_frames_is_reported_in_order(tmp_path):
+    stray = [f'a/c1 1/{number}.txt' for number in range(30)]
+    dataset = Folder(put(tmp_path / 'clips', 'a/c1 1/1.jpg', *stray), test_share=0.0)
+    assert dataset.passed_over == [f'{tmp_path}/clips/{name}' for name in stray]
 
 
 def test_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):

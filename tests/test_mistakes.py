@@ -365,6 +365,8 @@ IMAGES = [
     image('a folder among the queries', lambda path, _: path.mkdir(), 'Is a directory', EVALUATE, 'market1501/query'),
     image('a text where features are saved again', text, 'it is not a JPEG',
           f'{EVALUATE} --save-features --save-dir run', GALLERY),
+    image('a query that is a link to itself', lambda path, _: path.symlink_to(path.name), 'Too many levels of symbolic',
+          EVALUATE, 'market1501/query'),
     image('a query that is a link to nowhere', lambda path, _: path.symlink_to('nowhere'), MISSING, '',
           'market1501/query', trained=False),
     image('a gallery of links to nowhere', linked_to_nowhere, MISSING_ALL, '', GALLERY, trained=False),

@@ -111,9 +111,11 @@ def test_a_run_that_computes_with_0_in_place_of_small_numbers_ranks_equally(path
 def test_empty_sides():
     ids = [np.array([1, 2]), np.zeros(0, int), np.array([0, 0]), np.zeros(0, int)]
     result = ranking.rank(torch.ones(2, 4), torch.ones(0, 4), *ids)
-    assert (result.nearest == -1).all()
-    with pytest.raises(UserError, match=r'none of the 2 queries has a match: 2 whose person is not in the gallery'):
-        result.cmc()
+    again = ranking.rerank(torch.ones(2, 4), torch.ones(0, 4), *ids)
+    assert (result.nearest == -1).all() and (again.nearest == -1).all()
+    for each in (result, again):
+        with pytest.raises(UserError, match=r'none of the 2 queries has a match: 2 whose person is not in the gallery'):
+            each.cmc()
     result = ranking.rank(torch.ones(0, 4), torch.ones(2, 4), ids[1], ids[0], ids[3], ids[2])
     assert (result.num_valid, result.num_skipped, len(result.edges)) == (0, 0, 1)
 

@@ -556,7 +556,9 @@ def test_command_writes_the_page(saved):
         (['a', '--height', '64'], 'are for --activations: remove them'),
         (['a', '--activations', 'b', 'c'], 'or --activations'),
         (['a', '--out', 'b'], 'report.html'),
+        (['a', 'b', '--out', 'b.png'], 'a name that ends in .html'),
         (['--activations', 'a', 'b', '--out', 'b.jpg'], 'a name that ends in .png'),
+        (['--activations', 'a', 'b.png', '--out', './b.png'], 'is one of the images'),
         (['--activations', 'a', *['b'] * 601], '601 images; give at most 600'),
     ],
 )

@@ -20,7 +20,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'data_manager': (
         'files.paths page.sheet readers.cuhk03 readers.faults readers.folder readers.joined readers.market1501 '
         'readers.market1501_500k readers.mars readers.msmt17 readers.split readers.table readers.tree '
-        'runtime.commands runtime.values toy'
+        'runtime.commands runtime.processes runtime.values toy'
     ),
     'dataset_loader': 'arguments batches.caching batches.decoding batches.feed batches.workers runtime.device samplers',
     'eval_metrics': '',

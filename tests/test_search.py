@@ -463,6 +463,7 @@ def test_names_cannot_change_the_page(command, gallery, queries, tmp_path):
         (['--gallery', 'x'], 'give --gallery and --query, or --calibrate -d DATASET, or --forget'),
         (['--calibrate'], '--calibrate: -d is missing, the labelled data set'),
         (['--calibrate', '-d', 'x', '--json'], '--json: --calibrate prints no JSON; run it first, without a query'),
+        (['--gallery', 'x', '--query', 'x', '--page', 'x.png'], "--page: must end in .html, not 'x.png'"),
         (['--calibrate', '-d', 'x', '--page', 'x.html'], '--page, --fuse, --threshold and --false-match-rate are for'),
         (['--calibrate', '-d', 'x', '--threshold', '1'], '--page, --fuse, --threshold and --false-match-rate are for'),
         (['--calibrate', '-d', 'x', '--forget'], '--forget removes the index, and does nothing else'),
