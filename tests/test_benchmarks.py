@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import json
 import os
 import re
 import select
@@ -174,6 +175,21 @@ def test_what_takes_too_long_is_ended_with_all_that_it_started():
     os.close(reading)
     assert within(HANG, ['bash', '-c', 'exit 3']) == 3
     assert within(None, ['bash', '-c', 'exit 0']) == 0
+
+
+def test_the_strong_recipe_is_printed_beside_its_paper(data_dir, tmp_path):
+    command = [sys.executable, FOLDER / 'strong.py', '--data-dir', data_dir]
+    small = '-a resnet18 --pretrained none --height 96 --width 48 --max-epoch 1 --train-batch 8 --num-instances 2'
+    where = {'capture_output': True, 'text': True, 'cwd': tmp_path, 'timeout': HANG}
+    done = subprocess.run(command, **where, env=ENV | {'CUDA_VISIBLE_DEVICES': ''})
+    assert (done.returncode, done.stdout) == (2, '') and 'Not measured: there is no GPU' in done.stderr
+    done = subprocess.run([*command, *small.split(), '--workers', '0', '--use-cpu', '--no-report'], **where, env=ENV)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / 'log' / 'strong' / 'results.json').read_text())
+    head, *rows, ours, paper = done.stdout.splitlines()[-5:]
+    assert head.split() == ['%', 'here', 'paper'] and paper == 'Paper: resnet50, market1501 at 256x128'
+    assert rows == [f'mAP     {100 * results["mAP"]:6.1f}   85.9', f'Rank-1  {100 * results["cmc"][0]:6.1f}   94.5']
+    assert ours.startswith('Here: resnet18, market1501 at 96x48, on ')
 
 
 def test_the_command():
