@@ -29,6 +29,7 @@ from readers.msmt17 import Msmt17
 from readers.split import hold_out
 from readers.tree import Dataset, paths_of
 from runtime import commands, values
+from runtime.cores import usable_cores
 from runtime.errors import UserError, plain
 
 
@@ -291,7 +292,9 @@ def main() -> int:
     names = f'{", ".join(get_names())}, {OWN_NAMES}'
     parser.add_argument('-d', '--dataset', default='market1501', help=f'{names} (default: market1501)')
     parser.add_argument('--data-dir', type=values.path, default='data', help='where the data sets are (default: data)')
-    parser.add_argument('-j', '--jobs', type=values.positive_int, help='processes (default: all cores)')
+    parser.add_argument(
+        '-j', '--jobs', type=values.positive_int, default=usable_cores(), help='processes (default: all usable cores)'
+    )
     parser.add_argument(
         '--test-share', type=values.fraction, default=0.5,
         help='share of the persons of folder:DIR without a split to draw for the test (default: 0.5)',
@@ -308,10 +311,7 @@ def main() -> int:
         name: init_dataset(name, args.data_dir, False, args.test_share, args.seed) for name in names_of(args.dataset)
     }
     if not (args.write_csv or args.sheet):
-        from runtime.processes import usable_cores  # with torch, which the other uses of this room do not need
-
-        jobs = args.jobs or usable_cores()
-        return max(_report_faults(dataset, name, jobs, started) for name, dataset in datasets.items())
+        return max(_report_faults(dataset, name, args.jobs, started) for name, dataset in datasets.items())
     dataset = Joined([*datasets.values()]) if len(datasets) > 1 else next(iter(datasets.values()))
     if args.write_csv:
         print(f'Wrote {plain(args.write_csv, 500)}: {table.write(dataset, args.write_csv)} rows')

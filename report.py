@@ -59,7 +59,7 @@ def main() -> None:
             parser.error(f'--out {args.out} is one of the images; give another name')
         path = activations(checkpoint, images, args.arch, args.assume, args.height, args.width, **out)
     elif len(args.save_dirs) > 1:
-        if args.out and Path(args.out).suffix.lower() != '.html':
+        if args.out and not args.out.lower().endswith('.html'):
             parser.error(f'--out {args.out}: a comparison is a page; give a name that ends in .html')
         path = compare(args.save_dirs, **out)
     elif args.out:

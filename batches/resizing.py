@@ -2,8 +2,8 @@
 
 Weights are 22-bit integers, the horizontal pass comes first, and each pass is rounded to 8 bits, as in Pillow. Integer
 arithmetic is exact on every device, so every pixel equals that of the per-image pipeline. (From version 12.3 Pillow
-starts with the vertical pass if that is less work, for sources that are proportionally taller than the target. A fifth
-of the values may then differ, by 1/255, or by more where bicubic weights exceed the range of 8 bits. The published
+starts with the vertical pass if that is less work, for sources that are proportionally taller than the target. Many
+values then differ by 1/255, and by more where a bicubic pass exceeds the range of 8 bits and is clipped. The published
 weights were trained and tested with the horizontal pass first.)
 """
 

@@ -29,8 +29,9 @@ import models
 from arguments import RunOptions
 from losses import CrossEntropyLabelSmooth, TripletLoss
 from runtime import device
+from runtime.cores import usable_cores
 from runtime.device import Run
-from runtime.processes import Group, of_environment, usable_cores
+from runtime.processes import Group, of_environment
 from table import Row, in_a_fresh_process, row
 
 HEIGHT, WIDTH, CLASSES = 256, 128, 751

@@ -203,7 +203,7 @@ def machine() -> str:
     """A description of the machine; asking for its GPUs takes memory of each until this process ends."""
     import torch
 
-    from runtime.processes import usable_cores
+    from runtime.cores import usable_cores
 
     facts = Path('/proc/cpuinfo')  # only on Linux
     lines = facts.read_text().splitlines() if facts.exists() else []

@@ -3,7 +3,7 @@
 import glob
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,13 @@ def listed(images: Any) -> Sequence[Any]:
     """One image, or several, as a list."""
     if isinstance(images, np.ndarray | Tensor):
         return list(images) if images.ndim == 4 else [images]
-    several = isinstance(images, Iterable) and not isinstance(images, str | os.PathLike | Image.Image)
-    return list(images) if several else [images]
+    if isinstance(images, str | os.PathLike | Image.Image):
+        return [images]
+    try:
+        several = iter(images)
+    except TypeError:  # `pixels_of` reports its type
+        return [images]
+    return list(several)
 
 
 def pixels_of(image: Any, bgr: bool, where: str) -> Tensor:

@@ -1,5 +1,6 @@
 """The user's own data: a folder for each person, with images or folders of frames. `-d folder:DIR`"""
 
+import errno
 import os
 import re
 from collections.abc import Iterator, Sequence, Set
@@ -127,8 +128,10 @@ def _entries(folder: str) -> list[os.DirEntry]:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, or into a folder that may not be entered
-        return False
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself, which is like one to nowhere
+            return False
+        raise UserError(f'{plain(entry.path, 500)} cannot be read: {error.strerror}') from error
 
 
 def _folders(folder: str, passed_over: list[str]) -> Iterator[os.DirEntry]:
@@ -160,10 +163,13 @@ def _scan(folder: str, passed_over: list[str]) -> list[NamedItem]:
 
 
 def _frames(folder: str, passed_over: list[str]) -> tuple[str, ...]:
-    entries = _entries(folder)
-    frames = {entry.path: None for entry in entries if entry.name.lower().endswith(SUFFIXES) and not _is_folder(entry)}
+    frames: list[str] = []
+    others: list[str] = []
+    for entry in _entries(folder):
+        is_frame = entry.name.lower().endswith(SUFFIXES) and not _is_folder(entry)
+        (frames if is_frame else others).append(entry.path)
     if frames:
-        passed_over += [entry.path for entry in entries if entry.path not in frames]
+        passed_over += others
     return tuple(frames)
 
 

@@ -46,7 +46,7 @@ def look_at_all(paths: Sequence[str], jobs: int) -> Iterator[Look]:
     try:
         yield from tqdm(pool.map(look, paths, chunksize=64), total=len(paths), unit='image', leave=False, disable=None)
     except BrokenProcessPool as problem:
-        why = 'a process that checks images was killed, probably because memory ran out: use fewer -j'
+        why = 'a process that checks images was killed, probably because memory ran out: use a smaller -j'
         raise ProcessLost(why) from problem
     finally:
         pool.shutdown(cancel_futures=True)  # on an interruption, do not wait for the remaining images

@@ -16,6 +16,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from runtime.cores import usable_cores
 from runtime.errors import UserError
 
 ENVIRONMENT = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')  # set by torchrun
@@ -160,11 +161,6 @@ def lost_another(problem: BaseException) -> bool:
 def hangup_is_ignored() -> bool:
     """Whether the program was started with nohup and continues without its terminal."""
     return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-
-
-def usable_cores() -> int:
-    """The number of cores to which this program is bound, as by Slurm or a cpuset (Linux); otherwise, all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def start_all(number: int, more: Sequence[str]) -> tuple[int, str]:

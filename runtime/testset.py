@@ -1,5 +1,6 @@
 """Checks before training that a test will work: that queries have matches, and that the files exist."""
 
+import errno
 import os
 import time
 from collections.abc import Sequence
@@ -128,10 +129,9 @@ def look_up(paths: Sequence[str], seconds: float) -> list[int]:
     for index, path in enumerate(paths):
         try:
             os.stat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            missing.append(index)
-        except OSError:  # left to the test: this may pass, and reading an image is tried three times
-            pass
+        except OSError as error:  # others may be transient: reading an image is tried three times
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+                missing.append(index)
         if time.monotonic() >= end:
             break
     return missing

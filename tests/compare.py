@@ -12,7 +12,8 @@ tests/tiny.py, with the tiny network on the same images, in fp32 on the CPU with
     evaluate    --evaluate of what the commit saved at the end
 
 So files that the commit wrote must resume in the working tree and end with the same weights. Compared are the exit
-status, every printed line and all that is in the files, but for times, speeds, free memory and the code's revision.
+status, every printed line and all that is in the files, but for times, speeds, free memory, the folder in which it runs
+and the code's revision.
 Options that one side alone has are reported and are no difference.
 
 Exit status: 0 if nothing differs, 1 if something does, 2 if there is no such commit or its own runs fail.

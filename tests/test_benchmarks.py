@@ -7,6 +7,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 
@@ -190,6 +191,20 @@ def test_the_strong_recipe_is_printed_beside_its_paper(data_dir, tmp_path):
     assert head.split() == ['%', 'here', 'paper'] and paper == 'Paper: resnet50, market1501 at 256x128'
     assert rows == [f'mAP     {100 * results["mAP"]:6.1f}   85.9', f'Rank-1  {100 * results["cmc"][0]:6.1f}   94.5']
     assert ours.startswith('Here: resnet18, market1501 at 96x48, on ')
+
+
+def test_the_strong_recipe_is_stopped_like_a_script(data_dir, tmp_path):
+    small = '-a resnet18 --pretrained none --height 96 --width 48 --max-epoch 9999 --train-batch 8 --num-instances 2'
+    options = [*small.split(), '--workers', '0', '--use-cpu', '--no-report', '--save-dir', 'run', '--print-freq', '1']
+    command = [sys.executable, FOLDER / 'strong.py', '--data-dir', data_dir, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=ENV) as process:
+        for line in process.stdout:
+            if 'Loss ' in line:
+                process.terminate()
+                break
+        process.communicate(timeout=HANG)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert list((tmp_path / 'run').glob('resume_*.pth.tar'))
 
 
 def test_the_command():

@@ -25,10 +25,20 @@ from runtime import commands
 from runtime.errors import ProcessLost, UserError
 
 
+def test_images_are_checked_on_the_cores_to_which_the_program_is_bound(market, tmp_path, monkeypatch):
+    used = []
+    look_at_all = pictures.look_at_all
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 5, 7}, raising=False)
+    monkeypatch.setattr(pictures, 'look_at_all', lambda paths, jobs: used.append(jobs) or look_at_all(paths, 1))
+    monkeypatch.setattr(sys, 'argv', ['data_manager.py', '-d', 'market1501', '--data-dir', str(tmp_path)])
+    data_manager.main()
+    assert used == [3]
+
+
 def test_a_lost_process_of_the_check_is_one_line(monkeypatch):
     """As when memory runs out."""
     monkeypatch.setattr(pictures, 'look', die)
-    with pytest.raises(ProcessLost, match=r'^a process that checks images was killed, .*: use fewer -j$'):
+    with pytest.raises(ProcessLost, match=r'^a process that checks images was killed, .*: use a smaller -j$'):
         list(pictures.look_at_all(['a.jpg'], 1))
 
 

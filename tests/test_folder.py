@@ -1,7 +1,11 @@
 """A folder for each person: images and videos, a given or drawn split, and cameras in names."""
 
+import contextlib
+import errno
 import os
 import re
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -116,7 +120,10 @@ def test_videos(tmp_path):
         ((), ' does not exist; it must contain a folder of images for each person, or train, query and gallery'),
         (('a.jpg', 'b/x.txt'), ' contains no image of a person; it must contain a folder of images'),
         (('train/a.jpg',), ' contains no image of a person; '),
-        (('a/1.jpg', 'b/t1/1.jpg'), ' contains images of some persons, and folders of frames of others, such as '),
+        (
+            ('a/1.jpg', 'b/t1/1.jpg'),
+            ' contains images of some persons, and folders of frames of others, such as ROOT/a/1.jpg and ROOT/b/t1; ',
+        ),
     ],
 )
 def test_mistakes_are_one_line(paths, fault, tmp_path):
@@ -124,7 +131,8 @@ def test_mistakes_are_one_line(paths, fault, tmp_path):
     put(tmp_path / 'pe\x1bople', *paths)
     with pytest.raises(UserError) as error:
         Folder(root)
-    assert str(error.value).startswith(root.replace('\x1b', r'\x1b') + fault) and '\n' not in str(error.value)
+    shown = root.replace('\x1b', r'\x1b')
+    assert str(error.value).startswith(shown + fault.replace('ROOT', shown)) and '\n' not in str(error.value)
 
 
 def test_a_file_is_no_folder(tmp_path):
@@ -209,8 +217,8 @@ def test_links_are_followed(tmp_path):
     assert Folder(root, test_share=0.0).num_train_pids == 4
 
 
-def test_a_link_that_cannot_be_followed_is_no_folder(tmp_path):
-    """One with the name of an image counts as one, and is reported when it is read."""
+def test_a_link_to_itself_is_no_folder(tmp_path):
+    """One with the name of an image counts as an image, and is reported when it is read."""
     root = people(tmp_path / 'people', persons=3)
     broken = [f'{root}/{name}' for name in ('loop', 'p0/c1_9.jpg', 'p0/loop')]
     for path in broken:
@@ -219,6 +227,21 @@ def test_a_link_that_cannot_be_followed_is_no_folder(tmp_path):
     dataset = Folder(root, test_share=0.0)
     assert [path for path, _, _ in dataset.train if path in broken] == broken[1:2]
     assert dataset.passed_over == [broken[0], broken[2]]
+
+
+def test_a_link_into_a_folder_that_may_not_be_entered_is_one_line(tmp_path, monkeypatch):
+    root, scandir = people(tmp_path / 'people', persons=3), os.scandir
+    refused = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    @contextlib.contextmanager
+    def scan(path):
+        entry = SimpleNamespace(name='linked', path=f'{path}/linked', is_dir=Mock(side_effect=refused))
+        with scandir(path) as entries:
+            yield [*entries, entry]
+
+    monkeypatch.setattr(os, 'scandir', scan)
+    with pytest.raises(UserError, match=r'people/linked cannot be read: Permission denied$'):
+        Folder(root)
 
 
 def test_what_lies_beside_frames_is_reported_in_order(tmp_path):

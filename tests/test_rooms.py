@@ -20,7 +20,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'data_manager': (
         'files.paths page.sheet readers.cuhk03 readers.faults readers.folder readers.joined readers.market1501 '
         'readers.market1501_500k readers.mars readers.msmt17 readers.split readers.table readers.tree '
-        'runtime.commands runtime.processes runtime.values toy'
+        'runtime.commands runtime.cores runtime.values toy'
     ),
     'dataset_loader': 'arguments batches.caching batches.decoding batches.feed batches.workers runtime.device samplers',
     'eval_metrics': '',
@@ -116,6 +116,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.checks': 'data_manager extraction.compiling files.kinds models runtime.processes',
     'runtime.commands': 'runtime.console runtime.memory',
     'runtime.console': '',
+    'runtime.cores': '',
     'runtime.cpu': '',
     'runtime.device': (
         'arguments extraction.compiling files.writing models models.network runtime.cards runtime.cpu '
@@ -130,7 +131,7 @@ MAY_IMPORT = {  # and each room, beside runtime.errors
     'runtime.meters': 'arguments eval_metrics files.writing page.runs runtime.device utils',
     'runtime.notices': 'arguments data_manager models.network readers.folder readers.tree runtime.device',
     'runtime.precision': '',
-    'runtime.processes': '',
+    'runtime.processes': 'runtime.cores',
     'runtime.provenance': 'runtime.device',
     'runtime.ranks': 'arguments ranking readers.tree runtime.device runtime.testset',
     'runtime.run_folder': (
