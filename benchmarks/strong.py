@@ -31,7 +31,7 @@ def main() -> int:
         if not torch.cuda.is_available():
             print('Not measured: there is no GPU. To try a short run on the CPU, add --use-cpu', file=sys.stderr)
             return 2
-    command = [sys.executable, SCRIPT, '--eval-step', '20', '--auto-resume']
+    command = [sys.executable, str(SCRIPT), '--eval-step', '20', '--auto-resume']
     training = subprocess.Popen([*command, '--save-dir', args.save_dir, *options])
     signal.signal(signal.SIGINT, lambda *_: None)  # the terminal sends it to the training too, which saves and ends
     signal.signal(signal.SIGTERM, lambda number, _: training.send_signal(number))
