@@ -79,7 +79,7 @@ class Market(Dataset):
         data need no such folder: the queries are used instead.
         """
         folder = os.path.join(self.root, 'gt_bbox')
-        if not os.path.isdir(folder) or not _listed(folder):
+        if not os.path.isdir(folder) or not _names_in(folder):
             if not self.whole:
                 return self.query
             again = 'it is part of Market-1501-v15.09.15.zip: unzip that again'
@@ -106,7 +106,7 @@ class Market1501(Market):
 
 def _scan(folder: str, passed_over: list[str]) -> list[Image]:
     """(path, pid, camera) of the images in a folder, without junk, sorted by name; adds the rest to `passed_over`."""
-    names = _listed(folder)
+    names = _names_in(folder)
     items, others = [], []
     for name in names:
         if name.startswith('.') or not name.lower().endswith(SUFFIXES):
@@ -133,7 +133,7 @@ def _scan(folder: str, passed_over: list[str]) -> list[Image]:
     return items
 
 
-def _listed(folder: str) -> list[str]:
+def _names_in(folder: str) -> list[str]:
     try:
         return sorted(os.listdir(folder))
     except OSError as error:
