@@ -219,14 +219,11 @@ def rebuilt(model: Network, loaded: Weights, keep_arch: bool, size: tuple[int, i
     return _prepared(model, loaded)
 
 
-HEAD_PARTS = ('bottleneck.', 'pool.', 'embedding', 'non_local.')  # parts that are missing in weights of a backbone
-
-
 def pretrain(model: Network, pretrained: str) -> None:
     """Initialises a model's weights; prints what was loaded and what was not.
 
-    pretrained: 'none' leaves the model unchanged; 'imagenet' loads torchvision's weights, which are downloaded once to
-                its cache; anything else is the path of a file that `read` supports
+    pretrained: 'none' leaves the model unchanged; 'imagenet' loads the published weights of the model's class, which
+                are downloaded once to a cache; anything else is the path of a file that `read` supports
 
     The classifier remains random, and so do neck, pooling and the parameters listed in a model's `fresh` if the weights
     do not contain them. ImageNet weights, recognised in a file by another project's names and 1000 classes, do not
@@ -234,27 +231,28 @@ def pretrain(model: Network, pretrained: str) -> None:
 
     Raises UserError if the weights cannot be downloaded or read, or do not fit.
     """
+    target = model.state_dict()
     if pretrained == 'none':
         return
     if pretrained == 'imagenet':
-        where = "torchvision's ImageNet weights"
         if model.imagenet is None:
             raise UserError(f'{type(model).__name__} has no ImageNet weights; give --pretrained none or a path')
-        state_dict = loading.normalised(download.fetch(model.imagenet), where).state_dict
+        where = getattr(model.imagenet, 'whose', "torchvision's ImageNet weights")
+        fetched = download.fetch(model.imagenet)
+        state_dict = loading.normalised(fetched, where, loading.project_of(fetched, target)).state_dict
         layout, trained, assumed = str(model.imagenet), Training(where, of_imagenet=True), []
     else:
-        where, weights = plain(pretrained, 500), read(pretrained, target=model.state_dict())
+        where, weights = plain(pretrained, 500), read(pretrained, target=target)
         state_dict, layout, trained = weights.state_dict, weights.layout, weights.trained
         assumed = layouts.in_training(weights.assumed)
 
-    target = model.state_dict()
     kept = model.variants if trained.of_imagenet else ()
     dropped = [
         key for key in state_dict
-        if key.startswith('classifier.') or key in kept or (key.startswith(HEAD_PARTS) and key not in target)
+        if key.startswith('classifier.') or key in kept or (key.startswith(loading.HEAD_PARTS) and key not in target)
     ]  # fmt: skip
     taken = {key: value for key, value in state_dict.items() if key not in dropped}
-    fresh_parts = (*model.fresh, *HEAD_PARTS)
+    fresh_parts = (*model.fresh, *loading.HEAD_PARTS)
     random = ('classifier.', *(part for part in fresh_parts if not any(key.startswith(part) for key in taken)))
     fresh = {key: value for key, value in target.items() if key.startswith(random)}
     loading.load_into(model, taken | fresh, allow_other_classifier=False, where=where)

@@ -5,7 +5,7 @@ import difflib
 import functools
 from collections.abc import Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ class TimmWeights(WeightsFile):
 
     name: str
     size: tuple[int, int]
+    whose: ClassVar[str] = "timm's weights"
 
     def get_state_dict(self, **_: Any) -> dict[str, Tensor]:
         try:
@@ -31,8 +32,8 @@ class TimmWeights(WeightsFile):
             reason = plain(' '.join(str(problem).split()), 300) or type(problem).__name__
             raise UserError(
                 f'timm could not get the weights of {self.name} ({reason}); where there is a network, download them '
-                f'from {self.url}, and copy them to the same place in ~/.cache/huggingface/hub, or use another file '
-                'with --pretrained PATH, or start from random weights with --pretrained none'
+                f'from {self.url}, and copy them to the same place in ~/.cache/huggingface/hub, or use a checkpoint '
+                'of this project with --pretrained PATH, or start from random weights with --pretrained none'
             ) from problem
         return {f'base.{name}': value for name, value in base.state_dict().items()}
 

@@ -35,6 +35,7 @@ OF_THE_ORIGINAL = re.compile(r'(?:base|layers\d[abc]?|fc_fuse)\.')
 OF_POSITIONS = re.compile(r'pos_embed|rel_pos|relative_position')  # of timm's transformers, for images of one size
 DOTTED = re.compile(r'(\.denselayer\d+\.(?:norm|conv))\.([12])\.')  # of DenseNet, up to PyTorch 0.3
 OF_OTHERS = re.compile(r'(?:conv1|bn1|layer\d|fc|fc_fusion|features)\.')
+HEAD_PARTS = ('bottleneck.', 'pool.', 'embedding', 'non_local.')  # parts that are missing in weights of a backbone
 
 
 def tensors_of(entries: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
@@ -57,7 +58,8 @@ def project_of(entries: Mapping[str, Any], target: Container[str]) -> str:
     """The `project` of ASSUMPTIONS whose module names are in a state dict, '' if none.
 
     torch.save stores the names of all modules, including those without weights: timm's activations are named act1, and
-    reid-strong-baseline has a pool named gap. If all names are those of the target network, the file belongs to it.
+    reid-strong-baseline has a pool named gap. If all names, apart from the head's, are those of the target network, the
+    file belongs to it.
 
     target: the names of the target network's weights; empty if there is no network yet
     """
@@ -67,7 +69,9 @@ def project_of(entries: Mapping[str, Any], target: Container[str]) -> str:
     names = {WRAPPER_PREFIX.sub('', str(name)) for name in modules} if isinstance(modules, dict) else set()
     if 'gap' in names:
         return 'reid-strong-baseline'
-    return 'timm' if 'base.act1' in names or all(WRAPPER_PREFIX.sub('', key) in target for key in entries) else ''
+    keys = (WRAPPER_PREFIX.sub('', key) for key in entries)
+    of_target = all(key in target or key.startswith(('classifier.', *HEAD_PARTS)) for key in keys)
+    return 'timm' if 'base.act1' in names or of_target else ''
 
 
 def normalised(state_dict: Mapping[str, Tensor], where: str, seen: str = '', asked: str = '') -> Named:

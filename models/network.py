@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A published file of weights; its name ends in the first digits of its SHA-256, as torch.hub expects."""
+    """A published file of weights; its name ends in the first digits of its SHA-256, as torch.hub expects.
+
+    whose: what messages call the weights
+    """
 
     url: str
+    whose: ClassVar[str] = "the authors' ImageNet weights"
 
     def get_state_dict(self, **how: Any) -> dict[str, Tensor]:
         """Like the method of torchvision's WeightsEnum."""

@@ -14,7 +14,8 @@ import models
 import weights
 from arguments import SaveOptions
 from extraction.source import source_of
-from models import DenseNet, ResNet, loading
+from files import safetensors
+from models import DenseNet, ResNet, Timm, loading
 from models.layouts import ASSUMPTIONS
 from readers.tree import Dataset
 from runtime.checkpoint import Checkpoint
@@ -532,6 +533,35 @@ def test_names_that_reid_strong_baseline_and_timm_share(neck, path, capsys):
         begun = models.init_model('timm:resnet18', 7, neck=neck, size=(70, 38))
         checkpoint = begin(begun, path, **how)
         assert torch.equal(checkpoint.model.eval()(x), model(x))
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize('neck', [False, True])
+def test_weights_of_timm_begin_a_training_with_another_head(neck, suffix, tmp_path):
+    model, path = timm_resnet(neck), str(tmp_path / f'weights{suffix}')
+    if suffix == '.pth':
+        torch.save(without_versions(model.state_dict()), path)
+    else:
+        safetensors.save(path, model.state_dict(), {})
+    begun = models.init_model('timm:resnet18', 9, neck=not neck, size=(70, 38))
+    weights.pretrain(begun, path)
+    assert all(map(torch.equal, begun.base.state_dict().values(), model.base.state_dict().values()))
+
+
+@pytest.mark.parametrize('neck', [False, True])
+@pytest.mark.parametrize('name', ['resnet18', 'resnet50', 'resnet26', 'seresnet50', 'test_vit'])
+def test_the_weights_that_timm_downloads(name, neck, monkeypatch, capsys):
+    """Those of plain ResNets have the names of reid-strong-baseline, too."""
+    pytest.importorskip('timm')
+    model = models.init_model(f'timm:{name}', 5, neck=neck, size=(64, 32))
+    torch.manual_seed(5)
+    theirs = Timm.build(name, (64, 32))
+    monkeypatch.setattr(Timm, 'build', lambda *_, **__: theirs)
+    weights.pretrain(model, 'imagenet')
+    assert all(map(torch.equal, model.base.state_dict().values(), theirs.state_dict().values()))
+    assert model.trained.missing.startswith('bottleneck.') if neck else model.trained.missing == ''
+    assert "Loaded pretrained weights from timm's weights (https://huggingface.co/timm/" in capsys.readouterr().out
+    assert model.trained.of_imagenet
 
 
 def test_files_that_reid_strong_baseline_saves(path):
